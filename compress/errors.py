@@ -1,0 +1,33 @@
+"""The one kind of error a user sees: what is wrong, where, and how to mend it."""
+
+
+class CompressError(Exception):
+    """A fault the user can act on.
+
+    Args:
+        what: what is wrong, one sentence.
+        where: the file, key, layer or device it concerns.
+        fix: what to do about it.
+
+    The command line prints it without a traceback and exits with ``exit_code``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+
+class UsageError(CompressError):
+    """The command, recipe or target file is wrong; nothing was started."""
+
+    exit_code = 2
