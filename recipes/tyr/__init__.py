@@ -1,0 +1,55 @@
+"""Týr: layer-wise optimal-brain-surgeon candidates, then a search for how much each sublayer gives up."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SearchOptions(_Section):
+    """How the per-sublayer sparsities are found once the candidates stand."""
+
+    windows: int = Field(8, ge=1, description="calibration windows the search measures KL on")
+    positions: int = Field(128, ge=1, description="positions per window whose logits are compared")
+    teacher_top_k: int = Field(512, ge=1, description="dense logits kept per position; the rest is one bucket")
+    singles_windows: int = Field(4, ge=1, description="windows for the KL of each single candidate")
+    generations: int = Field(8, ge=0)
+    offspring: int = Field(16, ge=1)
+    steps: list[float] = Field(
+        [0.25, 1.0], min_length=1, description="share of the search windows at each selection step"
+    )
+    survivors: list[int] = Field([4], description="offspring that pass from each step to the next")
+    patience: int = Field(3, ge=1, description="stop after this many generations without a better parent")
+    seconds: float | None = Field(None, gt=0, description="time limit of one iteration's evolution")
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> SearchOptions:
+        if len(self.survivors) != len(self.steps) - 1:
+            raise ValueError(
+                f"survivors must hold one number fewer than steps ({len(self.steps) - 1}), it holds {len(self.survivors)}"
+            )
+        if sorted(self.steps) != self.steps or self.steps[0] <= 0 or self.steps[-1] != 1.0:
+            raise ValueError("steps must rise, start above 0 and end at 1.0")
+        return self
+
+
+class TyrOptions(_Section):
+    """The `tyr:` section of a recipe."""
+
+    score: Literal["obs", "tyr"] = "obs"
+    target: Literal["own", "output", "residual"] = "residual"
+    damping: float = Field(0.01, gt=0, le=10)
+    accumulation: Literal["expectation", "uniform", "none"] = "expectation"
+    levels: int = Field(9, ge=2, le=65, description="candidates per sublayer (E)")
+    interval: float = Field(0.125, gt=0, le=0.5, description="distance of two levels in the first iteration")
+    iterations: int = Field(2, ge=1, le=8)
+    round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
+    query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")
+    attention: bool = Field(True, description="false leaves attention dense")
+    refit: Literal["pruned", "all"] = "pruned"
+    search: SearchOptions = SearchOptions()

@@ -1,0 +1,145 @@
+"""A plan: which units stay, and the refitted weights. It can be read, saved, applied, and compared.
+
+`plan.json` is for people and holds every kept index; `plan.safetensors` holds the refitted projections.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.models.families.base import Costs, Family, Geometry
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Original indices, sorted, of the query heads and the FFN neurons that stay in one block."""
+
+    heads: tuple[int, ...]
+    neurons: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays of every block. ``weights`` maps ``blocks.{i}.o`` (hidden, heads * head_dim) and
+    ``blocks.{i}.down`` (hidden, neurons) to refitted projections; others keep their original columns."""
+
+    blocks: tuple[BlockPlan, ...]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Writes plan.json and plan.safetensors into ``folder`` (which exists)."""
+        from safetensors.torch import save_file
+
+        save_file({k: w.contiguous() for k, w in self.weights.items()}, folder / "plan.safetensors")
+        head = json.dumps({"schema_version": 1, "meta": self.meta}, indent=1)[:-2]
+        rows = ",\n".join(
+            f'  {{"block": {i}, "kept_heads": {len(b.heads)}, "kept_neurons": {len(b.neurons)},'
+            f' "heads": {list(b.heads)}, "neurons": {list(b.neurons)}}}'
+            for i, b in enumerate(self.blocks)
+        )
+        (folder / "plan.json").write_text(f'{head},\n "blocks": [\n{rows}\n ]\n}}\n')
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            CompressError: a file is missing or is no plan.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = folder / "plan.json"
+        try:
+            data = json.loads(path.read_text())
+            blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["neurons"])) for b in data["blocks"])
+            return cls(blocks, load_file(folder / "plan.safetensors"), data["meta"])
+        except FileNotFoundError as e:
+            raise CompressError("there is no plan here", where=str(e.filename), fix="name a folder with plan.json and plan.safetensors") from e
+        except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as e:
+            raise CompressError(f"the plan cannot be read: {e}", where=str(folder), fix="make it again with `compress prune`") from e
+
+    def check(self, geometry: Geometry) -> None:
+        """Raises CompressError where the plan does not fit a model of this geometry."""
+
+        def refuse(what: str, where: str) -> None:
+            raise CompressError(what, where=where, fix="apply the plan to the model it was made for")
+
+        if len(self.blocks) != geometry.layers:
+            refuse(f"the plan has {len(self.blocks)} blocks, the model {geometry.layers}", "plan.json")
+        for i, block in enumerate(self.blocks):
+            for kind, kept, limit in (("head", block.heads, geometry.heads), ("neuron", block.neurons, geometry.ffn)):
+                if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < limit):
+                    refuse(f"{kind} indices must be distinct, sorted and below {limit}", f"block {i}")
+            sizes = {sum(h // geometry.group == g for h in block.heads) for g in {h // geometry.group for h in block.heads}}
+            if len(sizes) > 1:
+                refuse("every kept KV group must keep equally many query heads", f"block {i}")
+            for key, columns in (("o", len(block.heads) * geometry.head_dim), ("down", len(block.neurons))):
+                weight = self.weights.get(f"blocks.{i}.{key}")
+                if weight is not None and tuple(weight.shape) != (geometry.hidden, columns):
+                    refuse(f"the refitted weight is {tuple(weight.shape)}, not {(geometry.hidden, columns)}", f"block {i}, {key}")
+
+    def counts(self, geometry: Geometry) -> list[tuple[int, int, int]]:
+        """(query heads, KV groups, neurons) of every block."""
+        return [(len(b.heads), len({h // geometry.group for h in b.heads}), len(b.neurons)) for b in self.blocks]
+
+    def removed(self, costs: Costs) -> int:
+        """Backbone parameters that the plan removes, exactly."""
+        kept = 0
+        for heads, groups, neurons in self.counts(costs.geometry):
+            kept += costs.attention(groups, heads // groups if groups else 0) + costs.ffn(neurons)
+        return costs.backbone - kept
+
+    def apply(self, model: Any, family: Family) -> None:
+        """Slices ``model`` in place: after it the removed weights are gone."""
+        self._replace(model, family, family.sliced)
+
+    def mask(self, model: Any, family: Family) -> None:
+        """The same function at full shape: removed units' columns are zero."""
+        self._replace(model, family, family.masked)
+
+    def _replace(self, model: Any, family: Family, make: Callable[..., nn.Module]) -> None:
+        import torch
+
+        geometry = family.geometry(model.config)
+        self.check(geometry)
+        blocks = family.blocks(model)
+        for i, plan in enumerate(self.blocks):
+            blocks[i] = make(
+                blocks[i],
+                heads=None if len(plan.heads) == geometry.heads else torch.tensor(plan.heads, dtype=torch.int64),
+                neurons=None if len(plan.neurons) == geometry.ffn else torch.tensor(plan.neurons, dtype=torch.int64),
+                o_weight=self.weights.get(f"blocks.{i}.o"),
+                down_weight=self.weights.get(f"blocks.{i}.down"),
+            )
+
+    def compare(self, other: Plan) -> str:
+        """The blocks in which two plans differ, a line each; empty where they are the same."""
+        import torch
+
+        lines = []
+        if len(self.blocks) != len(other.blocks):
+            return f"{len(self.blocks)} blocks against {len(other.blocks)}"
+        for i, (a, b) in enumerate(zip(self.blocks, other.blocks, strict=True)):
+            parts = []
+            for kind, x, y in (("heads", a.heads, b.heads), ("neurons", a.neurons, b.neurons)):
+                if x != y:
+                    parts.append(f"{kind} {len(x)} -> {len(y)} (+{len(set(y) - set(x))} -{len(set(x) - set(y))})")
+            for key in ("o", "down"):
+                w, v = self.weights.get(f"blocks.{i}.{key}"), other.weights.get(f"blocks.{i}.{key}")
+                same = (w is None and v is None) or (w is not None and v is not None and torch.equal(w, v))
+                if not same and not parts:
+                    parts.append(f"{key} weights")
+            if parts:
+                lines.append(f"block {i}: {', '.join(parts)}")
+        return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""Runs a decoder block by block, and in the pieces where pruning cuts: what `o_proj` and `down_proj` read.
+
+Everything runs the model's own modules; nothing of a family's forward is written again here. The tests hold the
+pieces, put together, against the model's own forward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from compress.models.families.base import Family
+
+
+class _Stop(Exception):
+    """Ends a forward where a hook has seen what it wanted."""
+
+
+def _caught(module: nn.Module, seen: list[Any]) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+class BlockRunner:
+    """A causal language model cut at its blocks, for windows of one fixed length.
+
+    Args:
+        model: a transformers causal LM in evaluation mode; its weights are read, never changed.
+        family: its adapter.
+        length: tokens per window; position embeddings and masks are captured once for it.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, length: int) -> None:
+        self.model, self.family, self.length = model.eval(), family, length
+        self.blocks = family.blocks(model)
+        self._kwargs: list[dict[str, Any]] = []
+        handles = []
+        for block in self.blocks:
+
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._kwargs.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")})
+
+            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            with torch.no_grad():
+                # One window of zeros: masks and position embeddings depend on the length alone.
+                model.model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)  # type: ignore[operator,union-attr]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (b, length) -> the residual stream in front of block 0, (b, length, hidden)."""
+        seen: list[Tensor] = []
+        handle = _caught(self.blocks[0], seen)
+        try:
+            self.model.model(input_ids=ids, use_cache=False)  # type: ignore[operator,union-attr]
+        except _Stop:
+            pass  # the hook has what it came for
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
+        return (block if block is not None else self.blocks[index])(hidden, **self._kwargs[index])
+
+    def context(self, index: int, hidden: Tensor) -> Tensor:
+        """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim)."""
+        seen: list[Tensor] = []
+        handle = _caught(self.family.o_proj(self.blocks[index]), seen)
+        try:
+            self.run(index, hidden)
+        except _Stop:
+            pass  # the hook has what it came for
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def middle(self, index: int, hidden: Tensor, attention: Tensor) -> Tensor:
+        """The residual stream between attention and FFN, given `o_proj`'s output ``attention`` (b, length, hidden)."""
+        return hidden + self.family.after_attention(self.blocks[index], attention)
+
+    def activation(self, index: int, middle: Tensor) -> Tensor:
+        """What `down_proj` of block ``index`` reads: (b, length, ffn)."""
+        seen: list[Tensor] = []
+        block = self.blocks[index]
+        handle = _caught(self.family.down_proj(block), seen)
+        try:
+            block.mlp(self.family.ffn_norm(block)(middle))  # type: ignore[operator]
+        except _Stop:
+            pass  # the hook has what it came for
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def output(self, index: int, middle: Tensor, ffn: Tensor) -> Tensor:
+        """The residual stream behind block ``index``, given `down_proj`'s output ``ffn`` (b, length, hidden)."""
+        return middle + self.family.after_ffn(self.blocks[index], ffn)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The final norm and the head: (..., hidden) -> (..., vocab)."""
+        model: Any = self.model
+        z = model.lm_head(model.model.norm(hidden))
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return z if cap is None else torch.tanh(z / cap) * cap

@@ -1,0 +1,296 @@
+"""What every decoder family has in common: units, integer costs, and how a block is sliced or masked.
+
+A family file says only where it differs. Units of attention are query heads, kept in equal number for every kept
+KV group (group of head h = h // (heads / kv_heads)); units of the FFN are neurons.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a dense decoder; every block has the same."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV group."""
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which linear layers carry a bias."""
+
+    qkv: bool = False
+    o: bool = False
+    gate_up: bool = False
+    down: bool = False
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Exact parameter counts (integers). The *backbone* is all linear layers of the blocks, biases included;
+    embeddings, head and norms are not part of it."""
+
+    geometry: Geometry
+    biases: Biases
+    total: int  # all parameters of the model, tied ones once
+
+    def attention(self, groups: int, per_group: int) -> int:
+        """Parameters of q, k, v and o with ``groups`` KV groups of ``per_group`` query heads each."""
+        if groups == 0 or per_group == 0:
+            return 0
+        g = self.geometry
+        row = g.hidden + int(self.biases.qkv)
+        queries, keys = groups * per_group * g.head_dim, groups * g.head_dim
+        return queries * row + 2 * keys * row + g.hidden * queries + int(self.biases.o) * g.hidden
+
+    def ffn(self, neurons: int) -> int:
+        """Parameters of gate, up and down with ``neurons`` neurons."""
+        if neurons == 0:
+            return 0
+        g = self.geometry
+        return neurons * (2 * (g.hidden + int(self.biases.gate_up)) + g.hidden) + int(self.biases.down) * g.hidden
+
+    @property
+    def attention_dense(self) -> int:
+        return self.attention(self.geometry.kv_heads, self.geometry.group)
+
+    @property
+    def backbone(self) -> int:
+        return self.geometry.layers * (self.attention_dense + self.ffn(self.geometry.ffn))
+
+
+class NoAttention(nn.Module):
+    """Stands where all heads of a block were removed: adds nothing, keeps no cache."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFFN(nn.Module):
+    """Stands where all neurons of a block were removed."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A Linear layer that holds just these tensors: ``weight`` (out, in), ``bias`` (out,) or None."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+    return made
+
+
+def take_rows(layer: nn.Linear, rows: Tensor) -> nn.Linear:
+    """The same layer with only the output ``rows`` (int64)."""
+    return linear(layer.weight[rows], None if layer.bias is None else layer.bias[rows])
+
+
+def spans(indices: Tensor, width: int) -> Tensor:
+    """Channel indices of blocks of ``width`` channels: (n,) -> (n * width,)."""
+    return (indices[:, None] * width + torch.arange(width)).reshape(-1)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A shallow copy: its own table of children, the same parameters."""
+    made = copy.copy(module)
+    made._modules = dict(module._modules)
+    made._parameters = dict(module._parameters)
+    return made
+
+
+class Family:
+    """Adapter of the plain pre-norm decoder with separate q, k, v, gate and up (Llama and its like)."""
+
+    name: str
+    model_types: tuple[str, ...]
+    post_norm = False  # True: a norm stands between a sublayer's output and the residual sum
+    decoder_layer: str  # class of a block, for the generated modelling file
+    causal_lm: str  # class of the model, for the generated modelling file
+    module: str  # transformers.models.<module>
+
+    # --- sizes -----------------------------------------------------------------------------------------------
+
+    def geometry(self, config: Any) -> Geometry:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Geometry(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=head_dim,
+            ffn=config.intermediate_size,
+            vocab=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+        )
+
+    def biases(self, config: Any) -> Biases:
+        attention, mlp = bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
+        return Biases(qkv=attention, o=attention, gate_up=mlp, down=mlp)
+
+    def costs(self, config: Any) -> Costs:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return Costs(self.geometry(config), self.biases(config), sum(p.numel() for p in model.parameters()))
+
+    def keeps_attention(self, config: Any) -> frozenset[int]:
+        """Blocks whose attention must not vanish: the first of each kind, where the KV cache reads the length."""
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        return frozenset(kinds.index(kind) for kind in set(kinds))
+
+    # --- where things are ------------------------------------------------------------------------------------
+
+    def blocks(self, model: Any) -> nn.ModuleList:
+        blocks: nn.ModuleList = model.model.layers
+        return blocks
+
+    def o_proj(self, block: Any) -> nn.Linear:
+        layer: nn.Linear = block.self_attn.o_proj
+        return layer
+
+    def down_proj(self, block: Any) -> nn.Linear:
+        layer: nn.Linear = block.mlp.down_proj
+        return layer
+
+    def ffn_norm(self, block: Any) -> nn.Module:
+        norm: nn.Module = block.post_attention_layernorm
+        return norm
+
+    def after_attention(self, block: Any, attention: Tensor) -> Tensor:
+        """What is done to attention's output before it is added to the residual stream."""
+        return attention
+
+    def after_ffn(self, block: Any, ffn: Tensor) -> Tensor:
+        """What is done to the FFN's output before it is added to the residual stream."""
+        return ffn
+
+    # --- surgery ---------------------------------------------------------------------------------------------
+
+    def slice_queries(self, attention: Any, heads: Tensor, groups: Tensor, head_dim: int) -> None:
+        """Replaces q, k and v in ``attention`` (a shallow copy) by the rows of ``heads`` and KV ``groups``."""
+        attention.q_proj = take_rows(attention.q_proj, spans(heads, head_dim))
+        attention.k_proj = take_rows(attention.k_proj, spans(groups, head_dim))
+        attention.v_proj = take_rows(attention.v_proj, spans(groups, head_dim))
+
+    def slice_gate_up(self, mlp: Any, neurons: Tensor) -> None:
+        """Replaces gate and up in ``mlp`` (a shallow copy) by the rows of ``neurons``."""
+        mlp.gate_proj = take_rows(mlp.gate_proj, neurons)
+        mlp.up_proj = take_rows(mlp.up_proj, neurons)
+
+    def sliced(
+        self,
+        block: nn.Module,
+        *,
+        heads: Tensor | None,
+        neurons: Tensor | None,
+        o_weight: Tensor | None = None,
+        down_weight: Tensor | None = None,
+    ) -> nn.Module:
+        """A really smaller copy of ``block``; what is not touched is shared with it, ``block`` stays as it is.
+
+        Args:
+            heads: original indices of the query heads that stay, sorted, equally many in every kept KV group;
+                None leaves them all; empty removes attention.
+            neurons: original indices of the FFN neurons that stay, sorted; None leaves all; empty removes the FFN.
+            o_weight: (hidden, len(heads) * head_dim), the refitted `o_proj`; its own columns where None.
+            down_weight: (hidden, len(neurons)), likewise `down_proj`.
+        """
+        made: Any = twin(block)
+        old: Any = block
+        config = old.self_attn.config
+        g = self.geometry(config)
+        if heads is not None and len(heads) == 0:
+            made.self_attn = NoAttention()
+        elif heads is not None or o_weight is not None:
+            heads = torch.arange(g.heads) if heads is None else heads
+            groups = torch.unique(heads // g.group)
+            attention: Any = twin(old.self_attn)
+            if len(heads) < g.heads:
+                self.slice_queries(attention, heads, groups, g.head_dim)
+                # Some families read their head counts from the config while they run.
+                attention.config = copy.copy(config)
+                attention.config.num_attention_heads, attention.config.num_key_value_heads = len(heads), len(groups)
+                attention.num_key_value_groups = len(heads) // len(groups)
+                if hasattr(attention, "num_key_value_heads"):
+                    attention.num_key_value_heads = len(groups)
+            o = self.o_proj(old)
+            weight = o.weight[:, spans(heads, g.head_dim)] if o_weight is None else o_weight.to(o.weight)
+            attention.o_proj = linear(weight, o.bias)
+            made.self_attn = attention
+        if neurons is not None and len(neurons) == 0:
+            made.mlp = NoFFN()
+        elif neurons is not None or down_weight is not None:
+            neurons = torch.arange(g.ffn) if neurons is None else neurons
+            mlp: Any = twin(old.mlp)
+            if len(neurons) < g.ffn:
+                self.slice_gate_up(mlp, neurons)
+            down = self.down_proj(old)
+            weight = down.weight[:, neurons] if down_weight is None else down_weight.to(down.weight)
+            mlp.down_proj = linear(weight, down.bias)
+            made.mlp = mlp
+        return made
+
+    def masked(
+        self,
+        block: nn.Module,
+        *,
+        heads: Tensor | None,
+        neurons: Tensor | None,
+        o_weight: Tensor | None = None,
+        down_weight: Tensor | None = None,
+    ) -> nn.Module:
+        """The same function as `sliced`, at full shape: columns that read removed units are zero."""
+        made: Any = twin(block)
+        old: Any = block
+        g = self.geometry(old.self_attn.config)
+        if heads is not None or o_weight is not None:
+            heads = torch.arange(g.heads) if heads is None else heads
+            made.self_attn = twin(old.self_attn)
+            made.self_attn.o_proj = _full(self.o_proj(old), spans(heads, g.head_dim), o_weight)
+        if neurons is not None or down_weight is not None:
+            neurons = torch.arange(g.ffn) if neurons is None else neurons
+            made.mlp = twin(old.mlp)
+            made.mlp.down_proj = _full(self.down_proj(old), neurons, down_weight)
+        return made
+
+    def layer_overrides(self, heads: int, groups: int, neurons: int) -> dict[str, Any]:
+        """A block's entry in `per_layer_config`."""
+        overrides: dict[str, Any] = {}
+        skip = []
+        if heads:
+            overrides.update(num_attention_heads=heads, num_key_value_heads=groups)
+        else:
+            skip.append("attention")
+        if neurons:
+            overrides["intermediate_size"] = neurons
+        else:
+            skip.append("mlp")
+        return {**overrides, "skip": skip} if skip else overrides
+
+
+def _full(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear:
+    full = torch.zeros_like(layer.weight)
+    full[:, columns] = layer.weight[:, columns] if weight is None else weight.to(layer.weight)
+    bias = layer.bias if len(columns) or layer.bias is None else torch.zeros_like(layer.bias)
+    return linear(full, bias)

@@ -1,0 +1,230 @@
+"""Layer-wise pruning by optimal brain surgeon (OBS): one nested greedy pass, every level with its exact refit.
+
+Symbols are the paper's: X are the inputs of a projection W (in, out), H = X^T X, and the objective is
+||T - X W'||^2 for a target T. With T = X W this is the paper's ||X W - X W'||^2; with other targets the
+least-squares optimum W* = H^-1 X^T T takes W's place, and everything after it is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+
+Score = Literal["obs", "tyr"]
+
+
+@dataclass
+class Moments:
+    """Sums over calibration tokens: ``H`` = X^T X (in, in) and ``G`` = X^T T (in, out), both float64."""
+
+    H: Tensor
+    G: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, n_in: int, n_out: int) -> Moments:
+        return cls(torch.zeros(n_in, n_in, dtype=torch.float64), torch.zeros(n_in, n_out, dtype=torch.float64))
+
+    def add(self, x: Tensor, target: Tensor) -> None:
+        """Adds tokens: ``x`` (..., in) and ``target`` (..., out). Products in the inputs' type, sums in float64."""
+        x = x.reshape(-1, x.shape[-1])
+        target = target.reshape(-1, target.shape[-1])
+        self.H += (x.T @ x).double()
+        self.G += (x.T @ target).double()
+        self.tokens += x.shape[0]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The damped quadratic: minimise tr((W - W*)^T H (W - W*)) over the kept rows of W.
+
+    ``H`` (in, in) float64, damped; ``G`` = H W* (in, out) float64.
+    """
+
+    H: Tensor
+    G: Tensor
+
+    def loss(self, keep: Tensor) -> float:
+        """Loss of the best weights on the rows ``keep`` (int64, sorted), up to a constant: -tr(G_K^T H_KK^-1 G_K)."""
+        return -float((self.refit(keep) * self.G[keep]).sum())
+
+    def refit(self, keep: Tensor) -> Tensor:
+        """The exact least-squares weights (len(keep), out) float64 when only the rows ``keep`` may stay."""
+        if not len(keep):
+            return self.G.new_zeros(0, self.G.shape[1])
+        factor = torch.linalg.cholesky(self.H[keep][:, keep])
+        return torch.cholesky_solve(self.G[keep], factor)
+
+
+def damp(moments: Moments, W: Tensor, damping: float, where: str = "") -> Problem:
+    """Adds the ridge lambda ||W' - W||^2, lambda = damping * mean(diag H): it holds the refit to the original ``W``.
+
+    Args:
+        W: the dense projection (in, out).
+        where: the sublayer's name, for the error.
+
+    Raises:
+        CompressError: the statistics hold NaN or infinity.
+    """
+    if not (torch.isfinite(moments.H).all() and torch.isfinite(moments.G).all()):
+        raise CompressError(
+            "the calibration activations hold NaN or infinity",
+            where=where,
+            fix="check the model's weights (`compress verify`) and run the calibration in float32",
+        )
+    scale = float(moments.H.diagonal().mean())
+    ridge = damping * (scale if scale > 0 else 1.0)
+    H = moments.H.clone()
+    H.diagonal().add_(ridge)
+    return Problem(H, moments.G + ridge * W.double())
+
+
+def _block_losses(inverse: Tensor, w: Tensor, units: Tensor, score: Score, G: Tensor) -> Tensor:
+    """Score of removing each unit. ``units`` (u, c) are the rows of each of u units of c channels; returns (u,)."""
+    if score == "tyr":
+        # The paper's eq. for one channel: |G_p W_p^T| + ||W_p||^2 / (2 [H^-1]_pp); a head's is the mean of its own.
+        channel = (G * w).sum(1).abs() + (w * w).sum(1) / (2 * inverse.diagonal())
+        return channel[units].mean(1)
+    if units.shape[1] == 1:
+        rows = units[:, 0]
+        return (w[rows] ** 2).sum(1) / inverse.diagonal()[rows]
+    losses = []
+    for unit in units:  # one by one: units of many channels are few
+        rows_w = w[unit]  # (c, out)
+        factor = torch.linalg.cholesky(inverse[unit][:, unit])
+        losses.append((rows_w * torch.cholesky_solve(rows_w, factor)).sum())
+    return torch.stack(losses)
+
+
+class Eliminator:
+    """Removes units one step after another, keeping the weights of what stays optimal (block OBS update).
+
+    After every step ``weights`` are the exact least-squares weights of the rows still alive, so that each level on
+    the way down is emitted for the price of a copy.
+    """
+
+    def __init__(self, problem: Problem, score: Score = "obs") -> None:
+        self.score: Score = score
+        self.alive = torch.arange(problem.H.shape[0])
+        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.H))
+        self._w = torch.cholesky_solve(problem.G, torch.linalg.cholesky(problem.H))
+        self._G = problem.G
+
+    @property
+    def weights(self) -> Tensor:
+        """(len(alive), out) float64, the optimum for the rows in ``alive``."""
+        return self._w
+
+    def scores(self, units: Tensor) -> Tensor:
+        """Score (u,) of removing each unit; ``units`` (u, c) holds positions in ``alive``."""
+        return _block_losses(self._inverse, self._w, units, self.score, self._G)
+
+    def remove(self, positions: Tensor) -> None:
+        """Removes the rows at ``positions`` (of ``alive``) together and refits the others."""
+        if len(positions) == len(self.alive):
+            self.alive = self.alive[:0]
+            self._inverse, self._w, self._G = self._inverse[:0, :0], self._w[:0], self._G[:0]
+            return
+        column = self._inverse[:, positions]  # (n, g)
+        block = torch.linalg.cholesky(self._inverse[positions][:, positions])
+        self._w = self._w - column @ torch.cholesky_solve(self._w[positions], block)
+        inverse = self._inverse - column @ torch.cholesky_solve(column.T, block)
+        stay = torch.ones(len(self.alive), dtype=torch.bool)
+        stay[positions] = False
+        self.alive = self.alive[stay]
+        self._inverse, self._w, self._G = inverse[stay][:, stay], self._w[stay], self._G[stay]
+
+
+def prune_neurons(problem: Problem, counts: Iterable[int], step: int, score: Score = "obs") -> dict[int, Tensor]:
+    """One greedy pass over FFN neurons that emits every level in ``counts``.
+
+    Args:
+        counts: numbers of neurons to keep (0 to n).
+        step: neurons removed together between two updates (fewer where a level comes first).
+
+    Returns:
+        ``{count: kept indices (count,) int64, sorted}``. Levels are nested: each is a subset of the one above.
+    """
+    n = problem.H.shape[0]
+    wanted = sorted(set(counts), reverse=True)
+    levels: dict[int, Tensor] = {}
+    eliminator = Eliminator(problem, score)
+    for count in wanted:
+        if not 0 <= count <= n:
+            raise ValueError(f"a level of {count} neurons in a layer of {n}")
+        while len(eliminator.alive) > count:
+            alive = len(eliminator.alive)
+            # A step ends on a multiple of `step`, whichever levels are asked for: so any two runs nest alike.
+            size = min(alive - count, (alive - 1) % step + 1)
+            scores = eliminator.scores(torch.arange(alive)[:, None])
+            order = torch.argsort(scores, stable=True)
+            eliminator.remove(order[:size].sort().values)
+        levels[count] = eliminator.alive.clone()
+    return levels
+
+
+@dataclass(frozen=True)
+class Heads:
+    """A choice of query heads: ``groups`` KV groups stay, each with ``per_group`` query heads; ``heads`` are their
+    original indices, sorted."""
+
+    groups: int
+    per_group: int
+    heads: tuple[int, ...]
+
+
+def channels(heads: Sequence[int], head_dim: int) -> Tensor:
+    """The o_proj input channels (len(heads) * head_dim,) int64 of some query heads."""
+    return torch.tensor([h * head_dim + c for h in heads for c in range(head_dim)], dtype=torch.int64)
+
+
+def _units_of(alive: Tensor, owner: Tensor, size: int) -> tuple[list[int], Tensor]:
+    """Groups the positions of ``alive`` by ``owner[channel]``; every owner has ``size`` channels left."""
+    owners = owner[alive]
+    names = torch.unique(owners)
+    positions = torch.stack([torch.nonzero(owners == o)[:, 0] for o in names]) if len(names) else alive.new_zeros(0, 1)
+    return names.tolist(), positions.reshape(len(names), size) if len(names) else positions
+
+
+def prune_heads(
+    problem: Problem, heads: int, kv_heads: int, head_dim: int, *, trim: bool, score: Score = "obs"
+) -> list[Heads]:
+    """All nested choices of whole KV groups and, with ``trim``, of equally many query heads in each kept group.
+
+    KV groups are removed greedily, one at a time, down to none; from each of these states query heads are removed
+    greedily, one from every kept group a round. Ordered by the number of query heads kept, most first.
+    """
+    group = heads // kv_heads
+    head_of = torch.arange(heads * head_dim) // head_dim
+    group_of = head_of // group
+    found = []
+    by_group = Eliminator(problem, score)
+    for kept in range(kv_heads, -1, -1):
+        if kept < kv_heads:
+            _, units = _units_of(by_group.alive, group_of, group * head_dim)
+            by_group.remove(units[int(by_group.scores(units).argmin())])
+        by_head = _copy(by_group)
+        for per_group in range(group, 0, -1):
+            if per_group < group:
+                for g in torch.unique(group_of[by_head.alive]).tolist():
+                    names, units = _units_of(by_head.alive, head_of, head_dim)
+                    mine = torch.tensor([i for i, h in enumerate(names) if h // group == g])
+                    scores = by_head.scores(units)[mine]
+                    by_head.remove(units[int(mine[int(scores.argmin())])])
+            names = torch.unique(head_of[by_head.alive]).tolist()
+            found.append(Heads(kept, per_group if kept else 0, tuple(names)))
+            if not trim or kept == 0:
+                break
+    return sorted(found, key=lambda h: (-len(h.heads), -h.groups))
+
+
+def _copy(eliminator: Eliminator) -> Eliminator:
+    twin = object.__new__(Eliminator)
+    twin.__dict__.update(eliminator.__dict__)
+    return twin

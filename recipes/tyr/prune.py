@@ -1,0 +1,454 @@
+"""Týr from calibration windows to a plan: supernet, search, again with finer levels, then one exact pass.
+
+The search decides only *how much* every sublayer gives up. The last pass walks the model once more with exactly that
+choice, so that every projection is refitted to the stream it will really see.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.budget import Option, knapsack, nearest_feasible, target_removed
+from compress.errors import CompressError
+from compress.models.blocks import BlockRunner
+from compress.plan import BlockPlan, Plan
+from compress.progress import Progress
+from compress.recipes.tyr import TyrOptions
+from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus
+from compress.recipes.tyr.supernet import Menu, Streams, Supernet, neuron_counts, prune_block, write_block
+from compress.run import Journal, Run
+
+if TYPE_CHECKING:
+    from compress.models.families.base import Costs, Family, Geometry
+
+# Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
+# 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).
+REFERENCE_TOKENS = 4 * 50 * (128 * 2048 + 16 * 16384 + 5 * 131072)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one block keeps: ``groups`` KV groups with ``per_group`` query heads each, and ``neurons`` FFN neurons."""
+
+    groups: int
+    per_group: int
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a Týr run needs to know. ``inputs`` go into every stage's fingerprint."""
+
+    model: nn.Module
+    family: Family
+    geometry: Geometry
+    costs: Costs
+    calibration: Tensor  # (windows, length) int64
+    search: Tensor  # (windows, length) int64, none of them in ``calibration``
+    sparsity: float
+    seed: int
+    options: TyrOptions
+    inputs: Mapping[str, Any]
+
+
+def saving(job: Job, choice: Choice) -> int:
+    """Parameters that ``choice`` removes from one block."""
+    costs, geometry = job.costs, job.geometry
+    attention = costs.attention_dense - costs.attention(choice.groups, choice.per_group)
+    return attention + costs.ffn(geometry.ffn) - costs.ffn(choice.neurons)
+
+
+def head_choices(geometry: Geometry, trim: bool) -> tuple[tuple[int, int], ...]:
+    """Every (groups, per_group) that can be kept, most first."""
+    found = [(geometry.kv_heads, geometry.group)]
+    for groups in range(geometry.kv_heads, 0, -1):
+        for per_group in range(geometry.group, 0, -1) if trim else (geometry.group,):
+            if (groups, per_group) != found[0]:
+                found.append((groups, per_group))
+    return (*found, (0, 0))
+
+
+def produce_plan(run: Run, job: Job) -> Path:
+    """Runs all stages of the method; each is sealed, and a run started again goes on where it stopped.
+
+    Returns:
+        The sealed folder holding plan.json, plan.safetensors and search.json.
+    """
+    check_budget(job)
+    options = job.options
+    choices: list[Choice] | None = None
+    results: list[dict[str, Any]] = []
+    for iteration in range(1, options.iterations + 1):
+        built = _supernet(run, job, iteration, choices)
+        folder = _search(run, job, iteration, built, choices)
+        result = json.loads((folder / "search.json").read_text())
+        results.append(result)
+        choices = [Choice(**c) for c in result["choices"]]
+    assert choices is not None  # iterations >= 1
+    choices = settle(job, choices, json.loads((folder / "options.json").read_text()))
+    return _final(run, job, choices, results)
+
+
+def check_budget(job: Job) -> int:
+    """The number of parameters to remove.
+
+    Raises:
+        CompressError: even with every sublayer at its smallest the budget is out of reach.
+    """
+    target = target_removed(job.sparsity, job.costs.backbone)
+    heads = head_choices(job.geometry, job.options.query_heads) if job.options.attention else ()
+    least = min((job.costs.attention(g, q) for g, q in heads), default=job.costs.attention_dense)
+    most = job.geometry.layers * (job.costs.attention_dense - least + job.costs.ffn(job.geometry.ffn))
+    if target > most:
+        raise CompressError(
+            f"a sparsity of {job.sparsity:.1%} asks to remove {target:,} parameters, but what may be pruned holds only"
+            f" {most:,} ({most / job.costs.backbone:.1%} of the backbone)",
+            where="sparsity",
+            fix=f"ask for at most {int(1000 * most / job.costs.backbone) / 1000}"
+            + ("" if job.options.attention else ", or let attention be pruned (--set tyr.attention=true)"),
+        )
+    return target
+
+
+def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[Menu]:
+    """The levels every block offers: over the whole range first, then around the choice so far at half the step."""
+    options, geometry = job.options, job.geometry
+    step = options.interval / 2 ** (iteration - 1) * geometry.ffn
+    step = max(options.round_to, round(step / options.round_to) * options.round_to)
+    heads = None if options.attention else ((geometry.kv_heads, geometry.group),)
+    found = []
+    for i in range(geometry.layers):
+        if choices is None:
+            # Sparsities centre on the target, as the paper's; 0 is always among them.
+            centre = geometry.ffn - round(job.sparsity / options.interval) * step
+        else:
+            centre = choices[i].neurons
+        counts = neuron_counts(geometry.ffn, centre, step, options.levels, options.round_to)
+        found.append(Menu(counts, heads, options.levels))
+    return found
+
+
+def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) -> list[Path]:
+    """Builds the supernet block by block; every block is a sealed stage, the streams behind it are kept beside."""
+    options = job.options
+    block_menu = block_menus(job, iteration, choices)
+    inputs = {
+        **job.inputs,
+        "iteration": iteration,
+        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
+        "sparsity": job.sparsity,
+        "choices": None if choices is None else [list(vars(c).values()) for c in choices],
+    }
+    name = f"supernet-{iteration}"
+
+    def write(index: int, attention: Any, ffn: Any) -> Path:
+        return run.stage(
+            f"{name}/block-{index:03d}",
+            {**inputs, "block": index},
+            lambda folder: write_block(folder / "levels.safetensors", attention, ffn, torch.bfloat16),
+        )
+
+    return [
+        folder / "levels.safetensors"
+        for folder in _walk(run, job, name, inputs, block_menu, options.accumulation, False, write)
+    ]
+
+
+LOCAL_OPTIONS = {
+    "score",
+    "target",
+    "damping",
+    "accumulation",
+    "levels",
+    "interval",
+    "round_to",
+    "query_heads",
+    "attention",
+}
+
+
+def _walk(
+    run: Run,
+    job: Job,
+    name: str,
+    inputs: Mapping[str, Any],
+    block_menu: list[Menu],
+    accumulation: Any,
+    refit_dense: bool,
+    write: Any,
+) -> list[Path]:
+    """Walks the blocks with both streams, resuming behind the last block whose stage and streams are on disk."""
+    layers = job.geometry.layers
+    scratch = run.scratch(name)
+    sealed = 0
+    while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}"):
+        # Raises where the sealed block was made from other inputs.
+        run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, _never)
+        sealed += 1
+    folders = [run.folder / name / f"block-{i:03d}" for i in range(sealed)]
+    if sealed == layers:
+        run.drop_scratch(name)
+        return folders
+    runner = BlockRunner(job.model, job.family, job.calibration.shape[1])
+    kept = scratch / f"before-{sealed:03d}.safetensors"
+    if sealed and kept.exists():
+        streams, start = Streams.load(kept), sealed
+    else:
+        streams, start = Streams.start(runner, job.calibration), 0
+    with Progress(layers, f"{name}: blocks", start=start) as bar:
+        for index in range(start, layers):
+            attention, ffn = prune_block(
+                runner,
+                index,
+                streams,
+                block_menu[index],
+                geometry=job.geometry,
+                costs=job.costs,
+                damping=job.options.damping,
+                target=job.options.target,
+                accumulation=accumulation,
+                score=job.options.score,
+                step=job.options.round_to,
+                trim=job.options.query_heads,
+                refit_dense=refit_dense,
+            )
+            if index + 1 < layers:
+                partial = scratch / "partial.safetensors"
+                streams.save(partial)
+                partial.replace(scratch / f"before-{index + 1:03d}.safetensors")
+            if index >= sealed:
+                folders.append(write(index, attention, ffn))
+            (scratch / f"before-{index:03d}.safetensors").unlink(missing_ok=True)
+            bar.update(1)
+    run.drop_scratch(name)
+    return folders
+
+
+def _never(_: Path) -> None:
+    raise AssertionError("a sealed stage was built again")
+
+
+def _search(run: Run, job: Job, iteration: int, files: list[Path], choices: list[Choice] | None) -> Path:
+    """Knapsack over measured single KLs, then evolution; the journal of evaluations makes it resumable."""
+    options = job.options.search
+    name = f"search-{iteration}"
+    inputs = {
+        **job.inputs,
+        "iteration": iteration,
+        "search": options.model_dump(mode="json"),
+        "supernet": [run.seal_hash(path.parent) for path in files],
+        "seed": job.seed,
+    }
+
+    def build(folder: Path) -> None:
+        runner = BlockRunner(job.model, job.family, job.search.shape[1])
+        supernet = Supernet(files, job.geometry)
+        scratch = run.scratch(name)
+        # The scratch log belongs to these inputs alone; another recipe's evaluations must not be taken for ours.
+        journal = Journal(scratch / f"log-{run.fingerprint(inputs)[:16]}.jsonl")
+        evaluator = Evaluator(
+            runner,
+            supernet,
+            job.search,
+            positions=options.positions,
+            top_k=options.teacher_top_k,
+            seed=job.seed,
+            log=journal,
+            tag=name,
+        )
+        base = evaluator.dense if choices is None else _genome_of(supernet, job, choices)
+        n = len(job.search)
+        # Evenly spread over the windows, so that every source of text is among them.
+        rows = sorted({round(i * (n - 1) / max(1, options.singles_windows - 1)) for i in range(options.singles_windows)})
+        rows = [r for r in rows if r < n]
+        with Progress(sum(len(m) for m in menus(supernet)), f"{name}: single candidates") as bar:
+            priced = measure_singles(evaluator, base, rows, lambda done, total: bar.to(done))
+        total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
+        start: Genome = tuple(knapsack(priced, total))
+        predicted = sum(priced[i][g].loss for i, g in enumerate(start))
+        with Progress(options.generations, f"{name}: generations") as bar:
+            found = evolve(
+                evaluator,
+                priced,
+                start,
+                options,
+                seed=job.seed + iteration,
+                progress=lambda generation, kl: bar.to(generation, note=f"KL {kl:.4f}"),
+            )
+        (folder / "options.json").write_text(
+            json.dumps(
+                [
+                    [
+                        {
+                            "saving": option.saving,
+                            "loss": option.loss,
+                            "choice": _describe(supernet, job, i, e),
+                        }
+                        for e, option in enumerate(menu)
+                    ]
+                    for i, menu in enumerate(priced)
+                ]
+            )
+        )
+        (folder / "search.json").write_text(
+            json.dumps(
+                {
+                    "iteration": iteration,
+                    "genome": list(found.genome),
+                    "removed": total,
+                    "predicted": predicted,
+                    "kl_knapsack": found.kl_start,
+                    "kl": found.kl,
+                    "generations": found.generations,
+                    "stopped": found.stopped,
+                    "work_token_layers": evaluator.work,
+                    "supernet_bytes": supernet.bytes,
+                    "full_shape_bytes": full_shape_bytes(supernet, job),
+                    "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
+                    "log": [
+                        {k: r[k] for k in ("phase", "generation", "work", "kl") if k in r}
+                        for r in journal.rows()
+                        if r["tag"] == name
+                    ],
+                },
+                indent=1,
+            )
+        )
+
+    folder = run.stage(name, inputs, build)
+    run.drop_scratch(name)
+    return folder
+
+
+def full_shape_bytes(supernet: Supernet, job: Job) -> int:
+    """What the same levels take when every candidate is stored at full shape in the model's own type."""
+    size = next(job.model.parameters()).element_size()
+    geometry = job.geometry
+    per = {"attention": geometry.heads * geometry.head_dim * geometry.hidden, "ffn": geometry.ffn * geometry.hidden}
+    return sum(
+        per[kind] * size for facts in supernet.facts for kind in per for level in facts[kind] if not level["dense"]
+    )
+
+
+def _describe(supernet: Supernet, job: Job, sublayer: int, e: int) -> list[int]:
+    """Attention level -> [groups, per_group]; FFN level -> [neurons]."""
+    block, ffn = divmod(sublayer, 2)
+    if ffn:
+        return [supernet.facts[block]["ffn"][e]["kept"]]
+    heads = supernet.level(block, "attention", e).units
+    groups = len({h // job.geometry.group for h in heads})
+    return [groups, len(heads) // groups if groups else 0]
+
+
+def _choices_of(supernet: Supernet, job: Job, genome: Genome) -> list[Choice]:
+    found = []
+    for block in range(job.geometry.layers):
+        groups, per_group = _describe(supernet, job, 2 * block, genome[2 * block])
+        (neurons,) = _describe(supernet, job, 2 * block + 1, genome[2 * block + 1])
+        found.append(Choice(groups, per_group, neurons))
+    return found
+
+
+def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
+    """The level of each sublayer that comes nearest to ``choices`` in parameters kept."""
+    genome = []
+    for block, choice in enumerate(choices):
+        attention = job.costs.attention_dense - job.costs.attention(choice.groups, choice.per_group)
+        ffn = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
+        for kind, wanted in (("attention", attention), ("ffn", ffn)):
+            facts = supernet.facts[block][kind]
+            genome.append(min(range(len(facts)), key=lambda e: (abs(facts[e]["saving"] - wanted), e)))
+    return tuple(genome)
+
+
+def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]]) -> list[Choice]:
+    """Moves FFN widths by single steps of ``round_to`` neurons until the budget is met as nearly as such steps can.
+
+    The levels of the search are coarser than the units; what is left over goes where the measured KL rises least per
+    parameter (or, where too much was removed, comes back where it falls most).
+    """
+    target = target_removed(job.sparsity, job.costs.backbone)
+    step = job.options.round_to
+    cost = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(job.geometry.ffn - step)
+    steps = round((target - sum(saving(job, c) for c in choices)) / cost)
+    found = list(choices)
+    while steps:
+        sign = 1 if steps > 0 else -1
+        able = [
+            i
+            for i, c in enumerate(found)
+            if 0 <= c.neurons - sign * step <= job.geometry.ffn and (sign < 0 or c.neurons >= step)
+        ]
+        if not able:
+            break
+        slopes = {i: _slope([Option(o["saving"], o["loss"]) for o in options[2 * i + 1]], job, found[i], sign) for i in able}
+        at = min(able, key=lambda i: (sign * slopes[i], i))
+        neurons = found[at].neurons - sign * step
+        found[at] = Choice(found[at].groups, found[at].per_group, neurons)
+        steps -= sign
+    return found
+
+
+def _slope(menu: list[Option], job: Job, choice: Choice, sign: int) -> float:
+    """KL per parameter on the stretch of the FFN's measured curve that the next step would walk."""
+    at = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
+    curve = sorted({o.saving: o.loss for o in menu}.items())
+    for (s0, l0), (s1, l1) in zip(curve, curve[1:], strict=False):
+        inside = s0 <= at < s1 if sign > 0 else s0 < at <= s1
+        if inside:
+            return (l1 - l0) / (s1 - s0)
+    # Beyond the last measured level: as steep as the last stretch.
+    (s0, l0), (s1, l1) = curve[-2], curve[-1]
+    return (l1 - l0) / (s1 - s0)
+
+
+def _final(run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]]) -> Path:
+    """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has."""
+    options = job.options
+    block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
+    inputs = {
+        **job.inputs,
+        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS | {"refit"}),
+        "choices": [list(vars(c).values()) for c in choices],
+    }
+
+    def write(index: int, attention: Any, ffn: Any) -> Path:
+        def build(folder: Path) -> None:
+            block = BlockPlan(heads=attention[0].units, neurons=ffn[0].units)
+            weights = {"o": attention[0].weight, "down": ffn[0].weight}
+            Plan(
+                blocks=(block,),
+                weights={f"blocks.0.{k}": w for k, w in weights.items() if w is not None},
+                meta={"block": index},
+            ).save(folder)
+
+        return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build)
+
+    folders = _walk(run, job, "final", inputs, block_menu, "expectation", options.refit == "all", write)
+
+    def build(folder: Path) -> None:
+        parts = [Plan.load(f) for f in folders]
+        plan = Plan(
+            blocks=tuple(p.blocks[0] for p in parts),
+            weights={
+                key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(parts) for key, w in p.weights.items()
+            },
+            meta={
+                "method": "tyr",
+                "sparsity_asked": job.sparsity,
+                "removed": sum(saving(job, c) for c in choices),
+                "backbone": job.costs.backbone,
+                **dict(job.inputs),
+            },
+        )
+        plan.save(folder)
+        (folder / "search.json").write_text(json.dumps(results, indent=1))
+
+    return run.stage("plan", {**inputs, "parts": [run.seal_hash(f) for f in folders]}, build)

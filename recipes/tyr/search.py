@@ -1,0 +1,335 @@
+"""Finds one level per sublayer: exact knapsack over measured single KLs, then evolution on the joint KL.
+
+A *genome* holds one level index per sublayer, attention and FFN alternating: (a_0, f_0, a_1, f_1, ...). Every
+candidate removes exactly the same number of parameters. Work is counted in token-layers: tokens times blocks run.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.budget import Option, knapsack
+from compress.models.blocks import BlockRunner
+from compress.recipes.tyr import SearchOptions
+from compress.recipes.tyr.supernet import BATCH, Supernet
+
+Genome = tuple[int, ...]
+
+
+class Log(Protocol):
+    """Where evaluations are noted: an append-only journal that survives a kill."""
+
+    def append(self, row: dict[str, Any]) -> None: ...
+
+    def rows(self) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model's next-token distribution at some positions of each window, as its ``k`` likeliest tokens.
+
+    ``positions`` (windows, p) int64; ``index`` (windows, p, k) int64; ``logp`` (windows, p, k) float32; ``rest``
+    (windows, p): log of the mass outside the k. With the rest as one more outcome the KL is a true lower bound of
+    the full one, and never negative.
+    """
+
+    positions: Tensor
+    index: Tensor
+    logp: Tensor
+    rest: Tensor
+
+    def rows(self, at: Sequence[int]) -> Teacher:
+        i = torch.tensor(at)
+        return Teacher(self.positions[i], self.index[i], self.logp[i], self.rest[i])
+
+    def kl(self, logits: Tensor) -> Tensor:
+        """KL(dense || candidate) in nats, (windows, p), for candidate ``logits`` (windows, p, vocab)."""
+        logp = logits.gather(-1, self.index) - logits.logsumexp(-1, keepdim=True)
+        rest = _log_rest(logp)
+        inside = (self.logp.exp() * (self.logp - logp)).sum(-1)
+        return inside + self.rest.exp() * (self.rest - rest)
+
+
+def _log_rest(logp: Tensor) -> Tensor:
+    mass = logp.double().exp().sum(-1)
+    return (1.0 - mass).clamp_min(1e-9).log().float()
+
+
+class Evaluator:
+    """Measures the KL of candidates, running only the blocks behind the first one that differs from the parent.
+
+    Args:
+        runner: the dense model cut in blocks.
+        supernet: the levels.
+        windows: token ids (n, length) int64.
+        positions: positions per window at which logits are compared, drawn with ``seed``.
+        top_k: dense outcomes kept per position.
+        log: evaluations are looked up there before they are made, and noted there after.
+        tag: goes into the log with every row, so that one log serves several iterations.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        supernet: Supernet,
+        windows: Tensor,
+        *,
+        positions: int,
+        top_k: int,
+        seed: int,
+        log: Log,
+        tag: str,
+    ) -> None:
+        self.runner, self.supernet, self.windows, self.log, self.tag = runner, supernet, windows, log, tag
+        self.work = 0
+        self.layers = len(runner.blocks)
+        self.dense: Genome = tuple(0 for _ in range(2 * self.layers))
+        self._known = {
+            (r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"
+        }
+        generator = torch.Generator().manual_seed(seed)
+        length = windows.shape[1]
+        draw = [
+            torch.randperm(length - 1, generator=generator)[:positions].sort().values for _ in range(len(windows))
+        ]
+        self._parent: Genome = self.dense
+        self._states: list[Tensor] = []  # _states[i]: the parent's stream in front of block i, (n, length, hidden)
+        self._blocks: dict[tuple[int, int, int], torch.nn.Module] = {}
+        self._advance(self.dense)
+        self.teacher = self._teach(torch.stack(draw), top_k)
+
+    def _teach(self, positions: Tensor, top_k: int) -> Teacher:
+        index, logp, rest = [], [], []
+        for i in range(len(self.windows)):
+            z = self.runner.logits(self._states[-1][i][positions[i]]).log_softmax(-1)
+            top = z.topk(min(top_k, z.shape[-1] - 1), dim=-1)
+            index.append(top.indices)
+            logp.append(top.values)
+            rest.append(_log_rest(top.values))
+        return Teacher(positions, torch.stack(index), torch.stack(logp), torch.stack(rest))
+
+    def _block(self, index: int, a: int, f: int) -> torch.nn.Module | None:
+        """The really sliced block ``index`` at levels (a, f); None where both are dense."""
+        if a == 0 and f == 0:
+            return None
+        attention, ffn = self.supernet.level(index, "attention", a), self.supernet.level(index, "ffn", f)
+        return self.runner.family.sliced(
+            self.runner.blocks[index],
+            heads=None if a == 0 else torch.tensor(attention.units, dtype=torch.int64),
+            neurons=None if f == 0 else torch.tensor(ffn.units, dtype=torch.int64),
+            o_weight=attention.weight,
+            down_weight=ffn.weight,
+        )
+
+    def _run(self, genome: Genome, start: int, hidden: Tensor, keep: list[Tensor] | None) -> Tensor:
+        for index in range(start, self.layers):
+            block = self._block(index, genome[2 * index], genome[2 * index + 1])
+            hidden = torch.cat(
+                [self.runner.run(index, hidden[i : i + BATCH], block) for i in range(0, len(hidden), BATCH)]
+            )
+            self.work += hidden.shape[0] * hidden.shape[1]
+            if keep is not None:
+                keep.append(hidden)
+        return hidden
+
+    def _advance(self, genome: Genome) -> None:
+        """Makes ``genome`` the parent whose streams are reused."""
+        same = 0
+        if self._states:
+            while same < self.layers and genome[2 * same : 2 * same + 2] == self._parent[2 * same : 2 * same + 2]:
+                same += 1
+        else:
+            self._states = [
+                torch.cat([self.runner.embed(self.windows[i : i + BATCH]) for i in range(0, len(self.windows), BATCH)])
+            ]
+        del self._states[same + 1 :]
+        self._run(genome, same, self._states[same], self._states)
+        self._parent = genome
+
+    def set_parent(self, genome: Genome) -> None:
+        if genome != self._parent:
+            self._advance(genome)
+
+    def kl(self, genome: Genome, rows: Sequence[int] | None = None, **note: Any) -> float:
+        """Mean KL in nats of ``genome`` on the windows ``rows`` (all by default)."""
+        at = tuple(range(len(self.windows))) if rows is None else tuple(rows)
+        known = self._known.get((self.tag, genome, at))
+        if known is not None:
+            self.work = known["work"]
+            return float(known["kl"])
+        first = 0
+        while first < self.layers and genome[2 * first : 2 * first + 2] == self._parent[2 * first : 2 * first + 2]:
+            first += 1
+        hidden = self._run(genome, first, self._states[first][list(at)], None)
+        teacher = self.teacher.rows(at)
+        total = 0.0
+        for i in range(len(at)):
+            z = self.runner.logits(hidden[i][teacher.positions[i]][None])
+            total += float(teacher.rows([i]).kl(z).double().mean())
+        row = {
+            "kind": "kl",
+            "tag": self.tag,
+            "genome": list(genome),
+            "rows": list(at),
+            "kl": total / len(at),
+            "work": self.work,
+            **note,
+        }
+        self.log.append(row)
+        self._known[(self.tag, genome, at)] = row
+        return total / len(at)
+
+
+def menus(supernet: Supernet) -> list[list[Option]]:
+    """Every sublayer's options (saving, loss not yet measured), in genome order."""
+    return [
+        [Option(fact["saving"], 0.0) for fact in facts[kind]]
+        for facts in supernet.facts
+        for kind in ("attention", "ffn")
+    ]
+
+
+def measure_singles(
+    evaluator: Evaluator,
+    base: Genome,
+    rows: Sequence[int],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Option]]:
+    """Measures what every level does alone to ``base`` (the dense model, or a solution to improve on).
+
+    The losses are KL(base with that one level changed) - KL(base): what the knapsack adds up. Only the blocks behind
+    the change are run. A level's loss is never put below that of a larger one (running maximum): KL on finitely many
+    tokens may dip, and the knapsack would chase the dip.
+    """
+    evaluator.set_parent(base)
+    zero = evaluator.kl(base, rows, phase="single")
+    options = menus(evaluator.supernet)
+    total = sum(len(menu) for menu in options)
+    done = 0
+    # From the last block to the first: the cheap ones first.
+    for sublayer in range(len(options) - 1, -1, -1):
+        highest = -math.inf
+        for e in range(len(options[sublayer])):
+            genome = base[:sublayer] + (e,) + base[sublayer + 1 :]
+            loss = 0.0 if genome == base else evaluator.kl(genome, rows, phase="single") - zero
+            highest = max(highest, loss)
+            options[sublayer][e] = replace(options[sublayer][e], loss=highest)
+            done += 1
+            if progress:
+                progress(done, total)
+    return options
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with."""
+
+    genome: Genome
+    kl: float
+    kl_start: float
+    generations: int
+    stopped: Literal["generations", "patience", "time limit"]
+
+
+def evolve(
+    evaluator: Evaluator,
+    options: Sequence[Sequence[Option]],
+    start: Genome,
+    settings: SearchOptions,
+    *,
+    seed: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> Found:
+    """Elitist (1 + lambda) evolution with multi-step selection, started from ``start``.
+
+    Offspring are, in turn, the paper's level swaps (min(U{1..4}, U{1..4}) of them, totals unchanged) and knapsack
+    solutions under losses disturbed by log-normal noise. Each generation's early steps look at other windows than
+    the one before it; the last step looks at all of them, and there the parent takes part.
+    """
+    n = len(evaluator.windows)
+    total = sum(options[i][g].saving for i, g in enumerate(start))
+    began = time.monotonic()
+    evaluator.set_parent(start)
+    parent, parent_kl = start, evaluator.kl(start, phase="start")
+    first_kl = parent_kl
+    seen = {start}
+    idle = 0
+    generation = 0
+    stopped: Literal["generations", "patience", "time limit"] = "generations"
+    for generation in range(1, settings.generations + 1):
+        rng = np.random.default_rng([seed, generation])
+        children = offspring(options, parent, total, settings.offspring, rng, seen)
+        windows = rng.permutation(n).tolist()
+        for share, survivors in zip(settings.steps[:-1], settings.survivors, strict=True):
+            rows = sorted(windows[: max(1, round(share * n))])
+            rated = [
+                (evaluator.kl(child, rows, phase="select", generation=generation), child) for child in children
+            ]
+            children = [child for _, child in sorted(rated)[:survivors]]
+            windows = windows[len(rows) :] + windows[: len(rows)]
+        finals = [(evaluator.kl(child, phase="final", generation=generation), child) for child in children]
+        best = min(finals, default=(parent_kl, parent))
+        if best[0] < parent_kl:
+            parent_kl, parent = best
+            evaluator.set_parent(parent)
+            idle = 0
+        else:
+            idle += 1
+        if progress:
+            progress(generation, parent_kl)
+        if idle >= settings.patience:
+            stopped = "patience"
+            break
+        if settings.seconds is not None and time.monotonic() - began > settings.seconds:
+            stopped = "time limit"
+            break
+    return Found(parent, parent_kl, first_kl, generation, stopped)
+
+
+def offspring(
+    options: Sequence[Sequence[Option]],
+    parent: Genome,
+    total: int,
+    count: int,
+    rng: np.random.Generator,
+    seen: set[Genome],
+) -> list[Genome]:
+    """``count`` new genomes (fewer where no more are found) that remove exactly ``total`` parameters."""
+    found: list[Genome] = []
+    for attempt in range(50 * count):
+        if len(found) == count:
+            break
+        if attempt % 2:
+            child = _swap(options, parent, total, rng)
+        else:
+            sigma = (0.1, 0.2, 0.4)[attempt // 2 % 3]
+            noisy = [[replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in m] for m in options]
+            child = tuple(knapsack(noisy, total))
+        if child not in seen:
+            seen.add(child)
+            found.append(child)
+    return found
+
+
+def _swap(options: Sequence[Sequence[Option]], parent: Genome, total: int, rng: np.random.Generator) -> Genome:
+    """Moves sublayers one level up and others of the same type one down; undone where the total would change."""
+    child = list(parent)
+    for _ in range(min(int(rng.integers(1, 5)), int(rng.integers(1, 5)))):
+        kind = int(rng.integers(2))
+        places = np.arange(kind, len(child), 2)
+        a, b = (int(i) for i in rng.choice(places, 2, replace=False)) if len(places) > 1 else (kind, kind)
+        if child[a] > 0 and child[b] < len(options[b]) - 1:
+            child[a] -= 1
+            child[b] += 1
+            if sum(options[i][g].saving for i, g in enumerate(child)) != total:
+                child[a] += 1
+                child[b] -= 1
+    return tuple(child)

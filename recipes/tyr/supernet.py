@@ -1,0 +1,295 @@
+"""The supernet: for every sublayer its levels, each a set of kept units with refitted weights, on disk.
+
+Two streams of calibration activations walk the blocks together: the dense model's, and the pruned one's, which in a
+block with several candidates is their expectation (paper: expectation error accumulation). `down_proj` sees its own
+block's pruned attention, because the attention candidates are made before its statistics are taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.models.blocks import BlockRunner
+from compress.recipes.tyr.local import Heads, Moments, Problem, Score, channels, damp, prune_heads, prune_neurons
+
+if TYPE_CHECKING:
+    from compress.models.families.base import Costs, Geometry
+
+Target = Literal["own", "output", "residual"]
+Accumulation = Literal["expectation", "uniform", "none"]
+
+BATCH = 4  # windows per forward
+
+
+@dataclass(frozen=True)
+class Level:
+    """One candidate of a sublayer: ``units`` are kept query heads or neurons (original indices, sorted);
+    ``weight`` (hidden, kept channels) is the refitted projection, None for the untouched dense one."""
+
+    units: tuple[int, ...]
+    saving: int
+    sparsity: float
+    loss: float
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What the levels of one block may be: the neuron counts to emit, and the head choices ((groups, per_group))."""
+
+    neurons: tuple[int, ...]
+    heads: tuple[tuple[int, int], ...] | None  # None: all that `prune_heads` finds, thinned to `head_levels`
+    head_levels: int = 9
+
+
+def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) -> tuple[int, ...]:
+    """Neuron counts around ``centre``, ``step`` apart and clipped to [0, ffn], most first; the dense one always.
+
+    All but the dense count are multiples of ``round_to`` (a dense width that is none stays as it is).
+    """
+    half = levels // 2
+    counts = {ffn}
+    for i in range(-half, levels - half):
+        counts.add(min(ffn, max(0, (centre + i * step) // round_to * round_to)))
+    return tuple(sorted(counts, reverse=True))
+
+
+class Streams:
+    """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each."""
+
+    def __init__(self, dense: Tensor, pruned: Tensor) -> None:
+        self.dense, self.pruned = dense, pruned
+
+    @classmethod
+    def start(cls, runner: BlockRunner, ids: Tensor) -> Streams:
+        dense = torch.cat([runner.embed(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
+        return cls(dense, dense.clone())
+
+    def save(self, path: Path) -> None:
+        save_file({"dense": self.dense, "pruned": self.pruned}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Streams:
+        with safe_open(path, "pt") as f:
+            return cls(f.get_tensor("dense"), f.get_tensor("pruned"))
+
+
+def _mean_weight(levels: Sequence[Level], columns: Sequence[Tensor], dense: Tensor, how: Accumulation) -> Tensor:
+    """The weight (out, in) whose output is the (weighted) mean of the candidates' outputs: sum w_e W_e / sum w_e."""
+    if how == "none":
+        return dense
+    total = torch.zeros_like(dense, dtype=torch.float64)
+    mass = 0.0
+    for level, at in zip(levels, columns, strict=True):
+        share = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
+        if share == 0.0:
+            continue
+        mass += share
+        if level.weight is None:
+            total += share * dense.double()
+        else:
+            total[:, at] += share * level.weight.double()
+    return (total / mass).to(dense.dtype)
+
+
+def prune_block(
+    runner: BlockRunner,
+    index: int,
+    streams: Streams,
+    menu: Menu,
+    *,
+    geometry: Geometry,
+    costs: Costs,
+    damping: float,
+    target: Target,
+    accumulation: Accumulation,
+    score: Score,
+    step: int,
+    trim: bool,
+    refit_dense: bool = False,
+) -> tuple[list[Level], list[Level]]:
+    """Makes the candidates of block ``index`` and moves both streams behind it (in place).
+
+    Returns:
+        (attention levels, FFN levels), most kept first; the first of each is the dense one where the menu has it.
+    """
+    block = runner.blocks[index]
+    family = runner.family
+    if family.post_norm and target == "residual":
+        target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
+    where = f"block {index}"
+    slices = [slice(i, i + BATCH) for i in range(0, len(streams.dense), BATCH)]
+    o_dense, down_dense = family.o_proj(block).weight, family.down_proj(block).weight
+
+    # Attention: the dense stream passes through to its middle; the pruned stream's inputs of o_proj are gathered.
+    moments = Moments.zeros(o_dense.shape[1], o_dense.shape[0])
+    contexts = []
+    for s in slices:
+        dense_context = runner.context(index, streams.dense[s])
+        attention = dense_context @ o_dense.T
+        middle = runner.middle(index, streams.dense[s], attention)
+        context = runner.context(index, streams.pruned[s])
+        aim = {"own": lambda: context @ o_dense.T, "output": lambda: attention}.get(
+            target,
+            lambda: middle - streams.pruned[s],
+        )()
+        moments.add(context, aim)
+        contexts.append(context)
+        streams.dense[s] = middle
+    problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
+    attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, refit_dense)
+    mean = _mean_weight(
+        attention_levels, [channels(a.units, geometry.head_dim) for a in attention_levels], o_dense, accumulation
+    )
+    for s, context in zip(slices, contexts, strict=True):
+        streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T)
+    del contexts
+
+    # FFN: its inputs come from the pruned attention just made.
+    moments = Moments.zeros(down_dense.shape[1], down_dense.shape[0])
+    activations = []
+    for s in slices:
+        dense_out = runner.activation(index, streams.dense[s]) @ down_dense.T
+        behind = runner.output(index, streams.dense[s], dense_out)
+        activation = runner.activation(index, streams.pruned[s])
+        aim = {"own": lambda: activation @ down_dense.T, "output": lambda: dense_out}.get(
+            target,
+            lambda: behind - streams.pruned[s],
+        )()
+        moments.add(activation, aim)
+        activations.append(activation)
+        streams.dense[s] = behind
+    problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
+    ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, refit_dense)
+    mean = _mean_weight(
+        ffn_levels, [torch.tensor(f.units, dtype=torch.int64) for f in ffn_levels], down_dense, accumulation
+    )
+    for s, activation in zip(slices, activations, strict=True):
+        streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T)
+    return attention_levels, ffn_levels
+
+
+def _weight(problem: Problem, keep: Tensor, dense: bool) -> Tensor | None:
+    return None if dense else problem.refit(keep).T.float().contiguous()
+
+
+def _attention_levels(
+    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, trim: bool, refit_dense: bool
+) -> list[Level]:
+    found = prune_heads(problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score)
+    if menu.heads is None:
+        chosen = _thin(problem, found, geometry, costs, menu.head_levels)
+    else:
+        chosen = [h for h in found if (h.groups, h.per_group) in menu.heads]
+    levels = []
+    for heads in chosen:
+        dense = len(heads.heads) == geometry.heads
+        keep = channels(heads.heads, geometry.head_dim)
+        saving = costs.attention_dense - costs.attention(heads.groups, heads.per_group)
+        levels.append(
+            Level(
+                heads.heads,
+                saving,
+                saving / costs.attention_dense,
+                problem.loss(keep),
+                _weight(problem, keep, dense and not refit_dense),
+            )
+        )
+    return levels
+
+
+def _thin(problem: Problem, found: list[Heads], geometry: Geometry, costs: Costs, most: int) -> list[Heads]:
+    """Keeps the choices that no other beats in both saving and loss; at most ``most``, evenly over the savings."""
+    rated = [
+        (
+            costs.attention_dense - costs.attention(h.groups, h.per_group),
+            problem.loss(channels(h.heads, geometry.head_dim)),
+            h,
+        )
+        for h in found
+    ]
+    front = [r for r in rated if not any(o[0] >= r[0] and o[1] < r[1] for o in rated)]
+    front.sort(key=lambda r: r[0])
+    if len(front) > most:
+        at = [round(i * (len(front) - 1) / (most - 1)) for i in range(most)]
+        front = [front[i] for i in sorted(set(at))]
+    return [h for _, _, h in front]
+
+
+def _ffn_levels(
+    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, refit_dense: bool
+) -> list[Level]:
+    kept = prune_neurons(problem, menu.neurons, step, score)
+    levels = []
+    for count in sorted(kept, reverse=True):
+        saving = costs.ffn(geometry.ffn) - costs.ffn(count)
+        dense = count == geometry.ffn
+        levels.append(
+            Level(
+                tuple(kept[count].tolist()),
+                saving,
+                saving / costs.ffn(geometry.ffn),
+                problem.loss(kept[count]),
+                _weight(problem, kept[count], dense and not refit_dense),
+            )
+        )
+    return levels
+
+
+def write_block(path: Path, attention: Sequence[Level], ffn: Sequence[Level], dtype: torch.dtype) -> None:
+    """Writes one block's levels: kept indices (int32) and compact weights in ``dtype``; facts in the metadata."""
+    tensors: dict[str, Tensor] = {}
+    facts: dict[str, list[dict[str, object]]] = {}
+    for kind, levels in (("attention", attention), ("ffn", ffn)):
+        facts[kind] = []
+        for e, level in enumerate(levels):
+            facts[kind].append(
+                {
+                    "kept": len(level.units),
+                    "saving": level.saving,
+                    "sparsity": level.sparsity,
+                    "loss": level.loss,
+                    "dense": level.weight is None,
+                }
+            )
+            if level.weight is not None:
+                tensors[f"{kind}.{e}.units"] = torch.tensor(level.units, dtype=torch.int32)
+                tensors[f"{kind}.{e}.weight"] = level.weight.to(dtype).contiguous()
+    save_file(tensors, path, metadata={"levels": json.dumps(facts)})
+
+
+class Supernet:
+    """A written supernet, memory-mapped: nothing is read until a level is asked for."""
+
+    def __init__(self, files: Sequence[Path], geometry: Geometry) -> None:
+        self.geometry = geometry
+        self._files = [safe_open(path, "pt") for path in files]
+        self.bytes = sum(path.stat().st_size for path in files)
+        self.facts = []
+        for path, file in zip(files, self._files, strict=True):
+            metadata = file.metadata()
+            if not metadata or "levels" not in metadata:
+                raise CompressError(
+                    "this is not a supernet file", where=str(path), fix="run the same command with --fresh"
+                )
+            self.facts.append(json.loads(metadata["levels"]))
+
+    def level(self, block: int, kind: Literal["attention", "ffn"], e: int) -> Level:
+        fact = self.facts[block][kind][e]
+        file = self._files[block]
+        if fact["dense"]:
+            n = self.geometry.heads if kind == "attention" else self.geometry.ffn
+            return Level(tuple(range(n)), 0, 0.0, fact["loss"], None)
+        units = tuple(file.get_tensor(f"{kind}.{e}.units").tolist())
+        weight = file.get_tensor(f"{kind}.{e}.weight").float()
+        return Level(units, fact["saving"], fact["sparsity"], fact["loss"], weight)
