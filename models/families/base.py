@@ -7,12 +7,16 @@ KV group (group of head h = h // (heads / kv_heads)); units of the FFN are neuro
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.models.families.ragged import NoAttention, NoFFN, Ragged
 
 @dataclass(frozen=True)
 class Geometry:
@@ -75,20 +79,6 @@ class Costs:
     @property
     def backbone(self) -> int:
         return self.geometry.layers * (self.attention_dense + self.ffn(self.geometry.ffn))
-
-
-class NoAttention(nn.Module):
-    """Stands where all heads of a block were removed: adds nothing, keeps no cache."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return torch.zeros_like(hidden_states), None
-
-
-class NoFFN(nn.Module):
-    """Stands where all neurons of a block were removed."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return torch.zeros_like(hidden_states)
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -273,6 +263,25 @@ class Family:
             made.mlp = twin(old.mlp)
             made.mlp.down_proj = _full(self.down_proj(old), neurons, down_weight)
         return made
+
+    # --- models whose layers differ ------------------------------------------------------------------------------
+
+    def ragged_class(self) -> type:
+        """The class that builds and loads a model with `per_layer_config`."""
+        transformers = importlib.import_module(f"transformers.models.{self.module}.modeling_{self.module}")
+        base, layer = getattr(transformers, self.causal_lm), getattr(transformers, self.decoder_layer)
+        return type(f"Compressed{self.causal_lm}", (Ragged, base), {"layer_class": layer, "__module__": __name__})
+
+    def ragged_source(self) -> str:
+        """The same class as a file to be saved beside the weights."""
+        source = inspect.getsource(sys.modules[Ragged.__module__])
+        module = f"transformers.models.{self.module}.modeling_{self.module}"
+        imports = f"from {module} import {self.causal_lm}, {self.decoder_layer}"
+        return (
+            source.replace("from torch import nn\n", f"from torch import nn\n{imports}\n", 1)
+            + f"\n\nclass Compressed{self.causal_lm}(Ragged, {self.causal_lm}):\n"
+            + f"    layer_class = {self.decoder_layer}\n"
+        )
 
     def layer_overrides(self, heads: int, groups: int, neurons: int) -> dict[str, Any]:
         """A block's entry in `per_layer_config`."""

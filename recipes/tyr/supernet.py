@@ -129,54 +129,69 @@ def prune_block(
         target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
     where = f"block {index}"
     slices = [slice(i, i + BATCH) for i in range(0, len(streams.dense), BATCH)]
-    o_dense, down_dense = family.o_proj(block).weight, family.down_proj(block).weight
+    o, down = family.o_proj(block), family.down_proj(block)
+    o_dense, down_dense = o.weight, down.weight
+    # A bias stays as it is, so what the weights are fitted to is what remains without it.
+    o_bias = torch.zeros(()) if o.bias is None else o.bias
+    down_bias = torch.zeros(()) if down.bias is None else down.bias
+
+    # A sublayer whose only level is the untouched one needs no statistics.
+    attention_stays = menu.heads == ((geometry.kv_heads, geometry.group),) and not refit_dense
+    ffn_stays = menu.neurons == (geometry.ffn,) and not refit_dense
 
     # Attention: the dense stream passes through to its middle; the pruned stream's inputs of o_proj are gathered.
     moments = Moments.zeros(o_dense.shape[1], o_dense.shape[0])
     contexts = []
     for s in slices:
         dense_context = runner.context(index, streams.dense[s])
-        attention = dense_context @ o_dense.T
+        attention = dense_context @ o_dense.T + o_bias
         middle = runner.middle(index, streams.dense[s], attention)
         context = runner.context(index, streams.pruned[s])
-        aim = {"own": lambda: context @ o_dense.T, "output": lambda: attention}.get(
-            target,
-            lambda: middle - streams.pruned[s],
-        )()
-        moments.add(context, aim)
+        if not attention_stays:
+            moments.add(context, _aim(target, context @ o_dense.T, attention - o_bias, middle - streams.pruned[s] - o_bias))
         contexts.append(context)
         streams.dense[s] = middle
-    problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
-    attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, refit_dense)
+    if attention_stays:
+        attention_levels = [Level(tuple(range(geometry.heads)), 0, 0.0, 0.0, None)]
+    else:
+        problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
+        attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, refit_dense)
     mean = _mean_weight(
         attention_levels, [channels(a.units, geometry.head_dim) for a in attention_levels], o_dense, accumulation
     )
     for s, context in zip(slices, contexts, strict=True):
-        streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T)
+        streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + o_bias)
     del contexts
 
     # FFN: its inputs come from the pruned attention just made.
     moments = Moments.zeros(down_dense.shape[1], down_dense.shape[0])
     activations = []
     for s in slices:
-        dense_out = runner.activation(index, streams.dense[s]) @ down_dense.T
+        dense_out = runner.activation(index, streams.dense[s]) @ down_dense.T + down_bias
         behind = runner.output(index, streams.dense[s], dense_out)
         activation = runner.activation(index, streams.pruned[s])
-        aim = {"own": lambda: activation @ down_dense.T, "output": lambda: dense_out}.get(
-            target,
-            lambda: behind - streams.pruned[s],
-        )()
-        moments.add(activation, aim)
+        if not ffn_stays:
+            own = activation @ down_dense.T
+            moments.add(activation, _aim(target, own, dense_out - down_bias, behind - streams.pruned[s] - down_bias))
         activations.append(activation)
         streams.dense[s] = behind
-    problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
-    ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, refit_dense)
+    if ffn_stays:
+        ffn_levels = [Level(tuple(range(geometry.ffn)), 0, 0.0, 0.0, None)]
+    else:
+        problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
+        ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, refit_dense)
     mean = _mean_weight(
         ffn_levels, [torch.tensor(f.units, dtype=torch.int64) for f in ffn_levels], down_dense, accumulation
     )
     for s, activation in zip(slices, activations, strict=True):
-        streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T)
+        streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + down_bias)
     return attention_levels, ffn_levels
+
+
+def _aim(target: Target, own: Tensor, output: Tensor, residual: Tensor) -> Tensor:
+    """What the refitted projection is fitted to: the dense weights on its own inputs, the dense model's output, or
+    what makes the sum with the pruned residual stream equal to the dense one."""
+    return {"own": own, "output": output, "residual": residual}[target]
 
 
 def _weight(problem: Problem, keep: Tensor, dense: bool) -> Tensor | None:

