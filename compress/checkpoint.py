@@ -99,6 +99,11 @@ def load_config(folder: Path) -> Any:
         ) from e
 
 
+def is_ragged(folder: Path) -> bool:
+    """Whether the folder holds a model in the `per-layer` layout."""
+    return bool(json.loads((folder / "config.json").read_text()).get("per_layer_config"))
+
+
 def load_model(folder: Path, family: Family, **options: Any) -> Any:
     """A model in float32, in evaluation mode, from either layout; code in the folder is never run.
 
@@ -115,7 +120,7 @@ def load_model(folder: Path, family: Family, **options: Any) -> Any:
             fix="load the model without it",
         )
     config = load_config(folder)
-    cls: Any = family.ragged_class() if getattr(config, "per_layer_config", None) else AutoModelForCausalLM
+    cls: Any = family.ragged_class() if is_ragged(folder) else AutoModelForCausalLM
     try:
         model, info = cls.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options

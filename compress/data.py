@@ -12,14 +12,14 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.cache import cache_dir, sha256_of
 from compress.errors import CompressError
-from compress.progress import say
+from compress.progress import Progress, say
 from compress.recipe import SourceSpec
 
 if TYPE_CHECKING:
@@ -84,35 +84,89 @@ def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, ti
     return packed[torch.linspace(0, available - 1, windows).long()]
 
 
-def calibration_windows(sources: Sequence[SourceSpec], tokenizer: Any, windows: int, length: int) -> Tensor:
-    """``windows`` calibration windows (windows, length) int64, evenly from all sources, the sources taking turns."""
+def calibration_windows(
+    sources: Sequence[SourceSpec],
+    tokenizer: Any,
+    windows: int,
+    length: int,
+    sample: Callable[[int, int, float], Tensor],
+) -> Tensor:
+    """``windows`` calibration windows (windows, length) int64, evenly from all sources, the sources taking turns.
+
+    Args:
+        sample: (windows, length, temperature) -> text of the dense model's own, for a ``sampled`` source.
+    """
     import torch
 
     parts = []
-    for i, source in enumerate(sources):
-        share = windows // len(sources) + (i < windows % len(sources))
-        if share:
+    weight = sum(source.weight for source in sources)
+    taken = 0
+    before = 0
+    for source in sources:
+        before += source.weight
+        share = round(windows * before / weight) - taken
+        taken += share
+        if share and source.sampled is not None:
+            parts.append(sample(share, length, source.sampled))
+        elif share:
             parts.append(pack(load_documents(source, "calibration"), tokenizer, length, share, source.title))
-    turns = [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+    if not parts:
+        raise CompressError("no calibration window was asked for", where="calibration.windows", fix="ask for more")
+    turns = [part[i] for i in range(max(map(len, parts))) for part in parts if i < len(part)]
     return torch.stack(turns)
+
+
+def sample_windows(model: Any, windows: int, length: int, temperature: float, seed: int) -> Tensor:
+    """Text of the model's own: (windows, length) int64, sampled token by token behind a random first token.
+
+    It looks like what the model was trained on, whatever that was, and needs no data set.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    vocab = model.config.vocab_size
+    start = getattr(model.config, "eos_token_id", None)
+    start = start[0] if isinstance(start, list) else start
+    ids = torch.randint(0, vocab, (windows, 1), generator=generator)
+    if start is not None:
+        ids = torch.cat([torch.full((windows, 1), start), ids], 1)
+    cache = None
+    step = ids
+    with torch.no_grad(), Progress(length, f"sampling {windows} windows from the model", start=ids.shape[1]) as bar:
+        while ids.shape[1] < length:
+            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            step = torch.multinomial((out.logits[:, -1].float() / temperature).softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, step], 1)
+            bar.update(1)
+    return ids
 
 
 def evaluation_windows(source: SourceSpec, tokenizer: Any, windows: int, length: int) -> Tensor:
     """``windows`` held-out windows (windows, length) int64 of one source."""
+    if source.sampled is not None:
+        raise CompressError(
+            "a model's own text cannot be held out", where="evaluation.texts", fix="evaluate on files, a package or the hub"
+        )
     return pack(load_documents(source, "evaluation"), tokenizer, length, windows, source.title)
 
 
 def assert_disjoint(calibration: Tensor, evaluation: Tensor, title: str) -> None:
     """Raises CompressError where a run of 64 tokens stands in both (a text named twice, or quoted in the other)."""
-    seen = {bytes(row[i : i + OVERLAP].numpy().tobytes()) for row in calibration for i in range(len(row) - OVERLAP + 1)}
-    for row in evaluation:
-        for i in range(0, len(row) - OVERLAP + 1):
-            if row[i : i + OVERLAP].numpy().tobytes() in seen:
-                raise CompressError(
-                    f"the evaluation text overlaps the calibration text ({OVERLAP} equal tokens in a row)",
-                    where=f"evaluation text {title!r}",
-                    fix="evaluate on text that is not among the calibration sources",
-                )
+
+
+    def runs(windows: Tensor) -> Iterator[int]:
+        for row in windows.numpy():
+            for i in range(len(row) - OVERLAP + 1):
+                yield hash(row[i : i + OVERLAP].tobytes())
+
+    seen = set(runs(calibration))
+    if any(run in seen for run in runs(evaluation)):
+        raise CompressError(
+            f"the evaluation text overlaps the calibration text ({OVERLAP} equal tokens in a row)",
+            where=f"evaluation text {title!r}",
+            fix="evaluate on text that is not among the calibration sources",
+        )
 
 
 def _pieces(text: str, size: int = 4000) -> list[str]:

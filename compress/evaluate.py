@@ -1,0 +1,77 @@
+"""How good a model is: perplexity on held-out windows, and lm-evaluation-harness tasks through the extra [eval]."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH = 4
+
+
+def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[str, float | int]:
+    """exp of the mean negative log-likelihood of every token but each window's first.
+
+    Args:
+        windows: token ids (n, length) int64.
+
+    Returns:
+        ``ppl``, ``nll`` (nats per token, summed in float64) and ``tokens``.
+
+    Raises:
+        CompressError: the model gives NaN.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    total, count = 0.0, 0
+    with torch.no_grad(), Progress(len(windows), label) as bar:
+        for i in range(0, len(windows), BATCH):
+            ids = windows[i : i + BATCH]
+            logits = model(input_ids=ids, use_cache=False).logits
+            for row, target in zip(logits, ids, strict=True):
+                total += float(cross_entropy(row[:-1].float(), target[1:], reduction="none").double().sum())
+                count += len(target) - 1
+            bar.update(len(ids))
+    if not math.isfinite(total):
+        raise CompressError("the model's logits are not finite", where="evaluation", fix="check it with `compress verify`")
+    nll = total / count
+    return {"ppl": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count}
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(math.log(v) for v in values) / len(values))
+
+
+def harness_tasks(folder: Path, tasks: list[str], trust_remote_code: bool) -> list[dict[str, Any]]:
+    """Runs lm-evaluation-harness tasks on a saved model: one row a task and metric.
+
+    Raises:
+        CompressError: the harness is not installed, or a task is unknown.
+    """
+    try:
+        import lm_eval
+    except ImportError:
+        raise CompressError(
+            "lm-evaluation-harness is not installed",
+            where="evaluation.tasks",
+            fix="pip install 'compress[eval]', or leave evaluation.tasks empty",
+        ) from None
+    known = lm_eval.tasks.TaskManager()
+    unknown = [t for t in tasks if t not in known.all_tasks]
+    if unknown:
+        raise CompressError(f"unknown task {unknown[0]!r}", where="evaluation.tasks", fix="see `lm_eval ls tasks`")
+    arguments = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust_remote_code}
+    found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=tasks, device="cpu")
+    return [
+        {"task": task, "metric": metric.split(",")[0], "value": value}
+        for task, metrics in sorted(found["results"].items())
+        for metric, value in metrics.items()
+        if isinstance(value, float) and not metric.split(",")[0].endswith("_stderr")
+    ]

@@ -1,0 +1,542 @@
+"""The stages in their order: load, prune, assemble, verify, evaluate, export, bench, report, card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from compress import __version__
+from compress.errors import CompressError
+from compress.progress import say
+from compress.recipe import Recipe, load_recipe, lock_text
+from compress.recipes.tyr import TyrOptions
+from compress.run import Run, fingerprint, seal_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.families.base import Costs, Family, Geometry
+    from compress.models.sources import Resolved
+    from compress.plan import Plan
+
+METHODS: dict[str, type[BaseModel]] = {"tyr": TyrOptions}
+STAGES = ("plan", "model", "evaluation", "export", "bench", "release")
+
+
+@dataclass
+class Setup:
+    """A model and a recipe, checked; the weights are read when they are first asked for."""
+
+    resolved: Resolved
+    recipe: Recipe
+    family: Family
+    geometry: Geometry
+    costs: Costs
+    config: Any
+    weights: str  # hash
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.resolved.folder)
+        except (OSError, ValueError) as e:
+            raise CompressError(
+                f"the tokenizer cannot be read: {str(e).splitlines()[0]}",
+                where=str(self.resolved.folder),
+                fix="the model folder must hold its tokenizer's files",
+            ) from e
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model in float32, every weight checked to be finite."""
+        from compress.checkpoint import check_weights, load_model
+
+        check_weights(self.resolved.folder)
+        return load_model(self.resolved.folder, self.family)
+
+    def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
+        """A sliced model beside the dense one; what no plan touches is shared with it."""
+        import copy
+
+        counts = plan.counts(self.geometry)
+        model = copy.copy(self.model)
+        model._modules = dict(self.model._modules)
+        model.model = copy.copy(self.model.model)
+        model.model._modules = dict(self.model.model._modules)
+        layers = self.family.blocks(self.model)
+        model.model.layers = type(layers)(list(layers))
+        plan.apply(model, self.family)
+        return model, counts
+
+    @cached_property
+    def stored_dtype(self) -> Any:
+        import torch
+
+        named = getattr(self.config, "dtype", None)
+        return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def prepare(model: str, recipe: Recipe) -> Setup:
+    """Finds the model and checks that it can be pruned, before any weight is read."""
+    from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
+    from compress.models.families import family_for
+    from compress.models.sources import resolve
+
+    resolved = resolve(model)
+    config = load_config(resolved.folder)
+    family = family_for(config)
+    if is_ragged(resolved.folder):
+        raise CompressError(
+            "the model's layers already differ in size; pruning a pruned model again is not supported",
+            where=str(resolved.folder),
+            fix="prune the dense model at the higher sparsity",
+        )
+    weight_files(resolved.folder)
+    return Setup(
+        resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
+    )
+
+
+@dataclass
+class Windows:
+    """Token windows (n, length) int64: what is calibrated on, searched on, and held out."""
+
+    calibration: Tensor
+    search: Tensor
+    evaluation: dict[str, Tensor]
+
+
+def read_windows(setup: Setup, run: Run) -> Windows:
+    """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from compress.data import assert_disjoint, calibration_windows, evaluation_windows, sample_windows
+
+    recipe = setup.recipe
+    wanted = recipe.options.search.windows
+
+    def build(folder: Path) -> None:
+        def sample(windows: int, length: int, temperature: float) -> Tensor:
+            return sample_windows(setup.model, windows, length, temperature, recipe.seed)
+
+        spec = recipe.calibration
+        every = calibration_windows(spec.sources, setup.tokenizer, spec.windows + wanted, spec.length, sample)
+        # The windows searched on stand evenly among the others, and are taken out of them.
+        at = torch.linspace(0, len(every) - 1, wanted).long()
+        rest = torch.ones(len(every), dtype=torch.bool)
+        rest[at] = False
+        tensors = {"calibration": every[rest], "search": every[at]}
+        for i, text in enumerate(recipe.evaluation.texts):
+            ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
+            assert_disjoint(every, ids, text.name)
+            tensors[f"evaluation.{i}"] = ids
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "windows.safetensors")
+
+    inputs = {
+        "version": __version__,
+        "weights": setup.weights,
+        "seed": recipe.seed,
+        "search_windows": wanted,
+        "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks"}),
+    }
+    tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
+    evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
+    length = recipe.options.search.length
+    return Windows(tensors["calibration"], tensors["search"][:, :length], evaluation)
+
+
+def prune(
+    model: str,
+    recipe_name: str,
+    out: Path,
+    overrides: Sequence[str] = (),
+    *,
+    fresh: bool = False,
+    until: str = STAGES[-1],
+    command: str = "",
+) -> dict[str, Any]:
+    """Runs the whole pipeline into the run folder ``out``, or goes on where an earlier call stopped.
+
+    Returns:
+        The report (up to the stage that was asked for).
+
+    Raises:
+        CompressError: anything that keeps the promise from being kept.
+    """
+    recipe = load_recipe(recipe_name, METHODS, overrides)
+    if recipe.bench is not None and recipe.export is None:
+        raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
+    setup = prepare(model, recipe)
+    with Run.open(out, fresh) as run:
+        _write_lock(run, setup, command)
+        last = STAGES.index(until)
+        report: dict[str, Any] = {"schema_version": 1}
+        windows = read_windows(setup, run)
+        plan_folder = _plan(run, setup, windows)
+        _report_plan(report, setup, plan_folder, command, run)
+        if last >= STAGES.index("model"):
+            saved = _assemble(run, setup, plan_folder, report)
+        if last >= STAGES.index("evaluation"):
+            _evaluate(run, setup, windows, plan_folder, saved, report)
+        if last >= STAGES.index("export") and recipe.export is not None:
+            exported = _export(run, setup, plan_folder, report)
+            if last >= STAGES.index("bench") and recipe.bench is not None:
+                _bench(run, setup, exported, report)
+        if last >= STAGES.index("release"):
+            _release(run, setup, saved, report)
+        return report
+
+
+def _write_lock(run: Run, setup: Setup, command: str) -> None:
+    from compress.doctor import versions
+
+    text = lock_text(
+        setup.recipe,
+        {
+            "model": {"name": setup.resolved.name, "source": setup.resolved.source, "sha256": setup.weights},
+            "versions": versions(),
+            "command": command,
+        },
+    )
+    partial = run.folder / ".recipe.lock.partial"
+    partial.write_text(text)
+    partial.replace(run.folder / "recipe.lock.yaml")
+
+
+def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
+    from compress.recipes.tyr.prune import produce_plan
+
+    return produce_plan(run, _job(setup, windows, fingerprint_of(windows)))
+
+
+def fingerprint_of(windows: Windows) -> dict[str, str]:
+    import hashlib
+
+    return {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+        for name, tensor in (("calibration", windows.calibration), ("search", windows.search))
+    }
+
+
+def _job(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+    import torch
+
+    from compress.recipes.tyr.choice import Job
+
+    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
+    return Job(
+        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
+        family=setup.family,
+        config=setup.config,
+        geometry=setup.geometry,
+        costs=setup.costs,
+        calibration=windows.calibration if windows is not None else none,
+        search=windows.search if windows is not None else none,
+        sparsity=setup.recipe.sparsity,
+        seed=setup.recipe.seed,
+        options=setup.recipe.options,
+        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+    )
+
+
+def _report_plan(report: dict[str, Any], setup: Setup, folder: Path, command: str, run: Run) -> None:
+    from compress.doctor import environment
+    from compress.plan import Plan
+    from compress.recipes.tyr.prune import REFERENCE_TOKENS
+
+    plan = Plan.load(folder)
+    g, costs = setup.geometry, setup.costs
+    removed = plan.removed(costs)
+    size = setup.stored_dtype.itemsize
+    report["model"] = {
+        "name": setup.resolved.name,
+        "source": setup.resolved.source,
+        "base_model": setup.resolved.base_model,
+        "license": setup.resolved.license,
+        "family": setup.family.name,
+        "sha256": setup.weights,
+    }
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+    report["size"] = {
+        "asked": setup.recipe.sparsity,
+        "backbone_removed": removed / costs.backbone,
+        "total_removed": removed / costs.total,
+        "dense": {
+            "backbone_parameters": costs.backbone,
+            "total_parameters": costs.total,
+            "bytes": costs.total * size,
+        },
+        "pruned": {
+            "backbone_parameters": costs.backbone - removed,
+            "total_parameters": costs.total - removed,
+            "bytes": (costs.total - removed) * size,
+        },
+    }
+    report["layers"] = [
+        {
+            "layer": i,
+            "heads": heads,
+            "kv_heads": groups,
+            "neurons": neurons,
+            "dense_heads": g.heads,
+            "dense_kv_heads": g.kv_heads,
+            "dense_neurons": g.ffn,
+            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
+            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
+        }
+        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
+    ]
+    results = json.loads((folder / "search.json").read_text())
+    report["search"] = {
+        "iterations": [{k: v for k, v in r.items() if k not in ("log", "choices", "genome")} for r in results],
+        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
+        "work_token_layers": sum(r["work_token_layers"] for r in results),
+        "reference_token_layers": REFERENCE_TOKENS * g.layers,
+    }
+    report["stages"] = run.stages()
+
+
+def _tokens(setup: Setup, count: int = 64) -> Tensor:
+    """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do."""
+    import torch
+
+    return torch.randint(0, setup.geometry.vocab, (1, count), generator=torch.Generator().manual_seed(setup.recipe.seed))
+
+
+def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
+    """Slices, saves in every layout, and seals each only when a clean process has given the masked model's logits."""
+    import torch
+
+    from compress.checkpoint import save_model, verify_clean
+    from compress.plan import Plan
+
+    saved = {}
+    report["verify"] = {"layouts": []}
+    for layout in setup.recipe.layouts:
+
+        def build(folder: Path, layout: str = layout) -> None:
+            plan = Plan.load(plan_folder)
+            sliced, counts = setup.pruned(plan)
+            tokens = _tokens(setup)
+            masked = _masked(setup, plan)
+            with torch.no_grad():
+                want, got = masked(tokens).logits, sliced(tokens).logits
+            difference, scale = float((want - got).abs().max()), float(want.abs().max())
+            if not difference <= 1e-4 * scale:
+                raise CompressError(
+                    f"the sliced model differs from the masked one by {difference:.3g} (logits up to {scale:.3g})",
+                    where="assembly",
+                    fix="this is a fault of the family's adapter; report it with the model's name",
+                )
+            ragged = layout == "per-layer"
+            save_model(
+                sliced if ragged else masked,
+                setup.family,
+                counts if ragged else None,
+                folder,
+                tokenizer=setup.tokenizer,
+                dtype=setup.stored_dtype,
+                tokens=tokens,
+            )
+            found = {"layout": layout, "masked_difference": difference, **verify_clean(folder)}
+            (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+
+        name = "model" if layout == "per-layer" else f"model-{layout}"
+        inputs = {"version": __version__, "weights": setup.weights, "plan": seal_hash(plan_folder), "layout": layout}
+        saved[layout] = run.stage(name, inputs, build)
+        report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text()))
+    return saved
+
+
+def _masked(setup: Setup, plan: Plan) -> Any:
+    import copy
+
+    model = copy.copy(setup.model)
+    model._modules = dict(setup.model._modules)
+    model.model = copy.copy(setup.model.model)
+    model.model._modules = dict(setup.model.model._modules)
+    layers = setup.family.blocks(setup.model)
+    model.model.layers = type(layers)(list(layers))
+    plan.mask(model, setup.family)
+    return model
+
+
+def _evaluate(
+    run: Run, setup: Setup, windows: Windows, plan_folder: Path, saved: Mapping[str, Path], report: dict[str, Any]
+) -> None:
+    from compress.checkpoint import load_model
+    from compress.evaluate import geometric_mean, harness_tasks, perplexity
+
+    import hashlib
+
+    held_out = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
+    tasks = setup.recipe.evaluation.tasks
+
+    def measure(folder: Path, load: Callable[[], Any], label: str, source: Path) -> None:
+        model = load()
+        found = {
+            "texts": {n: perplexity(model, w, f"perplexity, {label}, {n}") for n, w in windows.evaluation.items()},
+            "tasks": harness_tasks(source, tasks, label == "pruned") if tasks else [],
+        }
+        (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+
+    common = {"version": __version__, "text": held_out, "tasks": tasks}
+    layout, folder = next(iter(saved.items()))
+    results = {}
+    for label, load, source, inputs in (
+        ("dense", lambda: setup.model, setup.resolved.folder, {"weights": setup.weights}),
+        ("pruned", lambda: load_model(folder, setup.family), folder, {"model": seal_hash(folder)}),
+    ):
+        stage = run.stage(
+            f"evaluation-{label}",
+            {**common, **inputs},
+            lambda f, load=load, label=label, source=source: measure(f, load, label, source),  # type: ignore[misc]
+        )
+        results[label] = json.loads((stage / "evaluation.json").read_text())
+    dense, pruned = results["dense"]["texts"], results["pruned"]["texts"]
+    report["quality"] = {
+        "texts": [
+            {
+                "name": name,
+                "windows": len(windows.evaluation[name]),
+                "length": windows.evaluation[name].shape[1],
+                "dense_ppl": dense[name]["ppl"],
+                "pruned_ppl": pruned[name]["ppl"],
+            }
+            for name in windows.evaluation
+        ],
+        "geometric_mean": {
+            "dense": geometric_mean([v["ppl"] for v in dense.values()]),
+            "pruned": geometric_mean([v["ppl"] for v in pruned.values()]),
+        },
+        "tasks": [
+            {"task": d["task"], "metric": d["metric"], "dense": d["value"], "pruned": p["value"]}
+            for d, p in zip(results["dense"]["tasks"], results["pruned"]["tasks"], strict=True)
+        ],
+        "layout": layout,
+    }
+    report["stages"] = run.stages()
+
+
+def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
+    from compress.plan import Plan
+
+    assert setup.recipe.export is not None  # asked by the caller
+    spec = setup.recipe.export
+    common = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
+    folders = {
+        "dense": run.stage("export-dense", common, lambda f: write_onnx(setup, setup.model, f)),
+        "pruned": run.stage(
+            "export-pruned",
+            {**common, "plan": seal_hash(plan_folder)},
+            lambda f: write_onnx(setup, setup.pruned(Plan.load(plan_folder))[0], f),
+        ),
+    }
+    facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}
+    report["export"] = {"onnx": {label: fact for label, fact in facts.items()}}
+    report["export"]["onnx"]["size_ratio"] = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
+    report["stages"] = run.stages()
+    return folders
+
+
+def write_onnx(setup: Setup, model: Any, folder: Path) -> None:
+    """Exports into ``folder`` and checks the files against torch; facts go into export.json."""
+    from compress.export.onnx import export_llm
+    from compress.export.parity import check_llm, greedy_agrees
+
+    spec = setup.recipe.export
+    assert spec is not None
+    made = export_llm(model, folder)
+    parity = check_llm(model, folder, tolerance=spec.tolerance, vocab=setup.geometry.vocab)
+    greedy = greedy_agrees(model, folder, setup.tokenizer, spec.prompt, spec.greedy_tokens)
+    facts = {
+        "bytes": made.bytes,
+        "seconds": round(made.seconds, 1),
+        "largest_difference": max(parity["outputs"].values()),
+        "outputs_compared": len(parity["outputs"]),
+        "tolerance": parity["tolerance"],
+        "greedy": greedy,
+    }
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _bench(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[str, Any]) -> None:
+    from compress.export.bench.local import compare_llm
+
+    spec = setup.recipe.bench
+    assert spec is not None  # asked by the caller
+    inputs = {
+        "version": __version__,
+        "bench": spec.model_dump(mode="json"),
+        **{label: seal_hash(folder) for label, folder in exported.items()},
+    }
+
+    def build(folder: Path) -> None:
+        found = compare_llm(exported["dense"], exported["pruned"], spec.model_dump(), setup.geometry.vocab)
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
+    report["stages"] = run.stages()
+
+
+def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """The folder to publish: the saved model, its ONNX files, the report, the plots and the card."""
+    from compress.card import write_card
+    from compress.plots import draw
+    from compress.report import finish
+
+    report["commands"] = commands(setup, run.folder, report["command"])
+    finish(report)
+
+    def build(folder: Path) -> None:
+        for path in next(iter(saved.values())).rglob("*"):
+            if path.is_file() and path.name != "seal.json":
+                _link(path, folder / path.relative_to(next(iter(saved.values()))))
+        if "export" in report:
+            (folder / "onnx").mkdir()
+            for name in report["export"]["onnx"]["pruned"]["bytes"]:
+                _link(run.folder / "export-pruned" / name, folder / "onnx" / name)
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        plots = draw(report, folder / "plots")
+        write_card(report, folder, plots)
+
+    # The stages' clock readings are part of the report, not of what decides whether it is the same release.
+    facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build)
+
+
+def commands(setup: Setup, folder: Path, prune_command: str) -> dict[str, str]:
+    """The commands that make each number of the report again."""
+    there = shlex.quote(str(folder))
+    return {
+        "prune": prune_command,
+        "eval": f"compress eval {there}/model --like {there}",
+        "export": f"compress export {there}/model --out onnx",
+        "bench": f"compress bench {there}/export-dense {there}/export-pruned",
+        "verify": f"compress verify {there}",
+        "card": f"compress card {there}",
+    }
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

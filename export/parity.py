@@ -1,0 +1,133 @@
+"""The exported model against torch: every output compared; on failure the first layer that differs is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compress.errors import CompressError
+from compress.export.onnx import cached_layers
+from compress.export.ort import Arrays, OrtLLM
+
+
+def check_llm(model: Any, folder: Path, *, tolerance: float, vocab: int, threads: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Compares `prefill` and `decode` with torch, at two batch sizes and lengths, one of them left-padded.
+
+    Returns:
+        ``{"outputs": {name: largest relative difference}, "tolerance", "cases"}``; a difference is relative to the
+        largest absolute value of torch's output.
+
+    Raises:
+        CompressError: an output differs by more than ``tolerance``; the first layer at fault is named.
+    """
+    runtime = OrtLLM(folder, threads)
+    generator = torch.Generator().manual_seed(seed)
+    worst: dict[str, float] = {}
+    cases = [(1, 7, 0), (2, 12, 4)]
+    for batch, length, padding in cases:
+        ids = torch.randint(0, vocab, (batch, length + 3), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        first, then = ids[:, :length], ids[:, length:]
+        want = _torch(model, first, mask[:, :length], None)
+        got = runtime.prefill(first.numpy(), mask[:, :length].numpy())
+        real = mask[:, :length].numpy().astype(bool)
+        _compare("prefill", want, got, worst, real, last_only=True)
+        want = _torch(model, then, mask, want)
+        got = runtime.decode(then.numpy(), got, mask.numpy())
+        _compare("decode", want, got, worst, mask.numpy().astype(bool), last_only=False)
+    bad = {name: value for name, value in worst.items() if not value <= tolerance}
+    if bad:
+        raise CompressError(
+            f"the exported model differs from torch: {first_fault(bad)}",
+            where=str(folder),
+            fix="export it again; where it stays, this torch or ONNX Runtime version is at fault (`compress doctor`)",
+        )
+    return {"outputs": worst, "tolerance": tolerance, "cases": len(cases)}
+
+
+def first_fault(bad: dict[str, float]) -> str:
+    """Names the earliest layer among outputs that differ: layer i's cache is the first to show what layer i - 1 did."""
+    caches = sorted((int(name.split(".")[-2]), name) for name in bad if "present." in name)
+    if caches:
+        layer, name = caches[0]
+        return f"first at the inputs of layer {layer}'s cache ({name} by {bad[name]:.2e})" + (
+            f", so the fault is in layer {layer - 1} or in layer {layer}'s projections" if layer else ""
+        )
+    name = next(iter(bad))
+    return f"{name} by {bad[name]:.2e}; every layer's cache agrees, so the fault is behind the last of them"
+
+
+def _torch(model: Any, ids: torch.Tensor, mask: torch.Tensor, before: Arrays | None) -> Arrays:
+    from transformers import DynamicCache
+
+    layers = [layer for layer, _ in cached_layers(model)]
+    cache = DynamicCache()
+    if before is not None:
+        for layer in layers:
+            cache.update(
+                torch.from_numpy(before[f"present.{layer}.key"]), torch.from_numpy(before[f"present.{layer}.value"]), layer
+            )
+    positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+    with torch.no_grad():
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+    found = {"logits": logits.numpy()}
+    for layer in layers:
+        found[f"present.{layer}.key"] = cache.layers[layer].keys.numpy()
+        found[f"present.{layer}.value"] = cache.layers[layer].values.numpy()
+    return found
+
+
+def _compare(
+    graph: str, want: Arrays, got: Arrays, worst: dict[str, float], real: NDArray[np.bool_], last_only: bool
+) -> None:
+    for name, expected in want.items():
+        found = got[name]
+        if name == "logits":
+            expected = expected[:, -1:] if last_only else expected
+            difference = np.abs(expected - found)
+        else:
+            # (b, heads, t, d); what stands at padded positions is never read.
+            where = real[:, None, :, None]
+            expected = np.where(where, expected, 0.0)
+            difference = np.abs(expected - np.where(where, found, 0.0))
+        scale = float(np.abs(expected).max()) or 1.0
+        key = f"{graph}.{name}"
+        worst[key] = max(worst.get(key, 0.0), float(difference.max()) / scale)
+
+
+def greedy_agrees(model: Any, folder: Path, tokenizer: Any, prompt: str, tokens: int, threads: int = 2) -> dict[str, Any]:
+    """Greedy text from ONNX Runtime and from torch's own `generate`.
+
+    Raises:
+        CompressError: they differ.
+    """
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        whole = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    want = whole[0, ids.shape[1] :].tolist()
+    if tokenizer.eos_token_id in want:
+        want = want[: want.index(tokenizer.eos_token_id)]
+    got = OrtLLM(folder, threads).greedy(ids.numpy(), tokens)
+    at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), None)
+    if at is not None:
+        raise CompressError(
+            f"greedy text differs from torch's at token {at}: {tokenizer.decode([got[at]])!r}, torch"
+            f" {tokenizer.decode([want[at]])!r}",
+            where=str(folder),
+            fix="see the parity of the outputs; a tie between two tokens can be told by another prompt",
+        )
+    return {"prompt": prompt, "tokens": len(want), "text": tokenizer.decode(got)}
