@@ -219,7 +219,7 @@ def _write_lock(run: Run, setup: Setup, command: str) -> None:
 def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
     from compress.recipes.tyr.prune import produce_plan
 
-    return produce_plan(run, _job(setup, windows, fingerprint_of(windows)))
+    return produce_plan(run, job_for(setup, windows, fingerprint_of(windows)))
 
 
 def fingerprint_of(windows: Windows) -> dict[str, str]:
@@ -231,7 +231,7 @@ def fingerprint_of(windows: Windows) -> dict[str, str]:
     }
 
 
-def _job(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
     import torch
 
     from compress.recipes.tyr.choice import Job
@@ -303,7 +303,7 @@ def _report_plan(report: dict[str, Any], setup: Setup, folder: Path, command: st
     ]
     results = json.loads((folder / "search.json").read_text())
     report["search"] = {
-        "iterations": [{k: v for k, v in r.items() if k not in ("log", "choices", "genome")} for r in results],
+        "iterations": [{k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results],
         "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
         "work_token_layers": sum(r["work_token_layers"] for r in results),
         "reference_token_layers": REFERENCE_TOKENS * g.layers,

@@ -47,8 +47,12 @@ class TyrOptions(_Section):
     damping: float = Field(0.01, gt=0, le=10)
     accumulation: Literal["expectation", "uniform", "none"] = "expectation"
     levels: int = Field(9, ge=2, le=65, description="candidates of an FFN (E)")
+    refine_levels: int = Field(5, ge=2, le=65, description="candidates of an FFN from the second iteration on")
     head_levels: int = Field(9, ge=2, le=65, description="candidates of an attention sublayer, at most")
     interval: float = Field(0.125, gt=0, le=0.5, description="distance of two levels in the first iteration")
+    supernet_windows: int | None = Field(
+        None, ge=1, description="calibration windows the supernets are made from; all by default. The last pass uses all"
+    )
     iterations: int = Field(2, ge=1, le=8)
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
     query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")

@@ -106,18 +106,17 @@ def check_budget(job: Job) -> int:
 
 
 def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[Menu]:
-    """The levels every block offers: over the whole range first, then around the choice so far at half the step."""
+    """The levels every block offers: the whole range, whatever the sparsity, first; then around the choice so far, at
+    half the distance with every iteration."""
     options, geometry = job.options, job.geometry
     step = options.interval / 2 ** (iteration - 1) * geometry.ffn
     step = max(options.round_to, round(step / options.round_to) * options.round_to)
     found = []
     for i in range(geometry.layers):
         if choices is None:
-            # Sparsities centre on the target, as the paper's; 0 is always among them.
-            centre = geometry.ffn - round(job.sparsity / options.interval) * step
+            counts = neuron_counts(geometry.ffn, geometry.ffn // 2, step, options.levels, options.round_to)
         else:
-            centre = choices[i].neurons
-        counts = neuron_counts(geometry.ffn, centre, step, options.levels, options.round_to)
+            counts = neuron_counts(geometry.ffn, choices[i].neurons, step, options.refine_levels, options.round_to)
         found.append(Menu(counts, head_levels(job, i)))
     return found
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from compress.budget import knapsack, nearest_feasible, target_removed
+from compress.budget import Option, nearest_feasible, target_removed
 from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
-from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus
+from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
 from compress.run import Journal, Run, fingerprint
 
@@ -34,30 +35,30 @@ def produce_plan(run: Run, job: Job) -> Path:
         The sealed folder holding plan.json, plan.safetensors and search.json.
     """
     check_budget(job)
-    options = job.options
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
-    for iteration in range(1, options.iterations + 1):
-        built = _supernet(run, job, iteration, choices)
-        folder = _search(run, job, iteration, built, choices)
+    for iteration in range(1, job.options.iterations + 1):
+        files = _supernet(run, job, iteration, choices)
+        singles = _singles(run, job, iteration, files, choices)
+        folder = _search(run, job, iteration, files, singles, choices)
         result = json.loads((folder / "search.json").read_text())
         results.append(result)
         choices = [Choice(**c) for c in result["choices"]]
     assert choices is not None  # iterations >= 1
-    choices = settle(job, choices, json.loads((folder / "options.json").read_text()))
-    return _final(run, job, choices, results)
+    choices = settle(job, choices, json.loads((singles / "singles.json").read_text())["options"])
+    return final_pass(run, job, choices, results)
 
 
 def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) -> list[Path]:
     """Builds the supernet block by block; every block is a sealed stage, the streams behind it are kept beside."""
     options = job.options
     block_menu = block_menus(job, iteration, choices)
+    calibration = job.calibration[: options.supernet_windows]
     inputs = {
         **job.inputs,
-        "iteration": iteration,
         "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
-        "sparsity": job.sparsity,
-        "choices": None if choices is None else [list(vars(c).values()) for c in choices],
+        "levels": [[list(menu.neurons), [list(h) for h in menu.heads]] for menu in block_menu],
+        "windows": len(calibration),
     }
     name = f"supernet-{iteration}"
 
@@ -70,22 +71,12 @@ def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) 
 
     return [
         folder / "levels.safetensors"
-        for folder in _walk(run, job, name, inputs, block_menu, options.accumulation, False, write)
+        for folder in _walk(run, job, name, inputs, calibration, block_menu, options.accumulation, False, write)
     ]
 
 
-LOCAL_OPTIONS = {
-    "score",
-    "target",
-    "damping",
-    "accumulation",
-    "levels",
-    "head_levels",
-    "interval",
-    "round_to",
-    "query_heads",
-    "attention",
-}
+# The options that decide what a candidate is, beside the levels themselves.
+LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to"}
 
 
 def _walk(
@@ -93,6 +84,7 @@ def _walk(
     job: Job,
     name: str,
     inputs: Mapping[str, Any],
+    calibration: Tensor,
     block_menu: list[Menu],
     accumulation: Any,
     refit_dense: bool,
@@ -110,12 +102,12 @@ def _walk(
     if sealed == layers:
         run.drop_scratch(name)
         return folders
-    runner = BlockRunner(job.model, job.family, job.calibration.shape[1])
+    runner = BlockRunner(job.model, job.family, calibration.shape[1])
     kept = scratch / f"before-{sealed:03d}.safetensors"
     if sealed and kept.exists():
         streams, start = Streams.load(kept), sealed
     else:
-        streams, start = Streams.start(runner, job.calibration), 0
+        streams, start = Streams.start(runner, calibration), 0
     with Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
             attention, ffn = prune_block(
@@ -149,87 +141,116 @@ def _never(_: Path) -> None:
     raise AssertionError("a sealed stage was built again")
 
 
-def _search(run: Run, job: Job, iteration: int, files: list[Path], choices: list[Choice] | None) -> Path:
-    """Knapsack over measured single KLs, then evolution; the journal of evaluations makes it resumable."""
+def _evaluator(run: Run, job: Job, files: list[Path], name: str, windows: Tensor, inputs: Mapping[str, Any]) -> Evaluator:
+    """An evaluator whose journal belongs to these inputs alone: another recipe's evaluations are not taken for ours."""
+    options = job.options.search
+    return Evaluator(
+        BlockRunner(job.model, job.family, windows.shape[1]),
+        Supernet(files, job.geometry),
+        windows,
+        positions=min(options.positions, windows.shape[1] - 1),
+        top_k=options.teacher_top_k,
+        seed=job.seed,
+        log=Journal(run.scratch(name) / f"log-{fingerprint(inputs)[:16]}.jsonl"),
+        tag=name,
+    )
+
+
+def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: list[Choice] | None) -> Path:
+    """What every candidate does alone: to the dense model first, to the best solution so far in later iterations."""
+    options = job.options.search
+    name = f"singles-{iteration}"
+    inputs = {
+        **job.inputs,
+        "search": options.model_dump(mode="json", include={"positions", "teacher_top_k", "singles_windows", "length"}),
+        "supernet": [run.seal_hash(path.parent) for path in files],
+        "around": None if choices is None else [list(vars(c).values()) for c in choices],
+        "seed": job.seed,
+    }
+
+    def build(folder: Path) -> None:
+        # Evenly spread over the windows, so that every source of text is among them.
+        n = min(options.singles_windows, len(job.search))
+        windows = job.search[torch.linspace(0, len(job.search) - 1, n).long()]
+        evaluator = _evaluator(run, job, files, name, windows, inputs)
+        supernet = evaluator.supernet
+        base = evaluator.dense if choices is None else _genome_of(supernet, job, choices)
+        with Progress(sum(len(m) for m in menus(supernet)), f"{name}: single candidates") as bar:
+            priced = measure_singles(evaluator, base, lambda done: bar.to(done))
+        described = [
+            [{**vars(option), "choice": _describe(supernet, job, i, e)} for e, option in enumerate(menu)]
+            for i, menu in enumerate(priced)
+        ]
+        facts = {"options": described, "base": list(base), "work": evaluator.work, "candidates": sum(map(len, priced))}
+        (folder / "singles.json").write_text(json.dumps(facts))
+
+    folder = run.stage(name, inputs, build)
+    run.drop_scratch(name)
+    return folder
+
+
+def _search(
+    run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None
+) -> Path:
+    """Starts from knapsack solutions, keeps the best by joint KL, and lets it evolve; resumable from its journal."""
     options = job.options.search
     name = f"search-{iteration}"
     inputs = {
         **job.inputs,
         "iteration": iteration,
         "search": options.model_dump(mode="json"),
+        "singles": run.seal_hash(singles),
         "supernet": [run.seal_hash(path.parent) for path in files],
+        "sparsity": job.sparsity,
         "seed": job.seed,
     }
 
     def build(folder: Path) -> None:
-        runner = BlockRunner(job.model, job.family, job.search.shape[1])
-        supernet = Supernet(files, job.geometry)
-        scratch = run.scratch(name)
-        # The scratch log belongs to these inputs alone; another recipe's evaluations must not be taken for ours.
-        journal = Journal(scratch / f"log-{fingerprint(inputs)[:16]}.jsonl")
-        evaluator = Evaluator(
-            runner,
-            supernet,
-            job.search,
-            positions=options.positions,
-            top_k=options.teacher_top_k,
-            seed=job.seed,
-            log=journal,
-            tag=name,
-        )
-        base = evaluator.dense if choices is None else _genome_of(supernet, job, choices)
-        n = len(job.search)
-        # Evenly spread over the windows, so that every source of text is among them.
-        rows = sorted({round(i * (n - 1) / max(1, options.singles_windows - 1)) for i in range(options.singles_windows)})
-        rows = [r for r in rows if r < n]
-        with Progress(sum(len(m) for m in menus(supernet)), f"{name}: single candidates") as bar:
-            priced = measure_singles(evaluator, base, rows, lambda done, total: bar.to(done))
+        evaluator = _evaluator(run, job, files, name, job.search, inputs)
+        supernet = evaluator.supernet
+        facts = json.loads((singles / "singles.json").read_text())
+        priced = [[Option(o["saving"], o["loss"]) for o in menu] for menu in facts["options"]]
         total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
-        start: Genome = tuple(knapsack(priced, total))
-        predicted = sum(priced[i][g].loss for i, g in enumerate(start))
+        base = None if choices is None else tuple(facts["base"])
+        started = starts(priced, total, base)
+        with Progress(len(started), f"{name}: starting points") as bar:
+            rated = {}
+            for label, genome in started.items():
+                rated[label] = evaluator.kl(genome, phase=f"start: {label}")
+                bar.update(1, note=f"{label} {rated[label]:.4f}")
+        best = min(rated, key=lambda label: (rated[label], label))
         with Progress(options.generations, f"{name}: generations") as bar:
             found = evolve(
                 evaluator,
                 priced,
-                start,
+                started[best],
                 options,
                 seed=job.seed + iteration,
                 progress=lambda generation, kl: bar.to(generation, note=f"KL {kl:.4f}"),
             )
-        (folder / "options.json").write_text(
-            json.dumps(
-                [
-                    [
-                        {
-                            "saving": option.saving,
-                            "loss": option.loss,
-                            "choice": _describe(supernet, job, i, e),
-                        }
-                        for e, option in enumerate(menu)
-                    ]
-                    for i, menu in enumerate(priced)
-                ]
-            )
-        )
         (folder / "search.json").write_text(
             json.dumps(
                 {
                     "iteration": iteration,
                     "genome": list(found.genome),
                     "removed": total,
-                    "predicted": predicted,
-                    "kl_knapsack": found.kl_start,
+                    "starts": rated,
+                    "kl_knapsack": rated["knapsack"],
+                    "predicted_knapsack": sum(priced[i][g].loss for i, g in enumerate(started["knapsack"])),
+                    "kl_start": found.kl_start,
                     "kl": found.kl,
                     "generations": found.generations,
                     "stopped": found.stopped,
-                    "work_token_layers": evaluator.work,
+                    "candidates": facts["candidates"],
+                    "work_token_layers": evaluator.work + facts["work"],
                     "supernet_bytes": supernet.bytes,
                     "full_shape_bytes": full_shape_bytes(supernet, job),
                     "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
+                    "choices_knapsack": [vars(c) for c in _choices_of(supernet, job, started["knapsack"])],
                     "log": [
-                        {k: r[k] for k in ("phase", "generation", "work", "kl") if k in r}
-                        for r in journal.rows()
-                        if r["tag"] == name
+                        {k: r[k] for k in ("phase", "generation", "kl") if k in r} | {"work": r["work"] + facts["work"]}
+                        for r in evaluator.log.rows()
+                        if r["phase"] != "select"
                     ],
                 },
                 indent=1,
@@ -282,7 +303,7 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
     return tuple(genome)
 
 
-def _final(run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]]) -> Path:
+def final_pass(run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]]) -> Path:
     """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has."""
     options = job.options
     block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
@@ -304,7 +325,9 @@ def _final(run: Run, job: Job, choices: list[Choice], results: list[dict[str, An
 
         return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build)
 
-    folders = _walk(run, job, "final", inputs, block_menu, "expectation", options.refit == "all", write)
+    folders = _walk(
+        run, job, "final", inputs, job.calibration, block_menu, options.accumulation, options.refit == "all", write
+    )
 
     def build(folder: Path) -> None:
         parts = [Plan.load(f) for f in folders]

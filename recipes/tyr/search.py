@@ -198,10 +198,7 @@ def menus(supernet: Supernet) -> list[list[Option]]:
 
 
 def measure_singles(
-    evaluator: Evaluator,
-    base: Genome,
-    rows: Sequence[int],
-    progress: Callable[[int, int], None] | None = None,
+    evaluator: Evaluator, base: Genome, progress: Callable[[int], None] | None = None
 ) -> list[list[Option]]:
     """Measures what every level does alone to ``base`` (the dense model, or a solution to improve on).
 
@@ -210,22 +207,67 @@ def measure_singles(
     tokens may dip, and the knapsack would chase the dip.
     """
     evaluator.set_parent(base)
-    zero = evaluator.kl(base, rows, phase="single")
+    zero = evaluator.kl(base, phase="single")
     options = menus(evaluator.supernet)
-    total = sum(len(menu) for menu in options)
     done = 0
     # From the last block to the first: the cheap ones first.
     for sublayer in range(len(options) - 1, -1, -1):
         highest = -math.inf
         for e in range(len(options[sublayer])):
             genome = base[:sublayer] + (e,) + base[sublayer + 1 :]
-            loss = 0.0 if genome == base else evaluator.kl(genome, rows, phase="single") - zero
+            loss = 0.0 if genome == base else evaluator.kl(genome, phase="single") - zero
             highest = max(highest, loss)
             options[sublayer][e] = replace(options[sublayer][e], loss=highest)
             done += 1
             if progress:
-                progress(done, total)
+                progress(done)
     return options
+
+
+def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None) -> dict[str, Genome]:
+    """Genomes worth starting from, all of which remove exactly ``total``; every one is an exact knapsack solution.
+
+    Single losses add up well for light cuts and badly for deep ones, where one loss makes the next one worse. So
+    beside the plain knapsack stand solutions under losses with a penalty on deep cuts (or, with a ``base``, on
+    leaving it), in several strengths, and, without a base, two rules that know nothing: every FFN alike, and the same
+    with the first four and last two blocks left alone.
+    """
+    found = {"knapsack": tuple(knapsack(options, total))}
+    full = [max(o.saving for o in menu) or 1 for menu in options]
+    if base is not None:
+        if sum(options[i][g].saving for i, g in enumerate(base)) == total:
+            found["incumbent"] = base
+        depth = [
+            [((o.saving - menu[at].saving) / size) ** 2 for o in menu]
+            for menu, at, size in zip(options, base, full, strict=True)
+        ]
+    else:
+        depth = [[(o.saving / size) ** 2 for o in menu] for menu, size in zip(options, full, strict=True)]
+    # One unit of penalty: what the plain solution costs, spread over the depth it goes to.
+    deep = sum(depth[i][g] for i, g in enumerate(found["knapsack"]))
+    cost = abs(sum(options[i][g].loss for i, g in enumerate(found["knapsack"])))
+    for strength in (0.1, 0.3, 1.0, 3.0, 10.0):
+        unit = strength * cost / deep if deep else 0.0
+        bent = [
+            [replace(o, loss=o.loss + unit * d) for o, d in zip(menu, far, strict=True)]
+            for menu, far in zip(options, depth, strict=True)
+        ]
+        found[f"penalty {strength:g}"] = tuple(knapsack(bent, total))
+    if base is None:
+        layers = len(options) // 2
+        edges = {*range(min(4, layers // 4)), *range(layers - min(2, layers // 8), layers)}
+        for label, left_alone in (("uniform", set()), ("edges left alone", edges)):
+            # Equal quadratic losses make equal cuts; attention is touched only where the FFNs cannot give enough.
+            rule = [
+                [
+                    replace(o, loss=(o.saving / size) ** 2 + (1e3 if o.saving and (i % 2 == 0) else 0.0)
+                            + (1e6 if o.saving and i // 2 in left_alone else 0.0))
+                    for o in menu
+                ]
+                for i, (menu, size) in enumerate(zip(options, full, strict=True))
+            ]
+            found[label] = tuple(knapsack(rule, total))
+    return found
 
 
 @dataclass(frozen=True)
@@ -258,7 +300,7 @@ def evolve(
     total = sum(options[i][g].saving for i, g in enumerate(start))
     began = time.monotonic()
     evaluator.set_parent(start)
-    parent, parent_kl = start, evaluator.kl(start, phase="start")
+    parent, parent_kl = start, evaluator.kl(start, phase="parent")
     first_kl = parent_kl
     seen = {start}
     idle = 0

@@ -1,0 +1,221 @@
+"""The model card: a README.md that the Hugging Face hub accepts, every number taken from report.json."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def escape(text: object) -> str:
+    """Text from outside, made harmless in Markdown: no markup, no links, no new lines."""
+    flat = re.sub(r"\s+", " ", str(text)).strip()
+    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", flat)
+
+
+def code(text: object) -> str:
+    """Text from outside as inline code."""
+    return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'") + "`"
+
+
+def metadata(report: dict[str, Any]) -> dict[str, Any]:
+    """The card's YAML head."""
+    model, quality = report["model"], report["quality"]
+    head: dict[str, Any] = {}
+    if model["license"]:
+        head["license"] = model["license"]
+    if model["base_model"]:
+        head["base_model"] = model["base_model"]
+        head["base_model_relation"] = "finetune"
+    head |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "structured-pruning", report["recipe"]["method"], "onnx"],
+    }
+    name = f"{model['name']}-pruned-{round(100 * report['size']['backbone_removed'])}"
+    head["model-index"] = [
+        {
+            "name": name,
+            "results": [
+                {
+                    "task": {"type": "text-generation"},
+                    "dataset": {"type": "text", "name": f"{text['name']} (held out)"},
+                    "metrics": [{"type": "perplexity", "value": round(text["pruned_ppl"], 3), "name": "perplexity"}],
+                }
+                for text in quality["texts"]
+            ],
+        }
+    ]
+    return head
+
+
+def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    path = folder / "README.md"
+    head = yaml.safe_dump(metadata(report), sort_keys=False, allow_unicode=True)
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    path.write_text(f"---\n{head}---\n\n{body(report, images)}", encoding="utf-8")
+    return path
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, quality, model = report["size"], report["quality"], report["model"]
+    dense, pruned = size["dense"], size["pruned"]
+    title = f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed"
+    lines = [f"# {escape(title)}", ""]
+    origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
+    lines += [
+        f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query heads"
+        " and FFN neurons are gone, the projections behind them are refitted; nothing was trained afterwards. Weights were"
+        f" taken from: {escape(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+        _row("backbone parameters", dense["backbone_parameters"], pruned["backbone_parameters"], size["backbone_removed"]),
+        _row("all parameters", dense["total_parameters"], pruned["total_parameters"], size["total_removed"]),
+    ]
+    mean = quality["geometric_mean"]
+    for text in quality["texts"]:
+        ratio = text["pruned_ppl"] / text["dense_ppl"]
+        lines.append(
+            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} | {ratio:.2f}x |"
+        )
+    if len(quality["texts"]) > 1:
+        lines.append(
+            f"| perplexity, geometric mean | {mean['dense']:.2f} | {mean['pruned']:.2f} |"
+            f" {mean['pruned'] / mean['dense']:.2f}x |"
+        )
+    for task in quality["tasks"]:
+        lines.append(f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |")
+    bench = report.get("bench")
+    if bench:
+        lines += _latency_rows(bench)
+    lines += ["", f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the"]
+    lines[-1] += " blocks; embeddings, head and norms are not part of it)."
+    first = quality["texts"][0]
+    lines += [
+        f"Perplexity: {first['windows']} windows of {first['length']} tokens a text, none of which the pruner saw.",
+        "",
+    ]
+    for name, caption in (
+        ("sparsity-per-layer", "What each layer gave up"),
+        ("perplexity", "Perplexity against sparsity"),
+        ("latency", "Latency, dense and pruned"),
+        ("search", "The search"),
+    ):
+        if name in images:
+            lines += [f"![{caption}]({images[name]})", ""]
+    lines += _loading(report)
+    lines += _checks(report)
+    lines += ["## Every number again", "", "```sh"]
+    lines += [f"{command}" for command in report["commands"].values() if command]
+    lines += ["```", ""]
+    environment = report["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    lines += [
+        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']}; {versions}."
+        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`.",
+        "",
+        "## Limits",
+        "",
+        "The model was calibrated on "
+        + ", ".join(escape(_source(s)) for s in report["recipe"]["calibration"]["sources"])
+        + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and other"
+        " languages was not measured. It inherits the limits and biases of the dense model.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _source(spec: Mapping[str, Any]) -> str:
+    if "sampled" in spec:
+        return "text the dense model wrote"
+    return str(next(spec[k] for k in ("hub", "embedded", "package", "files") if k in spec))
+
+
+def _row(name: str, dense: int, pruned: int, removed: float) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | -{100 * removed:.1f} % |"
+
+
+def _latency_rows(bench: dict[str, Any]) -> list[str]:
+    spec = bench["spec"]
+    rows = []
+    for key, name in (("ttft", f"TTFT, {spec['prompt']} tokens"), ("tpot", f"TPOT at {spec['context']} tokens of context")):
+        dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
+        rows.append(
+            f"| {name} | {1000 * dense['median']:.1f} ms | {1000 * pruned['median']:.1f} ms |"
+            f" {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+        )
+    dense, pruned = bench["dense"], bench["pruned"]
+    rows.append(
+        f"| peak memory | {dense['peak_rss'] / 1e6:.0f} MB | {pruned['peak_rss'] / 1e6:.0f} MB |"
+        f" {dense['peak_rss'] / pruned['peak_rss']:.2f}x as small |"
+    )
+    rows.append(
+        f"| ONNX files | {dense['bytes'] / 1e6:.0f} MB | {pruned['bytes'] / 1e6:.0f} MB |"
+        f" {dense['bytes'] / pruned['bytes']:.2f}x as small |"
+    )
+    between = max(bench[m][k]["spread_between"] for m in ("dense", "pruned") for k in ("ttft", "tpot"))
+    rows.append("")
+    rows.append(
+        f"Latency: {escape(spec['runtime'])} on {spec['threads']} threads, {spec['processes']} fresh processes a model,"
+        f" interleaved {spec['order']}, median of the processes' medians; in brackets the 95 % bootstrap interval of the"
+        f" paired ratio. The processes differ by up to {100 * between:.0f} %."
+    )
+    return rows
+
+
+def _loading(report: dict[str, Any]) -> list[str]:
+    lines = ["## Loading it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if report["quality"]["layout"] == "per-layer":
+        lines += [
+            'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+            "```",
+            "",
+            "Its layers differ in size, which transformers' own classes do not read yet: `modeling_compress.py` beside the"
+            " weights builds each layer from its own entry of `per_layer_config`. Never load it with"
+            " `ignore_mismatched_sizes=True`: that would fill the layers with random numbers.",
+            "",
+        ]
+    else:
+        lines += [
+            'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+            "```",
+            "",
+        ]
+    if "export" in report:
+        lines += [
+            "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share `onnx/weights.data`.",
+            "",
+        ]
+    return lines
+
+
+def _checks(report: dict[str, Any]) -> list[str]:
+    lines = ["## What was checked", ""]
+    for layout in report["verify"]["layouts"]:
+        lines.append(
+            f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
+            f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}), the"
+            f" sliced model from the masked one by {layout['masked_difference']:.1e}"
+        )
+    if "export" in report:
+        facts = report["export"]["onnx"]["pruned"]
+        lines.append(
+            f"- ONNX: {facts['outputs_compared']} outputs compared with torch, largest relative difference"
+            f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy tokens"
+            " equal torch's"
+        )
+    search = report["search"]
+    lines.append(
+        f"- search: {search['work_token_layers']:,} tokens x layers,"
+        f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
+    )
+    return [*lines, ""]

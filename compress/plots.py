@@ -1,0 +1,138 @@
+"""The plots of the model card, drawn from report.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Two colours that stay apart for colour-blind readers and in grey.
+DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
+
+
+def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    style = {
+        "figure.dpi": 130,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "grid.color": "#e6e8ec",
+        "axes.axisbelow": True,
+        "font.size": 9,
+    }
+    drawn = {}
+    with plt.rc_context(style):
+        jobs = {"sparsity-per-layer": _layers, "search": _search, "perplexity": _perplexity}
+        if "bench" in report:
+            jobs["latency"] = _latency
+        for name, job in jobs.items():
+            figure = job(report, plt)
+            figure.tight_layout()
+            drawn[name] = folder / f"{name}.png"
+            figure.savefig(drawn[name], metadata={"Software": None})
+            plt.close(figure)
+    return drawn
+
+
+def _layers(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axes = plt.subplots(2, 1, figsize=(7, 4), sharex=True)
+    at = [r["layer"] for r in rows]
+    for axis, key, title in (
+        (axes[0], "attention_sparsity", "attention"),
+        (axes[1], "ffn_sparsity", "FFN"),
+    ):
+        axis.bar(at, [100 * r[key] for r in rows], color=PRUNED, width=0.8)
+        axis.set_ylabel(f"{title}\nremoved, %")
+        axis.set_ylim(0, 100)
+    axes[1].set_xlabel("layer")
+    axes[0].set_title(f"What each layer gave up: {100 * report['size']['backbone_removed']:.1f} % of the backbone in all")
+    return figure
+
+
+def _search(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    offset = 0
+    labels = set()
+    log = [r for r in report["search"]["log"] if r["phase"] != "single"]
+    top = 0.0
+    for iteration in sorted({r["iteration"] for r in log}):
+        rows = [r for r in log if r["iteration"] == iteration]
+        best = float("inf")
+        line_x, line_y = [], []
+        for row in rows:
+            x = (offset + row["work"]) / 1e6
+            start = row["phase"].startswith("start")
+            label = "starting point" if start else "candidate"
+            axis.plot(
+                x, row["kl"], "D" if start else ".", color=DENSE if start else QUIET, ms=5 if start else 6,
+                label=None if label in labels else label,
+            )
+            labels.add(label)
+            best = min(best, row["kl"])
+            line_x.append(x)
+            line_y.append(best)
+        axis.step(line_x, line_y, where="post", color=PRUNED, label=None if "best" in labels else "best so far")
+        labels.add("best")
+        offset += max((r["work"] for r in rows), default=0)
+        top = max(top, *(r["kl"] for r in rows))
+    low = min(r["kl"] for r in log)
+    axis.set_ylim(max(0, low - 0.15 * (top - low)), min(top, 4 * low) * 1.05)
+    axis.set_xlabel("work, million tokens x layers (singles included)")
+    axis.set_ylabel("KL to the dense model, nats")
+    axis.set_title("The search: KL over work")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _perplexity(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    removed = 100 * report["size"]["backbone_removed"]
+    for text in report["quality"]["texts"]:
+        axis.plot([0, removed], [text["dense_ppl"], text["pruned_ppl"]], "o-", lw=1.5, label=text["name"])
+        axis.annotate(
+            f"{text['pruned_ppl']:.1f}", (removed, text["pruned_ppl"]), xytext=(5, 0), textcoords="offset points", va="center"
+        )
+    axis.set_yscale("log")
+    axis.set_xlim(-2, removed * 1.15)
+    axis.set_xlabel("backbone parameters removed, %")
+    axis.set_ylabel("perplexity (log scale)")
+    axis.set_title("Perplexity against sparsity, held-out text")
+    axis.legend(frameon=False)
+    return figure
+
+
+def _latency(report: dict[str, Any], plt: Any) -> Any:
+    bench = report["bench"]
+    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3))
+    spec = bench["spec"]
+    for axis, key, title in (
+        (axes[0], "ttft", f"TTFT, {spec['prompt']} tokens\nms"),
+        (axes[1], "tpot", f"TPOT at {spec['context']} tokens\nms"),
+    ):
+        for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
+            values = [1000 * v for v in bench[label][key]["process_medians"]]
+            middle = 1000 * bench[label][key]["median"]
+            axis.bar(x, middle, color=colour, width=0.65)
+            axis.errorbar(x, middle, [[middle - min(values)], [max(values) - middle]], color="black", capsize=4, lw=1)
+            axis.annotate(f"{middle:.0f}", (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
+        ratio = bench["ratios"][key]
+        axis.set_title(f"{title}", loc="left")
+        axis.set_xticks([0, 1], ["dense", f"pruned\n{ratio['median']:.2f}x"])
+        axis.margins(y=0.15)
+    axis = axes[2]
+    for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
+        size = bench[label]["bytes"] / 1e6
+        axis.bar(x, size, color=colour, width=0.65)
+        axis.annotate(f"{size:.0f}", (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
+    axis.set_title("ONNX files\nMB", loc="left")
+    axis.set_xticks([0, 1], ["dense", f"pruned\n{bench['dense']['bytes'] / bench['pruned']['bytes']:.2f}x"])
+    axis.margins(y=0.15)
+    return figure

@@ -1,0 +1,41 @@
+"""How a figure is measured: warm up until it is steady, then long enough and often enough.
+
+Imports nothing but the standard library: it is copied to the device together with the agent.
+"""
+
+import math
+import time
+
+SAMPLE_SECONDS = 0.1  # a sample lasts at least this long; faster calls are batched
+STEADY = 0.05  # warmed up when a block is not this much better than the one before it
+WARM_BLOCK, WARM_CALLS, WARM_SECONDS = 3, 30, 20.0
+
+
+def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignore[no-untyped-def]
+    """Times ``call()``.
+
+    Returns:
+        dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), and
+        ``warm`` (False where a cap ended the warm-up).
+    """
+    warm_up, best, warm = [], math.inf, False
+    began = clock()
+    while len(warm_up) < WARM_CALLS and clock() - began < WARM_SECONDS:
+        for _ in range(WARM_BLOCK):
+            start = clock()
+            call()
+            warm_up.append(clock() - start)
+        block = min(warm_up[-WARM_BLOCK:])
+        if block > best * (1 - STEADY):
+            warm = True
+            break
+        best = min(best, block)
+    calls = max(1, math.ceil(SAMPLE_SECONDS / min(warm_up)))
+    samples = []
+    began = clock()
+    while len(samples) < min_runs or clock() - began < min_seconds:
+        start = clock()
+        for _ in range(calls):
+            call()
+        samples.append((clock() - start) / calls)
+    return {"samples": samples, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
