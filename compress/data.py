@@ -184,13 +184,18 @@ def _all_documents(source: SourceSpec) -> list[str]:
 
         return [topics[name] for name in sorted(topics)]
     if source.files is not None:
-        return _from_files(source.files)
+        return read_files(source.files)
     if source.package is not None:
         return _PACKAGES[source.package]()
     return _from_hub(source)
 
 
-def _from_files(patterns: Sequence[str]) -> list[str]:
+def read_files(patterns: Sequence[str]) -> list[str]:
+    """The files that match, in order.
+
+    Raises:
+        CompressError: a pattern matches nothing, or a file is not UTF-8 text.
+    """
     documents = []
     for pattern in patterns:
         paths = sorted(glob.glob(pattern, recursive=True))

@@ -16,7 +16,6 @@ from pydantic import BaseModel
 
 from compress import __version__
 from compress.errors import CompressError
-from compress.progress import say
 from compress.recipe import Recipe, load_recipe, lock_text
 from compress.recipes.tyr import TyrOptions
 from compress.run import Run, fingerprint, seal_hash
@@ -87,12 +86,24 @@ class Setup:
         return named if isinstance(named, torch.dtype) else torch.float32
 
 
+def quiet() -> None:
+    """Stills the bars and warnings of the libraries: what a user should know is said by compress itself."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
 def prepare(model: str, recipe: Recipe) -> Setup:
     """Finds the model and checks that it can be pruned, before any weight is read."""
     from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
     from compress.models.families import family_for
     from compress.models.sources import resolve
 
+    quiet()
     resolved = resolve(model)
     config = load_config(resolved.folder)
     family = family_for(config)
@@ -434,17 +445,19 @@ def _evaluate(
 
 
 def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
+    from compress.export.check import write_checked
     from compress.plan import Plan
 
     assert setup.recipe.export is not None  # asked by the caller
     spec = setup.recipe.export
+    vocab = setup.geometry.vocab
     common = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
     folders = {
-        "dense": run.stage("export-dense", common, lambda f: write_onnx(setup, setup.model, f)),
+        "dense": run.stage("export-dense", common, lambda f: write_checked(setup.model, setup.tokenizer, f, spec, vocab)),
         "pruned": run.stage(
             "export-pruned",
             {**common, "plan": seal_hash(plan_folder)},
-            lambda f: write_onnx(setup, setup.pruned(Plan.load(plan_folder))[0], f),
+            lambda f: write_checked(setup.pruned(Plan.load(plan_folder))[0], setup.tokenizer, f, spec, vocab),
         ),
     }
     facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}
@@ -452,27 +465,6 @@ def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -
     report["export"]["onnx"]["size_ratio"] = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
     report["stages"] = run.stages()
     return folders
-
-
-def write_onnx(setup: Setup, model: Any, folder: Path) -> None:
-    """Exports into ``folder`` and checks the files against torch; facts go into export.json."""
-    from compress.export.onnx import export_llm
-    from compress.export.parity import check_llm, greedy_agrees
-
-    spec = setup.recipe.export
-    assert spec is not None
-    made = export_llm(model, folder)
-    parity = check_llm(model, folder, tolerance=spec.tolerance, vocab=setup.geometry.vocab)
-    greedy = greedy_agrees(model, folder, setup.tokenizer, spec.prompt, spec.greedy_tokens)
-    facts = {
-        "bytes": made.bytes,
-        "seconds": round(made.seconds, 1),
-        "largest_difference": max(parity["outputs"].values()),
-        "outputs_compared": len(parity["outputs"]),
-        "tolerance": parity["tolerance"],
-        "greedy": greedy,
-    }
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def _bench(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[str, Any]) -> None:

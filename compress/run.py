@@ -63,7 +63,7 @@ class Run:
         finally:
             os.close(lock)
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
+    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
         """The folder of the sealed stage ``name``; builds it unless it is there.
 
         Args:

@@ -1,0 +1,319 @@
+"""The command line. Imports nothing heavy: the work is imported inside the verb that does it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress import __version__
+from compress.errors import CompressError
+
+app = typer.Typer(
+    help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Model = Annotated[str, typer.Argument(help="a name from `compress list models`, a hub id, or a local folder")]
+RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `compress list recipes`, or a YAML file")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
+Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
+Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
+
+_debug = False
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="shows the traceback of an error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="prints the version")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
+    return [*(given or []), *([f"sparsity={sparsity}"] if sparsity is not None else [])]
+
+
+def _show(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
+    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
+
+
+@app.command(
+    epilog="Examples:  compress prune smollm2-135m --recipe tyr-demo --out runs/demo   |   "
+    "compress prune ./my-llama --recipe tyr --sparsity 0.25 --set 'calibration.sources=[{files: [text/*.txt]}]'"
+)
+def prune(
+    model: Model,
+    recipe: RecipeName,
+    out: Annotated[Path | None, typer.Option(help="the run folder  [default: runs/MODEL-RECIPE]")] = None,
+    sparsity: Sparsity = None,
+    set_: Set = None,
+    until: Annotated[str, typer.Option(help="last stage: plan, model, evaluation, export, bench, release")] = "release",
+    fresh: Annotated[bool, typer.Option("--fresh", help="forgets what an earlier run left in the folder")] = False,
+    json_: Json = False,
+) -> None:
+    """Prunes a model, saves it, checks it, exports it, measures it and writes its card.
+
+    The same command again goes on where it was stopped.
+    """
+    from compress.errors import UsageError
+    from compress.pipeline import STAGES
+    from compress.pipeline import prune as run
+
+    if until not in STAGES:
+        raise UsageError(f"unknown stage {until!r}", where="--until", fix=f"one of: {', '.join(STAGES)}")
+    folder = out or Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
+    command = shlex.join(["compress", *(a for a in sys.argv[1:] if a not in ("--fresh", "--json"))])
+    report = run(model, recipe, folder, _overrides(set_, sparsity), fresh=fresh, until=until, command=command)
+    _show({**report, "run": str(folder)}, json_, _prune_lines)
+
+
+def _prune_lines(report: dict[str, Any]) -> list[str]:
+    size = report["size"]
+    lines = [
+        f"removed  {100 * size['backbone_removed']:.2f} % of the backbone, {100 * size['total_removed']:.2f} % of all"
+        f" parameters ({size['dense']['total_parameters']:,} -> {size['pruned']['total_parameters']:,})"
+    ]
+    for layout in report.get("verify", {}).get("layouts", ()):
+        lines.append(
+            f"reloaded {layout['layout']} in a clean process: logits differ by {layout['max_logit_difference']:.1e}"
+            f" (allowed {layout['tolerance']:.1e})"
+        )
+    if "quality" in report:
+        for text in report["quality"]["texts"]:
+            lines.append(f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}")
+    if "export" in report:
+        onnx = report["export"]["onnx"]
+        dense, pruned = (sum(onnx[k]["bytes"].values()) for k in ("dense", "pruned"))
+        lines.append(
+            f"onnx     {dense / 1e6:.0f} MB -> {pruned / 1e6:.0f} MB; outputs agree with torch to"
+            f" {onnx['pruned']['largest_difference']:.1e}"
+        )
+    if "bench" in report:
+        for key in ("ttft", "tpot"):
+            b, r = report["bench"], report["bench"]["ratios"][key]
+            lines.append(
+                f"{key}     {1000 * b['dense'][key]['median']:.1f} ms -> {1000 * b['pruned'][key]['median']:.1f} ms"
+                f" ({r['median']:.2f}x as fast, 95 %: {r['low']:.2f} to {r['high']:.2f})"
+            )
+    lines.append(f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else ""))
+    return lines
+
+
+@app.command(epilog="Example:  compress plan llama-8b --recipe tyr --sparsity 0.5")
+def plan(model: Model, recipe: RecipeName, sparsity: Sparsity = None, set_: Set = None, json_: Json = False) -> None:
+    """Says what `prune` would do: budget, shapes, disk, memory and time. Reads no weight."""
+    from compress.verbs import plan as run
+
+    _show(run(model, recipe, _overrides(set_, sparsity)), json_, _plan_lines)
+
+
+def _plan_lines(facts: dict[str, Any]) -> list[str]:
+    shapes, units, time = facts["shapes"], facts["units"], facts["seconds_estimated"]
+    disk = facts["disk_bytes"]
+    return [
+        f"model    {facts['model']} ({facts['family']}): {shapes['layers']} layers, hidden {shapes['hidden']},"
+        f" {shapes['heads']} heads in {shapes['kv_heads']} KV groups of {shapes['head_dim']}, FFN {shapes['ffn']}",
+        f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
+        f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
+        f"units    a KV group with its query heads {units['kv_group_parameters']:,}, a neuron {units['neuron_parameters']:,}"
+        f" (in multiples of {units['neurons_round_to']})",
+        f"disk     first supernet {disk['first_supernet'] / 1e6:.1f} MB, activations {disk['streams'] / 1e6:.1f} MB,"
+        f" model {disk['model'] / 1e6:.1f} MB",
+        f"memory   about {facts['memory_bytes'] / 1e9:.1f} GB",
+        f"time     estimated at {time['speed_gflops']} GFLOP/s: {facts['iterations']} x (supernet {time['each_supernet']} s"
+        f" + singles {time['each_singles']} s + evolution {time['each_evolution']} s) + last pass {time['last_pass']} s",
+        *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
+    ]
+
+
+@app.command("eval", epilog="Examples:  compress eval runs/demo --like runs/demo   |   compress eval smollm2-135m --text a.txt")
+def eval_(
+    model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
+    like: Annotated[Path | None, typer.Option(help="a run folder: the text it held out")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
+    windows: Annotated[int, typer.Option(min=1, help="windows per text")] = 16,
+    length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
+    task: Annotated[list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")] = None,
+    json_: Json = False,
+) -> None:
+    """Measures perplexity on held-out text."""
+    from compress.verbs import evaluate
+
+    _show(
+        evaluate(model, like, text or [], windows, length, task or []),
+        json_,
+        lambda f: [
+            *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in f["texts"].items()),
+            f"ppl  geometric mean: {f['geometric_mean']:.3f}",
+            *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in f["tasks"]),
+        ],
+    )
+
+
+@app.command(epilog="Example:  compress export runs/demo --out demo-onnx")
+def export(
+    model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
+    out: Annotated[Path, typer.Option(help="the folder to make")],
+    json_: Json = False,
+) -> None:
+    """Exports a model to ONNX (prefill and decode with KV cache) and checks it against torch."""
+    from compress.verbs import export as run
+
+    _show(
+        run(model, out),
+        json_,
+        lambda f: [
+            f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in f["bytes"].items()
+        ]
+        + [
+            f"parity   {f['outputs_compared']} outputs, largest relative difference {f['largest_difference']:.1e}",
+            f"greedy   {f['greedy']['tokens']} tokens equal torch's",
+        ],
+    )
+
+
+@app.command(epilog="Example:  compress bench runs/demo/export-dense runs/demo/export-pruned")
+def bench(
+    dense: Annotated[Path, typer.Argument(help="export folder of the dense model")],
+    pruned: Annotated[Path, typer.Argument(help="export folder of the pruned model")],
+    prompt: Annotated[int | None, typer.Option(min=1, help="tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="tokens in the cache")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    json_: Json = False,
+) -> None:
+    """Measures latency and memory of two exports, interleaved in fresh processes."""
+    from compress.verbs import bench as run
+
+    facts = run(
+        dense, pruned, {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
+    )
+    _show(facts, json_, _bench_lines)
+
+
+def _bench_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in ("ttft", "tpot"):
+        ratio = facts["ratios"][key]
+        for label in ("dense", "pruned"):
+            m = facts[label][key]
+            lines.append(
+                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %, within"
+                f" {100 * m['all']['spread_within']:.1f} %; load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
+            )
+        lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
+    for label in ("dense", "pruned"):
+        lines.append(f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB")
+    return lines
+
+
+@app.command(epilog="Example:  compress card runs/demo --out card")
+def card(
+    run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],
+    out: Annotated[Path | None, typer.Option(help="the folder to write to  [default: RUN-card]")] = None,
+    json_: Json = False,
+) -> None:
+    """Writes the model card and its plots from report.json."""
+    from compress.verbs import card as write
+
+    _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
+
+
+@app.command(epilog="Example:  compress verify runs/demo")
+def verify(
+    path: Annotated[Path, typer.Argument(help="a run folder, or a model folder")], json_: Json = False
+) -> None:
+    """Checks a saved model again: hashes, weights, and a reload in a clean process."""
+    from compress.verbs import verify as run
+
+    _show(
+        run(path),
+        json_,
+        lambda f: [
+            f"sealed   {f['sealed_files']} files are as they were written",
+            *(
+                f"reloaded {folder} as {m['class']}: logits differ by {m['max_logit_difference']:.1e}"
+                f" (allowed {m['tolerance']:.1e})"
+                for folder, m in f["models"].items()
+            ),
+            *([f"report   {f['report'][:16]} is unchanged"] if "report" in f else []),
+        ],
+    )
+
+
+@app.command("list", epilog="Example:  compress list models")
+def list_(
+    what: Annotated[str | None, typer.Argument(help="recipes or models; both by default")] = None, json_: Json = False
+) -> None:
+    """Lists recipes and models."""
+    from compress.verbs import listing
+
+    _show(
+        listing(what),
+        json_,
+        lambda f: [line for kind, rows in f.items() for line in (kind, *(f"  {n:16} {t}" for n, t in rows.items()))],
+    )
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Says which parts are installed here, and what to do about those that are not."""
+    from compress.doctor import examine
+
+    rows = examine()
+    _show({"parts": rows}, json_, lambda f: [f"{r['state']:8} {r['part']:14} {r['detail']:28} {r['for']}" for r in f["parts"]])
+    if any(r["state"] == "missing" for r in rows):
+        raise typer.Exit(1)
+
+
+class Stopped(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt: typer would turn that into an exit code of its own."""
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped
+
+
+def main() -> None:
+    """Runs the command line; every error a user can act on is one message and an exit code."""
+    try:
+        signal.signal(signal.SIGINT, _stop)
+        app()
+    except CompressError as e:
+        if _debug:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except Stopped:
+        print("\nstopped; the same command goes on behind the last whole stage", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`): nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+if __name__ == "__main__":
+    main()

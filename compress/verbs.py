@@ -1,0 +1,247 @@
+"""What the verbs beside `prune` do: each takes paths, returns JSON-like facts, and raises CompressError."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, UsageError
+from compress.recipe import BenchSection, ExportSection, load_recipe, recipe_names
+from compress.run import SEAL, verify_seal
+
+
+def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
+    from compress.pipeline import METHODS, job_for, prepare
+    from compress.recipes.tyr.choice import block_menus, check_budget
+    from compress.recipes.tyr.supernet import predicted_bytes
+
+    recipe = load_recipe(recipe_name, METHODS, overrides)
+    setup = prepare(model, recipe)
+    job = job_for(setup, None, {})
+    target = check_budget(job)
+    g, costs, options = setup.geometry, setup.costs, recipe.options
+    menus = block_menus(job, 1, None)
+    supernet = sum(predicted_bytes(menu, g) for menu in menus)
+    windows, length = recipe.calibration.windows, recipe.calibration.length
+    streams = 2 * windows * length * g.hidden * 4
+    forward = 2 * costs.backbone  # FLOPs a token, both factors of a multiply-add
+    statistics = g.layers * ((g.heads * g.head_dim) ** 2 + g.ffn**2 + g.hidden * (g.heads * g.head_dim + g.ffn)) * 2
+    walk = windows * length * (2 * forward + statistics)
+    candidates = sum(len(m.neurons) + len(m.heads) for m in menus)
+    search = recipe.options.search
+    window = search.length or length
+    singles = candidates * search.singles_windows * window * forward // 2
+    shares = zip(search.steps, [search.offspring, *search.survivors], strict=True)
+    evolution = search.generations * sum(int(s * search.windows) * n for s, n in shares) * window * forward // 2
+    speed = _flops_per_second()
+    passes = (options.supernet_windows or windows) / windows
+    return {
+        "model": setup.resolved.name,
+        "source": setup.resolved.source,
+        "family": setup.family.name,
+        "shapes": vars(g),
+        "backbone_parameters": costs.backbone,
+        "total_parameters": costs.total,
+        "remove": target,
+        "units": {
+            "kv_group_parameters": costs.attention(1, g.group),
+            "neuron_parameters": costs.ffn(g.ffn) - costs.ffn(g.ffn - 1),
+            "neurons_round_to": options.round_to,
+        },
+        "after": {
+            "total_parameters": costs.total - target,
+            "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
+        },
+        "disk_bytes": {"first_supernet": supernet, "streams": streams, "model": (costs.total - target) * 4},
+        "memory_bytes": costs.total * 4 + streams + 3 * windows * length * max(g.ffn, g.hidden),
+        "seconds_estimated": {
+            "speed_gflops": round(speed / 1e9, 1),
+            "each_supernet": round(walk * passes / speed),
+            "each_singles": round(singles / speed),
+            "each_evolution": round(evolution / speed),
+            "last_pass": round(walk / speed),
+        },
+        "iterations": options.iterations,
+        "loads_with": {
+            "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
+            "padded": "any server that knows the family, without the gain in speed",
+        },
+    }
+
+
+def _flops_per_second() -> float:
+    """Float32 matrix products on this machine, measured for a quarter of a second."""
+    import torch
+
+    x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
+    x @ w
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < 0.25:
+        x @ w
+        count += 1
+    return 2 * 2048 * 1024 * 1024 * count / (time.perf_counter() - began)
+
+
+def saved_model(path: Path) -> Path:
+    """The model folder meant by a path: the folder itself, or a run folder's model."""
+    if (path / "config.json").exists():
+        return path
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+
+
+def _load(path: Path) -> tuple[Any, Any, Any, Path]:
+    """(model, family, tokenizer, folder) of a saved model, of either layout."""
+    from transformers import AutoTokenizer
+
+    from compress.checkpoint import check_weights, load_config, load_model
+    from compress.models.families import family_for
+    from compress.pipeline import quiet
+
+    quiet()
+    folder = saved_model(path)
+    family = family_for(load_config(folder))
+    check_weights(folder)
+    return load_model(folder, family), family, AutoTokenizer.from_pretrained(folder), folder
+
+
+def _folder_of(model: str) -> Path:
+    """A local path as it is; anything else is a name that `resolve` knows."""
+    from compress.models.sources import resolve
+
+    return Path(model) if Path(model).exists() else resolve(model).folder
+
+
+def evaluate(
+    model: str, like: Path | None, text: Sequence[str], windows: int, length: int, tasks: Sequence[str]
+) -> dict[str, Any]:
+    """Perplexity of a model on a run's held-out windows (``like``) or on text files."""
+    from compress.data import pack
+    from compress.evaluate import geometric_mean, harness_tasks, perplexity
+
+    if bool(like) == bool(text):
+        raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
+    loaded, _, tokenizer, folder = _load(_folder_of(model))
+    if like is not None:
+        from safetensors.torch import load_file
+
+        source = like / "text" / "windows.safetensors"
+        lock = like / "recipe.lock.yaml"
+        if not source.exists() or not lock.exists():
+            raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
+        import yaml
+
+        names = [t["name"] for t in yaml.safe_load(lock.read_text())["recipe"]["evaluation"]["texts"]]
+        tensors = load_file(source)
+        texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
+    else:
+        from compress.data import read_files
+
+        texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
+    found = {name: perplexity(loaded, ids, f"perplexity, {name}") for name, ids in texts.items()}
+    return {
+        "model": str(folder),
+        "texts": found,
+        "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
+        "tasks": harness_tasks(folder, list(tasks), False) if tasks else [],
+    }
+
+
+def export(model: str, out: Path) -> dict[str, Any]:
+    """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed."""
+    from compress.export.check import write_checked
+
+    if out.exists() and any(out.iterdir()):
+        raise UsageError("the folder is not empty", where=str(out), fix="name another --out folder")
+    loaded, family, tokenizer, folder = _load(_folder_of(model))
+    partial = out.with_name(f".{out.name}.partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    try:
+        facts = write_checked(loaded, tokenizer, partial, ExportSection(), family.geometry(loaded.config).vocab)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+    return {"model": str(folder), "out": str(out), **facts}
+
+
+def bench(dense: Path, pruned: Path, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Latency of two export folders, interleaved."""
+    import onnx
+
+    from compress.export.bench.local import compare_llm
+    from compress.export.onnx import PREFILL
+
+    spec = BenchSection(**{k: v for k, v in overrides.items() if v is not None}).model_dump()
+    for folder in (dense, pruned):
+        if not (folder / PREFILL).exists():
+            raise CompressError(f"there is no {PREFILL}", where=str(folder), fix="name a folder made by `compress export`")
+    logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
+    return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
+
+
+def card(run: Path, out: Path | None) -> dict[str, Any]:
+    """Writes the card and the plots of a finished run again, from its report.json."""
+    from compress.card import write_card
+    from compress.plots import draw
+    from compress.report import read_report
+
+    report = read_report(run)
+    folder = out if out is not None else Path(f"{run}-card")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = write_card(report, folder, draw(report, folder / "plots"))
+    return {"card": str(written), "report": report["sha256"]}
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Checks a run folder (every sealed file, the report) or a model folder (weights, a reload in a clean process)."""
+    from compress.checkpoint import check_weights, verify_clean
+    from compress.report import read_report
+
+    if not path.is_dir():
+        raise UsageError("there is no such folder", where=str(path), fix="name a run folder or a model folder")
+    found: dict[str, Any] = {"path": str(path), "sealed_files": 0, "models": {}}
+    for seal in sorted(path.rglob(SEAL)):
+        found["sealed_files"] += verify_seal(seal.parent)
+    models = [p for p in (path, path / "model", path / "model-padded") if (p / "config.json").exists()]
+    if not models:
+        raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+    for folder in models:
+        check_weights(folder)
+        found["models"][str(folder)] = verify_clean(folder)
+    if (path / "release" / "report.json").exists() or (path / "report.json").exists():
+        found["report"] = read_report(path)["sha256"]
+    return found
+
+
+def listing(what: str | None) -> dict[str, Any]:
+    """Recipes, models and families there are."""
+    import yaml
+
+    from compress.models.sources import alias_names, load_alias
+
+    found: dict[str, Any] = {}
+    if what in (None, "recipes"):
+        found["recipes"] = {
+            name: yaml.safe_load(path.read_text()).get("description", "") for name, path in recipe_names().items()
+        }
+    if what in (None, "models"):
+        found["models"] = {
+            name: ", then ".join(f"hub {s.hub}" if s.hub else f"package {s.package}" for s in load_alias(name).sources)
+            for name in alias_names()
+        }
+    if not found:
+        raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models")
+    return found
+
+

@@ -1,0 +1,99 @@
+"""Text: split once, packed into full windows, never shared; perplexity against transformers' own loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.data import (
+    assert_disjoint,
+    calibration_windows,
+    evaluation_windows,
+    load_documents,
+    pack,
+    sample_windows,
+)
+from compress.errors import CompressError
+from compress.evaluate import perplexity
+from compress.recipe import SourceSpec
+from tests.tiny import tiny, tokens, word_tokenizer
+
+DOCS = SourceSpec(embedded="python-docs")
+
+
+def never(windows: int, length: int, temperature: float) -> torch.Tensor:
+    raise AssertionError("nothing was to be sampled")
+
+
+def test_the_split_is_by_document_and_disjoint() -> None:
+    from pydoc_data.topics import topics
+
+    calibration, evaluation = load_documents(DOCS, "calibration"), load_documents(DOCS, "evaluation")
+    assert len(calibration) + len(evaluation) == len([t for t in topics.values() if t.strip()])
+    assert not set(calibration) & set(evaluation) and len(evaluation) == pytest.approx(len(topics) / 10, abs=1)
+
+
+def test_windows_are_full_and_hold_the_text_with_its_ends(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(tmp_path)
+    packed = pack(["the cat", "the mat"], tokenizer, 3, 2, "x")
+    ids = [*tokenizer("the cat")["input_ids"], 2, *tokenizer("the mat")["input_ids"], 2]
+    assert packed.shape == (2, 3) and packed[0].tolist() == ids[:3]
+    with pytest.raises(CompressError, match="gives 2 windows of 3 tokens, 99 are asked"):
+        pack(["the cat", "the mat"], tokenizer, 3, 99, "x")
+
+
+def test_an_empty_text_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("  \n")
+    with pytest.raises(CompressError, match="empty"):
+        load_documents(SourceSpec(files=[str(tmp_path / "empty.txt")]), "calibration")
+    with pytest.raises(CompressError, match="no file matches"):
+        load_documents(SourceSpec(files=[str(tmp_path / "*.md")]), "calibration")
+
+
+def test_sources_share_the_windows_by_weight(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(tmp_path)
+    text = "\n\n".join(f"the cat number {i} sat on the mat and did not say why. " * 30 for i in range(60))
+    (tmp_path / "a.txt").write_text(text)
+    sources = [DOCS, SourceSpec(files=[str(tmp_path / "a.txt")], weight=2)]
+    found = calibration_windows(sources, tokenizer, 9, 32, never)
+    docs = calibration_windows([DOCS], tokenizer, 3, 32, never)
+    rows = {tuple(r.tolist()) for r in docs}
+    assert found.shape == (9, 32) and sum(tuple(r.tolist()) in rows for r in found) == 3
+
+
+def test_overlapping_text_is_refused() -> None:
+    a, b = tokens(4, 200, seed=1), tokens(4, 200, seed=2)
+    assert_disjoint(a, b, "b")
+    b[2, 30:94] = a[1, 100:164]
+    with pytest.raises(CompressError, match="overlaps"):
+        assert_disjoint(a, b, "b")
+
+
+def test_sampled_text_is_the_models_own_and_reproducible() -> None:
+    model = tiny("llama")
+    first, again = (sample_windows(model, 3, 20, 1.0, seed=4) for _ in range(2))
+    assert first.shape == (3, 20) and torch.equal(first, again)
+    cold = sample_windows(model, 1, 20, 0.01, seed=4)[0]
+    with torch.no_grad():
+        assert int(model(cold[None, :-1]).logits[0, -1].argmax()) == int(cold[-1])
+    with pytest.raises(CompressError, match="cannot be held out"):
+        evaluation_windows(SourceSpec(sampled=1.0), None, 1, 32)
+
+
+def test_perplexity_equals_the_loss_of_transformers() -> None:
+    model: Any = tiny("llama").double()
+    ids = tokens(5, 30)
+    with torch.no_grad():
+        losses = [float(model(row[None], labels=row[None]).loss) for row in ids]
+    found = perplexity(model, ids)
+    assert found["nll"] == pytest.approx(sum(losses) / 5, rel=1e-6) and found["tokens"] == 5 * 29
+
+
+def test_a_model_of_nan_is_named() -> None:
+    model = tiny("llama")
+    model.model.norm.weight[0] = float("nan")
+    with pytest.raises(CompressError, match="not finite"):
+        perplexity(model, tokens(2, 16))
