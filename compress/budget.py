@@ -65,6 +65,15 @@ def nearest_feasible(menus: Sequence[Sequence[Option]], target: int) -> int:
     return int(reach[distance == distance.min()].max())
 
 
+def _infeasible(menus: Sequence[Sequence[Option]], total: int) -> CompressError:
+    most = sum(max(o.saving for o in menu) for menu in menus)
+    return CompressError(
+        f"no choice of levels removes exactly {total:,} parameters",
+        where="budget",
+        fix=f"the nearest feasible total is {nearest_feasible(menus, min(total, most)):,}",
+    )
+
+
 def knapsack(menus: Sequence[Sequence[Option]], total: int) -> list[int]:
     """Chooses one option per menu so that the savings sum to ``total`` exactly and the losses to the least possible.
 
@@ -79,11 +88,7 @@ def knapsack(menus: Sequence[Sequence[Option]], total: int) -> list[int]:
     """
     unit = common_unit(menus)
     if total % unit or total < 0:
-        raise CompressError(
-            f"no choice of levels removes exactly {total:,} parameters",
-            where="budget",
-            fix=f"the nearest feasible total is {nearest_feasible(menus, total):,}",
-        )
+        raise _infeasible(menus, total)
     capacity = total // unit
     best = np.full(capacity + 1, np.inf)
     best[0] = 0.0
@@ -102,11 +107,7 @@ def knapsack(menus: Sequence[Sequence[Option]], total: int) -> list[int]:
         best = new
         taken.append(pick)
     if not np.isfinite(best[capacity]):
-        raise CompressError(
-            f"no choice of levels removes exactly {total:,} parameters",
-            where="budget",
-            fix=f"the nearest feasible total is {nearest_feasible(menus, total):,}",
-        )
+        raise _infeasible(menus, total)
     choice: list[int] = []
     at = capacity
     for menu, pick in zip(reversed(menus), reversed(taken), strict=True):

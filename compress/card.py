@@ -68,22 +68,25 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines = [f"# {escape(title)}", ""]
     origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
     lines += [
-        f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query heads"
-        " and FFN neurons are gone, the projections behind them are refitted; nothing was trained afterwards. Weights were"
-        f" taken from: {escape(model['source'])}.",
+        f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query"
+        " heads and FFN neurons are gone, the projections behind them are refitted; nothing was trained afterwards."
+        f" Weights were taken from: {escape(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
         "| | dense | pruned | |",
         "|---|---|---|---|",
-        _row("backbone parameters", dense["backbone_parameters"], pruned["backbone_parameters"], size["backbone_removed"]),
+        _row(
+            "backbone parameters", dense["backbone_parameters"], pruned["backbone_parameters"], size["backbone_removed"]
+        ),
         _row("all parameters", dense["total_parameters"], pruned["total_parameters"], size["total_removed"]),
     ]
     mean = quality["geometric_mean"]
     for text in quality["texts"]:
         ratio = text["pruned_ppl"] / text["dense_ppl"]
         lines.append(
-            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} | {ratio:.2f}x |"
+            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
+            f" {ratio:.2f}x |"
         )
     if len(quality["texts"]) > 1:
         lines.append(
@@ -91,7 +94,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" {mean['pruned'] / mean['dense']:.2f}x |"
         )
     for task in quality["tasks"]:
-        lines.append(f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |")
+        lines.append(
+            f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
+        )
     bench = report.get("bench")
     if bench:
         lines += _latency_rows(bench)
@@ -145,7 +150,10 @@ def _row(name: str, dense: int, pruned: int, removed: float) -> str:
 def _latency_rows(bench: dict[str, Any]) -> list[str]:
     spec = bench["spec"]
     rows = []
-    for key, name in (("ttft", f"TTFT, {spec['prompt']} tokens"), ("tpot", f"TPOT at {spec['context']} tokens of context")):
+    for key, name in (
+        ("ttft", f"TTFT, {spec['prompt']} tokens"),
+        ("tpot", f"TPOT at {spec['context']} tokens of context"),
+    ):
         dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
         rows.append(
             f"| {name} | {1000 * dense['median']:.1f} ms | {1000 * pruned['median']:.1f} ms |"
@@ -164,8 +172,8 @@ def _latency_rows(bench: dict[str, Any]) -> list[str]:
     rows.append("")
     rows.append(
         f"Latency: {escape(spec['runtime'])} on {spec['threads']} threads, {spec['processes']} fresh processes a model,"
-        f" interleaved {spec['order']}, median of the processes' medians; in brackets the 95 % bootstrap interval of the"
-        f" paired ratio. The processes differ by up to {100 * between:.0f} %."
+        f" interleaved {spec['order']}, median of the processes' medians; in brackets the 95 % bootstrap interval of"
+        f" the paired ratio. The processes differ by up to {100 * between:.0f} %."
     )
     return rows
 
@@ -178,8 +186,8 @@ def _loading(report: dict[str, Any]) -> list[str]:
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
             "```",
             "",
-            "Its layers differ in size, which transformers' own classes do not read yet: `modeling_compress.py` beside the"
-            " weights builds each layer from its own entry of `per_layer_config`. Never load it with"
+            "Its layers differ in size, which transformers' own classes do not read yet: `modeling_compress.py` beside"
+            " the weights builds each layer from its own entry of `per_layer_config`. Never load it with"
             " `ignore_mismatched_sizes=True`: that would fill the layers with random numbers.",
             "",
         ]
@@ -192,7 +200,8 @@ def _loading(report: dict[str, Any]) -> list[str]:
         ]
     if "export" in report:
         lines += [
-            "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share `onnx/weights.data`.",
+            "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share"
+            " `onnx/weights.data`.",
             "",
         ]
     return lines
@@ -203,15 +212,15 @@ def _checks(report: dict[str, Any]) -> list[str]:
     for layout in report["verify"]["layouts"]:
         lines.append(
             f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}), the"
-            f" sliced model from the masked one by {layout['masked_difference']:.1e}"
+            f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}),"
+            f" the sliced model from the masked one by {layout['masked_difference']:.1e}"
         )
     if "export" in report:
         facts = report["export"]["onnx"]["pruned"]
         lines.append(
             f"- ONNX: {facts['outputs_compared']} outputs compared with torch, largest relative difference"
-            f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy tokens"
-            " equal torch's"
+            f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy"
+            " tokens equal torch's"
         )
     search = report["search"]
     lines.append(

@@ -63,7 +63,7 @@ def check_weights(folder: Path) -> None:
     for path in weight_files(folder):
         try:
             with safe_open(path, "pt") as file:
-                for name in file.keys():
+                for name in file.keys():  # noqa: SIM118  (it has keys() alone)
                     tensor = file.get_tensor(name)
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                         bad = int((~torch.isfinite(tensor)).sum())
@@ -135,7 +135,9 @@ def load_model(folder: Path, family: Family, **options: Any) -> Any:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CompressError(
-            f"{len(missing)} weights are missing, the first is {missing[0]}", where=str(folder), fix="fetch the model again"
+            f"{len(missing)} weights are missing, the first is {missing[0]}",
+            where=str(folder),
+            fix="fetch the model again",
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -219,7 +221,12 @@ def verify_clean(folder: Path) -> dict[str, Any]:
     weight_files(folder)
     with tempfile.TemporaryDirectory() as modules:
         # A module cache of its own: no copy of the folder's code from an earlier load is taken for this one.
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "TRANSFORMERS_VERBOSITY": "error"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": modules,
+            "TRANSFORMERS_VERBOSITY": "error",
+        }
         done = subprocess.run(
             [sys.executable, "-P", str(Path(__file__).parent / "reload.py"), str(folder)],
             capture_output=True,

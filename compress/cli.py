@@ -117,7 +117,9 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
                 f"{key}     {1000 * b['dense'][key]['median']:.1f} ms -> {1000 * b['pruned'][key]['median']:.1f} ms"
                 f" ({r['median']:.2f}x as fast, 95 %: {r['low']:.2f} to {r['high']:.2f})"
             )
-    lines.append(f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else ""))
+    lines.append(
+        f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")
+    )
     return lines
 
 
@@ -137,25 +139,30 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         f" {shapes['heads']} heads in {shapes['kv_heads']} KV groups of {shapes['head_dim']}, FFN {shapes['ffn']}",
         f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
         f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
-        f"units    a KV group with its query heads {units['kv_group_parameters']:,}, a neuron {units['neuron_parameters']:,}"
-        f" (in multiples of {units['neurons_round_to']})",
+        f"units    a KV group with its query heads {units['kv_group_parameters']:,},"
+        f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
         f"disk     first supernet {disk['first_supernet'] / 1e6:.1f} MB, activations {disk['streams'] / 1e6:.1f} MB,"
         f" model {disk['model'] / 1e6:.1f} MB",
         f"memory   about {facts['memory_bytes'] / 1e9:.1f} GB",
-        f"time     estimated at {time['speed_gflops']} GFLOP/s: {facts['iterations']} x (supernet {time['each_supernet']} s"
-        f" + singles {time['each_singles']} s + evolution {time['each_evolution']} s) + last pass {time['last_pass']} s",
+        f"time     estimated at {time['speed_gflops']} GFLOP/s: {facts['iterations']} x"
+        f" (supernet {time['each_supernet']} s + singles {time['each_singles']} s"
+        f" + evolution {time['each_evolution']} s) + last pass {time['last_pass']} s",
         *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
     ]
 
 
-@app.command("eval", epilog="Examples:  compress eval runs/demo --like runs/demo   |   compress eval smollm2-135m --text a.txt")
+@app.command(
+    "eval", epilog="Examples:  compress eval runs/demo --like runs/demo   |   compress eval smollm2-135m --text a.txt"
+)
 def eval_(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
     like: Annotated[Path | None, typer.Option(help="a run folder: the text it held out")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
     windows: Annotated[int, typer.Option(min=1, help="windows per text")] = 16,
     length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
-    task: Annotated[list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Measures perplexity on held-out text."""
@@ -220,12 +227,15 @@ def _bench_lines(facts: dict[str, Any]) -> list[str]:
         for label in ("dense", "pruned"):
             m = facts[label][key]
             lines.append(
-                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %, within"
-                f" {100 * m['all']['spread_within']:.1f} %; load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
+                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %,"
+                f" within {100 * m['all']['spread_within']:.1f} %;"
+                f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
             )
         lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
     for label in ("dense", "pruned"):
-        lines.append(f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB")
+        lines.append(
+            f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB"
+        )
     return lines
 
 
@@ -283,7 +293,11 @@ def doctor(json_: Json = False) -> None:
     from compress.doctor import examine
 
     rows = examine()
-    _show({"parts": rows}, json_, lambda f: [f"{r['state']:8} {r['part']:14} {r['detail']:28} {r['for']}" for r in f["parts"]])
+    _show(
+        {"parts": rows},
+        json_,
+        lambda f: [f"{r['state']:8} {r['part']:14} {r['detail']:28} {r['for']}" for r in f["parts"]],
+    )
     if any(r["state"] == "missing" for r in rows):
         raise typer.Exit(1)
 

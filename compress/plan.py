@@ -65,9 +65,13 @@ class Plan:
             blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["neurons"])) for b in data["blocks"])
             return cls(blocks, load_file(folder / "plan.safetensors"), data["meta"])
         except FileNotFoundError as e:
-            raise CompressError("there is no plan here", where=str(e.filename), fix="name a folder with plan.json and plan.safetensors") from e
+            raise CompressError(
+                "there is no plan here", where=str(e.filename), fix="name a folder with plan.json and plan.safetensors"
+            ) from e
         except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as e:
-            raise CompressError(f"the plan cannot be read: {e}", where=str(folder), fix="make it again with `compress prune`") from e
+            raise CompressError(
+                f"the plan cannot be read: {e}", where=str(folder), fix="make it again with `compress prune`"
+            ) from e
 
     def check(self, geometry: Geometry) -> None:
         """Raises CompressError where the plan does not fit a model of this geometry."""
@@ -81,13 +85,18 @@ class Plan:
             for kind, kept, limit in (("head", block.heads, geometry.heads), ("neuron", block.neurons, geometry.ffn)):
                 if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < limit):
                     refuse(f"{kind} indices must be distinct, sorted and below {limit}", f"block {i}")
-            sizes = {sum(h // geometry.group == g for h in block.heads) for g in {h // geometry.group for h in block.heads}}
+            sizes = {
+                sum(h // geometry.group == g for h in block.heads) for g in {h // geometry.group for h in block.heads}
+            }
             if len(sizes) > 1:
                 refuse("every kept KV group must keep equally many query heads", f"block {i}")
             for key, columns in (("o", len(block.heads) * geometry.head_dim), ("down", len(block.neurons))):
                 weight = self.weights.get(f"blocks.{i}.{key}")
                 if weight is not None and tuple(weight.shape) != (geometry.hidden, columns):
-                    refuse(f"the refitted weight is {tuple(weight.shape)}, not {(geometry.hidden, columns)}", f"block {i}, {key}")
+                    refuse(
+                        f"the refitted weight is {tuple(weight.shape)}, not {(geometry.hidden, columns)}",
+                        f"block {i}, {key}",
+                    )
 
     def counts(self, geometry: Geometry) -> list[tuple[int, int, int]]:
         """(query heads, KV groups, neurons) of every block."""

@@ -17,7 +17,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
-    style = {
+    style: Any = {
         "figure.dpi": 130,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -53,7 +53,9 @@ def _layers(report: dict[str, Any], plt: Any) -> Any:
         axis.set_ylabel(f"{title}\nremoved, %")
         axis.set_ylim(0, 100)
     axes[1].set_xlabel("layer")
-    axes[0].set_title(f"What each layer gave up: {100 * report['size']['backbone_removed']:.1f} % of the backbone in all")
+    axes[0].set_title(
+        f"What each layer gave up: {100 * report['size']['backbone_removed']:.1f} % of the backbone in all"
+    )
     return figure
 
 
@@ -98,7 +100,11 @@ def _perplexity(report: dict[str, Any], plt: Any) -> Any:
     for text in report["quality"]["texts"]:
         axis.plot([0, removed], [text["dense_ppl"], text["pruned_ppl"]], "o-", lw=1.5, label=text["name"])
         axis.annotate(
-            f"{text['pruned_ppl']:.1f}", (removed, text["pruned_ppl"]), xytext=(5, 0), textcoords="offset points", va="center"
+            f"{text['pruned_ppl']:.1f}",
+            (removed, text["pruned_ppl"]),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
         )
     axis.set_yscale("log")
     axis.set_xlim(-2, removed * 1.15)

@@ -53,7 +53,9 @@ class Progress:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         now = time.monotonic()
         if self._shown or now - self._began >= QUIET_SECONDS:
             self._draw(now)

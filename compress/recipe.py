@@ -47,7 +47,9 @@ class SourceSpec(Section):
     def _one(self) -> SourceSpec:
         named = [k for k in ("hub", "files", "embedded", "package", "sampled") if getattr(self, k) is not None]
         if len(named) != 1:
-            raise ValueError(f"name exactly one of hub, files, embedded, package, sampled (here: {', '.join(named) or 'none'})")
+            raise ValueError(
+                f"name exactly one of hub, files, embedded, package, sampled (here: {', '.join(named) or 'none'})"
+            )
         return self
 
     @property
@@ -155,7 +157,7 @@ def load_recipe(name: str, methods: Mapping[str, type[BaseModel]], overrides: Se
     for text in overrides:
         _override(data, text, places)
     method = data.get("method")
-    if method not in methods:
+    if not isinstance(method, str) or method not in methods:
         raise UsageError(
             f"unknown method {method!r}" if method is not None else "the key 'method' is missing",
             where=_where(places, ("method",), name),
@@ -207,7 +209,9 @@ def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> di
             f"not valid YAML: {getattr(e, 'problem', None) or e}", where=f"{path}{line}", fix="mend the syntax there"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"the recipe cannot be read: {e}", where=str(path), fix="check the path and its rights") from None
+        raise UsageError(
+            f"the recipe cannot be read: {e}", where=str(path), fix="check the path and its rights"
+        ) from None
     if not isinstance(data, dict):
         raise UsageError("a recipe is a map of keys to values", where=str(path), fix="see `compress list recipes`")
     mine: dict[Path_, _Place] = {}
@@ -234,7 +238,7 @@ def _forget_below(places: dict[Path_, _Place], at: Path_, unless: Mapping[Path_,
             del places[old]
 
 
-def _marks(node: yaml.Node, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, _Place]]:
+def _marks(node: yaml.Node | None, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, _Place]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, str(key.value))
@@ -270,7 +274,9 @@ def _override(data: dict[str, Any], text: str, places: dict[Path_, _Place]) -> N
             inner = inside[part] = {}
         if not isinstance(inner, dict):
             raise UsageError(
-                f"{'.'.join(parts[: i + 1])!r} holds a value, not a section", where=f"--set {key}", fix="set it as a whole"
+                f"{'.'.join(parts[: i + 1])!r} holds a value, not a section",
+                where=f"--set {key}",
+                fix="set it as a whole",
             )
         inside = inner
     inside[parts[-1]] = parsed
@@ -302,7 +308,8 @@ def _explain(
     extra: Sequence[str] = (),
 ) -> UsageError:
     """The first fault as one message; how many more there are is said."""
-    faults = error.errors()
+    # A mistyped key shows as two faults, one unknown and one missing: the unknown one says what to mend.
+    faults = sorted(error.errors(), key=lambda f: f["type"] != "extra_forbidden")
     fault = faults[0]
     at: Path_ = (*prefix, *fault["loc"])
     key = ".".join(str(p) for p in at) or "the recipe"
@@ -336,7 +343,11 @@ def _fields_at(model: type[BaseModel], loc: tuple[str | int, ...]) -> list[str]:
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models_in(inner)

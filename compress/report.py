@@ -44,7 +44,9 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(found.read_text())
         stamp = report.pop("sha256")
     except (json.JSONDecodeError, KeyError, AttributeError) as e:
-        raise CompressError("report.json cannot be read", where=str(found), fix="make it again with `compress prune`") from e
+        raise CompressError(
+            "report.json cannot be read", where=str(found), fix="make it again with `compress prune`"
+        ) from e
     if fingerprint(report) != stamp:
         raise CompressError(
             "report.json was changed since it was written", where=str(found), fix="make it again with `compress prune`"

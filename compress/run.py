@@ -93,7 +93,9 @@ class Run:
                 "seconds": round(time.monotonic() - began, 3),
                 # ru_maxrss is in KiB on Linux: the most this process has held so far.
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "files": {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files},
+                "files": {
+                    str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files
+                },
             }
             (partial / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
             for path in (*files, partial / SEAL, *(p for p in partial.rglob("*") if p.is_dir()), partial):
@@ -177,7 +179,9 @@ def verify_seal(folder: Path) -> int:
             raise CompressError("a sealed file is missing", where=str(path), fix="make the stage again with --fresh")
         if path.stat().st_size != facts["bytes"] or sha256_of(path) != facts["sha256"]:
             raise CompressError(
-                "a sealed file was changed since it was written", where=str(path), fix="make the stage again with --fresh"
+                "a sealed file was changed since it was written",
+                where=str(path),
+                fix="make the stage again with --fresh",
             )
     return len(files)
 

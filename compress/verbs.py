@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -185,7 +184,9 @@ def bench(dense: Path, pruned: Path, overrides: dict[str, Any]) -> dict[str, Any
     spec = BenchSection(**{k: v for k, v in overrides.items() if v is not None}).model_dump()
     for folder in (dense, pruned):
         if not (folder / PREFILL).exists():
-            raise CompressError(f"there is no {PREFILL}", where=str(folder), fix="name a folder made by `compress export`")
+            raise CompressError(
+                f"there is no {PREFILL}", where=str(folder), fix="name a folder made by `compress export`"
+            )
     logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
     return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
 
@@ -215,7 +216,9 @@ def verify(path: Path) -> dict[str, Any]:
         found["sealed_files"] += verify_seal(seal.parent)
     models = [p for p in (path, path / "model", path / "model-padded") if (p / "config.json").exists()]
     if not models:
-        raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+        raise CompressError(
+            "there is no model here", where=str(path), fix="name a model folder or a finished run folder"
+        )
     for folder in models:
         check_weights(folder)
         found["models"][str(folder)] = verify_clean(folder)

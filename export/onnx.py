@@ -67,7 +67,7 @@ class _WithCache(torch.nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for n, layer in enumerate(self.layers):
             cache.update(past[2 * n], past[2 * n + 1], layer)
         logits = self.model(
@@ -192,7 +192,9 @@ def _cut_past(model: Any, layers: list[tuple[int, int]], head_dim: int, names: l
     graph.insert_before(next(iter(graph)), made)
     for value in (*graph.inputs, *graph.outputs):
         if value.name != "logits":
-            value.shape = ir.Shape(["sequence" if axis in ("past", "total") else axis for axis in map(_plain, value.shape)])
+            value.shape = ir.Shape(
+                ["sequence" if axis in ("past", "total") else axis for axis in map(_plain, value.shape)]
+            )
     _forget_inner_shapes(graph)
 
 

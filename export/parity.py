@@ -14,7 +14,9 @@ from compress.export.onnx import cached_layers
 from compress.export.ort import Arrays, OrtLLM
 
 
-def check_llm(model: Any, folder: Path, *, tolerance: float, vocab: int, threads: int = 2, seed: int = 0) -> dict[str, Any]:
+def check_llm(
+    model: Any, folder: Path, *, tolerance: float, vocab: int, threads: int = 2, seed: int = 0
+) -> dict[str, Any]:
     """Compares `prefill` and `decode` with torch, at two batch sizes and lengths, one of them left-padded.
 
     Returns:
@@ -66,11 +68,13 @@ def _torch(model: Any, ids: torch.Tensor, mask: torch.Tensor, before: Arrays | N
     from transformers import DynamicCache
 
     layers = [layer for layer, _ in cached_layers(model)]
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     if before is not None:
         for layer in layers:
             cache.update(
-                torch.from_numpy(before[f"present.{layer}.key"]), torch.from_numpy(before[f"present.{layer}.value"]), layer
+                torch.from_numpy(before[f"present.{layer}.key"]),
+                torch.from_numpy(before[f"present.{layer}.value"]),
+                layer,
             )
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
     with torch.no_grad():
@@ -102,7 +106,9 @@ def _compare(
         worst[key] = max(worst.get(key, 0.0), float(difference.max()) / scale)
 
 
-def greedy_agrees(model: Any, folder: Path, tokenizer: Any, prompt: str, tokens: int, threads: int = 2) -> dict[str, Any]:
+def greedy_agrees(
+    model: Any, folder: Path, tokenizer: Any, prompt: str, tokens: int, threads: int = 2
+) -> dict[str, Any]:
     """Greedy text from ONNX Runtime and from torch's own `generate`.
 
     Raises:

@@ -69,7 +69,8 @@ class BlockRunner:
 
     def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
-        return (block if block is not None else self.blocks[index])(hidden, **self._kwargs[index])
+        out: Tensor = (block if block is not None else self.blocks[index])(hidden, **self._kwargs[index])
+        return out
 
     def context(self, index: int, hidden: Tensor) -> Tensor:
         """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim)."""
@@ -109,4 +110,5 @@ class BlockRunner:
         model: Any = self.model
         z = model.lm_head(model.model.norm(hidden))
         cap = getattr(model.config, "final_logit_softcapping", None)
-        return z if cap is None else torch.tanh(z / cap) * cap
+        capped: Tensor = z if cap is None else torch.tanh(z / cap) * cap
+        return capped

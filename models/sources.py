@@ -75,7 +75,9 @@ def load_alias(name: str) -> Alias:
     try:
         return Alias.model_validate(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, ValidationError) as e:
-        raise UsageError(f"the model file is wrong: {e}", where=str(path), fix="mend it after models/llama-8b.yaml") from e
+        raise UsageError(
+            f"the model file is wrong: {e}", where=str(path), fix="mend it after models/llama-8b.yaml"
+        ) from e
 
 
 def resolve(name: str) -> Resolved:
@@ -150,7 +152,9 @@ def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot_download(repo, revision=revision, allow_patterns=FILES)
     except GatedRepoError as e:
         raise CompressError(
-            f"the hub model {repo} asks you to accept its terms first", where="hub", fix="accept them, then `hf auth login`"
+            f"the hub model {repo} asks you to accept its terms first",
+            where="hub",
+            fix="accept them, then `hf auth login`",
         ) from e
     except RepositoryNotFoundError as e:
         raise CompressError(f"the hub has no model {repo}", where="hub", fix="check the id, or `hf auth login`") from e

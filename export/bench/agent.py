@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 import time
+from typing import Any
 
 
 def main(spec):  # type: ignore[no-untyped-def]
@@ -53,14 +54,14 @@ def main(spec):  # type: ignore[no-untyped-def]
         }
         return {k: v for k, v in given.items() if k in wanted}
 
-    out = {"runtime": f"onnxruntime {ort.__version__}"}
+    out: dict[str, Any] = {"runtime": f"onnxruntime {ort.__version__}"}
     session, seconds = load(spec["prefill"])
     prompt = feed(session, tokens(spec["prompt"]), spec["prompt"], {})
     # TTFT is what a user waits for: the whole call, the token's choice included.
     out["ttft"] = {"load": seconds, **first_then_steady(lambda: session.run(["logits"], prompt)[0][0, -1].argmax())}
     context = feed(session, tokens(spec["context"]), spec["context"], {})
     names = [o.name for o in session.get_outputs()]
-    cache = dict(zip(names, session.run(names, context)))
+    cache = dict(zip(names, session.run(names, context), strict=True))
     out["prefill_peak_rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     del session
     gc.collect()

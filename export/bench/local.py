@@ -37,7 +37,9 @@ def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> 
     for folder in folders.values():
         for name in (PREFILL, DECODE):
             if not (folder / name).exists():
-                raise CompressError(f"there is no {name}", where=str(folder), fix="name a folder made by `compress export`")
+                raise CompressError(
+                    f"there is no {name}", where=str(folder), fix="name a folder made by `compress export`"
+                )
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
     rounds = spec["processes"]
     before = _machine()
@@ -89,12 +91,17 @@ def _agent(folder: Path, spec: dict[str, Any], vocab: int, seed: int) -> dict[st
         **{k: spec[k] for k in ("prompt", "context", "threads", "min_seconds", "min_runs")},
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "agent.py")], input=json.dumps(request), capture_output=True, text=True
+        [sys.executable, str(Path(__file__).parent / "agent.py")],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise CompressError(
-            f"the measuring process failed: {lines[-1]}", where=str(folder), fix="check the export with `compress verify`"
+            f"the measuring process failed: {lines[-1]}",
+            where=str(folder),
+            fix="check the export with `compress verify`",
         )
     found: dict[str, Any] = json.loads(done.stdout)
     return found

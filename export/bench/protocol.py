@@ -18,7 +18,8 @@ def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignor
         dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), and
         ``warm`` (False where a cap ended the warm-up).
     """
-    warm_up, best, warm = [], math.inf, False
+    warm_up: list[float] = []
+    best, warm = math.inf, False
     began = clock()
     while len(warm_up) < WARM_CALLS and clock() - began < WARM_SECONDS:
         for _ in range(WARM_BLOCK):
@@ -31,7 +32,7 @@ def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignor
             break
         best = min(best, block)
     calls = max(1, math.ceil(SAMPLE_SECONDS / min(warm_up)))
-    samples = []
+    samples: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
         start = clock()

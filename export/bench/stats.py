@@ -36,4 +36,9 @@ def paired_ratio(before: Sequence[float], after: Sequence[float], seed: int = 0,
     rng = np.random.default_rng(seed)
     medians = np.median(ratios[rng.integers(0, len(ratios), (draws, len(ratios)))], axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
-    return {"median": float(np.median(ratios)), "low": float(low), "high": float(high), "pairs": [float(r) for r in ratios]}
+    return {
+        "median": float(np.median(ratios)),
+        "low": float(low),
+        "high": float(high),
+        "pairs": [float(r) for r in ratios],
+    }

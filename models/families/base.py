@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.models.families.ragged import NoAttention, NoFFN, Ragged
 
+
 @dataclass(frozen=True)
 class Geometry:
     """Sizes of a dense decoder; every block has the same."""
@@ -239,7 +240,8 @@ class Family:
             weight = down.weight[:, neurons] if down_weight is None else down_weight.to(down.weight)
             mlp.down_proj = linear(weight, down.bias)
             made.mlp = mlp
-        return made
+        pruned: nn.Module = made
+        return pruned
 
     def masked(
         self,
@@ -262,7 +264,8 @@ class Family:
             neurons = torch.arange(g.ffn) if neurons is None else neurons
             made.mlp = twin(old.mlp)
             made.mlp.down_proj = _full(self.down_proj(old), neurons, down_weight)
-        return made
+        full: nn.Module = made
+        return full
 
     # --- models whose layers differ ------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ class Ragged:
     layer_class: type
 
     def __init__(self, config):  # type: ignore[no-untyped-def]
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[call-arg]
         for index in range(len(self.model.layers)):  # type: ignore[attr-defined]
             own = config.per_layer_config[index]
             layer = self.layer_class(own, index)

@@ -80,7 +80,9 @@ def test_broken_yaml_gives_its_line(tmp_path: Path) -> None:
 
 
 def test_a_source_must_be_exactly_one(tmp_path: Path) -> None:
-    error = refused(write(tmp_path, GOOD.replace("{embedded: python-docs}\n  windows", "{hub: a/b, files: [x]}\n  windows")))
+    error = refused(
+        write(tmp_path, GOOD.replace("{embedded: python-docs}\n  windows", "{hub: a/b, files: [x]}\n  windows"))
+    )
     assert "exactly one" in error.what
 
 

@@ -68,10 +68,9 @@ def test_a_kill_in_the_middle_leaves_no_stage(tmp_path: Path) -> None:
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
-    with Run.open(tmp_path / "run"):
-        with pytest.raises(CompressError, match=f"another run holds this folder .process {os.getpid()}"):
-            with Run.open(tmp_path / "run"):
-                raise AssertionError("both got in")
+    twice = pytest.raises(CompressError, match=f"another run holds this folder .process {os.getpid()}")
+    with Run.open(tmp_path / "run"), twice, Run.open(tmp_path / "run"):
+        raise AssertionError("both got in")
     with Run.open(tmp_path / "run"):
         pass  # the lock is free again
 

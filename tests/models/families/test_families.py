@@ -39,7 +39,9 @@ def ragged_plan(model: Any) -> Plan:
 def linear_parameters(model: Any) -> int:
     """Parameters of all linear layers inside blocks, counted from the modules."""
     blocks = model.model.layers
-    return sum(p.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False))
+    return sum(
+        p.numel() for m in blocks.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False)
+    )
 
 
 @families
