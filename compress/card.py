@@ -140,7 +140,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
 def _source(spec: Mapping[str, Any]) -> str:
     if "sampled" in spec:
         return "text the dense model wrote"
-    return str(next(spec[k] for k in ("hub", "embedded", "package", "files") if k in spec))
+    if "files" in spec:
+        return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
+    return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))
 
 
 def _row(name: str, dense: int, pruned: int, removed: float) -> str:

@@ -287,7 +287,7 @@ def list_(
     )
 
 
-@app.command()
+@app.command(epilog="Example:  compress doctor")
 def doctor(json_: Json = False) -> None:
     """Says which parts are installed here, and what to do about those that are not."""
     from compress.doctor import examine

@@ -192,26 +192,36 @@ def prune(
         raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
     setup = prepare(model, recipe)
     with Run.open(out, fresh) as run:
-        _write_lock(run, setup, command)
-        last = STAGES.index(until)
-        report: dict[str, Any] = {"schema_version": 1}
-        windows = read_windows(setup, run)
-        plan_folder = _plan(run, setup, windows)
-        _report_plan(report, setup, plan_folder, command, run)
-        if last >= STAGES.index("model"):
-            saved = _assemble(run, setup, plan_folder, report)
-        if last >= STAGES.index("evaluation"):
-            _evaluate(run, setup, windows, plan_folder, saved, report)
-        if last >= STAGES.index("export") and recipe.export is not None:
-            exported = _export(run, setup, plan_folder, report)
-            if last >= STAGES.index("bench") and recipe.bench is not None:
-                _bench(run, setup, exported, report)
-        if last >= STAGES.index("release"):
-            _release(run, setup, saved, report)
+        lock = run.folder / "recipe.lock.yaml"
+        if not lock.exists():
+            _write_lock(lock, setup, command)
+        report = _stages(run, setup, until, command)
+        # Only now: a recipe that was refused must not stand for the stages that another one made.
+        _write_lock(lock, setup, command)
         return report
 
 
-def _write_lock(run: Run, setup: Setup, command: str) -> None:
+def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
+    recipe = setup.recipe
+    last = STAGES.index(until)
+    report: dict[str, Any] = {"schema_version": 1}
+    windows = read_windows(setup, run)
+    plan_folder = _plan(run, setup, windows)
+    _report_plan(report, setup, plan_folder, command, run)
+    if last >= STAGES.index("model"):
+        saved = _assemble(run, setup, plan_folder, report)
+    if last >= STAGES.index("evaluation"):
+        _evaluate(run, setup, windows, plan_folder, saved, report)
+    if last >= STAGES.index("export") and recipe.export is not None:
+        exported = _export(run, setup, plan_folder, report)
+        if last >= STAGES.index("bench") and recipe.bench is not None:
+            _bench(run, setup, exported, report)
+    if last >= STAGES.index("release"):
+        return _release(run, setup, saved, report)
+    return report
+
+
+def _write_lock(path: Path, setup: Setup, command: str) -> None:
     from compress.doctor import versions
 
     text = lock_text(
@@ -222,9 +232,9 @@ def _write_lock(run: Run, setup: Setup, command: str) -> None:
             "command": command,
         },
     )
-    partial = run.folder / ".recipe.lock.partial"
+    partial = path.with_name(".recipe.lock.tmp")
     partial.write_text(text)
-    partial.replace(run.folder / "recipe.lock.yaml")
+    partial.replace(path)
 
 
 def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
@@ -494,11 +504,15 @@ def _bench(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[st
     report["stages"] = run.stages()
 
 
-def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str, Any]) -> None:
-    """The folder to publish: the saved model, its ONNX files, the report, the plots and the card."""
+def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str, Any]) -> dict[str, Any]:
+    """The folder to publish: the saved model, its ONNX files, the report, the plots and the card.
+
+    Returns:
+        The report as it was sealed, by this run or an earlier one.
+    """
     from compress.card import write_card
     from compress.plots import draw
-    from compress.report import finish
+    from compress.report import finish, read_report
 
     report["commands"] = commands(setup, run.folder, report["command"])
     finish(report)
@@ -517,7 +531,7 @@ def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str
 
     # The stages' clock readings are part of the report, not of what decides whether it is the same release.
     facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
-    run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build)
+    return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
 
 
 def commands(setup: Setup, folder: Path, prune_command: str) -> dict[str, str]:

@@ -70,3 +70,56 @@ def word_tokenizer(folder: Path) -> Any:
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     made.save_pretrained(folder)
     return made
+
+
+def saved_tiny(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
+    """A tiny model and its tokenizer as a folder that `compress prune` takes."""
+    tiny(model_type, **changes).save_pretrained(folder)
+    word_tokenizer(folder)
+    return folder
+
+
+def prose(paragraphs: int, seed: int = 0) -> str:
+    """Random words in paragraphs; two seeds share no run of 64 tokens."""
+    import random
+
+    words = "the cat sat on mat and dog did not an apple day keeps away home river stone light of under over"
+    draw = random.Random(seed)
+    return "\n\n".join(" ".join(draw.choices(words.split(), k=60)) + "." for _ in range(paragraphs)) + "\n"
+
+
+RECIPE = """\
+method: tyr
+description: everything as small as it can be
+sparsity: 0.3
+layouts: [per-layer, padded]
+calibration:
+  sources:
+    - {files: [FOLDER/calibration.txt]}
+  windows: 8
+  length: 32
+evaluation:
+  texts:
+    - {name: first text, source: {files: [FOLDER/first.txt]}}
+    - {name: "second | text", source: {files: [FOLDER/second.txt]}}
+  windows: 2
+  length: 32
+tyr:
+  round_to: 4
+  iterations: 2
+  search:
+    {windows: 3, positions: 16, singles_windows: 2, generations: 2, offspring: 4, steps: [0.5, 1.0], survivors: [2]}
+export:
+  greedy_tokens: 8
+bench: {prompt: 24, context: 24, processes: 2, threads: 1, min_seconds: 0.01, min_runs: 2}
+"""
+
+
+def tiny_job(folder: Path, model_type: str = "llama") -> tuple[Path, Path]:
+    """(model folder, recipe file) of a whole run that takes seconds, with its text beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed, (name, paragraphs) in enumerate((("calibration", 120), ("first", 160), ("second", 160))):
+        (folder / f"{name}.txt").write_text(prose(paragraphs, seed))
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
+    return saved_tiny(folder / "model", model_type), recipe
