@@ -153,6 +153,7 @@ def read_windows(setup: Setup, run: Run) -> Windows:
             ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
             assert_disjoint(every, ids, text.name)
             tensors[f"evaluation.{i}"] = ids
+        _ = setup.model  # a fault in the weights is to be found before anything is sealed for them
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "windows.safetensors")
 
     inputs = {

@@ -308,12 +308,14 @@ def _explain(
     extra: Sequence[str] = (),
 ) -> UsageError:
     """The first fault as one message; how many more there are is said."""
+    faults = error.errors()
     # A mistyped key shows as two faults, one unknown and one missing: the unknown one says what to mend.
-    faults = sorted(error.errors(), key=lambda f: f["type"] != "extra_forbidden")
+    mistyped = {f["loc"][:-1] for f in faults if f["type"] == "extra_forbidden"}
+    faults = [f for f in faults if f["type"] != "missing" or f["loc"][:-1] not in mistyped]
     fault = faults[0]
     at: Path_ = (*prefix, *fault["loc"])
     key = ".".join(str(p) for p in at) or "the recipe"
-    more = f" ({len(faults) - 1} more faults)" if len(faults) > 1 else ""
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     where = f"{_where(places, at, name)}, key {key}"
     if fault["type"] == "extra_forbidden":
         fields = _fields_at(model, fault["loc"][:-1])

@@ -45,23 +45,30 @@ def check_llm(
     bad = {name: value for name, value in worst.items() if not value <= tolerance}
     if bad:
         raise CompressError(
-            f"the exported model differs from torch: {first_fault(bad)}",
+            f"the exported model differs from torch: {first_fault(bad, [i for i, _ in cached_layers(model)])}",
             where=str(folder),
             fix="export it again; where it stays, this torch or ONNX Runtime version is at fault (`compress doctor`)",
         )
     return {"outputs": worst, "tolerance": tolerance, "cases": len(cases)}
 
 
-def first_fault(bad: dict[str, float]) -> str:
-    """Names the earliest layer among outputs that differ: layer i's cache is the first to show what layer i - 1 did."""
+def first_fault(bad: dict[str, float], cached: list[int]) -> str:
+    """Names the earliest layer among outputs that differ: a layer's cache is the first to show what was done before it.
+
+    Args:
+        cached: the layers that keep a cache; one without attention shows nothing of its own.
+    """
     caches = sorted((int(name.split(".")[-2]), name) for name in bad if "present." in name)
-    if caches:
-        layer, name = caches[0]
-        return f"first at the inputs of layer {layer}'s cache ({name} by {bad[name]:.2e})" + (
-            f", so the fault is in layer {layer - 1} or in layer {layer}'s projections" if layer else ""
-        )
-    name = next(iter(bad))
-    return f"{name} by {bad[name]:.2e}; every layer's cache agrees, so the fault is behind the last of them"
+    if not caches:
+        name = next(iter(bad))
+        return f"{name} by {bad[name]:.2e}; every layer's cache agrees, so the fault is behind the last of them"
+    layer, name = caches[0]
+    found = f"first at the inputs of layer {layer}'s cache ({name} by {bad[name]:.2e})"
+    if not layer:
+        return found
+    since = max((c for c in cached if c < layer), default=0)
+    suspects = f"layer {since}" if since == layer - 1 else f"layers {since} to {layer - 1}"
+    return f"{found}, so the fault is in {suspects} or in layer {layer}'s projections"
 
 
 def _torch(model: Any, ids: torch.Tensor, mask: torch.Tensor, before: Arrays | None) -> Arrays:
@@ -103,7 +110,8 @@ def _compare(
             difference = np.abs(expected - np.where(where, found, 0.0))
         scale = float(np.abs(expected).max()) or 1.0
         key = f"{graph}.{name}"
-        worst[key] = max(worst.get(key, 0.0), float(difference.max()) / scale)
+        # np.maximum, not max: NaN must come through.
+        worst[key] = float(np.maximum(worst.get(key, 0.0), difference.max() / scale))
 
 
 def greedy_agrees(

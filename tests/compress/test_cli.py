@@ -1,0 +1,153 @@
+"""The command line: light to start, helpful, and clean on standard output."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress.progress import Progress
+from tests.command import Job, compress, one_error
+
+VERBS = ("prune", "plan", "eval", "export", "bench", "card", "verify", "list", "doctor")
+HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "safetensors", "matplotlib", "pydantic", "yaml")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['compress', '--help']\n"
+        "from compress.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+    assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_help_takes_less_than_a_third_of_a_second_of_processor_time() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(3):
+        subprocess.run([sys.executable, "-m", "compress", "--help"], stdout=subprocess.DEVNULL, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 < 0.3
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_an_example_of_itself(verb: str) -> None:
+    ran = compress(verb, "--help")
+    assert ran.code == 0
+    assert f"compress {verb}" in ran.out.split("Example", 1)[1]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_json(verb: str) -> None:
+    assert "--json" in compress(verb, "--help").out
+
+
+def test_a_wrong_word_exits_with_2_and_starts_nothing(tmp_path: Path) -> None:
+    assert compress("prun").code == 2
+    assert compress("prune", "model", "--out", tmp_path / "run").code == 2  # no --recipe
+    assert compress("prune", "m", "--recipe", "tyr", "--out", tmp_path / "run", "--sparsity", "half").code == 2
+    assert not (tmp_path / "run").exists()
+    one_error(compress("prune", "m", "-r", "tyr", "--until", "modle"), 2, "'modle'", "--until", "evaluation")
+
+
+def test_json_stands_alone_on_standard_output(job: Job, finished: Path, tmp_path: Path) -> None:
+    export, card = tmp_path / "onnx", tmp_path / "card"
+    small = ("--prompt", 8, "--context", 8, "--processes", 1, "--threads", 1)
+    commands: dict[str, tuple[object, ...]] = {
+        "prune": (job.model, "--recipe", job.recipe, "--out", finished),
+        "plan": (job.model, "--recipe", job.recipe),
+        "eval": (finished, "--like", finished),
+        "export": (finished, "--out", export),
+        "bench": (export, export, *small),
+        "card": (finished, "--out", card),
+        "verify": (finished,),
+        "list": (),
+        "doctor": (),
+    }
+    assert set(commands) == set(VERBS)
+    for verb, words in commands.items():
+        ran = compress(verb, *words, "--json")
+        assert ran.code == 0, ran.err
+        assert isinstance(json.loads(ran.out), dict), verb
+
+
+def test_debug_shows_the_traceback() -> None:
+    from compress.errors import UsageError
+
+    with pytest.raises(UsageError):
+        compress("--debug", "plan", "no-such-model", "-r", "tyr-demo")
+
+
+def test_version() -> None:
+    from compress import __version__
+
+    assert compress("--version").out == f"compress {__version__}\n"
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("compress.progress.time", made)
+    return made
+
+
+def test_progress_is_plain_lines_when_not_a_terminal(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100, "blocks") as bar:
+        for _ in range(100):
+            clock.now += 1.0
+            bar.update(1, note="KL 0.1")
+    out, err = capsys.readouterr()
+    assert out == "" and "\r" not in err and "\x1b" not in err
+    lines = err.splitlines()
+    # A line every fifteen seconds and one at the end.
+    assert len(lines) == 7 and lines[0] == "blocks 15/100 (15s, 1m25s left) KL 0.1"
+    assert lines[-1].startswith("blocks 100/100 (1m40s")
+
+
+def test_progress_says_nothing_of_short_work(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(3, "blocks") as bar:
+        clock.now += 1.9
+        bar.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_is_a_bar_on_a_terminal(
+    clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Progress(4, "blocks") as bar:
+        for _ in range(4):
+            clock.now += 3.0
+            bar.update(1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "\r\x1b[K[#####...............] blocks 1/4" in err and "[####################]" in err
+
+
+def test_a_resumed_bar_reckons_only_with_what_it_did_itself(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100, "blocks", start=90) as bar:
+        clock.now += 20.0
+        bar.update(5)
+    assert capsys.readouterr().err.splitlines()[0] == "blocks 95/100 (20s, 20s left)"
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m compress list --json | head -n 0", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == ""

@@ -1,0 +1,114 @@
+"""SIGKILL at random moments: what was started again ends with the same bytes as what was never disturbed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.command import Job
+
+FOLDERS, KILLS_EACH = 2, 7
+RESULTS = ("plan/plan.safetensors", "plan/plan.json", "plan/search.json", "model/model.safetensors")
+
+# A server that has torch loaded already forks each run: the kills fall into the work, not into the imports.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "transformers"])
+
+
+def run(job: Job, out: Path) -> None:
+    import torch
+
+    from tests.command import compress
+
+    torch.set_num_threads(1)
+    words = ("--set", "layouts=[per-layer]", "--until", "model")
+    ran = compress("prune", job.model, "--recipe", job.recipe, "--out", out, *words)
+    assert ran.code == 0, ran.err
+
+
+def started(job: Job, out: Path) -> multiprocessing.process.BaseProcess:
+    process = server.Process(target=run, args=(job, out))
+    process.start()
+    return process
+
+
+def finish(job: Job, out: Path) -> None:
+    process = started(job, out)
+    process.join()
+    assert process.exitcode == 0
+
+
+def seals(out: Path) -> int:
+    # os.walk, not rglob: folders vanish while it looks.
+    return sum("seal.json" in files for _, _, files in os.walk(out))
+
+
+def in_work(out: Path) -> str:
+    """What a run was killed in."""
+    partial = sorted(str(p.relative_to(out)) for p in out.rglob("*.partial"))
+    return partial[0] if partial else f"behind {seals(out)} stages"
+
+
+def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(job: Job, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    finish(job, whole)
+    draw = random.Random(2)
+    kills, places = 0, set()
+    for attempt in range(FOLDERS):
+        out = tmp_path / f"killed-{attempt}"
+        # What was resumed is killed too, ever further on: behind so many seals, and a moment later.
+        for wanted in sorted(draw.sample(range(seals(whole)), KILLS_EACH)):
+            process = started(job, out)
+            while process.exitcode is None and seals(out) < wanted:
+                time.sleep(0.002)
+            process.join(draw.choice((0.0, 0.02, 0.05, 0.1)) * draw.random())
+            assert process.exitcode is None, "it ended before it could be killed"
+            process.kill()
+            process.join()
+            kills += 1
+            places.add(in_work(out) if out.exists() else "before the folder")
+        finish(job, out)
+        for name in RESULTS:
+            assert (out / name).read_bytes() == (whole / name).read_bytes(), (attempt, name, places)
+        assert not list(out.rglob("*.partial")) and not list((out / ".scratch").iterdir())
+    assert kills == FOLDERS * KILLS_EACH >= 12
+    assert len(places) >= 6, places  # spread over the run
+
+
+@pytest.mark.parametrize("moment", ["before the seal", "before the rename", "behind the rename"])
+def test_killed_around_the_rename_a_stage_is_whole_or_not_there(moment: str, tmp_path: Path) -> None:
+    from compress.run import Run, verify_seal
+
+    process = server.Process(target=_dies, args=(tmp_path / "run", moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -9
+    there = (tmp_path / "run" / "plan").exists()
+    assert there == (moment == "behind the rename")
+    with Run.open(tmp_path / "run") as again:
+        folder = again.stage("plan", {"k": 1}, lambda f: (f / "a").write_text("a"))
+        assert verify_seal(folder) == 1
+
+
+def _dies(folder: Path, moment: str) -> None:
+    import signal
+
+    from compress import run as module
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment == "before the seal":
+        module.sha256_of = die  # type: ignore[assignment]
+    elif moment == "before the rename":
+        Path.rename = die  # type: ignore[assignment,method-assign]
+    else:
+        sync = module._sync
+        module._sync = lambda path: die() if path == folder else sync(path)
+    with module.Run.open(folder) as run:
+        run.stage("plan", {"k": 1}, lambda f: (f / "a").write_text("a"))
