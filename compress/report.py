@@ -43,7 +43,7 @@ def read_report(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(found.read_text())
         stamp = report.pop("sha256")
-    except (json.JSONDecodeError, KeyError, AttributeError) as e:
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
         raise CompressError(
             "report.json cannot be read", where=str(found), fix="make it again with `compress prune`"
         ) from e

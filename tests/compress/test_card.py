@@ -1,0 +1,156 @@
+"""Report and card: one source, every number the same, accepted by the hub's own reader, nothing smuggled in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.card import body, escape, metadata, write_card
+from compress.cli import app
+from compress.errors import CompressError
+from compress.report import finish, read_report
+from tests.command import compress
+
+
+@pytest.fixture(scope="module")
+def report(finished: Path) -> dict[str, Any]:
+    return read_report(finished)
+
+
+@pytest.fixture(scope="module")
+def text(finished: Path) -> str:
+    return (finished / "release" / "README.md").read_text()
+
+
+def row(text: str, name: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name}")]
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
+
+
+def test_the_hubs_own_reader_takes_the_card(finished: Path, report: dict[str, Any]) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished / "release" / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    results = {r.dataset_name: r.metric_value for r in card.data.eval_results}
+    for quality in report["quality"]["texts"]:
+        assert results[f"{quality['name']} (held out)"] == pytest.approx(quality["pruned_ppl"], abs=5e-4)
+
+
+def test_base_model_and_license_stand_where_the_hub_looks_for_them(report: dict[str, Any], tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    known = copy.deepcopy(report)
+    known["model"] |= {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+    data = ModelCard.load(write_card(known, tmp_path, {})).data
+    assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
+
+
+def test_the_cards_table_is_the_reports(text: str, report: dict[str, Any]) -> None:
+    size = report["size"]
+    assert row(text, "backbone parameters") == [
+        f"{size['dense']['backbone_parameters']:,}",
+        f"{size['pruned']['backbone_parameters']:,}",
+        f"-{100 * size['backbone_removed']:.1f} %",
+    ]
+    assert row(text, "all parameters")[:2] == [f"{size[k]['total_parameters']:,}" for k in ("dense", "pruned")]
+    first = report["quality"]["texts"][0]
+    assert row(text, "perplexity, first text")[:2] == [f"{first['dense_ppl']:.2f}", f"{first['pruned_ppl']:.2f}"]
+    ttft = report["bench"]["ratios"]["ttft"]
+    assert row(text, "TTFT, 24 tokens")[2] == (
+        f"{ttft['median']:.2f}x as fast [{ttft['low']:.2f}, {ttft['high']:.2f}]"
+    )
+    assert f"{report['sha256'][:16]}" in text
+    mean = report["quality"]["geometric_mean"]["pruned"]
+    a, b = (t["pruned_ppl"] for t in report["quality"]["texts"])
+    assert mean == pytest.approx((a * b) ** 0.5)
+
+
+def test_every_picture_the_card_shows_is_there(finished: Path, text: str) -> None:
+    shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(shown) == 4
+    for name in shown:
+        assert (finished / "release" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_command_the_card_names_is_one_of_ours(text: str) -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", text, re.S)
+    verbs = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    lines = block.strip().splitlines()
+    assert len(lines) == 6
+    for line in lines:
+        program, verb, *words = shlex.split(line)
+        assert program == "compress" and verb in verbs and words
+
+
+def test_the_command_for_perplexity_gives_the_cards_numbers(text: str, report: dict[str, Any]) -> None:
+    (line,) = [line for line in text.splitlines() if line.startswith("compress eval ")]
+    found = json.loads(compress(*shlex.split(line)[1:], "--json").out)
+    assert found["geometric_mean"] == pytest.approx(report["quality"]["geometric_mean"]["pruned"], rel=1e-5)
+
+
+def test_the_card_can_be_written_again_from_the_report_alone(finished: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "report.json").write_bytes((finished / "release" / "report.json").read_bytes())
+    assert compress("card", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert (tmp_path / "out" / "README.md").read_text() == text
+
+
+def test_the_release_loads_as_the_card_says(finished: Path, text: str) -> None:
+    import torch
+
+    code = re.search(r"```python\n(.*?)```", text, re.S)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1].replace("PATH_OR_ID", str(finished / "release")), names)
+    ids = names["tokenizer"]("the cat sat", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert names["model"](ids).logits.shape == (1, ids.shape[1], 300)
+
+
+def test_where_the_users_files_lay_is_not_published_as_their_source(text: str, finished: Path) -> None:
+    limits = text.split("## Limits", 1)[1]
+    assert "calibration.txt" in limits and str(finished.parent) not in limits
+
+
+def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
+    bad = copy.deepcopy(report)
+    evil = "<script>x</script> | a ![i](http://e.vil) `c`\n# head"
+    bad["quality"]["texts"][0]["name"] = evil
+    bad["model"] |= {"name": evil, "source": evil, "base_model": evil}
+    bad["environment"]["cpu"] = evil
+    text = body(bad, {})
+    assert "\n# head" not in text and "<script>" not in re.sub(r"`[^`\n]*`", "", text).replace("\\<", "")
+    assert "![i](" not in re.sub(r"`[^`\n]*`", "", text)
+    (line,) = [line for line in text.splitlines() if line.startswith("| perplexity, \\<script")]
+    assert len(re.split(r"(?<!\\)\|", line)) == 6, "five bars: the name has added none"
+    assert escape("a*b_c[d](e)|f#g!h<i>") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>"
+    assert metadata(bad)["base_model"] == evil  # YAML quotes it
+
+
+def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
+    report = json.loads((finished / "release" / "report.json").read_text())
+    report["quality"]["texts"][0]["pruned_ppl"] = 1.0
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(CompressError, match="was changed"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(CompressError, match="cannot be read"):
+        read_report(tmp_path)
+
+
+def test_a_report_that_lacks_a_section_is_not_finished(report: dict[str, Any]) -> None:
+    with pytest.raises(CompressError, match="lacks quality"):
+        finish({k: v for k, v in report.items() if k != "quality"})
+
+
+def test_a_card_without_bench_and_export_says_nothing_of_them(report: dict[str, Any]) -> None:
+    short = {k: v for k, v in report.items() if k not in ("bench", "export")}
+    text = body(short, {})
+    assert "TTFT" not in text and "onnx/" not in text and "ONNX" not in text

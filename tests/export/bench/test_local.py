@@ -1,0 +1,83 @@
+"""Two exports measured: fresh processes, interleaved, raw samples kept, memory that is the process's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.errors import CompressError
+from compress.export.bench import local
+from compress.export.bench.local import compare_llm
+
+SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
+
+
+@pytest.fixture(scope="module")
+def measured(finished: Path) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """(record, the order in which processes were started)."""
+    order: list[tuple[str, int]] = []
+    real = local._agent
+
+    def noted(folder: Path, spec: dict[str, Any], vocab: int, seed: int) -> dict[str, Any]:
+        order.append((folder.name, seed))
+        return real(folder, spec, vocab, seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "_agent", noted)
+        return compare_llm(finished / "export-dense", finished / "export-pruned", SPEC, 300), order
+
+
+def test_processes_are_interleaved_abba(measured: tuple[dict[str, Any], list[tuple[str, int]]]) -> None:
+    names = [name.removeprefix("export-") for name, _ in measured[1]]
+    assert names == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
+    assert [seed for _, seed in measured[1]] == [0, 0, 1, 1, 2, 2], "both models of a round read the same tokens"
+
+
+def test_every_figure_can_be_reckoned_again_from_the_raw_samples(
+    measured: tuple[dict[str, Any], list[tuple[str, int]]], finished: Path
+) -> None:
+    record = json.loads(json.dumps(measured[0]))
+    for label in ("dense", "pruned"):
+        for figure in ("ttft", "tpot"):
+            found = record[label][figure]
+            medians = [median(samples) for samples in found["raw"]]
+            assert found["process_medians"] == medians and found["median"] == median(medians)
+            assert len(found["raw"]) == 3 and all(len(s) >= 2 for s in found["raw"])
+            assert found["spread_between"] == pytest.approx((max(medians) - min(medians)) / median(medians))
+        files = [p for p in (finished / f"export-{label}").iterdir() if p.suffix in (".onnx", ".data")]
+        assert len(files) == 3 and record[label]["bytes"] == sum(p.stat().st_size for p in files)
+    dense, pruned = (np.array(record[k]["ttft"]["process_medians"]) for k in ("dense", "pruned"))
+    assert record["ratios"]["ttft"]["median"] == pytest.approx(np.median(dense / pruned))
+    assert record["spec"]["runtime"].startswith("onnxruntime ")
+
+
+def test_peak_memory_is_the_agents_own_whoever_starts_it(finished: Path) -> None:
+    # The parent fills 600 MB before it starts the agent.
+    script = (
+        "import json, subprocess, sys\n"
+        "fat = bytearray(b'x') * 600_000_000\n"
+        "done = subprocess.run([sys.executable, sys.argv[1]], input=sys.argv[2], capture_output=True, text=True)\n"
+        "print(json.loads(done.stdout)['peak_rss'])\n"
+    )
+    folder = finished / "export-pruned"
+    request = {**SPEC, "prefill": str(folder / "prefill.onnx"), "decode": str(folder / "decode.onnx")}
+    request |= {"vocab": 300, "seed": 0}
+    agent = Path(local.__file__).parent / "agent.py"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(agent), json.dumps(request)], capture_output=True, text=True, check=True
+    )
+    assert 20e6 < int(done.stdout) < 400e6
+
+
+def test_a_measuring_process_that_fails_is_one_error(finished: Path, tmp_path: Path) -> None:
+    for name in ("prefill.onnx", "decode.onnx", "weights.data"):
+        (tmp_path / name).write_bytes(b"no model")
+    with pytest.raises(CompressError, match="the measuring process failed"):
+        compare_llm(finished / "export-dense", tmp_path, SPEC, 300)
