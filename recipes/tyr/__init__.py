@@ -32,7 +32,8 @@ class SearchOptions(_Section):
     def _steps_fit(self) -> SearchOptions:
         if len(self.survivors) != len(self.steps) - 1:
             raise ValueError(
-                f"survivors must hold one number fewer than steps ({len(self.steps) - 1}), it holds {len(self.survivors)}"
+                f"survivors must hold one number fewer than steps ({len(self.steps) - 1}),"
+                f" it holds {len(self.survivors)}"
             )
         if sorted(self.steps) != self.steps or self.steps[0] <= 0 or self.steps[-1] != 1.0:
             raise ValueError("steps must rise, start above 0 and end at 1.0")
@@ -51,11 +52,19 @@ class TyrOptions(_Section):
     head_levels: int = Field(9, ge=2, le=65, description="candidates of an attention sublayer, at most")
     interval: float = Field(0.125, gt=0, le=0.5, description="distance of two levels in the first iteration")
     supernet_windows: int | None = Field(
-        None, ge=1, description="calibration windows the supernets are made from; all by default. The last pass uses all"
+        None,
+        ge=1,
+        description="calibration windows the supernets are made from; all by default. The last pass uses all",
     )
     iterations: int = Field(2, ge=1, le=8)
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
     query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")
     attention: bool = Field(True, description="false leaves attention dense")
-    refit: Literal["pruned", "all"] = "pruned"
+    metric: Literal["fisher", "none"] = Field(
+        "fisher", description="output metric the choice of units is made in; fisher needs one backward pass"
+    )
+    metric_windows: int = Field(8, ge=1, description="calibration windows the metric is measured on")
+    token_weight: Literal["norm", "none"] = Field(
+        "norm", description="norm: a token's error counts relative to the size of its residual stream"
+    )
     search: SearchOptions = SearchOptions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -83,6 +84,16 @@ def head_levels(job: Job, block: int) -> tuple[tuple[int, int], ...]:
     return tuple(c for c in found if c in kept)
 
 
+def neighbours(job: Job, block: int, choice: Choice) -> tuple[tuple[int, int], ...]:
+    """The attention choice of a block so far, with those of `head_levels` that stand next to it in savings."""
+    found = sorted(head_levels(job, block), key=lambda c: (-job.costs.attention(*c), -c[0]))
+    mine = (choice.groups, choice.per_group)
+    if mine not in found:
+        return tuple(found)
+    at = found.index(mine)
+    return tuple(dict.fromkeys((found[0], *found[max(0, at - 1) : at + 2])))
+
+
 def check_budget(job: Job) -> int:
     """The number of parameters to remove.
 
@@ -115,9 +126,11 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
     for i in range(geometry.layers):
         if choices is None:
             counts = neuron_counts(geometry.ffn, geometry.ffn // 2, step, options.levels, options.round_to)
+            heads = head_levels(job, i)
         else:
             counts = neuron_counts(geometry.ffn, choices[i].neurons, step, options.refine_levels, options.round_to)
-        found.append(Menu(counts, head_levels(job, i)))
+            heads = neighbours(job, i, choices[i])
+        found.append(Menu(counts, heads))
     return found
 
 
@@ -141,7 +154,8 @@ def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]])
         ]
         if not able:
             break
-        slopes = {i: _slope([Option(o["saving"], o["loss"]) for o in options[2 * i + 1]], job, found[i], sign) for i in able}
+        curves = {i: [Option(o["saving"], o["loss"]) for o in options[2 * i + 1]] for i in able}
+        slopes = {i: _slope(curves[i], job, found[i], sign) for i in able}
         at = min(able, key=lambda i: (sign * slopes[i], i))
         neurons = found[at].neurons - sign * step
         found[at] = Choice(found[at].groups, found[at].per_group, neurons)
@@ -153,7 +167,7 @@ def _slope(menu: list[Option], job: Job, choice: Choice, sign: int) -> float:
     """KL per parameter on the stretch of the FFN's measured curve that the next step would walk."""
     at = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
     curve = sorted({o.saving: o.loss for o in menu}.items())
-    for (s0, l0), (s1, l1) in zip(curve, curve[1:], strict=False):
+    for (s0, l0), (s1, l1) in pairwise(curve):
         inside = s0 <= at < s1 if sign > 0 else s0 < at <= s1
         if inside:
             return (l1 - l0) / (s1 - s0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from compress.errors import CompressError
 
 Score = Literal["obs", "tyr"]
+SHRINK = 0.85  # the matrices are shrunk when this share of their rows is still alive
 
 
 @dataclass
@@ -50,9 +51,10 @@ class Problem:
     H: Tensor
     G: Tensor
 
-    def loss(self, keep: Tensor) -> float:
-        """Loss of the best weights on the rows ``keep`` (int64, sorted), up to a constant: -tr(G_K^T H_KK^-1 G_K)."""
-        return -float((self.refit(keep) * self.G[keep]).sum())
+    def loss(self, keep: Tensor, refitted: Tensor) -> float:
+        """Loss of the best weights ``refitted`` (len(keep), out) on the rows ``keep``, up to a constant:
+        -tr(G_K^T H_KK^-1 G_K)."""
+        return -float((refitted * self.G[keep]).sum())
 
     def refit(self, keep: Tensor) -> Tensor:
         """The exact least-squares weights (len(keep), out) float64 when only the rows ``keep`` may stay."""
@@ -89,8 +91,9 @@ def _block_losses(inverse: Tensor, w: Tensor, units: Tensor, score: Score, G: Te
     """Score of removing each unit. ``units`` (u, c) are the rows of each of u units of c channels; returns (u,)."""
     if score == "tyr":
         # The paper's eq. for one channel: |G_p W_p^T| + ||W_p||^2 / (2 [H^-1]_pp); a head's is the mean of its own.
-        channel = (G * w).sum(1).abs() + (w * w).sum(1) / (2 * inverse.diagonal())
-        return channel[units].mean(1)
+        rows = units.reshape(-1)
+        channel = (G[rows] * w[rows]).sum(1).abs() + (w[rows] ** 2).sum(1) / (2 * inverse.diagonal()[rows])
+        return channel.reshape(units.shape).mean(1)
     if units.shape[1] == 1:
         rows = units[:, 0]
         return (w[rows] ** 2).sum(1) / inverse.diagonal()[rows]
@@ -106,42 +109,67 @@ class Eliminator:
     """Removes units one step after another, keeping the weights of what stays optimal (block OBS update).
 
     After every step ``weights`` are the exact least-squares weights of the rows still alive, so that each level on
-    the way down is emitted for the price of a copy.
+    the way down is emitted for the price of a copy. The matrices are updated in place, and shrunk only now and then:
+    copying them at every step would cost several times the arithmetic.
+
+    Args:
+        metric: (out, out) positive definite; errors are measured as e^T metric e. The optimum does not depend on it,
+            the scores do. None is the identity.
     """
 
-    def __init__(self, problem: Problem, score: Score = "obs") -> None:
+    def __init__(self, problem: Problem, score: Score = "obs", metric: Tensor | None = None) -> None:
         self.score: Score = score
         self.alive = torch.arange(problem.H.shape[0])
-        self._inverse = torch.cholesky_inverse(torch.linalg.cholesky(problem.H))
-        self._w = torch.cholesky_solve(problem.G, torch.linalg.cholesky(problem.H))
+        factor = torch.linalg.cholesky(problem.H)
+        self._inverse = torch.cholesky_inverse(factor)
+        self._w = torch.cholesky_solve(problem.G, factor)
         self._G = problem.G
+        self._root = None if metric is None else torch.linalg.cholesky(metric.double())
+        if self._root is not None:
+            # Every update is linear in the outputs: in the metric's own coordinates it is the plain problem again.
+            self._w, self._G = self._w @ self._root, self._G @ self._root
+        self._at = self.alive  # where the alive rows stand in the matrices
 
     @property
     def weights(self) -> Tensor:
         """(len(alive), out) float64, the optimum for the rows in ``alive``."""
-        return self._w
+        w = self._w[self._at]
+        return w if self._root is None else torch.linalg.solve_triangular(self._root, w, upper=False, left=False)
 
     def scores(self, units: Tensor) -> Tensor:
         """Score (u,) of removing each unit; ``units`` (u, c) holds positions in ``alive``."""
-        return _block_losses(self._inverse, self._w, units, self.score, self._G)
+        return _block_losses(self._inverse, self._w, self._at[units], self.score, self._G)
 
     def remove(self, positions: Tensor) -> None:
         """Removes the rows at ``positions`` (of ``alive``) together and refits the others."""
-        if len(positions) == len(self.alive):
-            self.alive = self.alive[:0]
-            self._inverse, self._w, self._G = self._inverse[:0, :0], self._w[:0], self._G[:0]
-            return
-        column = self._inverse[:, positions]  # (n, g)
-        block = torch.linalg.cholesky(self._inverse[positions][:, positions])
-        self._w = self._w - column @ torch.cholesky_solve(self._w[positions], block)
-        inverse = self._inverse - column @ torch.cholesky_solve(column.T, block)
         stay = torch.ones(len(self.alive), dtype=torch.bool)
         stay[positions] = False
-        self.alive = self.alive[stay]
-        self._inverse, self._w, self._G = inverse[stay][:, stay], self._w[stay], self._G[stay]
+        gone = self._at[positions]
+        self.alive, self._at = self.alive[stay], self._at[stay]
+        if len(self.alive):
+            column = self._inverse[:, gone]  # (n, g)
+            block = torch.linalg.cholesky(self._inverse[gone][:, gone])
+            self._w.addmm_(column, torch.cholesky_solve(self._w[gone], block), alpha=-1)
+            self._inverse.addmm_(column, torch.cholesky_solve(column.T, block), alpha=-1)
+        if len(self._at) <= SHRINK * len(self._w):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        self._inverse = self._inverse[self._at][:, self._at]
+        self._w, self._G = self._w[self._at], self._G[self._at]
+        self._at = torch.arange(len(self.alive))
+
+    def copy(self) -> Eliminator:
+        """An eliminator that goes its own way from here."""
+        twin = object.__new__(Eliminator)
+        twin.__dict__.update(self.__dict__)
+        twin._inverse, twin._w = self._inverse.clone(), self._w.clone()
+        return twin
 
 
-def prune_neurons(problem: Problem, counts: Iterable[int], step: int, score: Score = "obs") -> dict[int, Tensor]:
+def prune_neurons(
+    problem: Problem, counts: Iterable[int], step: int, score: Score = "obs", metric: Tensor | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
     """One greedy pass over FFN neurons that emits every level in ``counts``.
 
     Args:
@@ -149,12 +177,13 @@ def prune_neurons(problem: Problem, counts: Iterable[int], step: int, score: Sco
         step: neurons removed together between two updates (fewer where a level comes first).
 
     Returns:
-        ``{count: kept indices (count,) int64, sorted}``. Levels are nested: each is a subset of the one above.
+        ``{count: (kept indices (count,) int64 sorted, their exact least-squares weights (count, out) float64)}``.
+        Levels are nested: each is a subset of the one above.
     """
     n = problem.H.shape[0]
     wanted = sorted(set(counts), reverse=True)
-    levels: dict[int, Tensor] = {}
-    eliminator = Eliminator(problem, score)
+    levels: dict[int, tuple[Tensor, Tensor]] = {}
+    eliminator = Eliminator(problem, score, metric)
     for count in wanted:
         if not 0 <= count <= n:
             raise ValueError(f"a level of {count} neurons in a layer of {n}")
@@ -165,7 +194,7 @@ def prune_neurons(problem: Problem, counts: Iterable[int], step: int, score: Sco
             scores = eliminator.scores(torch.arange(alive)[:, None])
             order = torch.argsort(scores, stable=True)
             eliminator.remove(order[:size].sort().values)
-        levels[count] = eliminator.alive.clone()
+        levels[count] = eliminator.alive, eliminator.weights
     return levels
 
 
@@ -193,7 +222,14 @@ def _units_of(alive: Tensor, owner: Tensor, size: int) -> tuple[list[int], Tenso
 
 
 def prune_heads(
-    problem: Problem, heads: int, kv_heads: int, head_dim: int, *, trim: bool, score: Score = "obs"
+    problem: Problem,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    trim: bool,
+    score: Score = "obs",
+    metric: Tensor | None = None,
 ) -> list[Heads]:
     """All nested choices of whole KV groups and, with ``trim``, of equally many query heads in each kept group.
 
@@ -204,12 +240,12 @@ def prune_heads(
     head_of = torch.arange(heads * head_dim) // head_dim
     group_of = head_of // group
     found = []
-    by_group = Eliminator(problem, score)
+    by_group = Eliminator(problem, score, metric)
     for kept in range(kv_heads, -1, -1):
         if kept < kv_heads:
             _, units = _units_of(by_group.alive, group_of, group * head_dim)
             by_group.remove(units[int(by_group.scores(units).argmin())])
-        by_head = _copy(by_group)
+        by_head = by_group.copy()
         for per_group in range(group, 0, -1):
             if per_group < group:
                 for g in torch.unique(group_of[by_head.alive]).tolist():
@@ -223,8 +259,3 @@ def prune_heads(
                 break
     return sorted(found, key=lambda h: (-len(h.heads), -h.groups))
 
-
-def _copy(eliminator: Eliminator) -> Eliminator:
-    twin = object.__new__(Eliminator)
-    twin.__dict__.update(eliminator.__dict__)
-    return twin

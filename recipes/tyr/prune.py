@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.budget import Option, nearest_feasible, target_removed
@@ -20,8 +23,9 @@ from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
-from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
-from compress.run import Journal, Run, fingerprint
+from compress.recipes.tyr.sensitivity import output_metrics
+from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, Supernet, prune_block, write_block
+from compress.run import Journal, Run, fingerprint, seal_hash
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
 # 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).
@@ -35,10 +39,11 @@ def produce_plan(run: Run, job: Job) -> Path:
         The sealed folder holding plan.json, plan.safetensors and search.json.
     """
     check_budget(job)
+    metrics = _metrics(run, job)
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
     for iteration in range(1, job.options.iterations + 1):
-        files = _supernet(run, job, iteration, choices)
+        files = _supernet(run, job, iteration, choices, metrics)
         singles = _singles(run, job, iteration, files, choices)
         folder = _search(run, job, iteration, files, singles, choices)
         result = json.loads((folder / "search.json").read_text())
@@ -46,19 +51,54 @@ def produce_plan(run: Run, job: Job) -> Path:
         choices = [Choice(**c) for c in result["choices"]]
     assert choices is not None  # iterations >= 1
     choices = settle(job, choices, json.loads((singles / "singles.json").read_text())["options"])
-    return final_pass(run, job, choices, results)
+    return final_pass(run, job, choices, results, metrics)
 
 
-def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) -> list[Path]:
+@dataclass(frozen=True)
+class Metrics:
+    """The sealed output metrics of all sublayers; a block's are read when they are asked for. None: no metric."""
+
+    folder: Path | None
+
+    def of(self, block: int) -> tuple[Tensor | None, Tensor | None]:
+        """(attention's, FFN's), each (hidden, hidden) float32 or None."""
+        if self.folder is None:
+            return None, None
+        with safe_open(self.folder / "metrics.safetensors", "pt") as file:
+            return file.get_tensor(f"{block}.attention"), file.get_tensor(f"{block}.ffn")
+
+    def hash(self) -> str | None:
+        return None if self.folder is None else seal_hash(self.folder)
+
+
+def _metrics(run: Run, job: Job) -> Metrics:
+    options = job.options
+    if options.metric == "none":
+        return Metrics(None)
+    windows = job.calibration[: options.metric_windows]
+
+    def build(folder: Path) -> None:
+        save_file(output_metrics(job.model, job.family, windows, job.seed), folder / "metrics.safetensors")
+
+    return Metrics(run.stage("metrics", {**job.inputs, "windows": len(windows), "seed": job.seed}, build))
+
+
+def _supernet(
+    run: Run, job: Job, iteration: int, choices: list[Choice] | None, metrics: Metrics
+) -> list[Path]:
     """Builds the supernet block by block; every block is a sealed stage, the streams behind it are kept beside."""
     options = job.options
     block_menu = block_menus(job, iteration, choices)
+    # The first candidates are measured one at a time in the dense model, so that is what they are fitted to. Weights
+    # that make up for pruning in front of them would be out of place there.
+    accumulation: Accumulation = "none" if choices is None else options.accumulation
     calibration = job.calibration[: options.supernet_windows]
     inputs = {
         **job.inputs,
-        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
+        "method": {**options.model_dump(mode="json", include=LOCAL_OPTIONS), "accumulation": accumulation},
         "levels": [[list(menu.neurons), [list(h) for h in menu.heads]] for menu in block_menu],
         "windows": len(calibration),
+        "metrics": metrics.hash(),
     }
     name = f"supernet-{iteration}"
 
@@ -71,12 +111,12 @@ def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None) 
 
     return [
         folder / "levels.safetensors"
-        for folder in _walk(run, job, name, inputs, calibration, block_menu, options.accumulation, False, write)
+        for folder in _walk(run, job, name, inputs, calibration, block_menu, accumulation, metrics, write)
     ]
 
 
 # The options that decide what a candidate is, beside the levels themselves.
-LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to"}
+LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
 
 
 def _walk(
@@ -86,8 +126,8 @@ def _walk(
     inputs: Mapping[str, Any],
     calibration: Tensor,
     block_menu: list[Menu],
-    accumulation: Any,
-    refit_dense: bool,
+    accumulation: Accumulation,
+    metrics: Metrics,
     write: Any,
 ) -> list[Path]:
     """Walks the blocks with both streams, resuming behind the last block whose stage and streams are on disk."""
@@ -107,7 +147,7 @@ def _walk(
     if sealed and kept.exists():
         streams, start = Streams.load(kept), sealed
     else:
-        streams, start = Streams.start(runner, calibration), 0
+        streams, start = Streams.start(runner, calibration, accumulation), 0
     with Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
             attention, ffn = prune_block(
@@ -123,7 +163,8 @@ def _walk(
                 score=job.options.score,
                 step=job.options.round_to,
                 trim=job.options.query_heads,
-                refit_dense=refit_dense,
+                token_weight=job.options.token_weight,
+                metrics=metrics.of(index),
             )
             if index + 1 < layers:
                 partial = scratch / "partial.safetensors"
@@ -141,7 +182,9 @@ def _never(_: Path) -> None:
     raise AssertionError("a sealed stage was built again")
 
 
-def _evaluator(run: Run, job: Job, files: list[Path], name: str, windows: Tensor, inputs: Mapping[str, Any]) -> Evaluator:
+def _evaluator(
+    run: Run, job: Job, files: list[Path], name: str, windows: Tensor, inputs: Mapping[str, Any]
+) -> Evaluator:
     """An evaluator whose journal belongs to these inputs alone: another recipe's evaluations are not taken for ours."""
     options = job.options.search
     return Evaluator(
@@ -303,14 +346,18 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
     return tuple(genome)
 
 
-def final_pass(run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]]) -> Path:
+def final_pass(
+    run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]], metrics: Metrics | None = None
+) -> Path:
     """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has."""
     options = job.options
+    metrics = _metrics(run, job) if metrics is None else metrics
     block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
     inputs = {
         **job.inputs,
-        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS | {"refit"}),
+        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
         "choices": [list(vars(c).values()) for c in choices],
+        "metrics": metrics.hash(),
     }
 
     def write(index: int, attention: Any, ffn: Any) -> Path:
@@ -325,9 +372,7 @@ def final_pass(run: Run, job: Job, choices: list[Choice], results: list[dict[str
 
         return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build)
 
-    folders = _walk(
-        run, job, "final", inputs, job.calibration, block_menu, options.accumulation, options.refit == "all", write
-    )
+    folders = _walk(run, job, "final", inputs, job.calibration, block_menu, options.accumulation, metrics, write)
 
     def build(folder: Path) -> None:
         parts = [Plan.load(f) for f in folders]

@@ -214,7 +214,7 @@ def measure_singles(
     for sublayer in range(len(options) - 1, -1, -1):
         highest = -math.inf
         for e in range(len(options[sublayer])):
-            genome = base[:sublayer] + (e,) + base[sublayer + 1 :]
+            genome = (*base[:sublayer], e, *base[sublayer + 1 :])
             loss = 0.0 if genome == base else evaluator.kl(genome, phase="single") - zero
             highest = max(highest, loss)
             options[sublayer][e] = replace(options[sublayer][e], loss=highest)
@@ -353,7 +353,9 @@ def offspring(
             child = _swap(options, parent, total, rng)
         else:
             sigma = (0.1, 0.2, 0.4)[attempt // 2 % 3]
-            noisy = [[replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in m] for m in options]
+            noisy = [
+                [replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in menu] for menu in options
+            ]
             child = tuple(knapsack(noisy, total))
         if child not in seen:
             seen.add(child)

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
-from compress.recipes.tyr.local import Heads, Moments, Problem, Score, channels, damp, prune_heads, prune_neurons
+from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, prune_heads, prune_neurons
 
 if TYPE_CHECKING:
     from compress.models.families.base import Costs, Geometry
 
 Target = Literal["own", "output", "residual"]
 Accumulation = Literal["expectation", "uniform", "none"]
+TokenWeight = Literal["norm", "none"]
 
 BATCH = 4  # windows per forward
 
@@ -64,29 +65,34 @@ def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) 
 
 
 class Streams:
-    """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each."""
+    """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each. Without error
+    accumulation they are one and the same tensor."""
 
-    def __init__(self, dense: Tensor, pruned: Tensor) -> None:
-        self.dense, self.pruned = dense, pruned
+    def __init__(self, dense: Tensor, pruned: Tensor | None = None) -> None:
+        self.dense, self.pruned = dense, dense if pruned is None else pruned
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is only the dense stream."""
+        return self.pruned is self.dense
 
     @classmethod
-    def start(cls, runner: BlockRunner, ids: Tensor) -> Streams:
+    def start(cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation) -> Streams:
         dense = torch.cat([runner.embed(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
-        return cls(dense, dense.clone())
+        return cls(dense, None if accumulation == "none" else dense.clone())
 
     def save(self, path: Path) -> None:
-        save_file({"dense": self.dense, "pruned": self.pruned}, path)
+        save_file({"dense": self.dense} if self.alone else {"dense": self.dense, "pruned": self.pruned}, path)
 
     @classmethod
     def load(cls, path: Path) -> Streams:
         with safe_open(path, "pt") as f:
-            return cls(f.get_tensor("dense"), f.get_tensor("pruned"))
+            names = set(f.keys())
+            return cls(f.get_tensor("dense"), f.get_tensor("pruned") if "pruned" in names else None)
 
 
 def _mean_weight(levels: Sequence[Level], columns: Sequence[Tensor], dense: Tensor, how: Accumulation) -> Tensor:
     """The weight (out, in) whose output is the (weighted) mean of the candidates' outputs: sum w_e W_e / sum w_e."""
-    if how == "none":
-        return dense
     total = torch.zeros_like(dense, dtype=torch.float64)
     mass = 0.0
     for level, at in zip(levels, columns, strict=True):
@@ -115,9 +121,13 @@ def prune_block(
     score: Score,
     step: int,
     trim: bool,
-    refit_dense: bool = False,
+    token_weight: TokenWeight = "none",
+    metrics: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[list[Level], list[Level]]:
     """Makes the candidates of block ``index`` and moves both streams behind it (in place).
+
+    Args:
+        metrics: (hidden, hidden) output metrics of attention and FFN that the choice of units is made in, or None.
 
     Returns:
         (attention levels, FFN levels), most kept first; the first of each is the dense one where the menu has it.
@@ -135,55 +145,63 @@ def prune_block(
     down_bias = torch.zeros(()) if down.bias is None else down.bias
 
     # A sublayer whose only level is the untouched one needs no statistics.
-    attention_stays = menu.heads == ((geometry.kv_heads, geometry.group),) and not refit_dense
-    ffn_stays = menu.neurons == (geometry.ffn,) and not refit_dense
+    attention_stays = menu.heads == ((geometry.kv_heads, geometry.group),)
+    ffn_stays = menu.neurons == (geometry.ffn,)
 
     # Attention: the dense stream passes through to its middle; the pruned stream's inputs of o_proj are gathered.
     moments = Moments.zeros(o_dense.shape[1], o_dense.shape[0])
     contexts = []
+    alone = streams.alone
     for s in slices:
         dense_context = runner.context(index, streams.dense[s])
         attention = dense_context @ o_dense.T + o_bias
         middle = runner.middle(index, streams.dense[s], attention)
-        context = runner.context(index, streams.pruned[s])
+        context = dense_context if alone else runner.context(index, streams.pruned[s])
         if not attention_stays:
-            moments.add(context, _aim(target, context @ o_dense.T, attention - o_bias, middle - streams.pruned[s] - o_bias))
-        contexts.append(context)
+            aim = _aim(target, context @ o_dense.T, attention - o_bias, middle - streams.pruned[s] - o_bias)
+            moments.add(*_weighted(context, aim, attention if family.post_norm else middle, token_weight))
+        if not alone:
+            contexts.append(context)
         streams.dense[s] = middle
     if attention_stays:
         attention_levels = [Level(tuple(range(geometry.heads)), 0, 0.0, 0.0, None)]
     else:
         problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
-        attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, refit_dense)
-    mean = _mean_weight(
-        attention_levels, [channels(a.units, geometry.head_dim) for a in attention_levels], o_dense, accumulation
-    )
-    for s, context in zip(slices, contexts, strict=True):
-        streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + o_bias)
+        attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, metrics[0])
+    if not alone:
+        mean = _mean_weight(
+            attention_levels, [channels(a.units, geometry.head_dim) for a in attention_levels], o_dense, accumulation
+        )
+        for s, context in zip(slices, contexts, strict=True):
+            streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + o_bias)
     del contexts
 
     # FFN: its inputs come from the pruned attention just made.
     moments = Moments.zeros(down_dense.shape[1], down_dense.shape[0])
     activations = []
     for s in slices:
-        dense_out = runner.activation(index, streams.dense[s]) @ down_dense.T + down_bias
+        dense_activation = runner.activation(index, streams.dense[s])
+        dense_out = dense_activation @ down_dense.T + down_bias
         behind = runner.output(index, streams.dense[s], dense_out)
-        activation = runner.activation(index, streams.pruned[s])
+        activation = dense_activation if alone else runner.activation(index, streams.pruned[s])
         if not ffn_stays:
             own = activation @ down_dense.T
-            moments.add(activation, _aim(target, own, dense_out - down_bias, behind - streams.pruned[s] - down_bias))
-        activations.append(activation)
+            aim = _aim(target, own, dense_out - down_bias, behind - streams.pruned[s] - down_bias)
+            moments.add(*_weighted(activation, aim, dense_out if family.post_norm else behind, token_weight))
+        if not alone:
+            activations.append(activation)
         streams.dense[s] = behind
     if ffn_stays:
         ffn_levels = [Level(tuple(range(geometry.ffn)), 0, 0.0, 0.0, None)]
     else:
         problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
-        ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, refit_dense)
-    mean = _mean_weight(
-        ffn_levels, [torch.tensor(f.units, dtype=torch.int64) for f in ffn_levels], down_dense, accumulation
-    )
-    for s, activation in zip(slices, activations, strict=True):
-        streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + down_bias)
+        ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, metrics[1])
+    if not alone:
+        mean = _mean_weight(
+            ffn_levels, [torch.tensor(f.units, dtype=torch.int64) for f in ffn_levels], down_dense, accumulation
+        )
+        for s, activation in zip(slices, activations, strict=True):
+            streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + down_bias)
     return attention_levels, ffn_levels
 
 
@@ -193,50 +211,48 @@ def _aim(target: Target, own: Tensor, output: Tensor, residual: Tensor) -> Tenso
     return {"own": own, "output": output, "residual": residual}[target]
 
 
-def _weight(problem: Problem, keep: Tensor, dense: bool) -> Tensor | None:
-    return None if dense else problem.refit(keep).T.float().contiguous()
+def _weighted(x: Tensor, aim: Tensor, normed: Tensor, how: TokenWeight) -> tuple[Tensor, Tensor]:
+    """Scales every token's row so that its error counts relative to the size of what the next norm will divide by."""
+    if how == "none":
+        return x, aim
+    scale = normed.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+    return x * scale, aim * scale
 
 
 def _attention_levels(
-    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, trim: bool, refit_dense: bool
+    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, trim: bool, metric: Tensor | None
 ) -> list[Level]:
-    found = prune_heads(problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score)
-    chosen = [h for h in found if (h.groups, h.per_group) in menu.heads]
+    found = prune_heads(
+        problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score, metric=metric
+    )
     levels = []
-    for heads in chosen:
-        dense = len(heads.heads) == geometry.heads
+    for heads in found:
+        if (heads.groups, heads.per_group) not in menu.heads:
+            continue
         keep = channels(heads.heads, geometry.head_dim)
         saving = costs.attention_dense - costs.attention(heads.groups, heads.per_group)
-        levels.append(
-            Level(
-                heads.heads,
-                saving,
-                saving / costs.attention_dense,
-                problem.loss(keep),
-                _weight(problem, keep, dense and not refit_dense),
-            )
-        )
+        dense = len(heads.heads) == geometry.heads
+        levels.append(_level(heads.heads, keep, saving, costs.attention_dense, problem, problem.refit(keep), dense))
     return levels
 
 
 def _ffn_levels(
-    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, refit_dense: bool
+    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, metric: Tensor | None
 ) -> list[Level]:
-    kept = prune_neurons(problem, menu.neurons, step, score)
+    emitted = prune_neurons(problem, menu.neurons, step, score, metric)
+    whole = costs.ffn(geometry.ffn)
     levels = []
-    for count in sorted(kept, reverse=True):
-        saving = costs.ffn(geometry.ffn) - costs.ffn(count)
-        dense = count == geometry.ffn
-        levels.append(
-            Level(
-                tuple(kept[count].tolist()),
-                saving,
-                saving / costs.ffn(geometry.ffn),
-                problem.loss(kept[count]),
-                _weight(problem, kept[count], dense and not refit_dense),
-            )
-        )
+    for count, (keep, refitted) in sorted(emitted.items(), reverse=True):
+        saving = whole - costs.ffn(count)
+        levels.append(_level(tuple(keep.tolist()), keep, saving, whole, problem, refitted, count == geometry.ffn))
     return levels
+
+
+def _level(
+    units: tuple[int, ...], keep: Tensor, saving: int, whole: int, problem: Problem, refitted: Tensor, dense: bool
+) -> Level:
+    weight = None if dense else refitted.T.float().contiguous()
+    return Level(units, saving, saving / whole, problem.loss(keep, refitted), weight)
 
 
 def predicted_bytes(menu: Menu, geometry: Geometry) -> int:
