@@ -14,7 +14,7 @@ demo: $(READY)
 	@echo "the pruned model: $(RUN)/model/   and as ONNX: $(RUN)/release/onnx/"
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -22,8 +22,12 @@ SMALL = (
     "evaluation.texts=[{name: docs, source: {embedded: python-docs}}]",
     "evaluation.windows=4",
     "evaluation.length=256",
+    "tyr.levels=5",
+    "tyr.interval=0.25",
+    "tyr.head_levels=3",
     "tyr.search.windows=2",
-    "tyr.search.positions=64",
+    "tyr.search.length=64",
+    "tyr.search.positions=32",
     "tyr.search.singles_windows=1",
     "tyr.search.generations=1",
     "tyr.search.offspring=3",
@@ -56,7 +60,7 @@ def test_smollm2_from_its_name_to_its_card(tmp_path: Path) -> None:
 
 
 def test_smollm2_killed_in_the_middle_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    words = ("-r", "tyr-demo", *SETTINGS, "--set", "tyr.search.seconds=null", "--until", "plan")
+    words = ("-r", "tyr-demo", *SETTINGS, "--until", "plan")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert compress("prune", "smollm2-135m", *words, "--out", whole).code == 0
     seals = len(list(whole.rglob("seal.json")))
