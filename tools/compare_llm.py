@@ -1,4 +1,4 @@
-"""Compares pruning methods on one LLM: the same calibration windows, the same removed parameters, the same held-out text.
+"""Compares pruning methods on one LLM: the same calibration windows, removed parameters and held-out text.
 
     python tools/compare_llm.py --out runs/compare                   # everything; takes hours on two cores
     python tools/compare_llm.py --out runs/compare --table           # prints what has been measured so far

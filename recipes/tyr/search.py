@@ -354,7 +354,8 @@ def offspring(
         else:
             sigma = (0.1, 0.2, 0.4)[attempt // 2 % 3]
             noisy = [
-                [replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in menu] for menu in options
+                [replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in menu]
+                for menu in options
             ]
             child = tuple(knapsack(noisy, total))
         if child not in seen:
