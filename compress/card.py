@@ -138,8 +138,6 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
 
 
 def _source(spec: Mapping[str, Any]) -> str:
-    if "sampled" in spec:
-        return "text the dense model wrote"
     if "files" in spec:
         return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
     return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.cache import cache_dir, sha256_of
 from compress.errors import CompressError
-from compress.progress import Progress, say
+from compress.progress import say
 from compress.recipe import SourceSpec
 
 if TYPE_CHECKING:
@@ -91,13 +91,8 @@ def calibration_windows(
     tokenizer: Any,
     windows: int,
     length: int,
-    sample: Callable[[int, int, float], Tensor],
 ) -> Tensor:
-    """``windows`` calibration windows (windows, length) int64, evenly from all sources, the sources taking turns.
-
-    Args:
-        sample: (windows, length, temperature) -> text of the dense model's own, for a ``sampled`` source.
-    """
+    """``windows`` calibration windows (windows, length) int64, evenly from all sources, the sources taking turns."""
     import torch
 
     parts = []
@@ -107,9 +102,7 @@ def calibration_windows(
         before += source.weight
         share = round(windows * before / weight) - taken
         taken += share
-        if share and source.sampled is not None:
-            parts.append(sample(share, length, source.sampled))
-        elif share:
+        if share:
             parts.append(pack(load_documents(source, "calibration"), tokenizer, length, share, source.title))
     if not parts:
         raise CompressError("no calibration window was asked for", where="calibration.windows", fix="ask for more")
@@ -117,40 +110,8 @@ def calibration_windows(
     return torch.stack(turns)
 
 
-def sample_windows(model: Any, windows: int, length: int, temperature: float, seed: int) -> Tensor:
-    """Text of the model's own: (windows, length) int64, sampled token by token behind a random first token.
-
-    It looks like what the model was trained on, whatever that was, and needs no data set.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    vocab = model.config.vocab_size
-    start = getattr(model.config, "eos_token_id", None)
-    start = start[0] if isinstance(start, list) else start
-    ids = torch.randint(0, vocab, (windows, 1), generator=generator)
-    if start is not None:
-        ids = torch.cat([torch.full((windows, 1), start), ids], 1)
-    cache = None
-    step = ids
-    with torch.no_grad(), Progress(length, f"sampling {windows} windows from the model", start=ids.shape[1]) as bar:
-        while ids.shape[1] < length:
-            out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            step = torch.multinomial((out.logits[:, -1].float() / temperature).softmax(-1), 1, generator=generator)
-            ids = torch.cat([ids, step], 1)
-            bar.update(1)
-    return ids
-
-
 def evaluation_windows(source: SourceSpec, tokenizer: Any, windows: int, length: int) -> Tensor:
     """``windows`` held-out windows (windows, length) int64 of one source."""
-    if source.sampled is not None:
-        raise CompressError(
-            "a model's own text cannot be held out",
-            where="evaluation.texts",
-            fix="evaluate on files, a package or the hub",
-        )
     return pack(load_documents(source, "evaluation"), tokenizer, length, windows, source.title)
 
 

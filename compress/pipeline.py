@@ -133,17 +133,14 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from compress.data import assert_disjoint, calibration_windows, evaluation_windows, sample_windows
+    from compress.data import assert_disjoint, calibration_windows, evaluation_windows
 
     recipe = setup.recipe
     wanted = recipe.options.search.windows
 
     def build(folder: Path) -> None:
-        def sample(windows: int, length: int, temperature: float) -> Tensor:
-            return sample_windows(setup.model, windows, length, temperature, recipe.seed)
-
         spec = recipe.calibration
-        every = calibration_windows(spec.sources, setup.tokenizer, spec.windows + wanted, spec.length, sample)
+        every = calibration_windows(spec.sources, setup.tokenizer, spec.windows + wanted, spec.length)
         # The windows searched on stand evenly among the others, and are taken out of them.
         at = torch.linspace(0, len(every) - 1, wanted).long()
         rest = torch.ones(len(every), dtype=torch.bool)
@@ -159,7 +156,6 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     inputs = {
         "version": __version__,
         "weights": setup.weights,
-        "seed": recipe.seed,
         "search_windows": wanted,
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks"}),

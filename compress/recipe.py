@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class SourceSpec(Section):
-    """Where text comes from: exactly one of ``hub``, ``files``, ``embedded``, ``package`` and ``sampled``."""
+    """Where text comes from: exactly one of ``hub``, ``files``, ``embedded`` and ``package``."""
 
     hub: str | None = Field(None, description="data set id on the Hugging Face hub")
     config: str | None = Field(None, description="the data set's configuration (hub)")
@@ -40,21 +40,18 @@ class SourceSpec(Section):
         None, description="text that a package carries, fetched once by the package's own client"
     )
 
-    sampled: float | None = Field(None, gt=0, le=2, description="text the dense model writes, at this temperature")
     weight: float = Field(1.0, gt=0, description="this source's share of the windows, relative to the others")
 
     @model_validator(mode="after")
     def _one(self) -> SourceSpec:
-        named = [k for k in ("hub", "files", "embedded", "package", "sampled") if getattr(self, k) is not None]
+        named = [k for k in ("hub", "files", "embedded", "package") if getattr(self, k) is not None]
         if len(named) != 1:
-            raise ValueError(
-                f"name exactly one of hub, files, embedded, package, sampled (here: {', '.join(named) or 'none'})"
-            )
+            raise ValueError(f"name exactly one of hub, files, embedded, package (here: {', '.join(named) or 'none'})")
         return self
 
     @property
     def title(self) -> str:
-        return self.hub or self.embedded or self.package or " ".join(self.files or ["the model's own text"])
+        return self.hub or self.embedded or self.package or " ".join(self.files or [])
 
 
 class Calibration(Section):

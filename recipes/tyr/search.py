@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.budget import Option, knapsack
 from compress.models.blocks import BlockRunner
 from compress.recipes.tyr import SearchOptions
-from compress.recipes.tyr.supernet import BATCH, Supernet
+from compress.recipes.tyr.supernet import Supernet, batches
 
 Genome = tuple[int, ...]
 
@@ -132,9 +132,7 @@ class Evaluator:
     def _run(self, genome: Genome, start: int, hidden: Tensor, keep: list[Tensor] | None) -> Tensor:
         for index in range(start, self.layers):
             block = self._block(index, genome[2 * index], genome[2 * index + 1])
-            hidden = torch.cat(
-                [self.runner.run(index, hidden[i : i + BATCH], block) for i in range(0, len(hidden), BATCH)]
-            )
+            hidden = torch.cat([self.runner.run(index, hidden[s], block) for s in batches(hidden)])
             self.work += hidden.shape[0] * hidden.shape[1]
             if keep is not None:
                 keep.append(hidden)
@@ -147,9 +145,7 @@ class Evaluator:
             while same < self.layers and genome[2 * same : 2 * same + 2] == self._parent[2 * same : 2 * same + 2]:
                 same += 1
         else:
-            self._states = [
-                torch.cat([self.runner.embed(self.windows[i : i + BATCH]) for i in range(0, len(self.windows), BATCH)])
-            ]
+            self._states = [torch.cat([self.runner.embed(self.windows[s]) for s in batches(self.windows)])]
         del self._states[same + 1 :]
         self._run(genome, same, self._states[same], self._states)
         self._parent = genome

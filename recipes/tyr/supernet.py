@@ -29,7 +29,13 @@ Target = Literal["own", "output", "residual"]
 Accumulation = Literal["expectation", "uniform", "none"]
 TokenWeight = Literal["norm", "none"]
 
-BATCH = 4  # windows per forward
+BATCH_TOKENS = 2048  # tokens per forward
+
+
+def batches(windows: Tensor) -> list[slice]:
+    """Slices of ``windows`` (n, length, ...) that hold about `BATCH_TOKENS` tokens each."""
+    size = max(1, BATCH_TOKENS // windows.shape[1])
+    return [slice(i, i + size) for i in range(0, len(windows), size)]
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Streams:
 
     @classmethod
     def start(cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation) -> Streams:
-        dense = torch.cat([runner.embed(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
+        dense = torch.cat([runner.embed(ids[s]) for s in batches(ids)])
         return cls(dense, None if accumulation == "none" else dense.clone())
 
     def save(self, path: Path) -> None:
@@ -137,7 +143,7 @@ def prune_block(
     if family.post_norm and target == "residual":
         target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
     where = f"block {index}"
-    slices = [slice(i, i + BATCH) for i in range(0, len(streams.dense), BATCH)]
+    slices = batches(streams.dense)
     o, down = family.o_proj(block), family.down_proj(block)
     o_dense, down_dense = o.weight, down.weight
     # A bias stays as it is, so what the weights are fitted to is what remains without it.

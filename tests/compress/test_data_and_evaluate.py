@@ -11,10 +11,8 @@ import torch
 from compress.data import (
     assert_disjoint,
     calibration_windows,
-    evaluation_windows,
     load_documents,
     pack,
-    sample_windows,
 )
 from compress.errors import CompressError
 from compress.evaluate import perplexity
@@ -22,10 +20,6 @@ from compress.recipe import SourceSpec
 from tests.tiny import tiny, tokens, word_tokenizer
 
 DOCS = SourceSpec(embedded="python-docs")
-
-
-def never(windows: int, length: int, temperature: float) -> torch.Tensor:
-    raise AssertionError("nothing was to be sampled")
 
 
 def test_the_split_is_by_document_and_disjoint() -> None:
@@ -58,8 +52,8 @@ def test_sources_share_the_windows_by_weight(tmp_path: Path) -> None:
     text = "\n\n".join(f"the cat number {i} sat on the mat and did not say why. " * 30 for i in range(60))
     (tmp_path / "a.txt").write_text(text)
     sources = [DOCS, SourceSpec(files=[str(tmp_path / "a.txt")], weight=2)]
-    found = calibration_windows(sources, tokenizer, 9, 32, never)
-    docs = calibration_windows([DOCS], tokenizer, 3, 32, never)
+    found = calibration_windows(sources, tokenizer, 9, 32)
+    docs = calibration_windows([DOCS], tokenizer, 3, 32)
     rows = {tuple(r.tolist()) for r in docs}
     assert found.shape == (9, 32) and sum(tuple(r.tolist()) in rows for r in found) == 3
 
@@ -70,17 +64,6 @@ def test_overlapping_text_is_refused() -> None:
     b[2, 30:94] = a[1, 100:164]
     with pytest.raises(CompressError, match="overlaps"):
         assert_disjoint(a, b, "b")
-
-
-def test_sampled_text_is_the_models_own_and_reproducible() -> None:
-    model = tiny("llama")
-    first, again = (sample_windows(model, 3, 20, 1.0, seed=4) for _ in range(2))
-    assert first.shape == (3, 20) and torch.equal(first, again)
-    cold = sample_windows(model, 1, 20, 0.01, seed=4)[0]
-    with torch.no_grad():
-        assert int(model(cold[None, :-1]).logits[0, -1].argmax()) == int(cold[-1])
-    with pytest.raises(CompressError, match="cannot be held out"):
-        evaluation_windows(SourceSpec(sampled=1.0), None, 1, 32)
 
 
 def test_perplexity_equals_the_loss_of_transformers() -> None:
