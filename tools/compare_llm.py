@@ -185,10 +185,12 @@ def main() -> None:
         counts = uniform_counts(setup, 0.25, *EDGES)
         for label, changes in (
             ("as shipped", {}),
-            ("without error accumulation", {"target": "own", "accumulation": "none"}),
+            ("without error accumulation", {"accumulation": "none"}),
             ("fitted to the dense weights, not to the dense stream", {"target": "own"}),
+            ("every output direction alike", {"metric": "none"}),
+            ("every token alike", {"token_weight": "none"}),
+            ("damping 0.01", {"damping": 0.01}),
             ("score tyr", {"score": "tyr"}),
-            ("damping 0.1", {"damping": 0.1}),
         ):
             row(f"ablation, {label}", 0.25, lambda label=label, changes=changes: obs(  # type: ignore[misc]
                 given.out / f"ablation-{label.replace(' ', '-').replace(',', '')}", job(0.25, **changes), counts))
