@@ -158,7 +158,7 @@ def read_windows(setup: Setup, run: Run) -> Windows:
         "weights": setup.weights,
         "search_windows": wanted,
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks"}),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
     }
     tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
     evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
@@ -208,7 +208,7 @@ def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
     if last >= STAGES.index("evaluation"):
-        _evaluate(run, setup, windows, plan_folder, saved, report)
+        _evaluate(run, setup, windows, saved, report)
     if last >= STAGES.index("export") and recipe.export is not None:
         exported = _export(run, setup, plan_folder, report)
         if last >= STAGES.index("bench") and recipe.bench is not None:
@@ -399,7 +399,7 @@ def _masked(setup: Setup, plan: Plan) -> Any:
 
 
 def _evaluate(
-    run: Run, setup: Setup, windows: Windows, plan_folder: Path, saved: Mapping[str, Path], report: dict[str, Any]
+    run: Run, setup: Setup, windows: Windows, saved: Mapping[str, Path], report: dict[str, Any]
 ) -> None:
     import hashlib
 
@@ -451,8 +451,33 @@ def _evaluate(
             for d, p in zip(results["dense"]["tasks"], results["pruned"]["tasks"], strict=True)
         ],
         "layout": layout,
+        "curve": _curve(run, setup, windows, common),
     }
     report["stages"] = run.stages()
+
+
+def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Perplexity at other sparsities: ``{"backbone_removed", "texts": {name: perplexity}}`` each."""
+    from compress.evaluate import perplexity
+    from compress.recipes.tyr.prune import curve
+
+    def build(folder: Path) -> None:
+        points = []
+        for removed, plan in curve(run, job_for(setup, windows, {}), setup.recipe.evaluation.curve):
+            share = removed / setup.costs.backbone
+            model = setup.pruned(plan)[0]
+            label = f"perplexity at {100 * share:.1f} %"
+            texts = {n: perplexity(model, w, f"{label}, {n}")["ppl"] for n, w in windows.evaluation.items()}
+            points.append({"backbone_removed": share, "texts": texts})
+        (folder / "curve.json").write_text(json.dumps(points, indent=1))
+
+    inputs = {
+        **{k: v for k, v in common.items() if k != "tasks"},
+        "singles": seal_hash(run.folder / "singles-1"),
+        "sparsities": setup.recipe.evaluation.curve,
+    }
+    points: list[dict[str, Any]] = json.loads((run.stage("curve", inputs, build) / "curve.json").read_text())
+    return points
 
 
 def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:

@@ -95,19 +95,26 @@ def _search(report: dict[str, Any], plt: Any) -> Any:
 
 
 def _perplexity(report: dict[str, Any], plt: Any) -> Any:
-    figure, axis = plt.subplots(figsize=(7, 3.4))
+    figure, axis = plt.subplots(figsize=(7, 3.6))
     removed = 100 * report["size"]["backbone_removed"]
+    curve = report["quality"]["curve"]
     for text in report["quality"]["texts"]:
-        axis.plot([0, removed], [text["dense_ppl"], text["pruned_ppl"]], "o-", lw=1.5, label=text["name"])
+        xs = [0.0, *(100 * point["backbone_removed"] for point in curve)]
+        ys = [text["dense_ppl"], *(point["texts"][text["name"]] for point in curve)]
+        (line,) = axis.plot(xs, ys, "o--", lw=1, ms=3, label=text["name"])
+        axis.plot([removed], [text["pruned_ppl"]], "*", ms=13, color=line.get_color())
         axis.annotate(
             f"{text['pruned_ppl']:.1f}",
             (removed, text["pruned_ppl"]),
-            xytext=(5, 0),
+            xytext=(8, -3),
             textcoords="offset points",
-            va="center",
+            va="top",
         )
+    axis.plot([], [], "*", ms=11, color="black", ls="none", label="this model")
+    if curve:
+        axis.plot([], [], "o--", lw=1, ms=3, color="black", label="knapsack alone")
     axis.set_yscale("log")
-    axis.set_xlim(-2, removed * 1.15)
+    axis.set_xlim(-2, max([removed, *(100 * point["backbone_removed"] for point in curve)]) * 1.08)
     axis.set_xlabel("backbone parameters removed, %")
     axis.set_ylabel("perplexity (log scale)")
     axis.set_title("Perplexity against sparsity, held-out text")

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -73,6 +73,9 @@ class Evaluation(Section):
     texts: list[NamedText] = Field(min_length=1)
     windows: int = Field(ge=1, description="windows per text")
     length: int = Field(512, ge=16)
+    curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.125, 0.25, 0.375, 0.5], description="sparsities at which perplexity is drawn beside the one asked for"
+    )
     tasks: list[str] = Field([], description="lm-evaluation-harness tasks; needs the extra [eval]")
 
 

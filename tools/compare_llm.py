@@ -27,7 +27,7 @@ from compress.progress import say
 from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, settle
 from compress.recipes.tyr.prune import final_pass, produce_plan
-from compress.run import Journal, Run
+from compress.run import SEAL, Journal, Run
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 EDGES = (4, 2)  # blocks left alone at the front and at the back
@@ -85,20 +85,30 @@ def wanda(setup: Setup, windows: Windows, sparsity: float) -> Plan:
     return scored_plan(setup, uniform_counts(setup, sparsity), score)
 
 
+def take_over(folder: Path) -> None:
+    """Copies from a finished run beside ``folder`` the stages that every sparsity shares."""
+    for sibling in sorted(folder.parent.iterdir()):
+        stages = [["metrics"], ["supernet-1", "singles-1"] if folder.name.startswith("tyr-") else []]
+        for group in stages:
+            if not group or not (sibling / group[-1] / SEAL).exists() or (folder / group[-1]).exists():
+                continue
+            with Run.open(folder):
+                for stage in group:
+                    shutil.copytree(sibling / stage, folder / f".{stage}.copy")
+                    (folder / f".{stage}.copy").rename(folder / stage)
+
+
 def obs(folder: Path, job: Job, counts: list[int]) -> Plan:
     """OBS with exact refit at given widths, attention left alone; the same last pass as Týr's."""
     g = job.geometry
+    take_over(folder)
     with Run.open(folder) as run:
         return Plan.load(final_pass(run, job, [Choice(g.kv_heads, g.group, n) for n in counts], []))
 
 
-def tyr(folder: Path, job: Job, shared: Path | None) -> Plan:
-    """The whole method. The first supernet and its single candidates serve every sparsity, and are taken over."""
-    for stage in ("supernet-1", "singles-1"):
-        if shared is not None and (shared / stage).exists() and not (folder / stage).exists():
-            with Run.open(folder):
-                shutil.copytree(shared / stage, folder / f".{stage}.copy")
-                (folder / f".{stage}.copy").rename(folder / stage)
+def tyr(folder: Path, job: Job) -> Plan:
+    """The whole method."""
+    take_over(folder)
     with Run.open(folder) as run:
         return Plan.load(produce_plan(run, job))
 
@@ -107,6 +117,7 @@ def knapsack_only(folder: Path, job: Job, searched: Path) -> Plan:
     result = json.loads((searched / "search-1" / "search.json").read_text())
     options = json.loads((searched / "singles-1" / "singles.json").read_text())["options"]
     choices = settle(job, [Choice(**c) for c in result["choices_knapsack"]], options)
+    take_over(folder)
     with Run.open(folder) as run:
         return Plan.load(final_pass(run, job, choices, []))
 
@@ -148,7 +159,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these rows")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--table", action="store_true", help="print what has been measured")
-    parser.add_argument("--ablation", action="store_true", help="uniform OBS at 25 % with one part changed at a time")
+    parser.add_argument("--ablation", action="store_true", help="edges left alone at 25 %%, one part changed at a time")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     results = Journal(given.out / "results.jsonl")
@@ -195,9 +206,8 @@ def main() -> None:
             row(f"ablation, {label}", 0.25, lambda label=label, changes=changes: obs(  # type: ignore[misc]
                 given.out / f"ablation-{label.replace(' ', '-').replace(',', '')}", job(0.25, **changes), counts))
     else:
-        first = given.out / f"tyr-{given.levels[0]:g}"
         for s in given.levels:
-            row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s), first))  # type: ignore[misc]
+            row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s)))  # type: ignore[misc]
         for s in given.levels:
             row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
                 given.out / f"edges-{s:g}", job(s), uniform_counts(setup, s, *EDGES)))

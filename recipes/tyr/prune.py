@@ -7,7 +7,7 @@ choice, so that every projection is refitted to the stream it will really see.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.budget import Option, nearest_feasible, target_removed
+from compress.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
@@ -252,7 +252,7 @@ def _search(
         evaluator = _evaluator(run, job, files, name, job.search, inputs)
         supernet = evaluator.supernet
         facts = json.loads((singles / "singles.json").read_text())
-        priced = [[Option(o["saving"], o["loss"]) for o in menu] for menu in facts["options"]]
+        priced = _priced(facts)
         total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
         base = None if choices is None else tuple(facts["base"])
         started = starts(priced, total, base)
@@ -303,6 +303,37 @@ def _search(
     folder = run.stage(name, inputs, build)
     run.drop_scratch(name)
     return folder
+
+
+def curve(run: Run, job: Job, sparsities: Sequence[float]) -> Iterator[tuple[int, Plan]]:
+    """(parameters removed, plan) at other sparsities, from what the first iteration left behind: its candidates as
+    they are, chosen by the knapsack over their single losses. No search, no last pass: what those add shows beside it.
+
+    Sparsities that the candidates cannot reach are left out.
+    """
+    files = sorted((run.folder / "supernet-1").glob("block-*/levels.safetensors"))
+    supernet = Supernet(files, job.geometry)
+    facts = json.loads((run.folder / "singles-1" / "singles.json").read_text())
+    priced = _priced(facts)
+    most = sum(max(o.saving for o in menu) for menu in priced)
+    for sparsity in sparsities:
+        target = target_removed(sparsity, job.costs.backbone)
+        if target > most:
+            continue
+        total = nearest_feasible(priced, target)
+        blocks: list[BlockPlan] = []
+        weights: dict[str, Tensor | None] = {}
+        genome = knapsack(priced, total)
+        for i in range(job.geometry.layers):
+            attention = supernet.level(i, "attention", genome[2 * i])
+            ffn = supernet.level(i, "ffn", genome[2 * i + 1])
+            blocks.append(BlockPlan(attention.units, ffn.units))
+            weights |= {f"blocks.{i}.o": attention.weight, f"blocks.{i}.down": ffn.weight}
+        yield total, Plan(tuple(blocks), {k: w for k, w in weights.items() if w is not None})
+
+
+def _priced(facts: Mapping[str, Any]) -> list[list[Option]]:
+    return [[Option(o["saving"], o["loss"]) for o in menu] for menu in facts["options"]]
 
 
 def full_shape_bytes(supernet: Supernet, job: Job) -> int:
