@@ -7,8 +7,6 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,154 +14,17 @@ from pydantic import BaseModel
 
 from compress import __version__
 from compress.errors import CompressError
-from compress.recipe import Recipe, load_recipe, lock_text
+from compress.recipe import load_recipe, lock_text
 from compress.recipes.tyr import TyrOptions
+from compress.report import describe_plan
 from compress.run import Run, fingerprint, seal_hash
+from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.models.families.base import Costs, Family, Geometry
-    from compress.models.sources import Resolved
-    from compress.plan import Plan
-
 METHODS: dict[str, type[BaseModel]] = {"tyr": TyrOptions}
 STAGES = ("plan", "model", "evaluation", "export", "bench", "release")
-
-
-@dataclass
-class Setup:
-    """A model and a recipe, checked; the weights are read when they are first asked for."""
-
-    resolved: Resolved
-    recipe: Recipe
-    family: Family
-    geometry: Geometry
-    costs: Costs
-    config: Any
-    weights: str  # hash
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.resolved.folder)
-        except (OSError, ValueError) as e:
-            raise CompressError(
-                f"the tokenizer cannot be read: {str(e).splitlines()[0]}",
-                where=str(self.resolved.folder),
-                fix="the model folder must hold its tokenizer's files",
-            ) from e
-
-    @cached_property
-    def model(self) -> Any:
-        """The dense model in float32, every weight checked to be finite."""
-        from compress.checkpoint import check_weights, load_model
-
-        check_weights(self.resolved.folder)
-        return load_model(self.resolved.folder, self.family)
-
-    def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
-        """A sliced model beside the dense one; what no plan touches is shared with it."""
-        import copy
-
-        counts = plan.counts(self.geometry)
-        model = copy.copy(self.model)
-        model._modules = dict(self.model._modules)
-        model.model = copy.copy(self.model.model)
-        model.model._modules = dict(self.model.model._modules)
-        layers = self.family.blocks(self.model)
-        model.model.layers = type(layers)(list(layers))
-        plan.apply(model, self.family)
-        return model, counts
-
-    @cached_property
-    def stored_dtype(self) -> Any:
-        import torch
-
-        named = getattr(self.config, "dtype", None)
-        return named if isinstance(named, torch.dtype) else torch.float32
-
-
-def quiet() -> None:
-    """Stills the bars and warnings of the libraries: what a user should know is said by compress itself."""
-    import logging
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-
-
-def prepare(model: str, recipe: Recipe) -> Setup:
-    """Finds the model and checks that it can be pruned, before any weight is read."""
-    from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
-    from compress.models.families import family_for
-    from compress.models.sources import resolve
-
-    quiet()
-    resolved = resolve(model)
-    config = load_config(resolved.folder)
-    family = family_for(config)
-    if is_ragged(resolved.folder):
-        raise CompressError(
-            "the model's layers already differ in size; pruning a pruned model again is not supported",
-            where=str(resolved.folder),
-            fix="prune the dense model at the higher sparsity",
-        )
-    weight_files(resolved.folder)
-    return Setup(
-        resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
-    )
-
-
-@dataclass
-class Windows:
-    """Token windows (n, length) int64: what is calibrated on, searched on, and held out."""
-
-    calibration: Tensor
-    search: Tensor
-    evaluation: dict[str, Tensor]
-
-
-def read_windows(setup: Setup, run: Run) -> Windows:
-    """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from compress.data import assert_disjoint, calibration_windows, evaluation_windows
-
-    recipe = setup.recipe
-    wanted = recipe.options.search.windows
-
-    def build(folder: Path) -> None:
-        spec = recipe.calibration
-        every = calibration_windows(spec.sources, setup.tokenizer, spec.windows + wanted, spec.length)
-        # The windows searched on stand evenly among the others, and are taken out of them.
-        at = torch.linspace(0, len(every) - 1, wanted).long()
-        rest = torch.ones(len(every), dtype=torch.bool)
-        rest[at] = False
-        tensors = {"calibration": every[rest], "search": every[at]}
-        for i, text in enumerate(recipe.evaluation.texts):
-            ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
-            assert_disjoint(every, ids, text.name)
-            tensors[f"evaluation.{i}"] = ids
-        _ = setup.model  # a fault in the weights is to be found before anything is sealed for them
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "windows.safetensors")
-
-    inputs = {
-        "version": __version__,
-        "weights": setup.weights,
-        "search_windows": wanted,
-        "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
-        "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
-    }
-    tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
-    evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
-    length = recipe.options.search.length
-    return Windows(tensors["calibration"], tensors["search"][:, :length], evaluation)
 
 
 def prune(
@@ -204,7 +65,7 @@ def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     report: dict[str, Any] = {"schema_version": 1}
     windows = read_windows(setup, run)
     plan_folder = _plan(run, setup, windows)
-    _report_plan(report, setup, plan_folder, command, run)
+    describe_plan(report, setup, plan_folder, command, run.stages())
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
     if last >= STAGES.index("evaluation"):
@@ -240,97 +101,6 @@ def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
     return produce_plan(run, job_for(setup, windows, fingerprint_of(windows)))
 
 
-def fingerprint_of(windows: Windows) -> dict[str, str]:
-    import hashlib
-
-    return {
-        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
-        for name, tensor in (("calibration", windows.calibration), ("search", windows.search))
-    }
-
-
-def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
-    import torch
-
-    from compress.recipes.tyr.choice import Job
-
-    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
-    return Job(
-        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
-        family=setup.family,
-        config=setup.config,
-        geometry=setup.geometry,
-        costs=setup.costs,
-        calibration=windows.calibration if windows is not None else none,
-        search=windows.search if windows is not None else none,
-        sparsity=setup.recipe.sparsity,
-        seed=setup.recipe.seed,
-        options=setup.recipe.options,
-        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
-    )
-
-
-def _report_plan(report: dict[str, Any], setup: Setup, folder: Path, command: str, run: Run) -> None:
-    from compress.doctor import environment
-    from compress.plan import Plan
-    from compress.recipes.tyr.prune import REFERENCE_TOKENS
-
-    plan = Plan.load(folder)
-    g, costs = setup.geometry, setup.costs
-    removed = plan.removed(costs)
-    size = setup.stored_dtype.itemsize
-    report["model"] = {
-        "name": setup.resolved.name,
-        "source": setup.resolved.source,
-        "base_model": setup.resolved.base_model,
-        "license": setup.resolved.license,
-        "family": setup.family.name,
-        "sha256": setup.weights,
-    }
-    report["recipe"] = setup.recipe.resolved()
-    report["command"] = command
-    report["environment"] = environment()
-    report["size"] = {
-        "asked": setup.recipe.sparsity,
-        "backbone_removed": removed / costs.backbone,
-        "total_removed": removed / costs.total,
-        "dense": {
-            "backbone_parameters": costs.backbone,
-            "total_parameters": costs.total,
-            "bytes": costs.total * size,
-        },
-        "pruned": {
-            "backbone_parameters": costs.backbone - removed,
-            "total_parameters": costs.total - removed,
-            "bytes": (costs.total - removed) * size,
-        },
-    }
-    report["layers"] = [
-        {
-            "layer": i,
-            "heads": heads,
-            "kv_heads": groups,
-            "neurons": neurons,
-            "dense_heads": g.heads,
-            "dense_kv_heads": g.kv_heads,
-            "dense_neurons": g.ffn,
-            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
-            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
-        }
-        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
-    ]
-    results = json.loads((folder / "search.json").read_text())
-    report["search"] = {
-        "iterations": [
-            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results
-        ],
-        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
-        "work_token_layers": sum(r["work_token_layers"] for r in results),
-        "reference_token_layers": REFERENCE_TOKENS * g.layers,
-    }
-    report["stages"] = run.stages()
-
-
 def _tokens(setup: Setup, count: int = 64) -> Tensor:
     """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do."""
     import torch
@@ -355,7 +125,7 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
             plan = Plan.load(plan_folder)
             sliced, counts = setup.pruned(plan)
             tokens = _tokens(setup)
-            masked = _masked(setup, plan)
+            masked = setup.masked(plan)
             with torch.no_grad():
                 want, got = masked(tokens).logits, sliced(tokens).logits
             difference, scale = float((want - got).abs().max()), float(want.abs().max())
@@ -383,19 +153,6 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
         saved[layout] = run.stage(name, inputs, build)
         report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text()))
     return saved
-
-
-def _masked(setup: Setup, plan: Plan) -> Any:
-    import copy
-
-    model = copy.copy(setup.model)
-    model._modules = dict(setup.model._modules)
-    model.model = copy.copy(setup.model.model)
-    model.model._modules = dict(setup.model.model._modules)
-    layers = setup.family.blocks(setup.model)
-    model.model.layers = type(layers)(list(layers))
-    plan.mask(model, setup.family)
-    return model
 
 
 def _evaluate(

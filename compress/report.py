@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.run import fingerprint
+
+if TYPE_CHECKING:
+    from compress.setup import Setup
 
 REQUIRED = ("model", "recipe", "size", "layers", "search", "verify", "quality", "environment", "commands")
 
@@ -53,3 +56,67 @@ def read_report(path: Path) -> dict[str, Any]:
         )
     report["sha256"] = stamp
     return dict(report)
+
+
+def describe_plan(
+    report: dict[str, Any], setup: Setup, folder: Path, command: str, stages: list[dict[str, Any]]
+) -> None:
+    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
+    from compress.doctor import environment
+    from compress.plan import Plan
+    from compress.recipes.tyr.prune import REFERENCE_TOKENS
+
+    plan = Plan.load(folder)
+    g, costs = setup.geometry, setup.costs
+    removed = plan.removed(costs)
+    size = setup.stored_dtype.itemsize
+    report["model"] = {
+        "name": setup.resolved.name,
+        "source": setup.resolved.source,
+        "base_model": setup.resolved.base_model,
+        "license": setup.resolved.license,
+        "family": setup.family.name,
+        "sha256": setup.weights,
+    }
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+    report["size"] = {
+        "asked": setup.recipe.sparsity,
+        "backbone_removed": removed / costs.backbone,
+        "total_removed": removed / costs.total,
+        "dense": {
+            "backbone_parameters": costs.backbone,
+            "total_parameters": costs.total,
+            "bytes": costs.total * size,
+        },
+        "pruned": {
+            "backbone_parameters": costs.backbone - removed,
+            "total_parameters": costs.total - removed,
+            "bytes": (costs.total - removed) * size,
+        },
+    }
+    report["layers"] = [
+        {
+            "layer": i,
+            "heads": heads,
+            "kv_heads": groups,
+            "neurons": neurons,
+            "dense_heads": g.heads,
+            "dense_kv_heads": g.kv_heads,
+            "dense_neurons": g.ffn,
+            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
+            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
+        }
+        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
+    ]
+    results = json.loads((folder / "search.json").read_text())
+    report["search"] = {
+        "iterations": [
+            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results
+        ],
+        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
+        "work_token_layers": sum(r["work_token_layers"] for r in results),
+        "reference_token_layers": REFERENCE_TOKENS * g.layers,
+    }
+    report["stages"] = stages

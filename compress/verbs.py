@@ -15,9 +15,10 @@ from compress.run import SEAL, verify_seal
 
 def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
-    from compress.pipeline import METHODS, job_for, prepare
+    from compress.pipeline import METHODS
     from compress.recipes.tyr.choice import block_menus, check_budget
     from compress.recipes.tyr.supernet import predicted_bytes
+    from compress.setup import job_for, prepare
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
     setup = prepare(model, recipe)
@@ -101,7 +102,7 @@ def _load(path: Path) -> tuple[Any, Any, Any, Path]:
 
     from compress.checkpoint import check_weights, load_config, load_model
     from compress.models.families import family_for
-    from compress.pipeline import quiet
+    from compress.setup import quiet
 
     quiet()
     folder = saved_model(path)

@@ -42,7 +42,8 @@ def main() -> None:
     seconds([single])  # warm-up
     pairs = [(seconds([single]), seconds(counts)) for _ in range(given.rounds)]
     one, every = (median(p[i] for p in pairs) for i in (0, 1))
-    print(f"one level ({single} neurons kept): {one:.2f} s; {len(counts)} levels: {every:.2f} s; ratio {every / one:.2f}")
+    print(f"one level ({single} neurons kept): {one:.2f} s")
+    print(f"{len(counts)} levels in one pass: {every:.2f} s, {every / one:.2f} times as long")
 
 
 if __name__ == "__main__":

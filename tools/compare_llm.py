@@ -21,13 +21,14 @@ import torch
 
 from compress.budget import target_removed
 from compress.evaluate import geometric_mean, perplexity
-from compress.pipeline import METHODS, Setup, Windows, fingerprint_of, job_for, prepare, read_windows
+from compress.pipeline import METHODS
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, settle
 from compress.recipes.tyr.prune import final_pass, produce_plan
 from compress.run import SEAL, Journal, Run
+from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 EDGES = (4, 2)  # blocks left alone at the front and at the back

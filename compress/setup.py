@@ -1,0 +1,196 @@
+"""What a run works on: the model that was found, the recipe, and the text, all checked before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.errors import CompressError
+from compress.recipe import Recipe
+from compress.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.models.families.base import Costs, Family, Geometry
+    from compress.models.sources import Resolved
+    from compress.plan import Plan
+
+
+@dataclass
+class Setup:
+    """A model and a recipe, checked; the weights are read when they are first asked for."""
+
+    resolved: Resolved
+    recipe: Recipe
+    family: Family
+    geometry: Geometry
+    costs: Costs
+    config: Any
+    weights: str  # hash
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.resolved.folder)
+        except (OSError, ValueError) as e:
+            raise CompressError(
+                f"the tokenizer cannot be read: {str(e).splitlines()[0]}",
+                where=str(self.resolved.folder),
+                fix="the model folder must hold its tokenizer's files",
+            ) from e
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model in float32, every weight checked to be finite."""
+        from compress.checkpoint import check_weights, load_model
+
+        check_weights(self.resolved.folder)
+        return load_model(self.resolved.folder, self.family)
+
+    def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
+        """A sliced model, and (query heads, KV groups, neurons) of its blocks."""
+        model = self._beside()
+        plan.apply(model, self.family)
+        return model, plan.counts(self.geometry)
+
+    def masked(self, plan: Plan) -> Any:
+        """A model of the same function at full shape."""
+        model = self._beside()
+        plan.mask(model, self.family)
+        return model
+
+    def _beside(self) -> Any:
+        """A model whose blocks can be exchanged without the dense one's; all tensors are shared with it."""
+        import copy
+
+        model = copy.copy(self.model)
+        model._modules = dict(self.model._modules)
+        model.model = copy.copy(self.model.model)
+        model.model._modules = dict(self.model.model._modules)
+        layers = self.family.blocks(self.model)
+        model.model.layers = type(layers)(list(layers))
+        return model
+
+    @cached_property
+    def stored_dtype(self) -> Any:
+        import torch
+
+        named = getattr(self.config, "dtype", None)
+        return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def quiet() -> None:
+    """Stills the bars and warnings of the libraries: what a user should know is said by compress itself."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+
+
+def prepare(model: str, recipe: Recipe) -> Setup:
+    """Finds the model and checks that it can be pruned, before any weight is read."""
+    from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
+    from compress.models.families import family_for
+    from compress.models.sources import resolve
+
+    quiet()
+    resolved = resolve(model)
+    config = load_config(resolved.folder)
+    family = family_for(config)
+    if is_ragged(resolved.folder):
+        raise CompressError(
+            "the model's layers already differ in size; pruning a pruned model again is not supported",
+            where=str(resolved.folder),
+            fix="prune the dense model at the higher sparsity",
+        )
+    weight_files(resolved.folder)
+    return Setup(
+        resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
+    )
+
+
+@dataclass
+class Windows:
+    """Token windows (n, length) int64: what is calibrated on, searched on, and held out."""
+
+    calibration: Tensor
+    search: Tensor
+    evaluation: dict[str, Tensor]
+
+
+def read_windows(setup: Setup, run: Run) -> Windows:
+    """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from compress.data import assert_disjoint, calibration_windows, evaluation_windows
+
+    recipe = setup.recipe
+    wanted = recipe.options.search.windows
+
+    def build(folder: Path) -> None:
+        spec = recipe.calibration
+        every = calibration_windows(spec.sources, setup.tokenizer, spec.windows + wanted, spec.length)
+        # The windows searched on stand evenly among the others, and are taken out of them.
+        at = torch.linspace(0, len(every) - 1, wanted).long()
+        rest = torch.ones(len(every), dtype=torch.bool)
+        rest[at] = False
+        tensors = {"calibration": every[rest], "search": every[at]}
+        for i, text in enumerate(recipe.evaluation.texts):
+            ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
+            assert_disjoint(every, ids, text.name)
+            tensors[f"evaluation.{i}"] = ids
+        _ = setup.model  # a fault in the weights is to be found before anything is sealed for them
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "windows.safetensors")
+
+    inputs = {
+        "version": __version__,
+        "weights": setup.weights,
+        "search_windows": wanted,
+        "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
+        "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
+    }
+    tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
+    evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
+    length = recipe.options.search.length
+    return Windows(tensors["calibration"], tensors["search"][:, :length], evaluation)
+
+
+def fingerprint_of(windows: Windows) -> dict[str, str]:
+    import hashlib
+
+    return {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+        for name, tensor in (("calibration", windows.calibration), ("search", windows.search))
+    }
+
+
+def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+    import torch
+
+    from compress.recipes.tyr.choice import Job
+
+    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
+    return Job(
+        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
+        family=setup.family,
+        config=setup.config,
+        geometry=setup.geometry,
+        costs=setup.costs,
+        calibration=windows.calibration if windows is not None else none,
+        search=windows.search if windows is not None else none,
+        sparsity=setup.recipe.sparsity,
+        seed=setup.recipe.seed,
+        options=setup.recipe.options,
+        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+    )
