@@ -37,7 +37,7 @@ def test_a_whole_run_seals_every_stage_and_leaves_nothing_half_made(finished: Pa
         *("text", "metrics", "final", "plan"),
         *("supernet-1", "singles-1", "search-1", "supernet-2", "singles-2", "search-2"),
         *("model", "model-padded", "evaluation-dense", "evaluation-pruned", "export-dense", "export-pruned"),
-        *("bench", "release"),
+        *("curve", "bench", "release"),
     }
     assert not list(finished.rglob("*.partial")) and not list((finished / ".scratch").iterdir())
 
