@@ -1,0 +1,69 @@
+"""What the tests of this recipe share: a job on a tiny model, and a written supernet of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.models.blocks import BlockRunner
+from compress.models.families import family_for
+from compress.recipes.tyr import TyrOptions
+from compress.recipes.tyr.choice import Job
+from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
+from tests.tiny import tiny, tokens
+
+
+def small_job(
+    model_type: str = "llama",
+    options: dict[str, Any] | None = None,
+    sparsity: float = 0.3,
+    seed: int = 0,
+    windows: tuple[int, int, int] = (8, 3, 32),
+    **changes: Any,
+) -> Job:
+    """A job on a tiny model; ``windows`` are (calibration, search, length)."""
+    model = tiny(model_type, seed, **changes)
+    family = family_for(model.config)
+    calibration, search, length = windows
+    return Job(
+        model,
+        family,
+        model.config,
+        family.geometry(model.config),
+        family.costs(model.config),
+        tokens(calibration, length, seed=100 + seed),
+        tokens(search, length, seed=200 + seed),
+        sparsity,
+        seed,
+        TyrOptions.model_validate({"round_to": 4, **(options or {})}),
+        {"model": f"tiny {model_type} {seed}"},
+    )
+
+
+def pruned_block(runner: BlockRunner, job: Job, index: int, streams: Streams, menu: Menu, **changes: Any) -> Any:
+    """`prune_block` with plain settings; ``changes`` replace them."""
+    settings: dict[str, Any] = {
+        "damping": 0.01,
+        "target": "residual",
+        "accumulation": "expectation",
+        "score": "obs",
+        "step": 4,
+        "trim": True,
+        **changes,
+    }
+    with torch.no_grad():
+        return prune_block(runner, index, streams, menu, geometry=job.geometry, costs=job.costs, **settings)
+
+
+def written_supernet(folder: Path, job: Job, menu: Menu) -> Supernet:
+    """A supernet of the whole model, every block with the same menu, without error accumulation."""
+    runner = BlockRunner(job.model, job.family, job.calibration.shape[1])
+    streams = Streams.start(runner, job.calibration, "none")
+    files = []
+    for index in range(job.geometry.layers):
+        attention, ffn = pruned_block(runner, job, index, streams, menu, accumulation="none")
+        files.append(folder / f"{index}.safetensors")
+        write_block(files[-1], attention, ffn, torch.bfloat16)
+    return Supernet(files, job.geometry)

@@ -1,0 +1,305 @@
+"""From calibration windows to a plan: the budget is met, runs repeat byte for byte, and resumed runs end the same."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.budget import target_removed
+from compress.errors import CompressError
+from compress.models.blocks import BlockRunner
+from compress.plan import Plan
+from compress.recipes.tyr import prune
+from compress.recipes.tyr.choice import Choice, Job, block_menus, saving
+from compress.recipes.tyr.prune import final_pass, full_shape_bytes, produce_plan
+from compress.recipes.tyr.supernet import Streams, Supernet
+from compress.run import Journal, Run
+from tests.models.families.test_families import linear_parameters
+from tests.recipes.tyr.small import pruned_block, small_job
+
+SEARCH = {
+    "positions": 12,
+    "singles_windows": 2,
+    "generations": 2,
+    "offspring": 4,
+    "steps": [0.5, 1.0],
+    "survivors": [2],
+}
+OPTIONS: dict[str, Any] = {"iterations": 2, "levels": 5, "refine_levels": 3, "head_levels": 4, "interval": 0.25}
+OPTIONS |= {"metric_windows": 2, "search": SEARCH}
+FILES = ("plan.json", "plan.safetensors", "search.json")
+
+
+def job_of(sparsity: float = 0.3, model_type: str = "llama", seed: int = 0, **changes: Any) -> Job:
+    return small_job(model_type, {**OPTIONS, **changes}, sparsity, seed, num_hidden_layers=3, windows=(8, 3, 24))
+
+
+def planned(folder: Path, job: Job) -> dict[str, bytes]:
+    """The bytes of every file of the plan."""
+    with Run.open(folder) as run:
+        made = produce_plan(run, job)
+    return {name: (made / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    return job_of()
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """The folder of one whole run, and how often it pruned a block and noted an evaluation."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    done: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name in ((prune, "prune_block"), (Journal, "append")):
+            patch.setattr(where, name, counted(done, name, getattr(where, name)))
+        planned(folder, job)
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def first(whole: tuple[Path, dict[str, int]]) -> Path:
+    """The folder of one whole run; tests must not change it."""
+    return whole[0]
+
+
+class Cut(BaseException):
+    """Ends a run as a kill would: nothing catches it."""
+
+
+def counted(done: dict[str, int], name: str, plain: Callable[..., Any], cut: int | None = None) -> Callable[..., Any]:
+    """``plain``, its calls counted in ``done``; the call after ``cut`` of them raises `Cut`."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if done.get(name, 0) == cut:
+            raise Cut
+        done[name] = done.get(name, 0) + 1
+        return plain(*arguments, **named)
+
+    return call
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / "plan" / name).read_bytes() for name in FILES}
+
+
+# --- the plan -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sparsity", "changes"),
+    [
+        ("llama", 0.3, {}),
+        ("llama", 0.55, {"query_heads": False, "metric": "none"}),
+        ("llama", 0.2, {"attention": False, "iterations": 1, "score": "tyr"}),
+        ("gemma2", 0.4, {"iterations": 1, "token_weight": "none"}),
+    ],
+)
+def test_the_plan_removes_what_comes_nearest_to_the_target(
+    model_type: str, sparsity: float, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    job = job_of(sparsity, model_type, **changes)
+    dense = linear_parameters(job.model)
+    planned(tmp_path / "run", job)
+    plan = Plan.load(tmp_path / "run" / "plan")
+    model = copy.deepcopy(job.model)
+    plan.apply(model, job.family)
+    gone = dense - linear_parameters(model)
+    target = target_removed(sparsity, dense)
+    assert gone == plan.removed(job.costs) == plan.meta["removed"]
+    # With the attention that was chosen, no widths in steps of four come nearer.
+    heads = [(h, g) for h, g, _ in plan.counts(job.geometry)]
+    by_attention = sum(job.costs.attention_dense - job.costs.attention(g, h // g if g else 0) for h, g in heads)
+    steps = range(3 * 48 // 4 + 1)
+    assert abs(gone - target) == min(abs(by_attention + 4 * 120 * n - target) for n in steps)
+    if changes.get("attention") is False:
+        assert [h for h, _ in heads] == [10, 10, 10]
+    if changes.get("query_heads") is False:
+        assert all(h == 5 * g for h, g in heads)
+    with torch.no_grad():
+        assert torch.isfinite(model(job.search).logits).all()
+
+
+def test_every_cut_projection_comes_with_a_refit_that_helps(first: Path, job: Job) -> None:
+    plan = Plan.load(first / "plan")
+    for i, (heads, _, neurons) in enumerate(plan.counts(job.geometry)):
+        assert (f"blocks.{i}.o" in plan.weights) == (heads < 10)
+        assert (f"blocks.{i}.down" in plan.weights) == (neurons < 48)
+    assert plan.weights
+    errors = {}
+    for name, weights in (("refit", plan.weights), ("dense columns", {})):
+        errors[name] = last_error(job, Plan(plan.blocks, weights))
+    assert errors["refit"] < 0.9 * errors["dense columns"]
+
+
+@pytest.mark.parametrize(("iteration", "accumulation"), [(1, "none"), (2, "expectation")])
+def test_only_later_supernets_are_fitted_behind_pruned_blocks(
+    iteration: int, accumulation: Any, first: Path, job: Job
+) -> None:
+    found = json.loads((first / "search-1" / "search.json").read_text())["choices"]
+    menus = block_menus(job, iteration, None if iteration == 1 else [Choice(**c) for c in found])
+    runner = BlockRunner(job.model, job.family, 24)
+    files = sorted((first / f"supernet-{iteration}").glob("block-*/levels.safetensors"))
+    supernet = Supernet(files, job.geometry)
+    with torch.no_grad():
+        streams = Streams.start(runner, job.calibration, accumulation)
+    for i, menu in enumerate(menus):
+        metrics = prune.Metrics(first / "metrics").of(i)
+        made = pruned_block(
+            runner, job, i, streams, menu, accumulation=accumulation, token_weight="norm", metrics=metrics
+        )
+        for kind, levels in zip(("attention", "ffn"), made, strict=True):
+            assert len(levels) == len(supernet.facts[i][kind])
+            for e, level in enumerate(levels):
+                written = supernet.level(i, kind, e)  # type: ignore[arg-type]
+                assert written.units == level.units
+                if level.weight is not None:
+                    assert written.weight is not None
+                    torch.testing.assert_close(written.weight, level.weight.bfloat16().float())
+
+
+def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
+    results = json.loads((first / "plan" / "search.json").read_text())
+    assert [r["iteration"] for r in results] == [1, 2]
+    for r in results:
+        assert r["removed"] == sum(saving(job, Choice(**c)) for c in r["choices"])
+        assert r["kl"] <= r["kl_start"] == min(r["starts"].values())
+        assert r["removed"] == sum(saving(job, Choice(**c)) for c in r["choices_knapsack"])
+    files = sorted((first / "supernet-2").glob("block-*/levels.safetensors"))
+    supernet = Supernet(files, job.geometry)
+    assert len(files) == 3 and results[1]["supernet_bytes"] == sum(f.stat().st_size for f in files)
+    full = 0
+    for block in supernet.facts:
+        full += 4 * 40 * 80 * sum(not level["dense"] for level in block["attention"])
+        full += 4 * 40 * 48 * sum(not level["dense"] for level in block["ffn"])
+    assert full_shape_bytes(supernet, job) == results[1]["full_shape_bytes"] == full
+
+
+def test_nothing_is_left_in_the_scratch_folder(first: Path) -> None:
+    assert list((first / ".scratch").iterdir()) == []
+
+
+def test_a_budget_out_of_reach_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run") as run, pytest.raises(CompressError, match="asks to remove"):
+        produce_plan(run, job_of(0.99))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+# --- the same bytes -------------------------------------------------------------------------------------------
+
+
+def test_two_runs_give_the_same_bytes(first: Path, tmp_path: Path) -> None:
+    torch.manual_seed(12345)  # nothing may hang on the global generator
+    assert planned(tmp_path / "second", job_of()) == bytes_of(first)
+
+
+ORDER = ["metrics", "supernet-1", "singles-1", "search-1", "supernet-2", "singles-2", "search-2", "final", "plan"]
+
+
+@pytest.mark.parametrize("lost", ["plan", "final", "singles-2", "search-1"])
+def test_a_run_that_lost_its_last_stages_ends_in_the_same_bytes(
+    lost: str, first: Path, job: Job, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(first, folder)
+    assert set(ORDER) <= {p.name for p in folder.iterdir()}
+    for name in ORDER[ORDER.index(lost) :]:
+        shutil.rmtree(folder / name)
+    assert planned(folder, job) == bytes_of(first)
+
+
+@pytest.mark.parametrize("group", ["supernet-2", "final"])
+def test_a_walk_goes_on_behind_its_last_sealed_block(group: str, first: Path, job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(first, folder)
+    for name in ORDER[ORDER.index(group) + 1 :]:
+        shutil.rmtree(folder / name)
+    shutil.rmtree(folder / group / "block-002")
+    shutil.rmtree(folder / group / "block-001")  # no streams were kept: the walk starts over, and seals only these
+    kept = (folder / group / "block-000" / "seal.json").read_bytes()
+    assert planned(folder, job) == bytes_of(first)
+    assert (folder / group / "block-000" / "seal.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "calls"),
+    [
+        (prune, "prune_block", 2),  # in the first supernet
+        (prune, "prune_block", 7),  # in the last pass
+        (Journal, "append", 9),  # between single candidates
+        (Journal, "append", 34),  # in the first search
+    ],
+)
+def test_a_run_that_was_cut_goes_on_where_it_stopped(
+    where: Any, name: str, calls: int, whole: tuple[Path, dict[str, int]], job: Job, tmp_path: Path
+) -> None:
+    folder, wanted = whole
+    done: dict[str, int] = {}
+    plain = getattr(where, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, name, counted(done, name, plain, cut=calls))
+        with pytest.raises(Cut):
+            planned(tmp_path / "run", job)
+        patch.setattr(where, name, counted(done, name, plain))
+        assert planned(tmp_path / "run", job) == bytes_of(folder)
+    # What was done before the cut was not done again.
+    assert done[name] == wanted[name]
+
+
+def test_other_inputs_are_refused_rather_than_mixed(first: Path, job: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(first, folder)
+    with pytest.raises(CompressError, match="other inputs"):
+        planned(folder, job_of(damping=0.5))
+    with pytest.raises(CompressError, match=r"search-1.*other inputs.*sparsity was 0\.3"):
+        planned(folder, job_of(0.25))
+    with pytest.raises(CompressError, match="other inputs"):
+        planned(folder, replace(job, inputs={"model": "another"}))
+    assert bytes_of(folder) == bytes_of(first)
+
+
+# --- error accumulation ---------------------------------------------------------------------------------------
+
+
+def last_error(job: Job, plan: Plan) -> float:
+    """Relative squared error of the final hidden states (before the last norm) on the calibration windows."""
+    model = copy.deepcopy(job.model)
+    plan.apply(model, job.family)
+    streams = []
+    for m in (job.model, model):
+        handle = m.model.norm.register_forward_pre_hook(lambda _, args: streams.append(args[0].double()))
+        with torch.no_grad():
+            m(job.calibration)
+        handle.remove()
+    return float((streams[1] - streams[0]).pow(2).sum() / streams[0].pow(2).sum())
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_error_accumulation_lowers_the_error_of_the_final_hidden_states(model_type: str, tmp_path: Path) -> None:
+    choices = [Choice(2, 3, 24), Choice(1, 5, 28), Choice(2, 2, 20)]
+    for seed in range(4):
+        errors = {}
+        for accumulation in ("expectation", "uniform", "none"):
+            job = job_of(0.4, model_type, seed, accumulation=accumulation, token_weight="none", metric="none")
+            with Run.open(tmp_path / f"{seed} {accumulation}") as run:
+                errors[accumulation] = last_error(job, Plan.load(final_pass(run, job, choices, [])))
+        assert errors["expectation"] == errors["uniform"]  # one level a sublayer: the mean is that level
+        assert errors["expectation"] < 0.97 * errors["none"], (seed, errors)
+
+
+def test_the_last_pass_keeps_exactly_what_was_chosen(tmp_path: Path) -> None:
+    job = job_of()
+    choices = [Choice(1, 2, 0), Choice(0, 0, 20), Choice(2, 5, 48)]
+    with Run.open(tmp_path / "run") as run:
+        plan = Plan.load(final_pass(run, job, choices, []))
+    assert plan.counts(job.geometry) == [(2, 1, 0), (0, 0, 20), (10, 2, 48)]
+    assert plan.meta["removed"] == sum(saving(job, c) for c in choices) == plan.removed(job.costs)
