@@ -227,4 +227,10 @@ def _checks(report: dict[str, Any]) -> list[str]:
         f"- search: {search['work_token_layers']:,} tokens x layers,"
         f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
     )
+    scale = report["logit_scale"]
+    if scale is not None:
+        lines.append(
+            f"- scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense model"
+            f" on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
+        )
     return [*lines, ""]

@@ -142,11 +142,16 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         f"units    a KV group with its query heads {units['kv_group_parameters']:,},"
         f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
         f"disk     first supernet {disk['first_supernet'] / 1e6:.1f} MB, activations {disk['streams'] / 1e6:.1f} MB,"
-        f" model {disk['model'] / 1e6:.1f} MB",
+        f" metrics {disk['metrics'] / 1e6:.1f} MB, model {disk['model'] / 1e6:.1f} MB",
         f"memory   about {facts['memory_bytes'] / 1e9:.1f} GB",
-        f"time     estimated at {time['speed_gflops']} GFLOP/s: {facts['iterations']} x"
-        f" (supernet {time['each_supernet']} s + singles {time['each_singles']} s"
-        f" + evolution {time['each_evolution']} s) + last pass {time['last_pass']} s",
+        f"time     about {time['total']} s up to the plan, at {time['speed_gflops']} GFLOP/s:"
+        f" metrics {time['metrics']} s, supernet {time['first_supernet']} s, singles {time['first_singles']} s,"
+        f" search {time['search']} s, last pass {time['last_pass']} s"
+        + (
+            f"; every further iteration {time['later_supernet'] + time['later_singles'] + time['search']} s"
+            if facts["iterations"] > 1
+            else ""
+        ),
         *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
     ]
 

@@ -30,7 +30,8 @@ class BlockPlan:
 @dataclass(frozen=True)
 class Plan:
     """What stays of every block. ``weights`` maps ``blocks.{i}.o`` (hidden, heads * head_dim) and
-    ``blocks.{i}.down`` (hidden, neurons) to refitted projections; others keep their original columns."""
+    ``blocks.{i}.down`` (hidden, neurons) to refitted projections, and ``norm`` (hidden,) to the last norm's weight;
+    what it does not hold stays as it was."""
 
     blocks: tuple[BlockPlan, ...]
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -98,6 +99,10 @@ class Plan:
                         f"block {i}, {key}",
                     )
 
+        norm = self.weights.get("norm")
+        if norm is not None and tuple(norm.shape) != (geometry.hidden,):
+            refuse(f"the weight of the last norm is {tuple(norm.shape)}, not {(geometry.hidden,)}", "norm")
+
     def counts(self, geometry: Geometry) -> list[tuple[int, int, int]]:
         """(query heads, KV groups, neurons) of every block."""
         return [(len(b.heads), len({h // geometry.group for h in b.heads}), len(b.neurons)) for b in self.blocks]
@@ -118,19 +123,26 @@ class Plan:
         self._replace(model, family, family.masked)
 
     def _replace(self, model: Any, family: Family, make: Callable[..., nn.Module]) -> None:
+        self.check(family.geometry(model.config))
+        blocks = family.blocks(model)
+        for i in range(len(self.blocks)):
+            blocks[i] = self.block(i, family, blocks[i], make)
+        if "norm" in self.weights:
+            family.replace_norm(model, self.weights["norm"])
+
+    def block(self, i: int, family: Family, dense: nn.Module, make: Callable[..., nn.Module]) -> nn.Module:
+        """Block ``i`` made from the ``dense`` one by ``make``: the family's `sliced` or `masked`."""
         import torch
 
-        geometry = family.geometry(model.config)
-        self.check(geometry)
-        blocks = family.blocks(model)
-        for i, plan in enumerate(self.blocks):
-            blocks[i] = make(
-                blocks[i],
-                heads=None if len(plan.heads) == geometry.heads else torch.tensor(plan.heads, dtype=torch.int64),
-                neurons=None if len(plan.neurons) == geometry.ffn else torch.tensor(plan.neurons, dtype=torch.int64),
-                o_weight=self.weights.get(f"blocks.{i}.o"),
-                down_weight=self.weights.get(f"blocks.{i}.down"),
-            )
+        plan, config = self.blocks[i], dense.self_attn.config  # type: ignore[union-attr]
+        geometry = family.geometry(config)
+        return make(
+            dense,
+            heads=None if len(plan.heads) == geometry.heads else torch.tensor(plan.heads, dtype=torch.int64),
+            neurons=None if len(plan.neurons) == geometry.ffn else torch.tensor(plan.neurons, dtype=torch.int64),
+            o_weight=self.weights.get(f"blocks.{i}.o"),
+            down_weight=self.weights.get(f"blocks.{i}.down"),
+        )
 
     def compare(self, other: Plan) -> str:
         """The blocks in which two plans differ, a line each; empty where they are the same."""
@@ -151,4 +163,7 @@ class Plan:
                     parts.append(f"{key} weights")
             if parts:
                 lines.append(f"block {i}: {', '.join(parts)}")
+        n, m = self.weights.get("norm"), other.weights.get("norm")
+        if (n is None) != (m is None) or (n is not None and m is not None and not torch.equal(n, m)):
+            lines.append("the last norm")
         return "\n".join(lines)

@@ -110,6 +110,7 @@ def describe_plan(
         }
         for i, (heads, groups, neurons) in enumerate(plan.counts(g))
     ]
+    report["logit_scale"] = plan.meta.get("logit_scale")
     results = json.loads((folder / "search.json").read_text())
     report["search"] = {
         "iterations": [

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
+from compress.forecast import disk_bytes, flops, flops_per_second, memory_bytes, total_flops
 from compress.recipe import BenchSection, ExportSection, load_recipe, recipe_names
 from compress.run import SEAL, verify_seal
 
@@ -17,7 +17,6 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
     """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
     from compress.pipeline import METHODS
     from compress.recipes.tyr.choice import block_menus, check_budget
-    from compress.recipes.tyr.supernet import predicted_bytes
     from compress.setup import job_for, prepare
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
@@ -26,20 +25,7 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
     target = check_budget(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
     menus = block_menus(job, 1, None)
-    supernet = sum(predicted_bytes(menu, g) for menu in menus)
-    windows, length = recipe.calibration.windows, recipe.calibration.length
-    streams = 2 * windows * length * g.hidden * 4
-    forward = 2 * costs.backbone  # FLOPs a token, both factors of a multiply-add
-    statistics = g.layers * ((g.heads * g.head_dim) ** 2 + g.ffn**2 + g.hidden * (g.heads * g.head_dim + g.ffn)) * 2
-    walk = windows * length * (2 * forward + statistics)
-    candidates = sum(len(m.neurons) + len(m.heads) for m in menus)
-    search = recipe.options.search
-    window = search.length or length
-    singles = candidates * search.singles_windows * window * forward // 2
-    shares = zip(search.steps, [search.offspring, *search.survivors], strict=True)
-    evolution = search.generations * sum(int(s * search.windows) * n for s, n in shares) * window * forward // 2
-    speed = _flops_per_second()
-    passes = (options.supernet_windows or windows) / windows
+    disk, work, speed = disk_bytes(setup, menus), flops(setup, menus), flops_per_second()
     return {
         "model": setup.resolved.name,
         "source": setup.resolved.source,
@@ -57,14 +43,12 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
             "total_parameters": costs.total - target,
             "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
         },
-        "disk_bytes": {"first_supernet": supernet, "streams": streams, "model": (costs.total - target) * 4},
-        "memory_bytes": costs.total * 4 + streams + 3 * windows * length * max(g.ffn, g.hidden),
+        "disk_bytes": disk,
+        "memory_bytes": memory_bytes(setup, disk),
         "seconds_estimated": {
             "speed_gflops": round(speed / 1e9, 1),
-            "each_supernet": round(walk * passes / speed),
-            "each_singles": round(singles / speed),
-            "each_evolution": round(evolution / speed),
-            "last_pass": round(walk / speed),
+            **{stage: round(count / speed) for stage, count in work.items()},
+            "total": round(total_flops(work, options.iterations) / speed),
         },
         "iterations": options.iterations,
         "loads_with": {
@@ -72,19 +56,6 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
             "padded": "any server that knows the family, without the gain in speed",
         },
     }
-
-
-def _flops_per_second() -> float:
-    """Float32 matrix products on this machine, measured for a quarter of a second."""
-    import torch
-
-    x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    x @ w
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.25:
-        x @ w
-        count += 1
-    return 2 * 2048 * 1024 * 1024 * count / (time.perf_counter() - began)
 
 
 def saved_model(path: Path) -> Path:

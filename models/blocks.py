@@ -107,8 +107,14 @@ class BlockRunner:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final norm and the head: (..., hidden) -> (..., vocab)."""
+        return self.capped(self.raw_logits(hidden))
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The same before the cap that some families put on logits; linear in the scale of the final norm."""
         model: Any = self.model
-        z = model.lm_head(model.model.norm(hidden))
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        capped: Tensor = z if cap is None else torch.tanh(z / cap) * cap
-        return capped
+        z: Tensor = model.lm_head(model.model.norm(hidden))
+        return z
+
+    def capped(self, z: Tensor) -> Tensor:
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return z if cap is None else torch.tanh(z / cap) * cap

@@ -173,7 +173,8 @@ def main() -> None:
         windows = read_windows(setup, run)
 
     def job(sparsity: float, **changes: Any) -> Job:
-        options = setup.recipe.options.model_copy(update=changes)
+        # Only the whole method rescales the logits.
+        options = setup.recipe.options.model_copy(update={"rescale": False, **changes})
         recipe = setup.recipe.model_copy(update={"sparsity": sparsity, "options": options})
         made = Setup(
             setup.resolved, recipe, setup.family, setup.geometry, setup.costs, setup.config, setup.weights
@@ -208,7 +209,7 @@ def main() -> None:
                 given.out / f"ablation-{label.replace(' ', '-').replace(',', '')}", job(0.25, **changes), counts))
     else:
         for s in given.levels:
-            row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s)))  # type: ignore[misc]
+            row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s, rescale=True)))  # type: ignore[misc]
         for s in given.levels:
             row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
                 given.out / f"edges-{s:g}", job(s), uniform_counts(setup, s, *EDGES)))

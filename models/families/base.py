@@ -176,6 +176,17 @@ class Family:
         """What is done to the FFN's output before it is added to the residual stream."""
         return ffn
 
+    def scaled_norm(self, model: Any, scale: float) -> Tensor:
+        """The last norm's weight (hidden,) with which its output is ``scale`` times what it was."""
+        weight: Tensor = model.model.norm.weight * scale
+        return weight
+
+    def replace_norm(self, model: Any, weight: Tensor) -> None:
+        """Gives ``model`` a last norm with this weight; a model that shares the old one keeps it."""
+        old = model.model.norm.weight
+        model.model.norm = twin(model.model.norm)
+        model.model.norm.weight = nn.Parameter(weight.to(old), requires_grad=False)
+
     # --- surgery ---------------------------------------------------------------------------------------------
 
     def slice_queries(self, attention: Any, heads: Tensor, groups: Tensor, head_dim: int) -> None:

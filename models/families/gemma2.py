@@ -23,3 +23,8 @@ class Gemma2(Family):
     def after_ffn(self, block: Any, ffn: Tensor) -> Tensor:
         out: Tensor = block.post_feedforward_layernorm(ffn)
         return out
+
+    def scaled_norm(self, model: Any, scale: float) -> Tensor:
+        # Its norms multiply by 1 + weight.
+        weight: Tensor = (1.0 + model.model.norm.weight) * scale - 1.0
+        return weight

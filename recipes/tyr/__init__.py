@@ -67,4 +67,5 @@ class TyrOptions(_Section):
     token_weight: Literal["norm", "none"] = Field(
         "norm", description="norm: a token's error counts relative to the size of its residual stream"
     )
+    rescale: bool = Field(True, description="scale the logits, by the last norm, to be as sure as the dense model's")
     search: SearchOptions = SearchOptions()

@@ -126,11 +126,14 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
     for i in range(geometry.layers):
         if choices is None:
             counts = neuron_counts(geometry.ffn, geometry.ffn // 2, step, options.levels, options.round_to)
-            heads = head_levels(job, i)
+            found.append(Menu(counts, head_levels(job, i)))
         else:
-            counts = neuron_counts(geometry.ffn, choices[i].neurons, step, options.refine_levels, options.round_to)
+            centre, mine = choices[i].neurons, (choices[i].groups, choices[i].per_group)
+            counts = neuron_counts(geometry.ffn, centre, step, options.refine_levels, options.round_to)
             heads = neighbours(job, i, choices[i])
-        found.append(Menu(counts, heads))
+            # The dense levels are always on offer; expected are only the solution so far and what stands next to it.
+            near = (mine in heads[:2], centre + options.refine_levels // 2 * step >= geometry.ffn)
+            found.append(Menu(counts, heads, near))
     return found
 
 

@@ -189,7 +189,7 @@ def prune_neurons(
             raise ValueError(f"a level of {count} neurons in a layer of {n}")
         while len(eliminator.alive) > count:
             alive = len(eliminator.alive)
-            # A step ends on a multiple of `step`, whichever levels are asked for: so any two runs nest alike.
+            # A step ends on a multiple of `step`, so that levels which are multiples do not change one another.
             size = min(alive - count, (alive - 1) % step + 1)
             scores = eliminator.scores(torch.arange(alive)[:, None])
             order = torch.argsort(scores, stable=True)

@@ -22,6 +22,7 @@ from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
+from compress.recipes.tyr.rescale import fit_scale
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.sensitivity import output_metrics
 from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, Supernet, prune_block, write_block
@@ -96,7 +97,8 @@ def _supernet(
     inputs = {
         **job.inputs,
         "method": {**options.model_dump(mode="json", include=LOCAL_OPTIONS), "accumulation": accumulation},
-        "levels": [[list(menu.neurons), [list(h) for h in menu.heads]] for menu in block_menu],
+        "levels": [[menu.neurons, menu.heads] for menu in block_menu],
+        **({} if choices is None else {"dense_expected": [menu.dense_expected for menu in block_menu]}),
         "windows": len(calibration),
         "metrics": metrics.hash(),
     }
@@ -406,11 +408,11 @@ def final_pass(
     folders = _walk(run, job, "final", inputs, job.calibration, block_menu, options.accumulation, metrics, write)
 
     def build(folder: Path) -> None:
-        parts = [Plan.load(f) for f in folders]
+        each = [Plan.load(f) for f in folders]
         plan = Plan(
-            blocks=tuple(p.blocks[0] for p in parts),
+            blocks=tuple(p.blocks[0] for p in each),
             weights={
-                key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(parts) for key, w in p.weights.items()
+                key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(each) for key, w in p.weights.items()
             },
             meta={
                 "method": "tyr",
@@ -420,7 +422,12 @@ def final_pass(
                 **dict(job.inputs),
             },
         )
+        if options.rescale:
+            scale, before, after = fit_scale(job, plan)
+            plan.weights["norm"] = job.family.scaled_norm(job.model, scale)
+            plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
         plan.save(folder)
         (folder / "search.json").write_text(json.dumps(results, indent=1))
 
-    return run.stage("plan", {**inputs, "parts": [run.seal_hash(f) for f in folders]}, build)
+    parts = [run.seal_hash(f) for f in folders]
+    return run.stage("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)

@@ -6,7 +6,6 @@ candidate removes exactly the same number of parameters. Work is counted in toke
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ class Teacher:
 
     ``positions`` (windows, p) int64; ``index`` (windows, p, k) int64; ``logp`` (windows, p, k) float32; ``rest``
     (windows, p): log of the mass outside the k. With the rest as one more outcome the KL is a true lower bound of
-    the full one, and never negative.
+    the full one, and not negative but for rounding.
     """
 
     positions: Tensor
@@ -90,6 +89,7 @@ class Evaluator:
     ) -> None:
         self.runner, self.supernet, self.windows, self.log, self.tag = runner, supernet, windows, log, tag
         self.work = 0
+        self.seconds = 0.0  # spent on evaluations, those of the runs that this one goes on from included
         self.layers = len(runner.blocks)
         self.dense: Genome = tuple(0 for _ in range(2 * self.layers))
         self._known = {
@@ -102,7 +102,6 @@ class Evaluator:
         ]
         self._parent: Genome = self.dense
         self._states: list[Tensor] = []  # _states[i]: the parent's stream in front of block i, (n, length, hidden)
-        self._blocks: dict[tuple[int, int, int], torch.nn.Module] = {}
         self._advance(self.dense)
         self.teacher = self._teach(torch.stack(draw), top_k)
 
@@ -159,8 +158,10 @@ class Evaluator:
         at = tuple(range(len(self.windows))) if rows is None else tuple(rows)
         known = self._known.get((self.tag, genome, at))
         if known is not None:
-            self.work = known["work"]
+            self.work = max(self.work, known["work"])
+            self.seconds = max(self.seconds, known["seconds"])
             return float(known["kl"])
+        began = time.monotonic()
         first = 0
         while first < self.layers and genome[2 * first : 2 * first + 2] == self._parent[2 * first : 2 * first + 2]:
             first += 1
@@ -170,6 +171,7 @@ class Evaluator:
         for i in range(len(at)):
             z = self.runner.logits(hidden[i][teacher.positions[i]][None])
             total += float(teacher.rows([i]).kl(z).double().mean())
+        self.seconds += time.monotonic() - began
         row = {
             "kind": "kl",
             "tag": self.tag,
@@ -177,6 +179,7 @@ class Evaluator:
             "rows": list(at),
             "kl": total / len(at),
             "work": self.work,
+            "seconds": round(self.seconds, 3),
             **note,
         }
         self.log.append(row)
@@ -199,8 +202,8 @@ def measure_singles(
     """Measures what every level does alone to ``base`` (the dense model, or a solution to improve on).
 
     The losses are KL(base with that one level changed) - KL(base): what the knapsack adds up. Only the blocks behind
-    the change are run. A level's loss is never put below that of a larger one (running maximum): KL on finitely many
-    tokens may dip, and the knapsack would chase the dip.
+    the change are run. Away from the base's own level a loss never falls with the parameters removed, nor rises with
+    those kept (running bounds): KL on finitely many tokens may dip, and the knapsack would chase the dip.
     """
     evaluator.set_parent(base)
     zero = evaluator.kl(base, phase="single")
@@ -208,15 +211,19 @@ def measure_singles(
     done = 0
     # From the last block to the first: the cheap ones first.
     for sublayer in range(len(options) - 1, -1, -1):
-        highest = -math.inf
-        for e in range(len(options[sublayer])):
+        menu, own = options[sublayer], base[sublayer]
+        losses = []
+        for e in range(len(menu)):
             genome = (*base[:sublayer], e, *base[sublayer + 1 :])
-            loss = 0.0 if genome == base else evaluator.kl(genome, phase="single") - zero
-            highest = max(highest, loss)
-            options[sublayer][e] = replace(options[sublayer][e], loss=highest)
+            losses.append(0.0 if e == own else evaluator.kl(genome, phase="single") - zero)
             done += 1
             if progress:
                 progress(done)
+        for e in range(own - 1, -1, -1):
+            losses[e] = min(losses[e], losses[e + 1])
+        for e in range(own + 1, len(menu)):
+            losses[e] = max(losses[e], losses[e - 1])
+        options[sublayer] = [replace(option, loss=loss) for option, loss in zip(menu, losses, strict=True)]
     return options
 
 
@@ -294,7 +301,7 @@ def evolve(
     """
     n = len(evaluator.windows)
     total = sum(options[i][g].saving for i, g in enumerate(start))
-    began = time.monotonic()
+    began = evaluator.seconds
     evaluator.set_parent(start)
     parent, parent_kl = start, evaluator.kl(start, phase="parent")
     first_kl = parent_kl
@@ -326,7 +333,7 @@ def evolve(
         if idle >= settings.patience:
             stopped = "patience"
             break
-        if settings.seconds is not None and time.monotonic() - began > settings.seconds:
+        if settings.seconds is not None and evaluator.seconds - began > settings.seconds:
             stopped = "time limit"
             break
     return Found(parent, parent_kl, first_kl, generation, stopped)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
@@ -52,10 +52,15 @@ class Level:
 
 @dataclass(frozen=True)
 class Menu:
-    """The levels of one block: neuron counts, and head choices as (KV groups, query heads per group), most first."""
+    """The levels of one block: neuron counts, and head choices as (KV groups, query heads per group), most first.
+
+    ``dense_expected``: whether the dense attention and the dense FFN are among the candidates that the pruned stream
+    is the expectation of. Around a solution that is far from dense they can be chosen, but are not expected.
+    """
 
     neurons: tuple[int, ...]
     heads: tuple[tuple[int, int], ...]
+    dense_expected: tuple[bool, bool] = (True, True)
 
 
 def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) -> tuple[int, ...]:
@@ -97,20 +102,32 @@ class Streams:
             return cls(f.get_tensor("dense"), f.get_tensor("pruned") if "pruned" in names else None)
 
 
-def _mean_weight(levels: Sequence[Level], columns: Sequence[Tensor], dense: Tensor, how: Accumulation) -> Tensor:
-    """The weight (out, in) whose output is the (weighted) mean of the candidates' outputs: sum w_e W_e / sum w_e."""
-    total = torch.zeros_like(dense, dtype=torch.float64)
-    mass = 0.0
+def _expected(
+    levels: Sequence[Level], columns: Sequence[Tensor], layer: nn.Linear, how: Accumulation, dense_expected: bool
+) -> tuple[Tensor, Tensor]:
+    """The weight (out, in) and bias (out,) whose output is the candidates' mean, sum w_e W_e / sum w_e.
+
+    A candidate with nothing left has no bias either.
+    """
+    total = torch.zeros_like(layer.weight, dtype=torch.float64)
+    mass = with_bias = 0.0
     for level, at in zip(levels, columns, strict=True):
-        share = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
-        if share == 0.0:
+        if level.saving == 0 and not dense_expected:
             continue
+        share = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
         mass += share
+        if not level.units:
+            continue
+        with_bias += share
         if level.weight is None:
-            total += share * dense.double()
+            total += share * layer.weight.double()
         else:
             total[:, at] += share * level.weight.double()
-    return (total / mass).to(dense.dtype)
+    return (total / mass).to(layer.weight.dtype), _bias(layer) * (with_bias / mass)
+
+
+def _bias(layer: nn.Linear) -> Tensor:
+    return torch.zeros(()) if layer.bias is None else layer.bias
 
 
 def prune_block(
@@ -147,8 +164,7 @@ def prune_block(
     o, down = family.o_proj(block), family.down_proj(block)
     o_dense, down_dense = o.weight, down.weight
     # A bias stays as it is, so what the weights are fitted to is what remains without it.
-    o_bias = torch.zeros(()) if o.bias is None else o.bias
-    down_bias = torch.zeros(()) if down.bias is None else down.bias
+    o_bias, down_bias = _bias(o), _bias(down)
 
     # A sublayer whose only level is the untouched one needs no statistics.
     attention_stays = menu.heads == ((geometry.kv_heads, geometry.group),)
@@ -175,11 +191,10 @@ def prune_block(
         problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
         attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, metrics[0])
     if not alone:
-        mean = _mean_weight(
-            attention_levels, [channels(a.units, geometry.head_dim) for a in attention_levels], o_dense, accumulation
-        )
+        columns = [channels(level.units, geometry.head_dim) for level in attention_levels]
+        mean, bias = _expected(attention_levels, columns, o, accumulation, menu.dense_expected[0])
         for s, context in zip(slices, contexts, strict=True):
-            streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + o_bias)
+            streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + bias)
     del contexts
 
     # FFN: its inputs come from the pruned attention just made.
@@ -203,11 +218,10 @@ def prune_block(
         problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
         ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, metrics[1])
     if not alone:
-        mean = _mean_weight(
-            ffn_levels, [torch.tensor(f.units, dtype=torch.int64) for f in ffn_levels], down_dense, accumulation
-        )
+        columns = [torch.tensor(level.units, dtype=torch.int64) for level in ffn_levels]
+        mean, bias = _expected(ffn_levels, columns, down, accumulation, menu.dense_expected[1])
         for s, activation in zip(slices, activations, strict=True):
-            streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + down_bias)
+            streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + bias)
     return attention_levels, ffn_levels
 
 
