@@ -230,7 +230,7 @@ def _checks(report: dict[str, Any]) -> list[str]:
     scale = report["logit_scale"]
     if scale is not None:
         lines.append(
-            f"- scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense model"
-            f" on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
+            f"- scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense"
+            f" model on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
         )
     return [*lines, ""]

@@ -1,7 +1,7 @@
-"""One number behind the last pass: the scale at which the pruned model's logits are as sure as the dense model's.
+"""One number behind the last pass: the scale that makes the pruned model as sure as the dense one.
 
-What pruning takes away acts like noise on the last hidden state, and noise makes a model surer than it may be. The scale
-is folded into the last norm, so it costs nothing and stock classes load it.
+What pruning takes away acts like noise on the last hidden state, and noise makes a model surer than it may be. The
+scale is folded into the last norm, so it costs nothing and stock classes load it.
 """
 
 from __future__ import annotations
