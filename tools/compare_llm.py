@@ -19,31 +19,18 @@ from typing import Any
 
 import torch
 
-from compress.budget import target_removed
 from compress.evaluate import geometric_mean, perplexity
 from compress.pipeline import METHODS
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
-from compress.recipes.tyr.choice import Choice, Job, settle
+from compress.recipes.tyr.choice import Choice, Job, even_widths, settle
 from compress.recipes.tyr.prune import final_pass, produce_plan
 from compress.run import SEAL, Journal, Run
 from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 EDGES = (4, 2)  # blocks left alone at the front and at the back
-
-
-def uniform_counts(setup: Setup, sparsity: float, front: int = 0, back: int = 0) -> list[int]:
-    """Neurons kept per block when every block but the first ``front`` and last ``back`` gives up equally many."""
-    g, costs = setup.geometry, setup.costs
-    neurons = round(target_removed(sparsity, costs.backbone) / (costs.ffn(g.ffn) - costs.ffn(g.ffn - 1)))
-    inner = g.layers - front - back
-    base, more = divmod(neurons, inner)
-    counts = [g.ffn] * g.layers
-    for i in range(inner):
-        counts[front + i] -= base + (i < more)
-    return counts
 
 
 def scored_plan(setup: Setup, counts: list[int], score: Callable[[int], torch.Tensor]) -> Plan:
@@ -56,15 +43,15 @@ def scored_plan(setup: Setup, counts: list[int], score: Callable[[int], torch.Te
     return Plan(tuple(blocks))
 
 
-def magnitude(setup: Setup, sparsity: float) -> Plan:
+def magnitude(setup: Setup, widths: list[int]) -> Plan:
     def score(i: int) -> torch.Tensor:
         mlp = setup.family.blocks(setup.model)[i].mlp
         return (mlp.gate_proj.weight**2).sum(1) + (mlp.up_proj.weight**2).sum(1) + (mlp.down_proj.weight**2).sum(0)
 
-    return scored_plan(setup, uniform_counts(setup, sparsity), score)
+    return scored_plan(setup, widths, score)
 
 
-def wanda(setup: Setup, windows: Windows, sparsity: float) -> Plan:
+def wanda(setup: Setup, windows: Windows, widths: list[int]) -> Plan:
     """Wanda-sp: |W| times the norm of its input, summed over a neuron's column of down_proj; dense activations."""
     model, sums = setup.model, {}
     handles = []
@@ -83,7 +70,7 @@ def wanda(setup: Setup, windows: Windows, sparsity: float) -> Plan:
     def score(i: int) -> torch.Tensor:
         return setup.family.blocks(model)[i].mlp.down_proj.weight.abs().sum(0).double() * sums[i].sqrt()
 
-    return scored_plan(setup, uniform_counts(setup, sparsity), score)
+    return scored_plan(setup, widths, score)
 
 
 def take_over(folder: Path) -> None:
@@ -195,7 +182,7 @@ def main() -> None:
 
     row("dense", 0.0, lambda: None)
     if given.ablation:
-        counts = uniform_counts(setup, 0.25, *EDGES)
+        counts = even_widths(job(0.25), *EDGES)
         for label, changes in (
             ("as shipped", {}),
             ("without error accumulation", {"accumulation": "none"}),
@@ -212,13 +199,13 @@ def main() -> None:
             row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s, rescale=True)))  # type: ignore[misc]
         for s in given.levels:
             row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
-                given.out / f"edges-{s:g}", job(s), uniform_counts(setup, s, *EDGES)))
+                given.out / f"edges-{s:g}", job(s), even_widths(job(s), *EDGES)))
         for s in given.levels:
-            row("Wanda-sp", s, lambda s=s: wanda(setup, windows, s))  # type: ignore[misc]
-            row("magnitude", s, lambda s=s: magnitude(setup, s))  # type: ignore[misc]
+            row("Wanda-sp", s, lambda s=s: wanda(setup, windows, even_widths(job(s), 0, 0)))  # type: ignore[misc]
+            row("magnitude", s, lambda s=s: magnitude(setup, even_widths(job(s), 0, 0)))  # type: ignore[misc]
         for s in given.levels:
             row("uniform OBS + refit", s, lambda s=s: obs(  # type: ignore[misc]
-                given.out / f"uniform-{s:g}", job(s), uniform_counts(setup, s)))
+                given.out / f"uniform-{s:g}", job(s), even_widths(job(s), 0, 0)))
         for s in given.levels:
             row("knapsack only", s, lambda s=s: knapsack_only(  # type: ignore[misc]
                 given.out / f"knapsack-{s:g}", job(s), given.out / f"tyr-{s:g}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,34 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
             near = (mine in heads[:2], centre + options.refine_levels // 2 * step >= geometry.ffn)
             found.append(Menu(counts, heads, near))
     return found
+
+
+def left_alone(layers: int) -> tuple[int, int]:
+    """How many blocks at the front and at the back the simplest good rule leaves dense."""
+    return min(4, layers // 4), min(2, layers // 8)
+
+
+def even_widths(job: Job, front: int, back: int) -> list[int]:
+    """FFN widths that meet the budget when every block but the first ``front`` and the last ``back`` gives up
+    equally many neurons and attention nothing; never below 0."""
+    g, costs = job.geometry, job.costs
+    neurons = round(target_removed(job.sparsity, costs.backbone) / (costs.ffn(g.ffn) - costs.ffn(g.ffn - 1)))
+    inner = g.layers - front - back
+    base, more = divmod(neurons, inner)
+    widths = [g.ffn] * g.layers
+    for i in range(inner):
+        widths[front + i] = max(0, g.ffn - base - (i < more))
+    return widths
+
+
+def draw_back(job: Job, choices: list[Choice], widths: list[int], share: float) -> list[Choice]:
+    """Moves every FFN width by ``share`` of its way to ``widths``, in multiples of ``round_to``; heads stay."""
+    step, ffn = job.options.round_to, job.geometry.ffn
+    moved = []
+    for choice, width in zip(choices, widths, strict=True):
+        neurons = round(((1 - share) * choice.neurons + share * width) / step) * step
+        moved.append(replace(choice, neurons=ffn if neurons >= ffn else neurons))
+    return moved
 
 
 def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]]) -> list[Choice]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.budget import Option, knapsack
 from compress.models.blocks import BlockRunner
 from compress.recipes.tyr import SearchOptions
+from compress.recipes.tyr.choice import left_alone
 from compress.recipes.tyr.supernet import Supernet, batches
 
 Genome = tuple[int, ...]
@@ -258,13 +259,14 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
         found[f"penalty {strength:g}"] = tuple(knapsack(bent, total))
     if base is None:
         layers = len(options) // 2
-        edges = {*range(min(4, layers // 4)), *range(layers - min(2, layers // 8), layers)}
-        for label, left_alone in (("uniform", set()), ("edges left alone", edges)):
+        front, back = left_alone(layers)
+        edges = {*range(front), *range(layers - back, layers)}
+        for label, spared in (("uniform", set()), ("edges left alone", edges)):
             # Equal quadratic losses make equal cuts; attention is touched only where the FFNs cannot give enough.
             rule = [
                 [
                     replace(o, loss=(o.saving / size) ** 2 + (1e3 if o.saving and (i % 2 == 0) else 0.0)
-                            + (1e6 if o.saving and i // 2 in left_alone else 0.0))
+                            + (1e6 if o.saving and i // 2 in spared else 0.0))
                     for o in menu
                 ]
                 for i, (menu, size) in enumerate(zip(options, full, strict=True))
