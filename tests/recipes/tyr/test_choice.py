@@ -18,8 +18,11 @@ from compress.recipes.tyr.choice import (
     allowed_heads,
     block_menus,
     check_budget,
+    draw_back,
+    even_widths,
     head_choices,
     head_levels,
+    left_alone,
     neighbours,
     saving,
     settle,
@@ -236,3 +239,34 @@ def test_settle_ends_where_no_ffn_has_anything_left() -> None:
     job = small_job("llama", sparsity=0.01)
     dense = [Choice(1, 1, n) for n in (48, 44, 48, 48)]
     assert [c.neurons for c in settle(job, dense, curves(job, CONVEX))] == [48] * 4
+
+
+def test_even_widths_take_the_budget_evenly_from_the_blocks_between() -> None:
+    job = small_job(sparsity=0.2)
+    g, costs = job.geometry, job.costs
+    widths = even_widths(job, 1, 1)
+    assert widths[0] == widths[-1] == g.ffn
+    assert max(widths[1:-1]) - min(widths[1:-1]) <= 1
+    neuron = costs.ffn(2) - costs.ffn(1)
+    assert abs(sum(g.ffn - w for w in widths) * neuron - 0.2 * costs.backbone) <= neuron / 2
+    assert left_alone(30) == (4, 2) and left_alone(4) == (1, 0)
+
+
+def test_drawing_back_moves_widths_by_the_share_and_leaves_heads() -> None:
+    job = small_job()
+    choices = [Choice(2, 5, 48), Choice(1, 3, 0), Choice(0, 0, 16), Choice(2, 5, 32)]
+    widths = [16, 24, 16, 48]
+    assert draw_back(job, choices, widths, 0.0) == choices
+    assert [c.neurons for c in draw_back(job, choices, widths, 1.0)] == widths
+    half = draw_back(job, choices, widths, 0.5)
+    assert [c.neurons for c in half] == [32, 12, 16, 40]
+    assert [(c.groups, c.per_group) for c in half] == [(c.groups, c.per_group) for c in choices]
+
+
+def test_the_dense_levels_are_expected_only_where_they_stand_beside_the_solution() -> None:
+    job = small_job(options={"interval": 0.25, "refine_levels": 3, "head_levels": 65})
+    far = head_levels(job, 1)[4]
+    menus = block_menus(job, 2, [Choice(2, 5, 48), Choice(*far, 8), Choice(2, 5, 20), Choice(2, 5, 44)])
+    # Half of 0.25 x 48 neurons is a step of 6, rounded to 4 or 8.
+    assert [m.dense_expected for m in menus] == [(True, True), (False, False), (True, False), (True, True)]
+    assert all(48 in m.neurons and m.heads[0] == (2, 5) for m in menus)
