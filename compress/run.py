@@ -63,13 +63,16 @@ class Run:
         finally:
             os.close(lock)
 
-    def stage(self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], object]) -> Path:
+    def stage(
+        self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], object], began: float | None = None
+    ) -> Path:
         """The folder of the sealed stage ``name``; builds it unless it is there.
 
         Args:
             name: a path below the run folder, such as ``plan`` or ``supernet-1/block-007``.
             inputs: JSON-like facts that decide the outcome (hashes of weights and data, the recipe's part).
             build: fills the empty folder it is given.
+            began: `time.monotonic()` when the work for it began, where that was before this call.
 
         Raises:
             CompressError: it was sealed from other inputs (each is named), or the disk is full.
@@ -83,7 +86,7 @@ class Run:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        began = time.monotonic()
+        began = time.monotonic() if began is None else began
         with _disk_errors(self.folder):
             build(partial)
             files = sorted(p for p in partial.rglob("*") if p.is_file())

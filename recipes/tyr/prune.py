@@ -7,6 +7,7 @@ choice, so that every projection is refitted to the stream it will really see.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,12 @@ def _supernet(
     }
     name = f"supernet-{iteration}"
 
-    def write(index: int, attention: Any, ffn: Any) -> Path:
+    def write(index: int, attention: Any, ffn: Any, began: float) -> Path:
         return run.stage(
             f"{name}/block-{index:03d}",
             {**inputs, "block": index},
             lambda folder: write_block(folder / "levels.safetensors", attention, ffn, torch.bfloat16),
+            began,
         )
 
     return [
@@ -176,6 +178,7 @@ def _walk(
         streams, start = Streams.start(runner, calibration, accumulation), 0
     with Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
+            began = time.monotonic()
             attention, ffn = prune_block(
                 runner,
                 index,
@@ -197,7 +200,7 @@ def _walk(
                 streams.save(partial)
                 partial.replace(scratch / f"before-{index + 1:03d}.safetensors")
             if index >= sealed:
-                folders.append(write(index, attention, ffn))
+                folders.append(write(index, attention, ffn, began))
             (scratch / f"before-{index:03d}.safetensors").unlink(missing_ok=True)
             bar.update(1)
     run.drop_scratch(name)
@@ -417,7 +420,7 @@ def final_pass(
         "metrics": metrics.hash(),
     }
 
-    def write(index: int, attention: Any, ffn: Any) -> Path:
+    def write(index: int, attention: Any, ffn: Any, began: float) -> Path:
         def build(folder: Path) -> None:
             block = BlockPlan(heads=attention[0].units, neurons=ffn[0].units)
             weights = {"o": attention[0].weight, "down": ffn[0].weight}
@@ -427,7 +430,7 @@ def final_pass(
                 meta={"block": index},
             ).save(folder)
 
-        return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build)
+        return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build, began)
 
     folders = _walk(run, job, "final", inputs, job.calibration, block_menu, options.accumulation, metrics, write)
 
