@@ -67,9 +67,5 @@ class TyrOptions(_Section):
     token_weight: Literal["norm", "none"] = Field(
         "norm", description="norm: a token's error counts relative to the size of its residual stream"
     )
-    margin: float = Field(
-        0.05, ge=0, description="share of its KL by which the search must beat the simplest rule, or it is drawn back"
-    )
-    draw_back: float = Field(0.5, ge=0, le=1, description="how far: 0 not at all, 1 all the way to the rule's widths")
     rescale: bool = Field(True, description="scale the logits, by the last norm, to be as sure as the dense model's")
     search: SearchOptions = SearchOptions()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -153,16 +153,6 @@ def even_widths(job: Job, front: int, back: int) -> list[int]:
     for i in range(inner):
         widths[front + i] = max(0, g.ffn - base - (i < more))
     return widths
-
-
-def draw_back(job: Job, choices: list[Choice], widths: list[int], share: float) -> list[Choice]:
-    """Moves every FFN width by ``share`` of its way to ``widths``, in multiples of ``round_to``; heads stay."""
-    step, ffn = job.options.round_to, job.geometry.ffn
-    moved = []
-    for choice, width in zip(choices, widths, strict=True):
-        neurons = round(((1 - share) * choice.neurons + share * width) / step) * step
-        moved.append(replace(choice, neurons=ffn if neurons >= ffn else neurons))
-    return moved
 
 
 def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]]) -> list[Choice]:

@@ -22,17 +22,7 @@ from compress.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
-from compress.recipes.tyr.choice import (
-    Choice,
-    Job,
-    block_menus,
-    check_budget,
-    draw_back,
-    even_widths,
-    left_alone,
-    saving,
-    settle,
-)
+from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
 from compress.recipes.tyr.rescale import fit_scale
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.sensitivity import output_metrics
@@ -62,22 +52,8 @@ def produce_plan(run: Run, job: Job) -> Path:
         results.append(result)
         choices = [Choice(**c) for c in result["choices"]]
     assert choices is not None  # iterations >= 1
-    choices = _drawn_back(job, choices, results[0])
     choices = settle(job, choices, json.loads((singles / "singles.json").read_text())["options"])
     return final_pass(run, job, choices, results, metrics)
-
-
-def _drawn_back(job: Job, choices: list[Choice], first: Mapping[str, Any]) -> list[Choice]:
-    """The choices, half-way back to the simplest rule where the search hardly beats it.
-
-    A KL on a few thousand tokens tells two allocations apart by some percent at best, and it is measured on text like
-    the calibration text. Where a rule that knows nothing comes that near, most of what the search found is noise.
-    """
-    rules = {"uniform": (0, 0), "edges left alone": left_alone(job.geometry.layers)}
-    rule = min(rules, key=lambda label: (first["starts"][label], label))
-    if first["starts"][rule] > (1 + job.options.margin) * first["kl"]:
-        return choices
-    return draw_back(job, choices, even_widths(job, *rules[rule]), job.options.draw_back)
 
 
 @dataclass(frozen=True)

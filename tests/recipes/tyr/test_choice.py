@@ -18,7 +18,6 @@ from compress.recipes.tyr.choice import (
     allowed_heads,
     block_menus,
     check_budget,
-    draw_back,
     even_widths,
     head_choices,
     head_levels,
@@ -250,17 +249,6 @@ def test_even_widths_take_the_budget_evenly_from_the_blocks_between() -> None:
     neuron = costs.ffn(2) - costs.ffn(1)
     assert abs(sum(g.ffn - w for w in widths) * neuron - 0.2 * costs.backbone) <= neuron / 2
     assert left_alone(30) == (4, 2) and left_alone(4) == (1, 0)
-
-
-def test_drawing_back_moves_widths_by_the_share_and_leaves_heads() -> None:
-    job = small_job()
-    choices = [Choice(2, 5, 48), Choice(1, 3, 0), Choice(0, 0, 16), Choice(2, 5, 32)]
-    widths = [16, 24, 16, 48]
-    assert draw_back(job, choices, widths, 0.0) == choices
-    assert [c.neurons for c in draw_back(job, choices, widths, 1.0)] == widths
-    half = draw_back(job, choices, widths, 0.5)
-    assert [c.neurons for c in half] == [32, 12, 16, 40]
-    assert [(c.groups, c.per_group) for c in half] == [(c.groups, c.per_group) for c in choices]
 
 
 def test_the_dense_levels_are_expected_only_where_they_stand_beside_the_solution() -> None:
