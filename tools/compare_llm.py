@@ -24,13 +24,12 @@ from compress.pipeline import METHODS
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
-from compress.recipes.tyr.choice import Choice, Job, even_widths, settle
+from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
 from compress.recipes.tyr.prune import final_pass, produce_plan
 from compress.run import SEAL, Journal, Run
 from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
-EDGES = (4, 2)  # blocks left alone at the front and at the back
 
 
 def scored_plan(setup: Setup, counts: list[int], score: Callable[[int], torch.Tensor]) -> Plan:
@@ -182,7 +181,7 @@ def main() -> None:
 
     row("dense", 0.0, lambda: None)
     if given.ablation:
-        counts = even_widths(job(0.25), *EDGES)
+        counts = even_widths(job(0.25), *left_alone(setup.geometry.layers))
         for label, changes in (
             ("as shipped", {}),
             ("without error accumulation", {"accumulation": "none"}),
@@ -199,7 +198,7 @@ def main() -> None:
             row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s, rescale=True)))  # type: ignore[misc]
         for s in given.levels:
             row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
-                given.out / f"edges-{s:g}", job(s), even_widths(job(s), *EDGES)))
+                given.out / f"edges-{s:g}", job(s), even_widths(job(s), *left_alone(setup.geometry.layers))))
         for s in given.levels:
             row("Wanda-sp", s, lambda s=s: wanda(setup, windows, even_widths(job(s), 0, 0)))  # type: ignore[misc]
             row("magnitude", s, lambda s=s: magnitude(setup, even_widths(job(s), 0, 0)))  # type: ignore[misc]
