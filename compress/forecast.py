@@ -7,11 +7,9 @@ them, and a busy machine is slower.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.recipes.tyr.supernet import Menu
     from compress.setup import Setup
 
 # What Python, torch and transformers hold before there is a model (measured: 0.4 GB).
@@ -33,8 +31,8 @@ def flops_per_second() -> float:
     return 2 * 2048 * 1024 * 1024 * count / (time.perf_counter() - began)
 
 
-def flops(setup: Setup, menus: Sequence[Menu]) -> dict[str, int]:
-    """FLOPs of the method's stages; `later` stands for every iteration behind the first."""
+def flops(setup: Setup, singles: int) -> dict[str, int]:
+    """FLOPs of the method's stages: ``singles`` candidates in the first iteration; `later` is every one behind it."""
     g, costs, options = setup.geometry, setup.costs, setup.recipe.options
     search, spec = options.search, setup.recipe.calibration
     body, head = 2 * costs.backbone, 2 * g.hidden * g.vocab  # a token
@@ -50,7 +48,6 @@ def flops(setup: Setup, menus: Sequence[Menu]) -> dict[str, int]:
         # A candidate runs, on average, half the blocks: those behind its first change.
         return int(count * windows * window * (body // 2 + scored))
 
-    first = sum(len(m.neurons) + len(m.heads) - 2 for m in menus)
     # Later iterations look at the neighbours of the solution so far: two attention levels and the FFN's own.
     later = g.layers * (options.refine_levels + 2)
     shares = zip(search.steps, [search.offspring, *search.survivors], strict=True)
@@ -59,7 +56,7 @@ def flops(setup: Setup, menus: Sequence[Menu]) -> dict[str, int]:
     return {
         "metrics": options.metric_windows * spec.length * 3 * (body + head) if options.metric != "none" else 0,
         "first_supernet": few * (body + statistics) + eliminate,
-        "first_singles": candidates(first, search.singles_windows),
+        "first_singles": candidates(singles, search.singles_windows),
         "later_supernet": few * (2 * body + statistics) + eliminate,
         "later_singles": candidates(later, search.singles_windows),
         "search": starting + evolution,
@@ -74,15 +71,13 @@ def total_flops(stages: dict[str, int], iterations: int) -> int:
     return first + later + iterations * stages["search"] + stages["last_pass"]
 
 
-def disk_bytes(setup: Setup, menus: Sequence[Menu]) -> dict[str, int]:
+def disk_bytes(setup: Setup, supernet: int) -> dict[str, int]:
     """What is written: the first supernet (to 5 %), activations kept for resuming, metrics, and the model."""
-    from compress.recipes.tyr.supernet import predicted_bytes
-
     g, spec = setup.geometry, setup.recipe.calibration
     metrics = 2 * g.layers * g.hidden**2 * 4 if setup.recipe.options.metric != "none" else 0
     kept = setup.costs.total - round(setup.recipe.sparsity * setup.costs.backbone)
     return {
-        "first_supernet": sum(predicted_bytes(menu, g) for menu in menus),
+        "first_supernet": supernet,
         "streams": 2 * spec.windows * spec.length * g.hidden * 4,
         "metrics": metrics,
         "model": kept * setup.stored_dtype.itemsize,

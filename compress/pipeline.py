@@ -18,7 +18,7 @@ from compress.recipe import load_recipe, lock_text
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
 from compress.run import Run, fingerprint, seal_hash
-from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
+from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,12 +60,14 @@ def prune(
 
 
 def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
+    from compress.recipes.tyr.prune import REFERENCE_TOKENS
+
     recipe = setup.recipe
     last = STAGES.index(until)
     report: dict[str, Any] = {"schema_version": 1}
     windows = read_windows(setup, run)
     plan_folder = _plan(run, setup, windows)
-    describe_plan(report, setup, plan_folder, command, run.stages())
+    describe_plan(report, setup, plan_folder, command, run.stages(), REFERENCE_TOKENS)
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
     if last >= STAGES.index("evaluation"):
@@ -99,6 +101,27 @@ def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
     from compress.recipes.tyr.prune import produce_plan
 
     return produce_plan(run, job_for(setup, windows, fingerprint_of(windows)))
+
+
+def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+    import torch
+
+    from compress.recipes.tyr.choice import Job
+
+    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
+    return Job(
+        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
+        family=setup.family,
+        config=setup.config,
+        geometry=setup.geometry,
+        costs=setup.costs,
+        calibration=windows.calibration if windows is not None else none,
+        search=windows.search if windows is not None else none,
+        sparsity=setup.recipe.sparsity,
+        seed=setup.recipe.seed,
+        options=setup.recipe.options,
+        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+    )
 
 
 def _tokens(setup: Setup, count: int = 64) -> Tensor:

@@ -59,12 +59,16 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def describe_plan(
-    report: dict[str, Any], setup: Setup, folder: Path, command: str, stages: list[dict[str, Any]]
+    report: dict[str, Any],
+    setup: Setup,
+    folder: Path,
+    command: str,
+    stages: list[dict[str, Any]],
+    reference_tokens: int,
 ) -> None:
     """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
     from compress.doctor import environment
     from compress.plan import Plan
-    from compress.recipes.tyr.prune import REFERENCE_TOKENS
 
     plan = Plan.load(folder)
     g, costs = setup.geometry, setup.costs
@@ -118,6 +122,6 @@ def describe_plan(
         ],
         "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
         "work_token_layers": sum(r["work_token_layers"] for r in results),
-        "reference_token_layers": REFERENCE_TOKENS * g.layers,
+        "reference_token_layers": reference_tokens * g.layers,
     }
     report["stages"] = stages

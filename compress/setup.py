@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -173,24 +172,3 @@ def fingerprint_of(windows: Windows) -> dict[str, str]:
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
         for name, tensor in (("calibration", windows.calibration), ("search", windows.search))
     }
-
-
-def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
-    import torch
-
-    from compress.recipes.tyr.choice import Job
-
-    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
-    return Job(
-        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
-        family=setup.family,
-        config=setup.config,
-        geometry=setup.geometry,
-        costs=setup.costs,
-        calibration=windows.calibration if windows is not None else none,
-        search=windows.search if windows is not None else none,
-        sparsity=setup.recipe.sparsity,
-        seed=setup.recipe.seed,
-        options=setup.recipe.options,
-        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
-    )

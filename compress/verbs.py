@@ -15,9 +15,10 @@ from compress.run import SEAL, verify_seal
 
 def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
-    from compress.pipeline import METHODS
+    from compress.pipeline import METHODS, job_for
     from compress.recipes.tyr.choice import block_menus, check_budget
-    from compress.setup import job_for, prepare
+    from compress.recipes.tyr.supernet import predicted_bytes
+    from compress.setup import prepare
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
     setup = prepare(model, recipe)
@@ -25,7 +26,9 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
     target = check_budget(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
     menus = block_menus(job, 1, None)
-    disk, work, speed = disk_bytes(setup, menus), flops(setup, menus), flops_per_second()
+    disk = disk_bytes(setup, sum(predicted_bytes(menu, g) for menu in menus))
+    work = flops(setup, sum(len(m.neurons) + len(m.heads) - 2 for m in menus))
+    speed = flops_per_second()
     return {
         "model": setup.resolved.name,
         "source": setup.resolved.source,

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from compress.evaluate import geometric_mean, perplexity
-from compress.pipeline import METHODS
+from compress.pipeline import METHODS, job_for
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
 from compress.recipes.tyr.prune import final_pass, produce_plan
 from compress.run import SEAL, Journal, Run
-from compress.setup import Setup, Windows, fingerprint_of, job_for, prepare, read_windows
+from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 
