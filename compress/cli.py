@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="shows the traceback of an error")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="prints the version")
@@ -49,6 +51,13 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug
+    if context.invoked_subcommand != "prune":
+        from compress import distributed
+
+        # Under torchrun and the like: what the other verbs do is done once.
+        if not distributed.is_main():
+            raise typer.Exit
+        distributed.stay_alone()
 
 
 def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
@@ -71,13 +80,24 @@ def prune(
     set_: Set = None,
     until: Annotated[str, typer.Option(help="last stage: plan, model, evaluation, export, bench, release")] = "release",
     fresh: Annotated[bool, typer.Option("--fresh", help="forgets what an earlier run left in the folder")] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", "-n", help="processes to start  [default: one per GPU, one without]")
+    ] = None,
+    rank_timeout: Annotated[
+        float, typer.Option(min=1, help="seconds after which a process that does not answer is given up")
+    ] = 1800.0,
     json_: Json = False,
 ) -> None:
     """Prunes a model, saves it, checks it, exports it, measures it and writes its card.
 
     The same command again goes on where it was stopped.
     """
+    from compress import distributed
     from compress.errors import UsageError
+
+    count = distributed.wanted(processes)
+    if count > 1:
+        raise typer.Exit(distributed.launch(count, sys.argv[1:]))
     from compress.pipeline import STAGES
     from compress.pipeline import prune as run
 
@@ -85,8 +105,11 @@ def prune(
         raise UsageError(f"unknown stage {until!r}", where="--until", fix=f"one of: {', '.join(STAGES)}")
     folder = out or Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
     command = shlex.join(["compress", *(a for a in sys.argv[1:] if a not in ("--fresh", "--json"))])
+    distributed.join(timedelta(seconds=rank_timeout))
     report = run(model, recipe, folder, _overrides(set_, sparsity), fresh=fresh, until=until, command=command)
-    _show({**report, "run": str(folder)}, json_, _prune_lines)
+    if distributed.is_main():
+        _show({**report, "run": str(folder)}, json_, _prune_lines)
+    distributed.leave()
 
 
 def _prune_lines(report: dict[str, Any]) -> list[str]:
@@ -317,21 +340,33 @@ def _stop(number: int, frame: object) -> None:
 
 def main() -> None:
     """Runs the command line; every error a user can act on is one message and an exit code."""
+    from compress import distributed
+
     try:
         signal.signal(signal.SIGINT, _stop)
         app()
     except CompressError as e:
+        if distributed.report(e, e.exit_code, _debug):
+            sys.exit(e.exit_code)
         if _debug:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        who = f"rank {distributed.rank()}: " if distributed.rank() else ""
+        print(f"error: {who}{e}", file=sys.stderr)
         sys.exit(e.exit_code)
     except Stopped:
-        print("\nstopped; the same command goes on behind the last whole stage", file=sys.stderr)
+        if distributed.is_main():
+            print("\nstopped; the same command goes on behind the last whole stage", file=sys.stderr)
         sys.exit(130)
+    except distributed.Aborted:
+        sys.exit(1)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`): nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    except Exception as e:
+        if distributed.report(e, 1):
+            sys.exit(1)
+        raise
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.distributed import gather, share
 from compress.errors import CompressError
 from compress.progress import Progress
 
@@ -16,7 +17,7 @@ BATCH = 4
 
 
 def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[str, float | int]:
-    """exp of the mean negative log-likelihood of every token but each window's first.
+    """exp of the mean negative log-likelihood of every token but each window's first. Processes divide the windows.
 
     Args:
         windows: token ids (n, length) int64.
@@ -30,15 +31,20 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
-    total, count = 0.0, 0
-    with torch.no_grad(), Progress(len(windows), label) as bar:
-        for i in range(0, len(windows), BATCH):
-            ids = windows[i : i + BATCH]
+    slices = [slice(i, i + BATCH) for i in range(0, len(windows), BATCH)]
+    mine = [slices[i] for i in share(len(slices))]
+    found: list[tuple[float, int]] = []
+    with torch.no_grad(), Progress(len(mine), label) as bar:
+        for s in mine:
+            ids = windows[s]
             logits = model(input_ids=ids, use_cache=False).logits
             for row, target in zip(logits, ids, strict=True):
-                total += float(cross_entropy(row[:-1].float(), target[1:], reduction="none").double().sum())
-                count += len(target) - 1
-            bar.update(len(ids))
+                losses = cross_entropy(row[:-1].float(), target[1:], reduction="none")
+                found.append((float(losses.double().sum()), len(target) - 1))
+            bar.update(1)
+    # Summed in the order of the windows, whichever process had them.
+    every = gather(found)
+    total, count = math.fsum(nll for nll, _ in every), sum(n for _, n in every)
     if not math.isfinite(total):
         raise CompressError(
             "the model's logits are not finite", where="evaluation", fix="check it with `compress verify`"

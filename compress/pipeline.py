@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from compress import __version__
+from compress import __version__, distributed
 from compress.errors import CompressError
 from compress.recipe import load_recipe, lock_text
 from compress.recipes.tyr import TyrOptions
@@ -45,17 +45,25 @@ def prune(
     Raises:
         CompressError: anything that keeps the promise from being kept.
     """
-    recipe = load_recipe(recipe_name, METHODS, overrides)
-    if recipe.bench is not None and recipe.export is None:
-        raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
-    setup = prepare(model, recipe)
+
+    def ready() -> Setup:
+        recipe = load_recipe(recipe_name, METHODS, overrides)
+        if recipe.bench is not None and recipe.export is None:
+            raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
+        return prepare(model, recipe)
+
+    # The main process first: what is wrong is said once, and what is fetched is fetched once.
+    checked: list[Setup] = []
+    distributed.main_says(lambda: checked.append(ready()))
+    setup = checked[0] if checked else ready()
     with Run.open(out, fresh) as run:
         lock = run.folder / "recipe.lock.yaml"
-        if not lock.exists():
+        if not lock.exists() and distributed.is_main():
             _write_lock(lock, setup, command)
         report = _stages(run, setup, until, command)
         # Only now: a recipe that was refused must not stand for the stages that another one made.
-        _write_lock(lock, setup, command)
+        if distributed.is_main():
+            _write_lock(lock, setup, command)
         return report
 
 
@@ -189,13 +197,14 @@ def _evaluate(
     held_out = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
     tasks = setup.recipe.evaluation.tasks
 
-    def measure(folder: Path, load: Callable[[], Any], label: str, source: Path) -> None:
+    def measure(folder: Path | None, load: Callable[[], Any], label: str, source: Path) -> None:
         model = load()
-        found = {
-            "texts": {n: perplexity(model, w, f"perplexity, {label}, {n}") for n, w in windows.evaluation.items()},
-            "tasks": harness_tasks(source, tasks, label == "pruned") if tasks else [],
+        found: dict[str, Any] = {
+            "texts": {n: perplexity(model, w, f"perplexity, {label}, {n}") for n, w in windows.evaluation.items()}
         }
-        (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+        if folder is not None:
+            found["tasks"] = harness_tasks(source, tasks, label == "pruned") if tasks else []
+            (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
 
     common = {"version": __version__, "text": held_out, "tasks": tasks}
     layout, folder = next(iter(saved.items()))
@@ -204,7 +213,7 @@ def _evaluate(
         ("dense", lambda: setup.model, setup.resolved.folder, {"weights": setup.weights}),
         ("pruned", lambda: load_model(folder, setup.family), folder, {"model": seal_hash(folder)}),
     ):
-        stage = run.stage(
+        stage = run.stage_together(
             f"evaluation-{label}",
             {**common, **inputs},
             lambda f, load=load, label=label, source=source: measure(f, load, label, source),  # type: ignore[misc]
@@ -241,7 +250,7 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
     from compress.evaluate import perplexity
     from compress.recipes.tyr.prune import curve
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         points = []
         for removed, plan in curve(run, job_for(setup, windows, {}), setup.recipe.evaluation.curve):
             share = removed / setup.costs.backbone
@@ -249,14 +258,15 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
             label = f"perplexity at {100 * share:.1f} %"
             texts = {n: perplexity(model, w, f"{label}, {n}")["ppl"] for n, w in windows.evaluation.items()}
             points.append({"backbone_removed": share, "texts": texts})
-        (folder / "curve.json").write_text(json.dumps(points, indent=1))
+        if folder is not None:
+            (folder / "curve.json").write_text(json.dumps(points, indent=1))
 
     inputs = {
         **{k: v for k, v in common.items() if k != "tasks"},
         "singles": seal_hash(run.folder / "singles-1"),
         "sparsities": setup.recipe.evaluation.curve,
     }
-    points: list[dict[str, Any]] = json.loads((run.stage("curve", inputs, build) / "curve.json").read_text())
+    points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
     return points
 
 

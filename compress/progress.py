@@ -6,6 +6,8 @@ import sys
 import time
 from types import TracebackType
 
+from compress import distributed
+
 QUIET_SECONDS = 2.0  # shorter work shows nothing
 LINE_SECONDS = 15.0  # distance of two plain lines
 
@@ -36,7 +38,7 @@ class Progress:
         """Sets the count to ``done``; ``note`` (a figure worth seeing) is printed behind it."""
         self.done, self._note = done, note or self._note
         now = time.monotonic()
-        if now - self._began < QUIET_SECONDS:
+        if now - self._began < QUIET_SECONDS or not distributed.is_main():
             return
         if now - self._last >= (0.1 if self._live else LINE_SECONDS) or (self._live and not self._shown):
             self._draw(now)
@@ -57,7 +59,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         now = time.monotonic()
-        if self._shown or now - self._began >= QUIET_SECONDS:
+        if distributed.is_main() and (self._shown or now - self._began >= QUIET_SECONDS):
             self._draw(now)
             if self._live:
                 print(file=sys.stderr)
@@ -69,5 +71,6 @@ def _clock(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """A line for the person at the terminal, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person at the terminal, on standard error; of several processes the main one speaks."""
+    if distributed.is_main():
+        print(text, file=sys.stderr, flush=True)

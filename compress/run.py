@@ -7,7 +7,6 @@ rename makes it visible. A kill at any moment leaves the stages before it and no
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,11 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compress import distributed
 from compress.cache import sha256_of
 from compress.errors import CompressError
+from compress.lock import Lock
 
 SEAL = "seal.json"
 SCRATCH = ".scratch"
+LOCK = ".lock"
+SHARED_SECONDS = 60.0  # how long a shared file system may take to show one node what another wrote
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -33,7 +36,10 @@ def fingerprint(inputs: Mapping[str, Any]) -> str:
 
 
 class Run:
-    """One run folder, held by this process alone while it is open. Use `Run.open`."""
+    """One run folder, held by this run alone while it is open. Use `Run.open`.
+
+    With several processes all open it and go through the same stages; the main one holds the lock and alone writes.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,24 +55,27 @@ class Run:
         Raises:
             CompressError: it cannot be written, another run holds it, or it holds something that is no run.
         """
-        lock = _take_lock(folder)
+        held: list[Lock] = []
+
+        def hold() -> None:
+            with _disk_errors(folder):
+                held.append(Lock.take(folder / LOCK))
+            _tidy(folder, fresh)
+
         try:
-            if fresh:
-                for entry in folder.iterdir():
-                    if entry.name != ".lock":
-                        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            else:
-                for partial in folder.rglob(".*.partial"):
-                    shutil.rmtree(partial)
+            distributed.main_says(hold)
             with _disk_errors(folder):
                 yield cls(folder)
         finally:
-            os.close(lock)
+            for lock in held:
+                lock.release()
 
     def stage(
         self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], object], began: float | None = None
     ) -> Path:
         """The folder of the sealed stage ``name``; builds it unless it is there.
+
+        Of several processes the main one builds, and the others wait for it. See `stage_together`.
 
         Args:
             name: a path below the run folder, such as ``plan`` or ``supernet-1/block-007``.
@@ -78,21 +87,52 @@ class Run:
             CompressError: it was sealed from other inputs (each is named), or the disk is full.
         """
         folder = self.folder / name
-        inputs = json.loads(json.dumps(inputs))
-        if folder.exists():
-            self._same_inputs(name, inputs)
-            return folder
-        partial = folder.with_name(f".{folder.name}.partial")
+
+        def work() -> None:
+            with _disk_errors(self.folder):
+                if not self._there(name, inputs):
+                    started = time.monotonic() if began is None else began
+                    build(self._empty(name))
+                    self._seal(name, inputs, started)
+
+        distributed.main_says(work)
+        _await(folder)
+        return folder
+
+    def stage_together(
+        self, name: str, inputs: Mapping[str, Any], build: Callable[[Path | None], object]
+    ) -> Path:
+        """Like `stage`, but all processes call ``build``: the main one with the folder to fill, the others with None."""
+        folder = self.folder / name
+        if not distributed.main_says(lambda: self._there(name, inputs)):
+            began = time.monotonic()
+            with _disk_errors(self.folder):
+                build(self._empty(name) if distributed.is_main() else None)
+            distributed.main_says(lambda: self._seal(name, inputs, began))
+        _await(folder)
+        return folder
+
+    def _there(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        if not (self.folder / name).exists():
+            return False
+        self._same_inputs(name, json.loads(json.dumps(inputs)))
+        return True
+
+    def _empty(self, name: str) -> Path:
+        partial = _partial(self.folder / name)
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        began = time.monotonic() if began is None else began
+        return partial
+
+    def _seal(self, name: str, inputs: Mapping[str, Any], began: float) -> None:
+        folder = self.folder / name
+        partial = _partial(folder)
         with _disk_errors(self.folder):
-            build(partial)
             files = sorted(p for p in partial.rglob("*") if p.is_file())
             seal = {
                 "stage": name,
-                "inputs": inputs,
+                "inputs": json.loads(json.dumps(inputs)),
                 "seconds": round(time.monotonic() - began, 3),
                 # ru_maxrss is in KiB on Linux: the most this process has held so far.
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -105,10 +145,9 @@ class Run:
                 _sync(path)
             partial.rename(folder)
             _sync(folder.parent)
-        return folder
 
     def is_sealed(self, name: str) -> bool:
-        return (self.folder / name / SEAL).exists()
+        return distributed.main_says(lambda: (self.folder / name / SEAL).exists())
 
     def _same_inputs(self, name: str, inputs: Mapping[str, Any]) -> None:
         before = read_seal(self.folder / name)["inputs"]
@@ -129,8 +168,17 @@ class Run:
 
     def drop_scratch(self, name: str) -> None:
         folder = self.folder / SCRATCH / name.replace("/", "-")
-        if folder.exists():
+        if distributed.is_main() and folder.exists():
             shutil.rmtree(folder)
+
+    def journal(self, name: str, file: str) -> Journal | Notes:
+        """An append-only journal in the scratch folder ``name``. All processes see its rows; the main one writes."""
+        folder = self.scratch(name)
+        if distributed.world() == 1:
+            return Journal(folder / file)
+        journal = Journal(folder / file) if distributed.is_main() else None
+        rows = distributed.main_says(lambda: list(journal.rows()) if journal else [])
+        return journal if journal is not None else Notes(rows)
 
     def seal_hash(self, folder: Path) -> str:
         """Hex SHA-256 of what a sealed stage holds (file names and hashes, not the time it took)."""
@@ -212,36 +260,44 @@ class Journal:
         return self._rows
 
 
-def _take_lock(folder: Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        strangers = [e.name for e in folder.iterdir()]
-        if strangers and ".lock" not in strangers:
+class Notes:
+    """The rows of another process's `Journal`, and what was added since; nothing is written."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self._rows
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _await(folder: Path) -> None:
+    """Until the stage that the main process has sealed is seen here too (a network file system may lag behind)."""
+    late = time.monotonic() + SHARED_SECONDS
+    while not (folder / SEAL).exists():
+        if time.monotonic() > late:
             raise CompressError(
-                "the folder is not empty and was not made by compress",
+                f"a stage that the main process has sealed is not seen on {socket.gethostname()}",
                 where=str(folder),
-                fix="name another --out folder",
+                fix="put the run folder (--out) on a file system that all nodes share",
             )
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise _full(folder) from e
-        raise CompressError(
-            f"the run folder cannot be written: {e.strerror}", where=str(folder), fix="name another folder with --out"
-        ) from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(lock, 200).decode().strip()
-        os.close(lock)
-        raise CompressError(
-            f"another run holds this folder ({holder or 'unknown process'})",
-            where=str(folder),
-            fix="wait for it, stop it, or name another folder with --out",
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return lock
+        time.sleep(0.05)
+
+
+def _tidy(folder: Path, fresh: bool) -> None:
+    if fresh:
+        for entry in folder.iterdir():
+            if entry.name != LOCK:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    else:
+        for partial in folder.rglob(".*.partial"):
+            shutil.rmtree(partial)
 
 
 def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:

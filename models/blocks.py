@@ -6,6 +6,8 @@ pieces, put together, against the model's own forward.
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,21 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
+
+
+def skeleton(blocks: nn.ModuleList, index: int) -> nn.Module:
+    """Block ``index`` as a module whose weights need not be there."""
+    found: nn.Module = blocks.skeleton(index) if hasattr(blocks, "skeleton") else blocks[index]  # type: ignore[operator]
+    return found
+
+
+def _passing(block: nn.Module) -> nn.Module:
+    """A stand-in that the model's own forward takes for a block: it gives back what it is given."""
+    made = copy.copy(block)
+    made._modules, made._parameters = {}, {}
+    made._forward_pre_hooks, made._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
+    made.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
+    return made
 
 
 class _Stop(Exception):
@@ -30,8 +47,10 @@ def _caught(module: nn.Module, seen: list[Any]) -> Any:
 class BlockRunner:
     """A causal language model cut at its blocks, for windows of one fixed length.
 
+    What goes in may lie on any device; what comes out lies on ``device``.
+
     Args:
-        model: a transformers causal LM in evaluation mode; its weights are read, never changed.
+        model: a transformers causal LM in evaluation mode, resident or streamed; its weights are read, never changed.
         family: its adapter.
         length: tokens per window; position embeddings and masks are captured once for it.
     """
@@ -39,28 +58,37 @@ class BlockRunner:
     def __init__(self, model: nn.Module, family: Family, length: int) -> None:
         self.model, self.family, self.length = model.eval(), family, length
         self.blocks = family.blocks(model)
+        self.device = family.embedding_device(model)
         self._kwargs: list[dict[str, Any]] = []
-        handles = []
-        for block in self.blocks:
+        self._stubs = nn.ModuleList(_passing(skeleton(self.blocks, i)) for i in range(len(self.blocks)))
+        for stub in self._stubs:
 
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._kwargs.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")})
 
-            handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+            stub.register_forward_pre_hook(hook, with_kwargs=True)
+        # One window of zeros: masks and position embeddings depend on the length alone.
+        self._body(torch.zeros(1, length, dtype=torch.int64))
+        for stub in self._stubs:
+            stub._forward_pre_hooks.clear()
+            stub._forward_pre_hooks_with_kwargs.clear()
+
+    def _body(self, ids: Tensor) -> None:
+        """The model's own forward with nothing done in the blocks."""
+        body: Any = self.model.model
+        body.layers = self._stubs
         try:
             with torch.no_grad():
-                # One window of zeros: masks and position embeddings depend on the length alone.
-                model.model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)  # type: ignore[operator,union-attr]
+                body(input_ids=ids.to(self.device), use_cache=False)
         finally:
-            for handle in handles:
-                handle.remove()
+            body.layers = self.blocks
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (b, length) -> the residual stream in front of block 0, (b, length, hidden)."""
         seen: list[Tensor] = []
-        handle = _caught(self.blocks[0], seen)
+        handle = _caught(self._stubs[0], seen)
         try:
-            self.model.model(input_ids=ids, use_cache=False)  # type: ignore[operator,union-attr]
+            self._body(ids)
         except _Stop:
             pass  # the hook has what it came for
         finally:
@@ -69,7 +97,9 @@ class BlockRunner:
 
     def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
-        out: Tensor = (block if block is not None else self.blocks[index])(hidden, **self._kwargs[index])
+        out: Tensor = (block if block is not None else self.blocks[index])(
+            hidden.to(self.device), **self._kwargs[index]
+        )
         return out
 
     def context(self, index: int, hidden: Tensor) -> Tensor:
@@ -86,7 +116,7 @@ class BlockRunner:
 
     def middle(self, index: int, hidden: Tensor, attention: Tensor) -> Tensor:
         """The residual stream between attention and FFN, given `o_proj`'s output ``attention`` (b, length, hidden)."""
-        return hidden + self.family.after_attention(self.blocks[index], attention)
+        return hidden.to(self.device) + self.family.after_attention(self.blocks[index], attention)
 
     def activation(self, index: int, middle: Tensor) -> Tensor:
         """What `down_proj` of block ``index`` reads: (b, length, ffn)."""
@@ -94,7 +124,7 @@ class BlockRunner:
         block = self.blocks[index]
         handle = _caught(self.family.down_proj(block), seen)
         try:
-            block.mlp(self.family.ffn_norm(block)(middle))  # type: ignore[operator]
+            block.mlp(self.family.ffn_norm(block)(middle.to(self.device)))  # type: ignore[operator]
         except _Stop:
             pass  # the hook has what it came for
         finally:
@@ -103,7 +133,7 @@ class BlockRunner:
 
     def output(self, index: int, middle: Tensor, ffn: Tensor) -> Tensor:
         """The residual stream behind block ``index``, given `down_proj`'s output ``ffn`` (b, length, hidden)."""
-        return middle + self.family.after_ffn(self.blocks[index], ffn)
+        return middle.to(self.device) + self.family.after_ffn(self.blocks[index], ffn)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final norm and the head: (..., hidden) -> (..., vocab)."""
@@ -112,7 +142,7 @@ class BlockRunner:
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """The same before the cap that some families put on logits; linear in the scale of the final norm."""
         model: Any = self.model
-        z: Tensor = model.lm_head(model.model.norm(hidden))
+        z: Tensor = model.lm_head(model.model.norm(hidden.to(self.device)))
         return z
 
     def capped(self, z: Tensor) -> Tensor:

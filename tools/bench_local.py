@@ -28,7 +28,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * n, n, generator=generator) @ (torch.eye(n) + 0.05 * torch.randn(n, n, generator=generator))
     w = torch.randn(n, given.hidden, generator=generator)
-    moments = Moments.zeros(n, given.hidden)
+    moments = Moments(n, given.hidden)
     moments.add(x, x @ w)
     problem = damp(moments, w, 0.01)
     counts = sorted({n * i // (given.levels - 1) // step * step for i in range(given.levels)})

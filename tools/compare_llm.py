@@ -75,9 +75,12 @@ def wanda(setup: Setup, windows: Windows, widths: list[int]) -> Plan:
 def take_over(folder: Path) -> None:
     """Copies from a finished run beside ``folder`` the stages that every sparsity shares."""
     for sibling in sorted(folder.parent.iterdir()):
-        stages = [["metrics"], ["supernet-1", "singles-1"] if folder.name.startswith("tyr-") else []]
-        for group in stages:
-            if not group or not (sibling / group[-1] / SEAL).exists() or (folder / group[-1]).exists():
+        # A group of blocks has no seal of its own: what is sealed last tells that it is whole.
+        stages = [(["metrics"], "metrics/block-000")]
+        if folder.name.startswith("tyr-"):
+            stages.append((["supernet-1", "singles-1"], "singles-1"))
+        for group, last in stages:
+            if not (sibling / last / SEAL).exists() or (folder / group[-1]).exists():
                 continue
             with Run.open(folder):
                 for stage in group:

@@ -156,6 +156,11 @@ class Family:
         blocks: nn.ModuleList = model.model.layers
         return blocks
 
+    def embedding_device(self, model: Any) -> torch.device:
+        """Where the model's activations are."""
+        device: torch.device = model.get_input_embeddings().weight.device
+        return device
+
     def o_proj(self, block: Any) -> nn.Linear:
         layer: nn.Linear = block.self_attn.o_proj
         return layer

@@ -14,31 +14,63 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.distributed import ExactSum, agree
 from compress.errors import CompressError
 
 Score = Literal["obs", "tyr"]
 SHRINK = 0.85  # the matrices are shrunk when this share of their rows is still alive
 
 
-@dataclass
 class Moments:
-    """Sums over calibration tokens: ``H`` = X^T X (in, in) and ``G`` = X^T T (in, out), both float64."""
+    """Sums over calibration tokens: H = X^T X (in, in) and G = X^T T (in, out), the same for any number of processes.
 
-    H: Tensor
-    G: Tensor
-    tokens: int = 0
+    Args:
+        where: the sublayer's name, for errors.
+    """
 
-    @classmethod
-    def zeros(cls, n_in: int, n_out: int) -> Moments:
-        return cls(torch.zeros(n_in, n_in, dtype=torch.float64), torch.zeros(n_in, n_out, dtype=torch.float64))
+    ROWS = 1024  # rows of H made at once: what is held beside the sums
+
+    def __init__(self, n_in: int, n_out: int, where: str = "", device: torch.device | None = None) -> None:
+        self.where = where
+        self._H, self._G = ExactSum(n_in, n_in, device=device), ExactSum(n_in, n_out, device=device)
+        self._sums: tuple[Tensor, Tensor] | None = None
 
     def add(self, x: Tensor, target: Tensor) -> None:
-        """Adds tokens: ``x`` (..., in) and ``target`` (..., out). Products in the inputs' type, sums in float64."""
+        """Adds tokens: ``x`` (..., in) and ``target`` (..., out). Products in the inputs' type, sums exact.
+
+        Every process adds at least once: the first time they agree on the grid of the sums.
+
+        Raises:
+            CompressError: the statistics hold NaN or infinity.
+        """
         x = x.reshape(-1, x.shape[-1])
         target = target.reshape(-1, target.shape[-1])
-        self.H += (x.T @ x).double()
-        self.G += (x.T @ target).double()
-        self.tokens += x.shape[0]
+        try:
+            if not self._H.has_grid:
+                squares = float(x.double().pow(2).sum(0).max())
+                aims = float(target.double().pow(2).sum(0).max())
+                size_H, size_G = agree([squares, (squares * aims) ** 0.5])
+                self._H.set_grid(size_H)
+                self._G.set_grid(size_G)
+            for first in range(0, x.shape[1], self.ROWS):
+                rows = slice(first, first + self.ROWS)
+                left = x[:, rows].T
+                self._H.add(left @ x, rows)
+                self._G.add(left @ target, rows)
+        except OverflowError:
+            raise CompressError(
+                "the calibration activations hold NaN or infinity"
+                if not (torch.isfinite(x).all() and torch.isfinite(target).all())
+                else "the calibration activations add up to more than 2^18 times those of the first batch",
+                where=self.where,
+                fix="check the model's weights (`compress verify`) and the calibration text",
+            ) from None
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """(H, G) over all processes, float64."""
+        if self._sums is None:
+            self._sums = self._H.total(), self._G.total()
+        return self._sums
 
 
 @dataclass(frozen=True)
@@ -64,27 +96,18 @@ class Problem:
         return torch.cholesky_solve(self.G[keep], factor)
 
 
-def damp(moments: Moments, W: Tensor, damping: float, where: str = "") -> Problem:
+def damp(moments: Moments, W: Tensor, damping: float) -> Problem:
     """Adds the ridge lambda ||W' - W||^2, lambda = damping * mean(diag H): it holds the refit to the original ``W``.
 
     Args:
         W: the dense projection (in, out).
-        where: the sublayer's name, for the error.
-
-    Raises:
-        CompressError: the statistics hold NaN or infinity.
     """
-    if not (torch.isfinite(moments.H).all() and torch.isfinite(moments.G).all()):
-        raise CompressError(
-            "the calibration activations hold NaN or infinity",
-            where=where,
-            fix="check the model's weights (`compress verify`) and run the calibration in float32",
-        )
-    scale = float(moments.H.diagonal().mean())
+    H, G = moments.sums()
+    scale = float(H.diagonal().mean())
     ridge = damping * (scale if scale > 0 else 1.0)
-    H = moments.H.clone()
+    H = H.clone()
     H.diagonal().add_(ridge)
-    return Problem(H, moments.G + ridge * W.double())
+    return Problem(H, G + ridge * W.double())
 
 
 def _block_losses(inverse: Tensor, w: Tensor, units: Tensor, score: Score, G: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ choice, so that every projection is refitted to the stream it will really see.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from compress.activations import is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
+from compress.distributed import is_main, main_says, meet
 from compress.models.blocks import BlockRunner
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
@@ -27,7 +30,7 @@ from compress.recipes.tyr.rescale import fit_scale
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.sensitivity import output_metrics
 from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, Supernet, prune_block, write_block
-from compress.run import Journal, Run, fingerprint, seal_hash
+from compress.run import Run, fingerprint, seal_hash
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
 # 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).
@@ -60,17 +63,17 @@ def produce_plan(run: Run, job: Job) -> Path:
 class Metrics:
     """The sealed output metrics of all sublayers; a block's are read when they are asked for. None: no metric."""
 
-    folder: Path | None
+    folders: list[Path] | None
 
     def of(self, block: int) -> tuple[Tensor | None, Tensor | None]:
         """(attention's, FFN's), each (hidden, hidden) float32 or None."""
-        if self.folder is None:
+        if self.folders is None:
             return None, None
-        with safe_open(self.folder / "metrics.safetensors", "pt") as file:
-            return file.get_tensor(f"{block}.attention"), file.get_tensor(f"{block}.ffn")
+        with safe_open(self.folders[block] / "metrics.safetensors", "pt") as file:
+            return file.get_tensor("attention"), file.get_tensor("ffn")
 
     def hash(self) -> str | None:
-        return None if self.folder is None else seal_hash(self.folder)
+        return None if self.folders is None else fingerprint({str(i): seal_hash(f) for i, f in enumerate(self.folders)})
 
 
 def _metrics(run: Run, job: Job) -> Metrics:
@@ -78,11 +81,27 @@ def _metrics(run: Run, job: Job) -> Metrics:
     if options.metric == "none":
         return Metrics(None)
     windows = job.calibration[: options.metric_windows]
+    inputs = {**job.inputs, "windows": len(windows), "seed": job.seed}
+    layers = job.geometry.layers
 
-    def build(folder: Path) -> None:
-        save_file(output_metrics(job.model, job.family, windows, job.seed), folder / "metrics.safetensors")
+    def write(block: int, found: dict[str, Tensor], began: float) -> None:
+        run.stage(
+            f"metrics/block-{block:03d}",
+            {**inputs, "block": block},
+            lambda folder: save_file(found, folder / "metrics.safetensors"),
+            began,
+        )
 
-    return Metrics(run.stage("metrics", {**job.inputs, "windows": len(windows), "seed": job.seed}, build))
+    # The backward pass goes from the last block to the first.
+    left = layers
+    while left and run.is_sealed(f"metrics/block-{left - 1:03d}"):
+        run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, _never)
+        left -= 1
+    if left:
+        runner = BlockRunner(job.model, job.family, windows.shape[1])
+        output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
+    run.drop_scratch("metrics")
+    return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
 
 
 def _supernet(
@@ -147,9 +166,9 @@ def _walk(
         run.drop_scratch(name)
         return folders
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
-    kept = scratch / f"before-{sealed:03d}.safetensors"
-    if sealed and kept.exists():
-        streams, start = Streams.load(kept), sealed
+    kept = scratch / f"before-{sealed:03d}"
+    if sealed and main_says(lambda: is_whole(kept, len(calibration))):
+        streams, start = Streams.load(kept, calibration), sealed
     else:
         streams, start = Streams.start(runner, calibration, accumulation), 0
     with Progress(layers, f"{name}: blocks", start=start) as bar:
@@ -172,12 +191,12 @@ def _walk(
                 metrics=metrics.of(index),
             )
             if index + 1 < layers:
-                partial = scratch / "partial.safetensors"
-                streams.save(partial)
-                partial.replace(scratch / f"before-{index + 1:03d}.safetensors")
+                streams.save(scratch / f"before-{index + 1:03d}")
+            meet(f"{name}, behind block {index}")
             if index >= sealed:
                 folders.append(write(index, attention, ffn, began))
-            (scratch / f"before-{index:03d}.safetensors").unlink(missing_ok=True)
+            if is_main():
+                shutil.rmtree(scratch / f"before-{index:03d}", ignore_errors=True)
             bar.update(1)
     run.drop_scratch(name)
     return folders
@@ -199,7 +218,7 @@ def _evaluator(
         positions=min(options.positions, windows.shape[1] - 1),
         top_k=options.teacher_top_k,
         seed=job.seed,
-        log=Journal(run.scratch(name) / f"log-{fingerprint(inputs)[:16]}.jsonl"),
+        log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
     )
 
@@ -216,23 +235,24 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
         "seed": job.seed,
     }
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         # Evenly spread over the windows, so that every source of text is among them.
         n = min(options.singles_windows, len(job.search))
         windows = job.search[torch.linspace(0, len(job.search) - 1, n).long()]
         evaluator = _evaluator(run, job, files, name, windows, inputs)
         supernet = evaluator.supernet
         base = evaluator.dense if choices is None else _genome_of(supernet, job, choices)
-        with Progress(sum(len(m) for m in menus(supernet)), f"{name}: single candidates") as bar:
+        with Progress(sum(len(m) - 1 for m in menus(supernet)), f"{name}: single candidates") as bar:
             priced = measure_singles(evaluator, base, lambda done: bar.to(done))
         described = [
             [{**vars(option), "choice": _describe(supernet, job, i, e)} for e, option in enumerate(menu)]
             for i, menu in enumerate(priced)
         ]
         facts = {"options": described, "base": list(base), "work": evaluator.work, "candidates": sum(map(len, priced))}
-        (folder / "singles.json").write_text(json.dumps(facts))
+        if folder is not None:
+            (folder / "singles.json").write_text(json.dumps(facts))
 
-    folder = run.stage(name, inputs, build)
+    folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
     return folder
 
@@ -253,7 +273,7 @@ def _search(
         "seed": job.seed,
     }
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         evaluator = _evaluator(run, job, files, name, job.search, inputs)
         supernet = evaluator.supernet
         facts = json.loads((singles / "singles.json").read_text())
@@ -262,10 +282,9 @@ def _search(
         base = None if choices is None else tuple(facts["base"])
         started = starts(priced, total, base)
         with Progress(len(started), f"{name}: starting points") as bar:
-            rated = {}
-            for label, genome in started.items():
-                rated[label] = evaluator.kl(genome, phase=f"start: {label}")
-                bar.update(1, note=f"{label} {rated[label]:.4f}")
+            notes = [{"phase": f"start: {label}"} for label in started]
+            rated = dict(zip(started, evaluator.kls(list(started.values()), notes=notes), strict=True))
+            bar.to(len(started), note=f"knapsack {rated['knapsack']:.4f}")
         best = min(rated, key=lambda label: (rated[label], label))
         with Progress(options.generations, f"{name}: generations") as bar:
             found = evolve(
@@ -276,36 +295,33 @@ def _search(
                 seed=job.seed + iteration,
                 progress=lambda generation, kl: bar.to(generation, note=f"KL {kl:.4f}"),
             )
-        (folder / "search.json").write_text(
-            json.dumps(
-                {
-                    "iteration": iteration,
-                    "genome": list(found.genome),
-                    "removed": total,
-                    "starts": rated,
-                    "kl_knapsack": rated["knapsack"],
-                    "predicted_knapsack": sum(priced[i][g].loss for i, g in enumerate(started["knapsack"])),
-                    "kl_start": found.kl_start,
-                    "kl": found.kl,
-                    "generations": found.generations,
-                    "stopped": found.stopped,
-                    "candidates": facts["candidates"],
-                    "work_token_layers": evaluator.work + facts["work"],
-                    "supernet_bytes": supernet.bytes,
-                    "full_shape_bytes": full_shape_bytes(supernet, job),
-                    "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
-                    "choices_knapsack": [vars(c) for c in _choices_of(supernet, job, started["knapsack"])],
-                    "log": [
-                        {k: r[k] for k in ("phase", "generation", "kl") if k in r} | {"work": r["work"] + facts["work"]}
-                        for r in evaluator.log.rows()
-                        if r["phase"] != "select"
-                    ],
-                },
-                indent=1,
-            )
-        )
+        result = {
+            "iteration": iteration,
+            "genome": list(found.genome),
+            "removed": total,
+            "starts": rated,
+            "kl_knapsack": rated["knapsack"],
+            "predicted_knapsack": sum(priced[i][g].loss for i, g in enumerate(started["knapsack"])),
+            "kl_start": found.kl_start,
+            "kl": found.kl,
+            "generations": found.generations,
+            "stopped": found.stopped,
+            "candidates": facts["candidates"],
+            "work_token_layers": evaluator.work + facts["work"],
+            "supernet_bytes": supernet.bytes,
+            "full_shape_bytes": full_shape_bytes(supernet, job),
+            "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
+            "choices_knapsack": [vars(c) for c in _choices_of(supernet, job, started["knapsack"])],
+            "log": [
+                {k: r[k] for k in ("phase", "generation", "kl") if k in r} | {"work": r["work"] + facts["work"]}
+                for r in evaluator.log.rows()
+                if r["phase"] != "select"
+            ],
+        }
+        if folder is not None:
+            (folder / "search.json").write_text(json.dumps(result, indent=1))
 
-    folder = run.stage(name, inputs, build)
+    folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
     return folder
 
@@ -410,7 +426,7 @@ def final_pass(
 
     folders = _walk(run, job, "final", inputs, job.calibration, block_menu, options.accumulation, metrics, write)
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         each = [Plan.load(f) for f in folders]
         plan = Plan(
             blocks=tuple(p.blocks[0] for p in each),
@@ -429,8 +445,9 @@ def final_pass(
             scale, before, after = fit_scale(job, plan)
             plan.weights["norm"] = job.family.scaled_norm(job.model, scale)
             plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
-        plan.save(folder)
-        (folder / "search.json").write_text(json.dumps(results, indent=1))
+        if folder is not None:
+            plan.save(folder)
+            (folder / "search.json").write_text(json.dumps(results, indent=1))
 
     parts = [run.seal_hash(f) for f in folders]
-    return run.stage("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)
+    return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)

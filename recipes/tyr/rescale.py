@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compress.distributed import gather, share
 from compress.models.blocks import BlockRunner
 from compress.plan import Plan
 from compress.progress import Progress
@@ -27,19 +28,21 @@ def fit_scale(job: Job, plan: Plan) -> tuple[float, float, float]:
         (scale, KL at scale 1, KL at the scale), in nats.
     """
     runner = BlockRunner(job.model, job.family, job.search.shape[1])
-    blocks = [plan.block(i, job.family, block, job.family.sliced) for i, block in enumerate(runner.blocks)]
-    sums = torch.zeros(len(SCALES), dtype=torch.float64)
-    with torch.no_grad(), Progress(len(job.search), "the logits' scale: windows") as bar:
-        for ids in job.search.split(1):
-            dense = pruned = runner.embed(ids)
-            for i, block in enumerate(blocks):
-                dense, pruned = runner.run(i, dense), runner.run(i, pruned, block)
-            teacher = runner.logits(dense).log_softmax(-1)
-            raw = runner.raw_logits(pruned)
-            for k, scale in enumerate(SCALES):
-                student = runner.capped(raw * scale).log_softmax(-1)
-                sums[k] += (teacher.exp() * (teacher - student)).sum(-1).double().mean()
+    mine = job.search[share(len(job.search)).start : share(len(job.search)).stop]
+    with torch.no_grad(), Progress(len(runner.blocks), "the logits' scale: blocks") as bar:
+        dense = [runner.embed(ids) for ids in mine.split(1)]
+        pruned = list(dense)
+        for i, block in enumerate(runner.blocks):
+            smaller = plan.block(i, job.family, block, job.family.sliced)
+            dense = [runner.run(i, hidden, block) for hidden in dense]
+            pruned = [runner.run(i, hidden, smaller) for hidden in pruned]
             bar.update(1)
-    mean = sums / len(job.search)
+        found = []
+        for teaching, hidden in zip(dense, pruned, strict=True):
+            teacher, raw = runner.logits(teaching).log_softmax(-1), runner.raw_logits(hidden)
+            students = (runner.capped(raw * scale).log_softmax(-1) for scale in SCALES)
+            found.append([float((teacher.exp() * (teacher - z)).sum(-1).double().mean()) for z in students])
+    # Summed in the order of the windows, whichever process had them.
+    mean = torch.tensor(gather(found), dtype=torch.float64).mean(0)
     best = int(mean.argmin())
     return SCALES[best], float(mean[SCALES.index(1.0)]), float(mean[best])

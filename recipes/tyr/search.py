@@ -7,7 +7,7 @@ candidate removes exactly the same number of parameters. Work is counted in toke
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from compress.budget import Option, knapsack
+from compress.distributed import gather, main_says, rank, share, stack, world
 from compress.models.blocks import BlockRunner
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import left_alone
-from compress.recipes.tyr.supernet import Supernet, batches
+from compress.recipes.tyr.supernet import BATCH_TOKENS, Supernet
 
 Genome = tuple[int, ...]
+
+ACTIVATION_BYTES = 2**28  # activations of the candidates that are run together, per process
 
 
 class Log(Protocol):
@@ -66,6 +69,10 @@ def _log_rest(logp: Tensor) -> Tensor:
 class Evaluator:
     """Measures the KL of candidates, running only the blocks behind the first one that differs from the parent.
 
+    Candidates go through a block together, so that a block that must be read is read once for all of them, and are
+    divided among the processes; each is measured whole by one of them, so that the figures do not depend on how many
+    there are.
+
     Args:
         runner: the dense model cut in blocks.
         supernet: the levels.
@@ -93,6 +100,9 @@ class Evaluator:
         self.seconds = 0.0  # spent on evaluations, those of the runs that this one goes on from included
         self.layers = len(runner.blocks)
         self.dense: Genome = tuple(0 for _ in range(2 * self.layers))
+        # A window runs with the same others whatever process runs it.
+        size = max(1, min(BATCH_TOKENS, windows.numel() // 4) // windows.shape[1])
+        self._groups = [range(i, min(i + size, len(windows))) for i in range(0, len(windows), size)]
         self._known = {
             (r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"
         }
@@ -116,38 +126,53 @@ class Evaluator:
             rest.append(_log_rest(top.values))
         return Teacher(positions, torch.stack(index), torch.stack(logp), torch.stack(rest))
 
-    def _block(self, index: int, a: int, f: int) -> torch.nn.Module | None:
-        """The really sliced block ``index`` at levels (a, f); None where both are dense."""
+    def _block(self, index: int, a: int, f: int) -> torch.nn.Module:
+        """The really sliced block ``index`` at levels (a, f)."""
+        block: torch.nn.Module = self.runner.blocks[index]
         if a == 0 and f == 0:
-            return None
+            return block
         attention, ffn = self.supernet.level(index, "attention", a), self.supernet.level(index, "ffn", f)
         return self.runner.family.sliced(
-            self.runner.blocks[index],
+            block,
             heads=None if a == 0 else torch.tensor(attention.units, dtype=torch.int64),
             neurons=None if f == 0 else torch.tensor(ffn.units, dtype=torch.int64),
             o_weight=attention.weight,
             down_weight=ffn.weight,
         )
 
-    def _run(self, genome: Genome, start: int, hidden: Tensor, keep: list[Tensor] | None) -> Tensor:
-        for index in range(start, self.layers):
-            block = self._block(index, genome[2 * index], genome[2 * index + 1])
-            hidden = torch.cat([self.runner.run(index, hidden[s], block) for s in batches(hidden)])
-            self.work += hidden.shape[0] * hidden.shape[1]
-            if keep is not None:
-                keep.append(hidden)
-        return hidden
+    def _grouped(self, rows: Sequence[int]) -> list[list[int]]:
+        """Places in ``rows`` (sorted window numbers) that run together."""
+        of = {window: g for g, group in enumerate(self._groups) for window in group}
+        parts: dict[int, list[int]] = {}
+        for place, window in enumerate(rows):
+            parts.setdefault(of[window], []).append(place)
+        return list(parts.values())
+
+    def _first_change(self, genome: Genome) -> int:
+        """The first block in which ``genome`` differs from the parent."""
+        pairs = zip(genome[::2], genome[1::2], self._parent[::2], self._parent[1::2], strict=True)
+        return next((i for i, (a, f, pa, pf) in enumerate(pairs) if (a, f) != (pa, pf)), self.layers)
 
     def _advance(self, genome: Genome) -> None:
-        """Makes ``genome`` the parent whose streams are reused."""
-        same = 0
-        if self._states:
-            while same < self.layers and genome[2 * same : 2 * same + 2] == self._parent[2 * same : 2 * same + 2]:
-                same += 1
+        """Makes ``genome`` the parent whose streams are reused; the processes divide the windows."""
+        if not self._states:
+            every = slice(0, len(self.windows))
+            self._states = [self.runner.embed(self.windows[every]).cpu()]
+            same = 0
         else:
-            self._states = [torch.cat([self.runner.embed(self.windows[s]) for s in batches(self.windows)])]
+            same = self._first_change(genome)
         del self._states[same + 1 :]
-        self._run(genome, same, self._states[same], self._states)
+        counts = [sum(len(self._groups[g]) for g in share(len(self._groups), r)) for r in range(world())]
+        mine = [self._groups[g] for g in share(len(self._groups))]
+        first = mine[0].start if mine else 0
+        hidden = self._states[same][first : first + sum(map(len, mine))].clone()
+        for index in range(same, self.layers):
+            block = self._block(index, genome[2 * index], genome[2 * index + 1])
+            for group in mine:
+                part = slice(group.start - first, group.stop - first)
+                hidden[part] = self.runner.run(index, hidden[part], block).cpu()
+            self._states.append(stack(hidden, counts) if world() > 1 else hidden.clone())
+            self.work += self.windows.numel()
         self._parent = genome
 
     def set_parent(self, genome: Genome) -> None:
@@ -156,35 +181,91 @@ class Evaluator:
 
     def kl(self, genome: Genome, rows: Sequence[int] | None = None, **note: Any) -> float:
         """Mean KL in nats of ``genome`` on the windows ``rows`` (all by default)."""
-        at = tuple(range(len(self.windows))) if rows is None else tuple(rows)
-        known = self._known.get((self.tag, genome, at))
-        if known is not None:
-            self.work = max(self.work, known["work"])
-            self.seconds = max(self.seconds, known["seconds"])
-            return float(known["kl"])
-        began = time.monotonic()
-        first = 0
-        while first < self.layers and genome[2 * first : 2 * first + 2] == self._parent[2 * first : 2 * first + 2]:
-            first += 1
-        hidden = self._run(genome, first, self._states[first][list(at)], None)
+        return self.kls([genome], rows, [note])[0]
+
+    def kls(
+        self,
+        genomes: Sequence[Genome],
+        rows: Sequence[int] | None = None,
+        notes: Sequence[Mapping[str, Any]] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[float]:
+        """Mean KL in nats of every genome on the windows ``rows`` (all by default).
+
+        Args:
+            notes: what is written beside each genome in the log.
+            progress: told how many are done.
+        """
+        at = tuple(range(len(self.windows))) if rows is None else tuple(sorted(rows))
+        notes = [{}] * len(genomes) if notes is None else notes
+        todo: dict[Genome, Mapping[str, Any]] = {}
+        for genome, note in zip(genomes, notes, strict=True):
+            known = self._known.get((self.tag, genome, at))
+            if known is None:
+                todo.setdefault(genome, note)
+            else:
+                self.work = max(self.work, known["work"])
+                self.seconds = max(self.seconds, known["seconds"])
+        tokens = len(at) * self.windows.shape[1]
+        # As many at once as their activations may take.
+        held = tokens * self._states[0].shape[-1] * 4
+        several = max(1, ACTIVATION_BYTES // held) * world()
+        left = list(todo)
+        for begin in range(0, len(left), several):
+            chunk = left[begin : begin + several]
+            began = time.monotonic()
+            # In turn, not in runs: neighbours in the list cost alike.
+            mine = chunk[rank() :: world()]
+            found = gather(list(zip(range(rank(), len(chunk), world()), self._measure(mine, at), strict=True)))
+            spent = main_says(lambda began=began: time.monotonic() - began)  # type: ignore[misc]
+            for place, kl in sorted(found):
+                genome = chunk[place]
+                self.work += (self.layers - self._first_change(genome)) * tokens
+                self.seconds += spent / len(chunk)
+                row = {
+                    "kind": "kl",
+                    "tag": self.tag,
+                    "genome": list(genome),
+                    "rows": list(at),
+                    "kl": kl,
+                    "work": self.work,
+                    "seconds": round(self.seconds, 3),
+                    **todo[genome],
+                }
+                self.log.append(row)
+                self._known[(self.tag, genome, at)] = row
+            if progress:
+                progress(len(genomes) - len(left) + begin + len(chunk))
+        return [float(self._known[(self.tag, genome, at)]["kl"]) for genome in genomes]
+
+    def _measure(self, genomes: Sequence[Genome], at: tuple[int, ...]) -> list[float]:
+        """The KL of every genome, block by block: each block is fetched once for all genomes."""
+        firsts = [self._first_change(g) for g in genomes]
+        parts = self._grouped(at)
+        hidden: list[Tensor] = [torch.empty(0)] * len(genomes)
+        for index in range(min(firsts, default=self.layers), self.layers):
+            made: dict[tuple[int, int], torch.nn.Module] = {}
+            for k, genome in enumerate(genomes):
+                if index < firsts[k]:
+                    continue
+                if index == firsts[k]:
+                    hidden[k] = self._states[index][list(at)]
+                a, f = genome[2 * index], genome[2 * index + 1]
+                if (a, f) not in made:
+                    made[a, f] = self._block(index, a, f)
+                for part in parts:
+                    hidden[k][part] = self.runner.run(index, hidden[k][part], made[a, f]).cpu()
+        return [
+            self._kl_of(hidden[k] if firsts[k] < self.layers else self._states[-1][list(at)], at)
+            for k in range(len(genomes))
+        ]
+
+    def _kl_of(self, hidden: Tensor, at: tuple[int, ...]) -> float:
         teacher = self.teacher.rows(at)
         total = 0.0
         for i in range(len(at)):
             z = self.runner.logits(hidden[i][teacher.positions[i]][None])
             total += float(teacher.rows([i]).kl(z).double().mean())
-        self.seconds += time.monotonic() - began
-        row = {
-            "kind": "kl",
-            "tag": self.tag,
-            "genome": list(genome),
-            "rows": list(at),
-            "kl": total / len(at),
-            "work": self.work,
-            "seconds": round(self.seconds, 3),
-            **note,
-        }
-        self.log.append(row)
-        self._known[(self.tag, genome, at)] = row
         return total / len(at)
 
 
@@ -209,17 +290,18 @@ def measure_singles(
     evaluator.set_parent(base)
     zero = evaluator.kl(base, phase="single")
     options = menus(evaluator.supernet)
-    done = 0
     # From the last block to the first: the cheap ones first.
-    for sublayer in range(len(options) - 1, -1, -1):
-        menu, own = options[sublayer], base[sublayer]
-        losses = []
-        for e in range(len(menu)):
-            genome = (*base[:sublayer], e, *base[sublayer + 1 :])
-            losses.append(0.0 if e == own else evaluator.kl(genome, phase="single") - zero)
-            done += 1
-            if progress:
-                progress(done)
+    changed = {
+        (sublayer, e): (*base[:sublayer], e, *base[sublayer + 1 :])
+        for sublayer in range(len(options) - 1, -1, -1)
+        for e in range(len(options[sublayer]))
+        if e != base[sublayer]
+    }
+    notes = [{"phase": "single"}] * len(changed)
+    found = dict(zip(changed, evaluator.kls(list(changed.values()), notes=notes, progress=progress), strict=True))
+    for sublayer, menu in enumerate(options):
+        own = base[sublayer]
+        losses = [0.0 if e == own else found[sublayer, e] - zero for e in range(len(menu))]
         for e in range(own - 1, -1, -1):
             losses[e] = min(losses[e], losses[e + 1])
         for e in range(own + 1, len(menu)):
@@ -313,16 +395,18 @@ def evolve(
     stopped: Literal["generations", "patience", "time limit"] = "generations"
     for generation in range(1, settings.generations + 1):
         rng = np.random.default_rng([seed, generation])
+
+        def notes(phase: str, of: list[Genome], generation: int = generation) -> list[dict[str, Any]]:
+            return [{"phase": phase, "generation": generation}] * len(of)
+
         children = offspring(options, parent, total, settings.offspring, rng, seen)
         windows = rng.permutation(n).tolist()
-        for share, survivors in zip(settings.steps[:-1], settings.survivors, strict=True):
-            rows = sorted(windows[: max(1, round(share * n))])
-            rated = [
-                (evaluator.kl(child, rows, phase="select", generation=generation), child) for child in children
-            ]
+        for portion, survivors in zip(settings.steps[:-1], settings.survivors, strict=True):
+            rows = sorted(windows[: max(1, round(portion * n))])
+            rated = list(zip(evaluator.kls(children, rows, notes("select", children)), children, strict=True))
             children = [child for _, child in sorted(rated)[:survivors]]
             windows = windows[len(rows) :] + windows[: len(rows)]
-        finals = [(evaluator.kl(child, phase="final", generation=generation), child) for child in children]
+        finals = list(zip(evaluator.kls(children, notes=notes("final", children)), children, strict=True))
         best = min(finals, default=(parent_kl, parent))
         if best[0] < parent_kl:
             parent_kl, parent = best

@@ -4,65 +4,168 @@ A layer-wise objective counts an error in every output direction alike; the mode
 an output error e is e^T F e / 2, F = E[g g^T], with g the gradient of the log-likelihood of labels drawn from the
 model's own predictions (as in K-FAC, arXiv 1503.05671). F weighs the *choice* of units; their refit does not depend
 on it, since the least-squares optimum is the same in every output metric.
+
+The backward pass goes block by block from streams kept on disk: only one block's graph is ever held.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.activations import is_whole, load_part, save_part
+from compress.distributed import ExactSum, agree, is_main, main_says, meet, share
+from compress.models.blocks import BlockRunner
 from compress.progress import Progress
 
-if TYPE_CHECKING:
-    from compress.models.families.base import Family
-
 RIDGE = 1e-3  # share of the mean diagonal added, so that directions no gradient was seen in still count
+KINDS = ("attention", "ffn")
 
 
-def output_metrics(model: Any, family: Family, windows: Tensor, seed: int) -> dict[str, Tensor]:
-    """The metric of every sublayer's output, from one backward pass per window.
+def output_metrics(
+    runner: BlockRunner,
+    windows: Tensor,
+    seed: int,
+    scratch: Path,
+    left: int,
+    write: Callable[[int, dict[str, Tensor], float], None],
+) -> None:
+    """The metrics of blocks ``left`` - 1 down to 0, from one backward pass per window. Processes divide the windows.
 
     Args:
         windows: token ids (n, length) int64.
         seed: of the labels drawn.
-
-    Returns:
-        ``{"<block>.attention", "<block>.ffn": (hidden, hidden) float32}``, each scaled to a mean diagonal of 1.
+        scratch: a folder for the streams; a run that was stopped goes on from what is in it.
+        write: called behind every block with its number, ``{"attention", "ffn": (hidden, hidden) float32}``, each
+            scaled to a mean diagonal of 1, and `time.monotonic()` when the work for it began.
     """
+    layers, mine, total = len(runner.blocks), share(len(windows)), len(windows)
+    streams, gradients_at = scratch / "streams", scratch / "gradients"
+
+    def resumable() -> tuple[int, bool]:
+        whole = [i for i in range(layers + 1) if is_whole(streams / f"{i:03d}", total)]
+        ready = left < layers and is_whole(gradients_at / f"{left:03d}", total) and whole[:left] == list(range(left))
+        return max(whole, default=-1), ready
+
+    last, ready = main_says(resumable)
+    if not ready:
+        left = layers
+        _forward(runner, windows, mine, streams, last)
+        hidden = _read(streams / f"{layers:03d}", mine)
+        gradients = [_at_the_top(runner, h, seed + 1_000_003 * k) for k, h in zip(mine, hidden, strict=True)]
+    else:
+        gradients = _read(gradients_at / f"{left:03d}", mine)
+    with Progress(layers, "sensitivities: backward", start=layers - left) as bar:
+        for i in range(left - 1, -1, -1):
+            began = time.monotonic()
+            found, gradients = _backward(runner, i, _read(streams / f"{i:03d}", mine), gradients)
+            _keep(gradients_at / f"{i:03d}", mine, gradients)
+            meet(f"sensitivities, in front of block {i}")
+            write(i, found, began)
+            if is_main():
+                shutil.rmtree(gradients_at / f"{i + 1:03d}", ignore_errors=True)
+                shutil.rmtree(streams / f"{i + 1:03d}", ignore_errors=True)
+            bar.update(1)
+
+
+def _forward(runner: BlockRunner, windows: Tensor, mine: range, streams: Path, last: int) -> None:
+    """Writes the dense stream in front of every block and behind the last; those up to ``last`` are there."""
+    with torch.no_grad(), Progress(len(runner.blocks), "sensitivities: forward", start=max(0, last)) as bar:
+        if last < 0:
+            hidden = [runner.embed(windows[k : k + 1]).cpu() for k in mine]
+            _keep(streams / "000", mine, hidden)
+        else:
+            hidden = _read(streams / f"{last:03d}", mine)
+        for i in range(max(0, last), len(runner.blocks)):
+            block = runner.blocks[i]
+            hidden = [runner.run(i, h, block).cpu() for h in hidden]
+            _keep(streams / f"{i + 1:03d}", mine, hidden)
+            bar.update(1)
+    meet("sensitivities, forward")
+
+
+def _read(folder: Path, windows: range) -> list[Tensor]:
+    return list(load_part(folder, windows)["x"].split(1)) if windows else []
+
+
+def _keep(folder: Path, windows: range, tensors: list[Tensor]) -> None:
+    if windows:
+        save_part(folder, windows, {"x": torch.cat(tensors)})
+
+
+def _at_the_top(runner: BlockRunner, hidden: Tensor, seed: int) -> Tensor:
+    """The loss's gradient behind the last block, (1, length, hidden), for labels drawn from the model itself."""
     generator = torch.Generator().manual_seed(seed)
-    sums: dict[str, Tensor] = {}
+    with torch.enable_grad():
+        x = hidden.to(runner.device).detach().requires_grad_(True)
+        logits = runner.logits(x)[0]
+        chances = logits.detach().float().softmax(-1).cpu()
+        labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, x)
+    return gradient.cpu()
+
+
+def _backward(
+    runner: BlockRunner, index: int, streams: Any, gradients: list[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Block ``index``'s metrics over all processes' windows, and this one's gradients in front of it."""
+    block = runner.blocks[index]
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(_: Any, __: Any, out: Tensor) -> None:
-            out.retain_grad()
             outputs[name] = out
 
         return hook
 
-    handles = []
-    for i, block in enumerate(family.blocks(model)):
-        handles.append(family.o_proj(block).register_forward_hook(keep(f"{i}.attention")))
-        handles.append(family.down_proj(block).register_forward_hook(keep(f"{i}.ffn")))
+    handles = [
+        runner.family.o_proj(block).register_forward_hook(keep("attention")),
+        runner.family.down_proj(block).register_forward_hook(keep("ffn")),
+    ]
+    products: list[dict[str, Tensor]] = []
+    passed = []
+    sums: dict[str, ExactSum] = {}
+
+    def add() -> None:
+        for name, product in products.pop().items():
+            sums[name].add(product)
+
     try:
-        with torch.enable_grad(), Progress(len(windows), "sensitivities: windows") as bar:
-            for ids in windows.split(1):
-                embedded = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-                logits = model(inputs_embeds=embedded, use_cache=False).logits[0]
-                labels = torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
-                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
-                for name, out in outputs.items():
-                    assert out.grad is not None  # retained by the hook
-                    g = out.grad.reshape(-1, out.shape[-1])
-                    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + (g.T @ g).double()
-                outputs.clear()
-                bar.update(1)
+        for stream, gradient in zip(streams, gradients, strict=True):
+            with torch.enable_grad():
+                x = stream.to(runner.device).detach().requires_grad_(True)
+                out = runner.run(index, x, block)
+                wanted = (x, *(outputs[k] for k in KINDS))
+                g_x, *found = torch.autograd.grad(out, wanted, gradient.to(runner.device))
+            passed.append(g_x.cpu())
+            flat = {k: g.reshape(-1, g.shape[-1]) for k, g in zip(KINDS, found, strict=True)}
+            products.append({k: (g.T @ g).double() for k, g in flat.items()})
+            if sums:
+                add()
+            else:
+                _start(sums, products[0])
+                add()
     finally:
         for handle in handles:
             handle.remove()
-    return {name: _scaled(total) for name, total in sums.items()}
+    if not sums:
+        # A process without windows takes part in the sums all the same.
+        width = runner.family.o_proj(block).weight.shape[0]
+        _start(sums, {k: torch.zeros(width, width, device=runner.device) for k in KINDS})
+    return {k: _scaled(sums[k].total()).cpu() for k in KINDS}, passed
+
+
+def _start(sums: dict[str, ExactSum], first: dict[str, Tensor]) -> None:
+    for kind, size in zip(KINDS, agree([float(first[k].diagonal().max()) for k in KINDS]), strict=True):
+        sums[kind] = ExactSum(*first[kind].shape, device=first[kind].device)
+        sums[kind].set_grid(size)
 
 
 def _scaled(total: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ block's pruned attention, because the attention candidates are made before its s
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compress.activations import load_part, save_part
+from compress.distributed import from_main, is_main, main_says, share, world
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
 from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, prune_heads, prune_neurons
@@ -29,12 +31,14 @@ Target = Literal["own", "output", "residual"]
 Accumulation = Literal["expectation", "uniform", "none"]
 TokenWeight = Literal["norm", "none"]
 
-BATCH_TOKENS = 2048  # tokens per forward
+BATCH_TOKENS = 2048  # tokens per forward, at most
+BATCHES = 16  # a set of windows makes at least so many batches, where it has so many windows: work for 16 processes
+KEEP_BYTES = 2**31  # a sublayer's inputs are kept while they take no more than this
 
 
 def batches(windows: Tensor) -> list[slice]:
-    """Slices of ``windows`` (n, length, ...) that hold about `BATCH_TOKENS` tokens each."""
-    size = max(1, BATCH_TOKENS // windows.shape[1])
+    """Slices of ``windows`` (n, length, ...) that hold at most `BATCH_TOKENS` tokens each."""
+    size = max(1, min(BATCH_TOKENS // windows.shape[1], len(windows) // BATCHES))
     return [slice(i, i + size) for i in range(0, len(windows), size)]
 
 
@@ -77,10 +81,22 @@ def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) 
 
 class Streams:
     """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each. Without error
-    accumulation they are one and the same tensor."""
+    accumulation they are one and the same tensor.
 
-    def __init__(self, dense: Tensor, pruned: Tensor | None = None) -> None:
+    Of several processes each holds the streams of its own ``windows``, and runs them in ``batches``: slices of what it
+    holds.
+    """
+
+    def __init__(
+        self,
+        dense: Tensor,
+        pruned: Tensor | None = None,
+        windows: range | None = None,
+        batches: list[slice] | None = None,
+    ) -> None:
         self.dense, self.pruned = dense, dense if pruned is None else pruned
+        self.windows = range(len(dense)) if windows is None else windows
+        self.batches = [slice(0, len(dense))] if batches is None else batches
 
     @property
     def alone(self) -> bool:
@@ -89,17 +105,41 @@ class Streams:
 
     @classmethod
     def start(cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation) -> Streams:
-        dense = torch.cat([runner.embed(ids[s]) for s in batches(ids)])
-        return cls(dense, None if accumulation == "none" else dense.clone())
+        """The embedded windows of this process, of all of ``ids`` (n, length)."""
+        windows, slices = own_batches(ids)
+        mine = ids[windows.start : windows.stop]
+        dense = torch.cat([runner.embed(mine[s]).cpu() for s in slices])
+        return cls(dense, None if accumulation == "none" else dense.clone(), windows, slices)
 
-    def save(self, path: Path) -> None:
-        save_file({"dense": self.dense} if self.alone else {"dense": self.dense, "pruned": self.pruned}, path)
+    def save(self, folder: Path) -> None:
+        tensors = {"dense": self.dense} if self.alone else {"dense": self.dense, "pruned": self.pruned}
+        save_part(folder, self.windows, tensors)
 
     @classmethod
-    def load(cls, path: Path) -> Streams:
-        with safe_open(path, "pt") as f:
-            names = set(f.keys())
-            return cls(f.get_tensor("dense"), f.get_tensor("pruned") if "pruned" in names else None)
+    def load(cls, folder: Path, ids: Tensor) -> Streams:
+        windows, slices = own_batches(ids)
+        found = load_part(folder, windows)
+        return cls(found["dense"], found.get("pruned"), windows, slices)
+
+
+def own_batches(ids: Tensor) -> tuple[range, list[slice]]:
+    """The windows of ``ids`` (n, length) that are this process's, and the batches among them, counted from its first.
+
+    Whole batches, so that each is computed alike however many processes there are.
+
+    Raises:
+        CompressError: there are fewer batches than processes.
+    """
+    slices = batches(ids)
+    if len(slices) < world():
+        raise CompressError(
+            f"{len(ids)} windows of {ids.shape[1]} tokens make {len(slices)} batches, too few for {world()} processes",
+            where="calibration.windows",
+            fix="ask for more windows, or for fewer processes",
+        )
+    mine = [slices[i] for i in share(len(slices))]
+    first, last = mine[0].start, min(len(ids), mine[-1].stop)
+    return range(first, last), [slice(s.start - first, min(s.stop, last) - first) for s in mine]
 
 
 def _expected(
@@ -107,23 +147,47 @@ def _expected(
 ) -> tuple[Tensor, Tensor]:
     """The weight (out, in) and bias (out,) whose output is the candidates' mean, sum w_e W_e / sum w_e.
 
-    A candidate with nothing left has no bias either.
+    A candidate with nothing left has no bias either. The main process alone has the levels; all get the result.
     """
+    if not is_main():
+        weight, bias = torch.empty_like(layer.weight), torch.empty_like(_bias(layer))
+        from_main(weight)
+        from_main(bias)
+        return weight, bias
     total = torch.zeros_like(layer.weight, dtype=torch.float64)
     mass = with_bias = 0.0
     for level, at in zip(levels, columns, strict=True):
         if level.saving == 0 and not dense_expected:
             continue
-        share = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
-        mass += share
+        part = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
+        mass += part
         if not level.units:
             continue
-        with_bias += share
+        with_bias += part
         if level.weight is None:
-            total += share * layer.weight.double()
+            total += part * layer.weight.double()
         else:
-            total[:, at] += share * level.weight.double()
-    return (total / mass).to(layer.weight.dtype), _bias(layer) * (with_bias / mass)
+            total[:, at] += part * level.weight.to(total)
+    weight, bias = (total / mass).to(layer.weight.dtype), _bias(layer) * (with_bias / mass)
+    from_main(weight)
+    from_main(bias)
+    return weight, bias
+
+
+class _Kept:
+    """One sublayer's inputs in the pruned stream, kept from when statistics were taken to when the stream moves on, or,
+    where they are more than `KEEP_BYTES`, made again."""
+
+    def __init__(self, stream: Tensor, width: int) -> None:
+        self._keeps = stream.shape[0] * stream.shape[1] * width * 4 <= KEEP_BYTES
+        self._parts: dict[int, Tensor] = {}
+
+    def keep(self, s: slice, part: Tensor) -> None:
+        if self._keeps:
+            self._parts[s.start] = part
+
+    def get(self, s: slice, again: Callable[[], Tensor]) -> Tensor:
+        return self._parts.pop(s.start) if self._keeps else again()
 
 
 def _bias(layer: nn.Linear) -> Tensor:
@@ -160,7 +224,7 @@ def prune_block(
     if family.post_norm and target == "residual":
         target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
     where = f"block {index}"
-    slices = batches(streams.dense)
+    slices = streams.batches
     o, down = family.o_proj(block), family.down_proj(block)
     o_dense, down_dense = o.weight, down.weight
     # A bias stays as it is, so what the weights are fitted to is what remains without it.
@@ -171,35 +235,42 @@ def prune_block(
     ffn_stays = menu.neurons == (geometry.ffn,)
 
     # Attention: the dense stream passes through to its middle; the pruned stream's inputs of o_proj are gathered.
-    moments = Moments.zeros(o_dense.shape[1], o_dense.shape[0])
-    contexts = []
+    moments = Moments(o_dense.shape[1], o_dense.shape[0], f"{where}, o_proj", runner.device)
     alone = streams.alone
+    contexts = _Kept(streams.dense, o_dense.shape[1])
     for s in slices:
         dense_context = runner.context(index, streams.dense[s])
         attention = dense_context @ o_dense.T + o_bias
         middle = runner.middle(index, streams.dense[s], attention)
         context = dense_context if alone else runner.context(index, streams.pruned[s])
         if not attention_stays:
-            aim = _aim(target, context @ o_dense.T, attention - o_bias, middle - streams.pruned[s] - o_bias)
+            residual = middle - streams.pruned[s].to(middle.device) - o_bias
+            aim = _aim(target, context @ o_dense.T, attention - o_bias, residual)
             moments.add(*_weighted(context, aim, attention if family.post_norm else middle, token_weight))
         if not alone:
-            contexts.append(context)
+            contexts.keep(s, context)
         streams.dense[s] = middle
     if attention_stays:
         attention_levels = [Level(tuple(range(geometry.heads)), 0, 0.0, 0.0, None)]
     else:
-        problem = damp(moments, o_dense.T, damping, f"{where}, o_proj")
-        attention_levels = _attention_levels(problem, menu, geometry, costs, score, trim, metrics[0])
+        attention_levels = _in_main(
+            moments,
+            o_dense.T,
+            damping,
+            lambda problem: _attention_levels(problem, menu, geometry, costs, score, trim, metrics[0]),
+        )
+    del moments
     if not alone:
         columns = [channels(level.units, geometry.head_dim) for level in attention_levels]
         mean, bias = _expected(attention_levels, columns, o, accumulation, menu.dense_expected[0])
-        for s, context in zip(slices, contexts, strict=True):
+        for s in slices:
+            context = contexts.get(s, lambda s=s: runner.context(index, streams.pruned[s]))  # type: ignore[misc]
             streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + bias)
     del contexts
 
     # FFN: its inputs come from the pruned attention just made.
-    moments = Moments.zeros(down_dense.shape[1], down_dense.shape[0])
-    activations = []
+    moments = Moments(down_dense.shape[1], down_dense.shape[0], f"{where}, down_proj", runner.device)
+    activations = _Kept(streams.dense, down_dense.shape[1])
     for s in slices:
         dense_activation = runner.activation(index, streams.dense[s])
         dense_out = dense_activation @ down_dense.T + down_bias
@@ -207,22 +278,39 @@ def prune_block(
         activation = dense_activation if alone else runner.activation(index, streams.pruned[s])
         if not ffn_stays:
             own = activation @ down_dense.T
-            aim = _aim(target, own, dense_out - down_bias, behind - streams.pruned[s] - down_bias)
+            residual = behind - streams.pruned[s].to(behind.device) - down_bias
+            aim = _aim(target, own, dense_out - down_bias, residual)
             moments.add(*_weighted(activation, aim, dense_out if family.post_norm else behind, token_weight))
         if not alone:
-            activations.append(activation)
+            activations.keep(s, activation)
         streams.dense[s] = behind
     if ffn_stays:
         ffn_levels = [Level(tuple(range(geometry.ffn)), 0, 0.0, 0.0, None)]
     else:
-        problem = damp(moments, down_dense.T, damping, f"{where}, down_proj")
-        ffn_levels = _ffn_levels(problem, menu, geometry, costs, score, step, metrics[1])
+        ffn_levels = _in_main(
+            moments,
+            down_dense.T,
+            damping,
+            lambda problem: _ffn_levels(problem, menu, geometry, costs, score, step, metrics[1]),
+        )
+    del moments
     if not alone:
         columns = [torch.tensor(level.units, dtype=torch.int64) for level in ffn_levels]
         mean, bias = _expected(ffn_levels, columns, down, accumulation, menu.dense_expected[1])
-        for s, activation in zip(slices, activations, strict=True):
+        for s in slices:
+            activation = activations.get(s, lambda s=s: runner.activation(index, streams.pruned[s]))  # type: ignore[misc]
             streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + bias)
     return attention_levels, ffn_levels
+
+
+def _in_main(
+    moments: Moments, W: Tensor, damping: float, levels: Callable[[Problem], list[Level]]
+) -> list[Level]:
+    """The levels in the main process, from all processes' sums; none in the others."""
+    moments.sums()
+    found: list[Level] = []
+    main_says(lambda: found.extend(levels(damp(moments, W, damping))))
+    return found
 
 
 def _aim(target: Target, own: Tensor, output: Tensor, residual: Tensor) -> Tensor:
@@ -271,7 +359,7 @@ def _ffn_levels(
 def _level(
     units: tuple[int, ...], keep: Tensor, saving: int, whole: int, problem: Problem, refitted: Tensor, dense: bool
 ) -> Level:
-    weight = None if dense else refitted.T.float().contiguous()
+    weight = None if dense else refitted.T.float().contiguous().cpu()
     return Level(units, saving, saving / whole, problem.loss(keep, refitted), weight)
 
 

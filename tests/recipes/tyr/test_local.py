@@ -35,7 +35,7 @@ def correlated(n: int, out: int, seed: int, tokens: int = 60) -> tuple[Tensor, T
 def problem(n: int, out: int, seed: int, damping: float = 0.01) -> tuple[Problem, Tensor]:
     """A damped problem whose target is X W plus something W cannot reach, and W."""
     X, W = correlated(n, out, seed)
-    moments = Moments.zeros(n, out)
+    moments = Moments(n, out)
     g = torch.Generator().manual_seed(1000 + seed)
     moments.add(X, X @ W + torch.randn(len(X), out, generator=g, dtype=torch.float64))
     return damp(moments, W, damping), W
@@ -76,7 +76,7 @@ def cheapest(p: Problem, alive: list[int], units: list[list[int]], metric: Tenso
 
 def test_moments_over_uneven_batches_are_the_products_of_all_tokens() -> None:
     g = torch.Generator().manual_seed(0)
-    moments = Moments.zeros(6, 3)
+    moments = Moments(6, 3)
     xs, ts = [], []
     for shape in ((2, 5), (1, 1), (3, 7)):
         x, t = torch.randn(*shape, 6, generator=g), torch.randn(*shape, 3, generator=g)
@@ -84,16 +84,17 @@ def test_moments_over_uneven_batches_are_the_products_of_all_tokens() -> None:
         xs.append(x.reshape(-1, 6).double())
         ts.append(t.reshape(-1, 3).double())
     X, T = torch.cat(xs), torch.cat(ts)
-    assert moments.tokens == 32 and moments.H.dtype == moments.G.dtype == torch.float64
-    torch.testing.assert_close(moments.H, X.T @ X, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(moments.G, X.T @ T, rtol=1e-5, atol=1e-5)
+    H, G = moments.sums()
+    assert H.dtype == G.dtype == torch.float64
+    torch.testing.assert_close(H, X.T @ X, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(G, X.T @ T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [[0, 1, 2, 3, 4, 5, 6, 7], [1, 4, 6], [5], []])
 def test_refit_is_the_ridge_regression_on_the_kept_rows(keep: list[int]) -> None:
     X, W = correlated(8, 4, seed=3)
     T = X @ W + 0.5
-    moments = Moments.zeros(8, 4)
+    moments = Moments(8, 4)
     moments.add(X, T)
     # The ridge as more tokens: lambda ||W' - W||^2 are rows sqrt(lambda) I aimed at sqrt(lambda) W.
     root = math.sqrt(0.02 * float((X**2).sum(0).mean()))
@@ -121,29 +122,40 @@ def test_huge_damping_gives_the_dense_rows_back() -> None:
 
 def test_damping_leaves_the_statistics_as_they_were() -> None:
     X, W = correlated(5, 2, seed=0)
-    moments = Moments.zeros(5, 2)
+    moments = Moments(5, 2)
     moments.add(X, X @ W)
-    before = moments.H.clone(), moments.G.clone()
+    before = [m.clone() for m in moments.sums()]
     damp(moments, W, 0.1)
-    assert torch.equal(moments.H, before[0]) and torch.equal(moments.G, before[1])
+    assert all(torch.equal(m, b) for m, b in zip(moments.sums(), before, strict=True))
 
 
 def test_a_channel_that_never_fires_is_no_obstacle() -> None:
-    moments = Moments.zeros(4, 2)
+    moments = Moments(4, 2)
     moments.add(torch.zeros(3, 4), torch.zeros(3, 2))
     W = torch.arange(8.0).reshape(4, 2)
     keep = torch.tensor([1, 2])
     torch.testing.assert_close(damp(moments, W, 0.01).refit(keep), W[keep].double())
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("which", ["H", "G"])
-def test_broken_statistics_are_refused_with_the_name_of_the_sublayer(bad: float, which: str) -> None:
-    moments = Moments.zeros(3, 2)
-    getattr(moments, which)[1, 1] = bad
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", ["inputs", "target"])
+@pytest.mark.parametrize("batch", [0, 1])
+def test_broken_statistics_are_refused_with_the_name_of_the_sublayer(bad: float, which: str, batch: int) -> None:
+    moments = Moments(3, 2, "block 7, down_proj")
     with pytest.raises(CompressError, match="NaN or infinity") as error:
-        damp(moments, torch.zeros(3, 2), 0.01, "block 7, down_proj")
+        for i in range(2):
+            x, t = torch.ones(4, 3), torch.ones(4, 2)
+            if i == batch:
+                (x if which == "inputs" else t)[1, 1] = bad
+            moments.add(x, t)
     assert error.value.where == "block 7, down_proj"
+
+
+def test_a_batch_beyond_the_range_of_the_sums_is_refused_not_wrapped() -> None:
+    moments = Moments(3, 2, "block 7, down_proj")
+    moments.add(torch.ones(4, 3), torch.ones(4, 2))
+    with pytest.raises(CompressError, match=r"2\^18 times"):
+        moments.add(torch.full((4, 3), 2.0**12), torch.ones(4, 2))
 
 
 # --- elimination ----------------------------------------------------------------------------------------------

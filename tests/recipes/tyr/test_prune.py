@@ -153,7 +153,7 @@ def test_only_later_supernets_are_fitted_behind_pruned_blocks(
     with torch.no_grad():
         streams = Streams.start(runner, job.calibration, accumulation)
     for i, menu in enumerate(menus):
-        metrics = prune.Metrics(first / "metrics").of(i)
+        metrics = prune.Metrics(sorted((first / "metrics").iterdir())).of(i)
         made = pruned_block(
             runner, job, i, streams, menu, accumulation=accumulation, token_weight="norm", metrics=metrics
         )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
 from compress.recipes.tyr.sensitivity import RIDGE, output_metrics
 from tests.tiny import tiny, tokens
@@ -16,6 +19,19 @@ from tests.tiny import tiny, tokens
 LAYERS = 2
 NAMES = [f"{i}.{kind}" for i in range(LAYERS) for kind in ("attention", "ffn")]
 kinds = pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen2"])
+
+
+def metrics_of(model: Any, ids: Tensor, seed: int) -> dict[str, Tensor]:
+    """All sublayers' metrics by "<block>.<kind>"."""
+    runner = BlockRunner(model, family_for(model.config), ids.shape[1])
+    found: dict[str, Tensor] = {}
+
+    def write(block: int, metrics: dict[str, Tensor], _: float) -> None:
+        found.update({f"{block}.{kind}": metric for kind, metric in metrics.items()})
+
+    with tempfile.TemporaryDirectory() as scratch:
+        output_metrics(runner, ids, seed, Path(scratch), len(runner.blocks), write)
+    return found
 
 
 def made(model_type: str) -> Any:
@@ -73,7 +89,7 @@ def test_for_one_token_the_metric_is_the_outer_product_of_its_gradient(model_typ
     model = made(model_type)
     ids = tokens(1, 1, seed=4)
     logits, jacobian = jacobians(model, ids)
-    found = output_metrics(model, family_for(model.config), ids, seed=0)
+    found = metrics_of(model, ids, seed=0)
     assert sorted(found) == sorted(NAMES)
 
     def distance(label: int, name: str) -> float:
@@ -91,7 +107,7 @@ def test_for_one_token_the_metric_is_the_outer_product_of_its_gradient(model_typ
 def test_for_several_tokens_and_windows_the_outer_products_add_up(model_type: str, drawn: list[list[int]]) -> None:
     model = made(model_type)
     ids = tokens(2, 4, seed=5)
-    found = output_metrics(model, family_for(model.config), ids, seed=1)
+    found = metrics_of(model, ids, seed=1)
     assert [len(labels) for labels in drawn] == [4, 4]
     totals: dict[str, Tensor] = {}
     for window, labels in zip(ids, drawn, strict=True):
@@ -104,7 +120,7 @@ def test_for_several_tokens_and_windows_the_outer_products_add_up(model_type: st
 
 def test_the_mean_diagonal_is_one_and_no_direction_is_without_weight() -> None:
     model = made("llama")
-    for metric in output_metrics(model, family_for(model.config), tokens(1, 3), seed=0).values():
+    for metric in metrics_of(model, tokens(1, 3), seed=0).values():
         assert metric.dtype == torch.float32 and metric.shape == (40, 40)
         assert torch.equal(metric, metric.T)
         assert float(metric.diagonal().mean()) == pytest.approx(1 + RIDGE, rel=1e-5)
@@ -117,7 +133,7 @@ def test_labels_are_drawn_from_the_predictions_of_the_model(drawn: list[list[int
     model = tiny("llama", num_hidden_layers=1, tie_word_embeddings=False)
     model.lm_head.weight.mul_(4)  # a few tokens likely, most of them not
     ids = tokens(1, 200)
-    output_metrics(model, family_for(model.config), ids, seed=0)
+    metrics_of(model, ids, seed=0)
     p = model(ids, use_cache=False).logits[0].double().softmax(-1)
     (labels,) = drawn
     hit = float(p[range(200), labels].mean())
@@ -130,11 +146,11 @@ def test_labels_are_drawn_from_the_predictions_of_the_model(drawn: list[list[int
 
 def test_the_same_seed_gives_the_same_metric_and_another_one_does_not() -> None:
     model = made("llama")
-    family, ids = family_for(model.config), tokens(1, 6)
+    ids = tokens(1, 6)
     torch.manual_seed(1)
-    first = output_metrics(model, family, ids, seed=0)
+    first = metrics_of(model, ids, seed=0)
     torch.manual_seed(2)
-    again, other = output_metrics(model, family, ids, seed=0), output_metrics(model, family, ids, seed=1)
+    again, other = metrics_of(model, ids, seed=0), metrics_of(model, ids, seed=1)
     assert all(torch.equal(first[name], again[name]) for name in NAMES)
     assert not any(torch.equal(first[name], other[name]) for name in NAMES)
 
@@ -146,7 +162,7 @@ def test_the_model_is_left_as_it_was(model_type: str) -> None:
     ids = tokens(1, 5)
     with torch.no_grad():  # whatever the caller set
         logits = model(ids).logits
-        output_metrics(model, family_for(model.config), ids, seed=0)
+        metrics_of(model, ids, seed=0)
         assert not torch.is_grad_enabled() and torch.equal(model(ids).logits, logits)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in model.parameters())
@@ -156,5 +172,5 @@ def test_the_model_is_left_as_it_was(model_type: str) -> None:
 def test_a_sublayer_without_any_gradient_gets_the_plain_metric() -> None:
     model = made("llama")
     model.lm_head.weight.zero_()  # tied: the embeddings too; every token is as likely as any other
-    found = output_metrics(model, family_for(model.config), tokens(1, 3), seed=0)
+    found = metrics_of(model, tokens(1, 3), seed=0)
     assert all(torch.equal(metric, torch.eye(40)) for metric in found.values())

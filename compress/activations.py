@@ -1,0 +1,68 @@
+"""Activations on disk, kept so that a run can be resumed by any number of processes.
+
+A folder holds one file per range of windows, named by it: every process writes its own range, and reads whatever files
+its range needs, so that three processes go on where two have stopped.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def save_part(folder: Path, windows: range, tensors: dict[str, Tensor]) -> None:
+    """Writes the tensors (len(windows), ...) of the given windows; whole or not there, and on the disk."""
+    from safetensors.torch import save_file
+
+    if not windows:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{windows.start:08d}-{windows.stop:08d}.safetensors"
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    partial.replace(path)
+
+
+def is_whole(folder: Path, total: int) -> bool:
+    """Whether the files of a folder hold all of ``total`` windows."""
+    reached = 0
+    for first, last, _ in sorted(_parts(folder)):
+        if first > reached:
+            return False
+        reached = max(reached, last)
+    return reached >= total
+
+
+def load_part(folder: Path, windows: range) -> dict[str, Tensor]:
+    """The tensors of the given windows; the folder is whole."""
+    import torch
+    from safetensors import safe_open
+
+    pieces: dict[str, list[Tensor]] = {}
+    reached = windows.start
+    for first, last, path in sorted(_parts(folder)):
+        if last <= reached or first >= windows.stop:
+            continue
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (it has keys() alone)
+                piece = file.get_slice(name)[reached - first : min(last, windows.stop) - first]
+                pieces.setdefault(name, []).append(piece)
+        reached = min(last, windows.stop)
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def _parts(folder: Path) -> list[tuple[int, int, Path]]:
+    found = []
+    for path in folder.glob("*.safetensors"):
+        first, last = path.stem.split("-")
+        found.append((int(first), int(last), path))
+    return found

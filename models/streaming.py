@@ -1,0 +1,149 @@
+"""A model that is never held: its blocks are read from safetensors when they are asked for, and let go again.
+
+The modules are the family's own, so that everything that runs a model runs this one, block by block.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import load_config, weight_files
+from compress.distributed import empty_weights
+from compress.errors import CompressError
+
+PREFIX = "model.layers."
+
+
+class StreamedBlocks(nn.ModuleList):
+    """The blocks of a model on disk. An index or an iteration gives a block with its weights, in float32.
+
+    Args:
+        skeletons: the blocks without weights.
+        weights: where each tensor of the model lies.
+        cache: blocks that stay in memory, the latest used.
+    """
+
+    def __init__(self, skeletons: Sequence[nn.Module], weights: Weights, cache: int, device: torch.device) -> None:
+        super().__init__(skeletons)
+        self._weights, self._cache, self._device = weights, max(1, cache), device
+        self._held: OrderedDict[int, nn.Module] = OrderedDict()
+        self.bytes_read = 0
+
+    def skeleton(self, index: int) -> nn.Module:
+        """The block without its weights."""
+        found: nn.Module = self._modules[str(index)]  # type: ignore[assignment]
+        return found
+
+    def __getitem__(self, index: int | slice) -> Any:  # type: ignore[override]
+        if isinstance(index, slice):
+            return _View(self, range(len(self))[index])
+        index = range(len(self))[index]
+        if index not in self._held:
+            while len(self._held) >= self._cache:
+                self._held.popitem(last=False)
+            self._held[index] = self._read(index)
+        self._held.move_to_end(index)
+        return self._held[index]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(_View(self, range(len(self))))
+
+    def _read(self, index: int) -> nn.Module:
+        block = copy.deepcopy(self.skeleton(index))
+        tensors = self._weights.below(f"{PREFIX}{index}.")
+        self.bytes_read += sum(t.nbytes for t in tensors.values())
+        try:
+            block.load_state_dict({k: t.to(self._device, torch.float32) for k, t in tensors.items()}, assign=True)
+        except RuntimeError as e:
+            raise CompressError(
+                f"block {index}'s weights do not fit the configuration: {str(e).splitlines()[-1].strip()}",
+                where=str(self._weights.folder),
+                fix="weights and config.json must belong together",
+            ) from e
+        return block.requires_grad_(False).eval()
+
+
+class _View:
+    """Some blocks, each read when the iteration comes to it."""
+
+    def __init__(self, blocks: StreamedBlocks, indices: range) -> None:
+        self._blocks, self._indices = blocks, indices
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for index in self._indices:
+            yield self._blocks[index]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+class Weights:
+    """The tensors of a model folder. Files are opened for one reading and closed, so that no mapped page stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        self._files: dict[str, Path] = {}
+        files = weight_files(folder)
+        if index.exists():
+            names = json.loads(index.read_text())["weight_map"]
+            self._files = {name: folder / file for name, file in names.items()}
+        else:
+            from safetensors import safe_open
+
+            with safe_open(files[0], "pt") as file:
+                self._files = dict.fromkeys(file.keys(), files[0])
+
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names."""
+        return self._read([n for n in self._files if n.startswith(prefix)], len(prefix))
+
+    def beside(self, prefix: str) -> dict[str, Tensor]:
+        """All the others."""
+        return self._read([n for n in self._files if not n.startswith(prefix)], 0)
+
+    def _read(self, names: Sequence[str], cut: int) -> dict[str, Tensor]:
+        from safetensors import safe_open
+
+        found = {}
+        for path in sorted({self._files[n] for n in names}):
+            with safe_open(path, "pt") as file:
+                # Copies: a tensor must not hold on to the mapped file.
+                found.update({n[cut:]: file.get_tensor(n).clone() for n in names if self._files[n] == path})
+        return found
+
+
+def stream_model(folder: Path, cache: int, device: torch.device) -> Any:
+    """A transformers causal LM whose blocks are streamed; embeddings, last norm and head are held, in float32.
+
+    Raises:
+        CompressError: weights are missing or do not fit the configuration.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with empty_weights():
+        model = AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32)
+    weights = Weights(folder)
+    rest = weights.beside(PREFIX)
+    skeletons = list(model.model.layers)
+    model.model.layers = nn.ModuleList()
+    _, unexpected = model.load_state_dict({k: t.float() for k, t in rest.items()}, strict=False, assign=True)
+    model.tie_weights()
+    lacking = [n for n, p in model.named_parameters() if p.device.type == "meta"]
+    if lacking or unexpected:
+        raise CompressError(
+            f"the weight {(lacking or unexpected)[0]} is {'missing' if lacking else 'not one of this architecture'}",
+            where=str(folder),
+            fix="weights and config.json must belong together",
+        )
+    model.to(device)
+    model.model.layers = StreamedBlocks(skeletons, weights, cache, device)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,68 @@
+"""Functions run by several real processes of one gloo group, as `compress.distributed.launch` starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# A server that has torch loaded already forks every process.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "transformers"])
+
+
+def start(
+    count: int, function: Callable[..., Any], *arguments: Any, **environment: str
+) -> tuple[list[multiprocessing.process.BaseProcess], Any]:
+    """Starts ``function(*arguments)`` in ``count`` processes that have joined; what each gives goes into the queue."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    results = server.Queue()
+    processes = []
+    for number in range(count):
+        surroundings = {
+            **environment,
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        process = server.Process(target=_work, args=(surroundings, results, function, arguments))
+        process.start()
+        processes.append(process)
+    return processes, results
+
+
+def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(*arguments)`` gives in each of ``count`` processes, by rank."""
+    processes, results = start(count, function, *arguments)
+    found = dict(results.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    failed = {rank: text for rank, (good, text) in found.items() if not good}
+    assert not failed, "\n".join(failed.values())
+    return [found[rank][1] for rank in range(count)]
+
+
+def _work(surroundings: dict[str, str], results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(surroundings)
+    import torch
+
+    from compress import distributed
+
+    torch.set_num_threads(1)
+    rank = int(surroundings["RANK"])
+    try:
+        distributed.join()
+        found = function(*arguments)
+        distributed.leave()
+        results.put((rank, (True, found)))
+    except BaseException:
+        results.put((rank, (False, traceback.format_exc())))
+        raise
