@@ -30,8 +30,9 @@ class BlockPlan:
 @dataclass(frozen=True)
 class Plan:
     """What stays of every block. ``weights`` maps ``blocks.{i}.o`` (hidden, heads * head_dim) and
-    ``blocks.{i}.down`` (hidden, neurons) to refitted projections, and ``norm`` (hidden,) to the last norm's weight;
-    what it does not hold stays as it was."""
+    ``blocks.{i}.down`` (hidden, neurons) to refitted projections, and ``norm`` (hidden,) to the last norm's weight.
+    Any other parameter of a sliced block may stand beside them under its name in the block, in the shape it has there:
+    ``blocks.{i}.self_attn.q_proj.weight``. What ``weights`` does not hold stays as it was."""
 
     blocks: tuple[BlockPlan, ...]
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -142,7 +143,12 @@ class Plan:
             neurons=None if len(plan.neurons) == geometry.ffn else torch.tensor(plan.neurons, dtype=torch.int64),
             o_weight=self.weights.get(f"blocks.{i}.o"),
             down_weight=self.weights.get(f"blocks.{i}.down"),
+            others={k: w for k, w in self._of_block(i).items() if k not in ("o", "down")},
         )
+
+    def _of_block(self, i: int) -> dict[str, Tensor]:
+        prefix = f"blocks.{i}."
+        return {k.removeprefix(prefix): w for k, w in self.weights.items() if k.startswith(prefix)}
 
     def compare(self, other: Plan) -> str:
         """The blocks in which two plans differ, a line each; empty where they are the same."""
@@ -156,11 +162,12 @@ class Plan:
             for kind, x, y in (("heads", a.heads, b.heads), ("neurons", a.neurons, b.neurons)):
                 if x != y:
                     parts.append(f"{kind} {len(x)} -> {len(y)} (+{len(set(y) - set(x))} -{len(set(x) - set(y))})")
-            for key in ("o", "down"):
-                w, v = self.weights.get(f"blocks.{i}.{key}"), other.weights.get(f"blocks.{i}.{key}")
+            mine, theirs = self._of_block(i), other._of_block(i)
+            for key in sorted({*mine, *theirs}, key=lambda k: (k not in ("o", "down"), k)):
+                w, v = mine.get(key), theirs.get(key)
                 same = (w is None and v is None) or (w is not None and v is not None and torch.equal(w, v))
                 if not same and not parts:
-                    parts.append(f"{key} weights")
+                    parts.append(f"{key.removesuffix('.weight')} weights")
             if parts:
                 lines.append(f"block {i}: {', '.join(parts)}")
         n, m = self.weights.get("norm"), other.weights.get("norm")

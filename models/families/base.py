@@ -10,12 +10,14 @@ import copy
 import importlib
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.errors import CompressError
 from compress.models.families.ragged import NoAttention, NoFFN, Ragged
 
 
@@ -213,6 +215,7 @@ class Family:
         neurons: Tensor | None,
         o_weight: Tensor | None = None,
         down_weight: Tensor | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         """A really smaller copy of ``block``; what is not touched is shared with it, ``block`` stays as it is.
 
@@ -222,6 +225,7 @@ class Family:
             neurons: original indices of the FFN neurons that stay, sorted; None leaves all; empty removes the FFN.
             o_weight: (hidden, len(heads) * head_dim), the refitted `o_proj`; its own columns where None.
             down_weight: (hidden, len(neurons)), likewise `down_proj`.
+            others: any other parameters of the smaller block, by their names in it and in the shapes they have there.
         """
         made: Any = twin(block)
         old: Any = block
@@ -256,6 +260,11 @@ class Family:
             weight = down.weight[:, neurons] if down_weight is None else down_weight.to(down.weight)
             mlp.down_proj = linear(weight, down.bias)
             made.mlp = mlp
+        for name, tensor in (others or {}).items():
+            had = _parameter(made, name)
+            if tensor.shape != had.shape:
+                _refuse(name, f"is {tuple(tensor.shape)}, not {tuple(had.shape)}")
+            _put(made, name, tensor.to(had))
         pruned: nn.Module = made
         return pruned
 
@@ -267,6 +276,7 @@ class Family:
         neurons: Tensor | None,
         o_weight: Tensor | None = None,
         down_weight: Tensor | None = None,
+        others: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
         """The same function as `sliced`, at full shape: columns that read removed units are zero."""
         made: Any = twin(block)
@@ -280,8 +290,35 @@ class Family:
             neurons = torch.arange(g.ffn) if neurons is None else neurons
             made.mlp = twin(old.mlp)
             made.mlp.down_proj = _full(self.down_proj(old), neurons, down_weight)
+        if others:
+            rows = self.kept_rows(block, heads, neurons)
+            for name, tensor in others.items():
+                if name not in rows:
+                    _refuse(name, "has no place in the block")
+                dense = _parameter(made, name)
+                if tensor.shape != (len(rows[name]), *dense.shape[1:]):
+                    _refuse(name, f"is {tuple(tensor.shape)}, not {(len(rows[name]), *dense.shape[1:])}")
+                whole = dense.detach().clone()
+                whole[rows[name]] = tensor.to(whole)
+                _put(made, name, whole)
         full: nn.Module = made
         return full
+
+    def kept_rows(self, block: nn.Module, heads: Tensor | None, neurons: Tensor | None) -> dict[str, Tensor]:
+        """Which rows (int64) of the dense block each parameter of the sliced one holds, by the parameter's name.
+
+        The weights that `o_weight` and `down_weight` give, whose columns are sliced instead, are not among them.
+        """
+        # The family's own slicing, done to row numbers: what it does to fused layers needs no second telling.
+        numbered: Any = copy.deepcopy(block, {id(p): _numbers(p) for p in block.parameters()})
+        one = torch.zeros(1, 1)
+        made = self.sliced(numbered, heads=heads, neurons=neurons, o_weight=one, down_weight=one)
+        columns = set()
+        if not isinstance(made.self_attn, NoAttention):  # type: ignore[attr-defined]
+            columns.add(id(self.o_proj(made).weight))
+        if not isinstance(made.mlp, NoFFN):  # type: ignore[attr-defined]
+            columns.add(id(self.down_proj(made).weight))
+        return {n: p.detach().reshape(-1) for n, p in made.named_parameters() if id(p) not in columns}
 
     # --- models whose layers differ ------------------------------------------------------------------------------
 
@@ -322,3 +359,34 @@ def _full(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear
     full[:, columns] = layer.weight[:, columns] if weight is None else weight.to(layer.weight)
     bias = layer.bias if len(columns) or layer.bias is None else torch.zeros_like(layer.bias)
     return linear(full, bias)
+
+
+def _numbers(parameter: nn.Parameter) -> nn.Parameter:
+    """A stand-in that holds its row numbers: (rows, 1) int64 for a matrix, (rows,) for a vector."""
+    rows = torch.arange(len(parameter))
+    return nn.Parameter(rows[:, None] if parameter.dim() > 1 else rows, requires_grad=False)
+
+
+def _parameter(block: nn.Module, name: str) -> Tensor:
+    found: Any = block
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not isinstance(found, nn.Parameter):
+        _refuse(name, "has no place in the block")
+    return found  # type: ignore[no-any-return]
+
+
+def _put(block: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces a parameter of ``block`` (a twin); modules on the way are copied, so that no other block sees it."""
+    *path, last = name.split(".")
+    module = block
+    for part in path:
+        module._modules[part] = twin(module._modules[part])  # type: ignore[arg-type]
+        module = module._modules[part]  # type: ignore[assignment]
+    module._parameters[last] = nn.Parameter(tensor.contiguous(), requires_grad=False)
+
+
+def _refuse(name: str, what: str) -> None:
+    raise CompressError(
+        f"the weight {name} {what}", where="plan.safetensors", fix="apply the plan to the model it was made for"
+    )

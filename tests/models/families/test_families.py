@@ -170,3 +170,48 @@ def test_blocks_where_the_cache_reads_its_length_keep_attention(model_type: str)
     assert 0 in kept
     if model_type == "gemma2":
         assert kept == {0, 1}
+
+
+@families
+def test_any_weight_of_the_sliced_model_can_be_replaced_and_sliced_still_equals_masked(model_type: str) -> None:
+    ids = tokens(2, 24)
+    sliced, masked, plain = tiny(model_type), tiny(model_type), tiny(model_type)
+    family = family_for(sliced.config)
+    plan = ragged_plan(sliced)
+    plan.apply(plain, family)
+    generator = torch.Generator().manual_seed(9)
+    names = {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}
+    for i, block in enumerate(family.blocks(plain)):
+        for name, parameter in block.named_parameters():
+            changed = parameter + torch.randn(parameter.shape, generator=generator) * 0.1
+            plan.weights[f"blocks.{i}.{names.get(name, name)}"] = changed
+    before = {k: v.clone() for k, v in tiny(model_type).state_dict().items()}
+    dense = tiny(model_type)
+    shared = [family.blocks(dense)[i] for i in range(4)]
+    for i in range(4):
+        plan.block(i, family, shared[i], family.sliced)
+        plan.block(i, family, shared[i], family.masked)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items()), "the dense model was touched"
+    plan.apply(sliced, family)
+    plan.mask(masked, family)
+    for i, block in enumerate(family.blocks(sliced)):
+        for name, parameter in block.named_parameters():
+            assert torch.equal(parameter, plan.weights[f"blocks.{i}.{names.get(name, name)}"])
+    with torch.no_grad():
+        torch.testing.assert_close(sliced(ids).logits, masked(ids).logits, atol=5e-5, rtol=1e-5)
+        assert not torch.allclose(sliced(ids).logits, plain(ids).logits, atol=1e-2)
+
+
+def test_a_replaced_weight_that_does_not_fit_is_refused() -> None:
+    family = family_for(tiny("llama").config)
+    for name, shape, message in (
+        ("self_attn.q_proj.weight", (80, 40), "is .80, 40., not .48, 40."),
+        ("self_attn.x_proj.weight", (48, 40), "has no place"),
+        ("mlp.gate_proj.weight", (16, 40), "is .16, 40., not .15, 40."),
+    ):
+        for make in (Plan.apply, Plan.mask):
+            model = tiny("llama")
+            plan = ragged_plan(model)
+            plan.weights[f"blocks.0.{name}"] = torch.zeros(shape)
+            with pytest.raises(CompressError, match=message):
+                make(plan, model, family)
