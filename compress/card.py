@@ -69,7 +69,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
     lines += [
         f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query"
-        " heads and FFN neurons are gone, the projections behind them are refitted; nothing was trained afterwards."
+        f" heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
         f" Weights were taken from: {escape(model['source'])}.",
         "",
         "## What was won and what was lost",
@@ -107,6 +107,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         f"Perplexity: {first['windows']} windows of {first['length']} tokens a text, none of which the pruner saw.",
         "",
     ]
+    lines += _recovery(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("perplexity", "Perplexity against sparsity"),
@@ -135,6 +136,31 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(report: dict[str, Any]) -> str:
+    recovered = report.get("recover")
+    if recovered is None:
+        return "nothing was trained afterwards"
+    how = "all weights of the blocks" if recovered["method"] == "full" else "low-rank updates, merged,"
+    return (
+        f"then {how} were trained for {recovered['steps']:,} steps ({recovered['tokens']:,} tokens) to do what the"
+        " dense model does"
+    )
+
+
+def _recovery(report: dict[str, Any]) -> list[str]:
+    """What the training brought, where there was one."""
+    recovered = report.get("recover")
+    if recovered is None:
+        return []
+    mean = recovered["geometric_mean"]
+    return [
+        f"Recovery ({recovered['method']}, {recovered['trained_parameters']:,} parameters trained): perplexity,"
+        f" geometric mean, {mean['before']:.2f} before and {mean['after']:.2f} after; without it:"
+        f" {code(report['commands']['unrecovered'])}.",
+        "",
+    ]
 
 
 def _source(spec: Mapping[str, Any]) -> str:

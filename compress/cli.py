@@ -78,7 +78,9 @@ def prune(
     out: Annotated[Path | None, typer.Option(help="the run folder  [default: runs/MODEL-RECIPE]")] = None,
     sparsity: Sparsity = None,
     set_: Set = None,
-    until: Annotated[str, typer.Option(help="last stage: plan, model, evaluation, export, bench, release")] = "release",
+    until: Annotated[
+        str, typer.Option(help="last stage: plan, recover, model, evaluation, export, bench, release")
+    ] = "release",
     fresh: Annotated[bool, typer.Option("--fresh", help="forgets what an earlier run left in the folder")] = False,
     processes: Annotated[
         int | None, typer.Option("--processes", "-n", help="processes to start  [default: one per GPU, one without]")
@@ -126,6 +128,13 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
     if "quality" in report:
         for text in report["quality"]["texts"]:
             lines.append(f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}")
+    if "recover" in report:
+        recovered = report["recover"]
+        line = f"recover  {recovered['method']}, {recovered['steps']:,} steps of {recovered['tokens']:,} tokens in all"
+        if "geometric_mean" in recovered:
+            mean = recovered["geometric_mean"]
+            line += f": ppl, geometric mean, {mean['before']:.2f} -> {mean['after']:.2f}"
+        lines.append(line)
     if "export" in report:
         onnx = report["export"]["onnx"]
         dense, pruned = (sum(onnx[k]["bytes"].values()) for k in ("dense", "pruned"))

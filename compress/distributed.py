@@ -313,6 +313,129 @@ def agree(sizes: Sequence[float]) -> list[float]:
     return main_says(lambda: list(sizes))
 
 
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A model that accelerate has made ready to be trained by all processes together. Use `trainer`."""
+
+    def __init__(self, accelerator: Any, model: Any, sharded: bool) -> None:
+        self.model, self.sharded, self._accelerator = model, sharded, accelerator
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of ``loss``; with the ``last`` part of a step it is averaged over the processes."""
+        # Sharded gradients are summed part by part: unsharded ones would need the room of all weights.
+        wait = contextlib.nullcontext() if last or self.sharded else self._accelerator.no_sync(self.model)
+        with _contact("training"), wait:
+            if last:
+                meet("training")
+            self._accelerator.backward(loss)
+
+    def clip(self, most: float) -> float:
+        """Scales the gradients down to the norm ``most``; returns the norm they had."""
+        with _contact("training"):
+            return float(whole(self._accelerator.clip_grad_norm_(self.model.parameters(), most)))
+
+
+@contextlib.contextmanager
+def trainer(model: Any, shard: bool, bfloat16: bool) -> Iterator[Trainer]:
+    """Makes ``model`` ready: DDP, or FSDP2 where ``shard`` is set and there are several processes.
+
+    With FSDP2 the main process's weights count; the others' may be on the meta device.
+    """
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+
+    shard = shard and world() > 1
+    plugin = None
+    kept = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
+    if shard:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=True,
+            reshard_after_forward=True,
+        )
+    AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(
+        cpu=device().type == "cpu",
+        mixed_precision="bf16" if bfloat16 else "no",
+        fsdp_plugin=plugin,
+        # Buckets that are never put in another order: a run that is resumed adds up as one that was not.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if plugin is not None and accelerator.distributed_type != DistributedType.FSDP:
+        # On CPUs accelerate leaves the plugin aside without a word; all that follows works there too.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        if bfloat16:
+            plugin.set_mixed_precision("bf16")
+    try:
+        with _contact("preparing the training"):
+            if shard:
+                # It wants an optimiser, and finds its parameters by their addresses, which meta tensors have not:
+                # this one is never used.
+                unused = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+                model, _ = accelerator.prepare(model, unused)
+            else:
+                model = accelerator.prepare(model)
+        yield Trainer(accelerator, model, shard)
+    finally:
+        accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=world() == 1)
+        if kept is None:
+            os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)
+        else:
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = kept
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, in every process; any other as it is."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
+def like_shard(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """A ``tensor`` that every process has, cut as ``sharded`` is."""
+    if not hasattr(sharded, "full_tensor"):
+        return tensor.to(sharded.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    there = tensor.to(sharded.device_mesh.device_type)  # type: ignore[attr-defined]
+    cut: Tensor = distribute_tensor(there, sharded.device_mesh, sharded.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    return cut
+
+
+def dispatched(folder: Path, config: Any, memory: int | None, offload: Path) -> Any:
+    """A causal LM in float32, spread by accelerate over this process's device, memory and disk.
+
+    Args:
+        folder: its weights, in safetensors.
+        memory: bytes of main memory it may take; what is over is read from disk when it is needed.
+        offload: a folder for what stays on disk and does not lie in ``folder`` as it is.
+    """
+    import torch
+    from accelerate import infer_auto_device_map, init_empty_weights, load_checkpoint_and_dispatch
+    from accelerate.utils import get_max_memory
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    room: dict[Any, Any] = {"cpu": get_max_memory()["cpu"] // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))}
+    if memory is not None:
+        room["cpu"] = memory
+    if device().type != "cpu":
+        # Half of what is free: the student is to have its place too.
+        room[device().index or 0] = torch.cuda.mem_get_info(device())[0] // 2
+    places = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    model = load_checkpoint_and_dispatch(
+        model, str(folder), device_map=places, offload_folder=str(offload), offload_buffers=False, dtype=torch.float32
+    )
+    return model.requires_grad_(False).eval()
+
+
 # --- starting ------------------------------------------------------------------------------------------------------
 
 

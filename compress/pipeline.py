@@ -1,4 +1,4 @@
-"""The stages in their order: load, prune, assemble, verify, evaluate, export, bench, report, card."""
+"""The stages in their order: load, prune, recover, assemble, verify, evaluate, export, bench, report, card."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS: dict[str, type[BaseModel]] = {"tyr": TyrOptions}
-STAGES = ("plan", "model", "evaluation", "export", "bench", "release")
+STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
 
 
 def prune(
@@ -76,10 +76,15 @@ def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     windows = read_windows(setup, run)
     plan_folder = _plan(run, setup, windows)
     describe_plan(report, setup, plan_folder, command, run.stages(), REFERENCE_TOKENS)
+    pruned_folder = plan_folder
+    if last >= STAGES.index("recover") and recipe.recover is not None:
+        plan_folder = _recover(run, setup, windows, plan_folder, report)
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
     if last >= STAGES.index("evaluation"):
         _evaluate(run, setup, windows, saved, report)
+        if recipe.recover is not None:
+            _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
     if last >= STAGES.index("export") and recipe.export is not None:
         exported = _export(run, setup, plan_folder, report)
         if last >= STAGES.index("bench") and recipe.bench is not None:
@@ -141,6 +146,45 @@ def _tokens(setup: Setup, count: int = 64) -> Tensor:
     )
 
 
+def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> Path:
+    from compress.recover import recover, training_windows
+
+    folder = recover(run, setup, training_windows(run, setup, windows), plan_folder)
+    facts = json.loads((folder / "recover.json").read_text())
+    log = facts.pop("log")
+    report["recover"] = {**facts, "first": log[0], "last": log[-1]}
+    report["stages"] = run.stages()
+    return folder
+
+
+def _evaluate_unrecovered(
+    run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]
+) -> None:
+    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought."""
+    from compress.evaluate import geometric_mean, perplexity
+    from compress.plan import Plan
+
+    def build(folder: Path | None) -> None:
+        model = setup.pruned(Plan.load(plan_folder))[0]
+        texts = {n: perplexity(model, w, f"perplexity before recovery, {n}") for n, w in windows.evaluation.items()}
+        if folder is not None:
+            (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1))
+
+    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder)}
+    stage = run.stage_together("evaluation-unrecovered", inputs, build)
+    texts = json.loads((stage / "evaluation.json").read_text())["texts"]
+    quality = report["quality"]
+    report["recover"]["texts"] = [
+        {"name": row["name"], "before_ppl": texts[row["name"]]["ppl"], "after_ppl": row["pruned_ppl"]}
+        for row in quality["texts"]
+    ]
+    report["recover"]["geometric_mean"] = {
+        "before": geometric_mean([v["ppl"] for v in texts.values()]),
+        "after": quality["geometric_mean"]["pruned"],
+    }
+    report["stages"] = run.stages()
+
+
 def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
     """Slices, saves in every layout, and seals each only when a clean process has given the masked model's logits."""
     import torch
@@ -189,12 +233,9 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
 def _evaluate(
     run: Run, setup: Setup, windows: Windows, saved: Mapping[str, Path], report: dict[str, Any]
 ) -> None:
-    import hashlib
-
     from compress.checkpoint import load_model
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
 
-    held_out = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
     tasks = setup.recipe.evaluation.tasks
 
     def measure(folder: Path | None, load: Callable[[], Any], label: str, source: Path) -> None:
@@ -206,7 +247,7 @@ def _evaluate(
             found["tasks"] = harness_tasks(source, tasks, label == "pruned") if tasks else []
             (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
 
-    common = {"version": __version__, "text": held_out, "tasks": tasks}
+    common = {"version": __version__, "text": held_out(windows), "tasks": tasks}
     layout, folder = next(iter(saved.items()))
     results = {}
     for label, load, source, inputs in (
@@ -243,6 +284,13 @@ def _evaluate(
         "curve": _curve(run, setup, windows, common),
     }
     report["stages"] = run.stages()
+
+
+def held_out(windows: Windows) -> dict[str, str]:
+    """A hash of every text that is evaluated on."""
+    import hashlib
+
+    return {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
 
 
 def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -356,6 +404,11 @@ def commands(setup: Setup, folder: Path, prune_command: str) -> dict[str, str]:
         "bench": f"compress bench {there}/export-dense {there}/export-pruned",
         "verify": f"compress verify {there}",
         "card": f"compress card {there}",
+        **(
+            {"unrecovered": f"{prune_command} --set recover=null --out {there}-unrecovered"}
+            if setup.recipe.recover is not None
+            else {}
+        ),
     }
 
 

@@ -97,6 +97,62 @@ class BenchSection(Section):
     min_runs: int = Field(5, ge=2, description="and at least this often")
 
 
+class RecoverSection(Section):
+    """Training of the pruned model after the dense one: the KL of its logits and the error of its residual stream."""
+
+    method: Literal["lora", "full"] = Field(
+        "lora", description="lora: low-rank updates, merged at the end; full: the blocks' weights and the last norm"
+    )
+    rank: int = Field(16, ge=1, description="rank of the low-rank updates (lora)")
+    alpha: float | None = Field(None, gt=0, description="updates count alpha / rank times; twice the rank by default")
+    targets: list[str] | None = Field(
+        None, min_length=1, description="linear layers that are trained, such as q_proj; all of the blocks' by default"
+    )
+    steps: int | None = Field(None, ge=1, description="optimiser steps; or give tokens")
+    tokens: int | None = Field(None, ge=1, description="tokens to train on: as many whole steps as hold them")
+    batch: int = Field(8, ge=1, description="windows per step, over all processes together")
+    micro: int = Field(1, ge=1, description="windows a process runs at a time")
+    windows: int | None = Field(
+        None, ge=1, description="windows to train on, from the calibration sources; by default those calibrated on"
+    )
+    learning_rate: float | None = Field(None, gt=0, description="5e-4 for lora and 5e-5 for full by default")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the rate rises; a cosine follows")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    kl: float = Field(1.0, ge=0, description="weight of the KL to the dense model's logits, nats per token")
+    temperature: float = Field(1.0, gt=0, description="logits are divided by it; the KL counts its square times")
+    top_k: int = Field(512, ge=1, description="dense logits kept per position; the rest is one bucket")
+    hidden: float = Field(0.0, ge=0, description="weight of the residual stream's squared error relative to its size")
+    hidden_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, description="blocks behind which the stream is compared; all by default"
+    )
+    seed: int | None = Field(None, ge=0, description="the recipe's own by default")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type the products are computed in; weights and optimiser are float32"
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between two checkpoints")
+    save_memory: bool = Field(False, description="keep one activation per block and compute the others again")
+    shard: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: weights, gradients and optimiser are divided among the processes"
+    )
+    teacher: Literal["resident", "dispatch"] = Field(
+        "resident", description="dispatch: accelerate spreads the dense model over this process's GPU, memory and disk"
+    )
+    teacher_memory: int | None = Field(
+        None, ge=1, description="bytes of memory the dispatched dense model may take; what is over stays on disk"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> RecoverSection:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        if self.kl == 0 and self.hidden == 0:
+            raise ValueError("kl and hidden are both 0: there is nothing to learn from")
+        if self.method == "full" and self.targets is not None:
+            raise ValueError("targets belong to method lora; full trains every weight of the blocks")
+        return self
+
+
 class Recipe(Section):
     """A whole recipe. ``options`` stands in the file under the method's own name."""
 
@@ -109,6 +165,7 @@ class Recipe(Section):
     calibration: Calibration
     evaluation: Evaluation
     options: Any = None
+    recover: RecoverSection | None = None
     export: ExportSection | None = ExportSection()
     bench: BenchSection | None = BenchSection()
 
@@ -161,7 +218,7 @@ def load_recipe(name: str, methods: Mapping[str, type[BaseModel]], overrides: Se
         raise UsageError(
             f"unknown method {method!r}" if method is not None else "the key 'method' is missing",
             where=_where(places, ("method",), name),
-            fix=_nearest(str(method), list(methods)),
+            fix=nearest(str(method), list(methods)),
         )
     own = {k: v for k, v in data.items() if k != method}
     if "options" in own:
@@ -192,7 +249,7 @@ def _find(name: str) -> Path:
         return path
     if path.suffix in {".yaml", ".yml"} or "/" in name:
         raise UsageError("there is no such recipe file", where=name, fix="check the path")
-    raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=_nearest(name, list(names)))
+    raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=nearest(name, list(names)))
 
 
 def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -293,7 +350,8 @@ def _where(places: Mapping[Path_, _Place], at: Path_, name: str) -> str:
     return name
 
 
-def _nearest(name: str, valid: Sequence[str]) -> str:
+def nearest(name: str, valid: Sequence[str]) -> str:
+    """How to mend an unknown name."""
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     listed = ", ".join(sorted(valid))
     return f"did you mean {close[0]!r}? ({listed})" if close else f"one of: {listed}"
@@ -321,7 +379,7 @@ def _explain(
         fields = _fields_at(model, fault["loc"][:-1])
         if not fault["loc"][:-1] and not prefix:
             fields = [f for f in fields if f != "options"] + list(extra)
-        return UsageError(f"unknown key {at[-1]!r}{more}", where=where, fix=_nearest(str(at[-1]), fields))
+        return UsageError(f"unknown key {at[-1]!r}{more}", where=where, fix=nearest(str(at[-1]), fields))
     if fault["type"] == "missing":
         return UsageError(f"the key {key!r} is missing{more}", where=where, fix="add it")
     message = fault["msg"].removeprefix("Value error, ")

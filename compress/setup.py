@@ -101,6 +101,7 @@ def prepare(model: str, recipe: Recipe) -> Setup:
     from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
     from compress.models.families import family_for
     from compress.models.sources import resolve
+    from compress.recover import check as check_recovery
 
     quiet()
     resolved = resolve(model)
@@ -113,6 +114,7 @@ def prepare(model: str, recipe: Recipe) -> Setup:
             fix="prune the dense model at the higher sparsity",
         )
     weight_files(resolved.folder)
+    check_recovery(recipe, family, config)
     return Setup(
         resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
     )
