@@ -430,6 +430,12 @@ def dispatched(folder: Path, config: Any, memory: int | None, offload: Path) -> 
         # Half of what is free: the student is to have its place too.
         room[device().index or 0] = torch.cuda.mem_get_info(device())[0] // 2
     places = infer_auto_device_map(model, room, no_split_module_classes=model._no_split_modules)
+    if set(places.values()) == {"disk"}:
+        raise CompressError(
+            f"{room['cpu']:,} bytes hold no part of the dense model and the largest block beside it",
+            where="recover.teacher_memory",
+            fix="raise it",
+        )
     model = load_checkpoint_and_dispatch(
         model, str(folder), device_map=places, offload_folder=str(offload), offload_buffers=False, dtype=torch.float32
     )
