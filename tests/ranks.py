@@ -11,7 +11,9 @@ from typing import Any
 
 # A server that has torch loaded already forks every process.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "transformers"])
+server.set_forkserver_preload(
+    ["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "compress.recover", "transformers", "peft"]
+)
 
 
 def start(

@@ -12,7 +12,7 @@ import torch
 from compress.pipeline import METHODS
 from compress.plan import Plan
 from compress.recipe import load_recipe
-from compress.recover import recover
+from compress.recover import merged, recover, student
 from compress.run import Run
 from compress.setup import Setup, prepare
 from tests.models.families.test_families import ragged_plan
@@ -59,3 +59,10 @@ def distance(a: Plan, b: Plan, start: dict[str, torch.Tensor]) -> float:
     moved = sum(float((a.weights[k] - start[k]).double().square().sum()) for k in start)
     assert moved > 0
     return float((apart / moved) ** 0.5)
+
+
+def start_of(job: Path, settings: dict[str, Any] = FULL) -> dict[str, torch.Tensor]:
+    """The weights before training, under the names a plan gives them."""
+    setup = setup_of(job, **settings)
+    model = student(setup, ragged_plan(setup.model))
+    return {k: w.clone() for k, w in merged(model, setup.recipe.recover).items()}  # type: ignore[arg-type]

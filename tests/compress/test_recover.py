@@ -17,8 +17,7 @@ from compress.pipeline import METHODS
 from compress.plan import Plan
 from compress.recipe import RecoverSection, load_recipe
 from compress.recover import lesson, losses, merged, parts_of, rate, student, windows_of
-from tests import ranks
-from tests.compress.recovery import FULL, LORA, distance, read, setup_of, train
+from tests.compress.recovery import FULL, LORA, distance, read, setup_of, start_of, train
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import tiny, tokens
 
@@ -153,8 +152,9 @@ def test_full_recovery_is_adamw_on_the_mean_kl(job: Path, tmp_path: Path) -> Non
     mine = {n: p for n, p in model.named_parameters() if ".layers." in n or n == "model.norm.weight"}
     for parameter in mine.values():
         parameter.requires_grad_(True)
-    decay = [{"params": [p for p in mine.values() if (p.dim() > 1) == flag], "weight_decay": 0.1 * flag} for flag in (1, 0)]
-    optimizer = torch.optim.AdamW(decay, lr=0.0, betas=(0.9, 0.95))
+    matrices, vectors = ([p for p in mine.values() if (p.dim() > 1) == flag] for flag in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
     for step in range(4):
         for group in optimizer.param_groups:
             group["lr"] = 0.002 * (0.5, 1.0, 1.0, 0.5)[step]
@@ -221,114 +221,6 @@ def test_a_dispatched_teacher_says_the_same_from_disk(job: Path, tmp_path: Path)
     assert read(tmp_path / "dispatched").bytes == read(tmp_path / "resident").bytes
 
 
-# --- several processes -----------------------------------------------------------------------------------------------
-
-
-def start_of(job: Path, settings: dict[str, Any] = FULL) -> dict[str, torch.Tensor]:
-    """The weights before training, under the names a plan gives them."""
-    setup = setup_of(job, **settings)
-    model = student(setup, ragged_plan(setup.model))
-    return {k: w.clone() for k, w in merged(model, setup.recipe.recover).items()}  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def alone(job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What one process makes of each method."""
-    folder = tmp_path_factory.mktemp("alone")
-    for settings in (LORA, FULL):
-        train(job, folder / str(settings["method"]), settings)
-    return {m: folder / m for m in ("lora", "full")}
-
-
-@pytest.mark.parametrize("shard", ["none", "fsdp"])
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_train_as_one(
-    processes: int, method: str, shard: str, job: Path, alone: dict[str, Path], tmp_path: Path
-) -> None:
-    # Five windows a step: two or three processes cannot have equally many.
-    settings = {**(LORA if method == "lora" else FULL), "shard": shard}
-    ranks.run(processes, train, job, tmp_path / "run", settings)
-    one, many = read(alone[method]), read(tmp_path / "run")
-    assert distance(one.plan, many.plan, start_of(job, settings)) < 5e-3
-    for a, b in zip(one.facts["log"], many.facts["log"], strict=True):
-        assert b == pytest.approx(a, rel=1e-3)
-
-
-def test_more_processes_than_windows_in_a_step(job: Path, tmp_path: Path) -> None:
-    settings = {**FULL, "batch": 2}
-    train(job, tmp_path / "one", settings)
-    for shard in ("none", "fsdp"):
-        ranks.run(3, train, job, tmp_path / shard, {**settings, "shard": shard})
-        assert distance(read(tmp_path / "one").plan, read(tmp_path / shard).plan, start_of(job)) < 5e-3
-
-
-def shards(job: Path) -> list[tuple[int, int]]:
-    """(elements this process holds of the weights, elements there are) before and behind the preparation."""
-    setup = setup_of(job, **FULL, shard="fsdp")
-    model = student(setup, ragged_plan(setup.model), empty=not distributed.is_main())
-    total = sum(p.numel() for p in model.parameters())
-    with distributed.trainer(model, True, False) as trained:
-        assert trained.sharded
-        here = sum(p.to_local().numel() for p in model.parameters())
-    return [(here, total)]
-
-
-def test_fsdp_divides_the_weights(job: Path) -> None:
-    found = [answer[0] for answer in ranks.run(2, shards, job)]
-    assert sum(here for here, _ in found) == found[0][1]
-    assert max(here for here, _ in found) < 0.6 * found[0][1]
-
-
-# --- stopped and gone on ---------------------------------------------------------------------------------------------
-
-
-def dies_at(job: Path, out: Path, settings: dict[str, Any], step: int) -> None:
-    """Trains, and is killed (every process of the group) when step ``step`` begins."""
-    import os
-    import signal
-
-    def windows_of(at: int, *others: Any) -> Any:
-        if at == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(at, *others)
-
-    plain = recover.windows_of
-    recover.windows_of = windows_of  # type: ignore[assignment]
-    train(job, out, settings)
-
-
-@pytest.mark.parametrize(("processes", "shard"), [(1, "none"), (3, "none"), (2, "fsdp")])
-def test_a_group_that_was_killed_goes_on_to_the_same_bytes(
-    processes: int, shard: str, job: Path, tmp_path: Path
-) -> None:
-    settings = {**FULL, "steps": 6, "checkpoint_every": 2, "shard": shard}
-    ranks.run(processes, train, job, tmp_path / "whole", settings)
-    for step in (1, 3, 5):
-        started, _ = ranks.start(processes, dies_at, job, tmp_path / "killed", settings, step)
-        for process in started:
-            process.join()
-        assert any(p.exitcode == -9 for p in started)
-    (kept,) = (tmp_path / "killed" / ".scratch" / "recover").iterdir()
-    assert [p.name for p in kept.iterdir()] == ["step-00000004"]
-    ranks.run(processes, train, job, tmp_path / "killed", settings)
-    assert read(tmp_path / "killed").bytes == read(tmp_path / "whole").bytes
-    assert read(tmp_path / "killed").facts == read(tmp_path / "whole").facts
-    assert not list((tmp_path / "killed" / ".scratch").iterdir())
-
-
-def test_another_number_of_processes_goes_on_from_the_checkpoint(job: Path, tmp_path: Path) -> None:
-    settings = {**FULL, "steps": 6, "checkpoint_every": 1}
-    train(job, tmp_path / "whole", settings)
-    for processes, shard, step in ((2, "fsdp", 2), (3, "none", 4)):
-        started, _ = ranks.start(processes, dies_at, job, tmp_path / "run", {**settings, "shard": shard}, step)
-        for process in started:
-            process.join()
-    train(job, tmp_path / "run", settings)
-    assert distance(read(tmp_path / "whole").plan, read(tmp_path / "run").plan, start_of(job)) < 5e-3
-    assert len(read(tmp_path / "run").facts["log"]) == 6
-
-
 # --- what can be wrong -----------------------------------------------------------------------------------------------
 
 
@@ -359,7 +251,7 @@ def test_a_wrong_section_is_refused_before_any_weight_is_read(override: str, par
 
 def test_without_peft_it_says_what_to_install(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="needs the package 'peft'") as error:
+    with pytest.raises(UsageError, match="need the package 'peft'") as error:
         setup_of(job, **LORA)
     assert "compress[recover]" in error.value.fix
     setup_of(job, **FULL)
