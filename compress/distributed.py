@@ -322,19 +322,41 @@ class Trainer:
     def __init__(self, accelerator: Any, model: Any, sharded: bool) -> None:
         self.model, self.sharded, self._accelerator = model, sharded, accelerator
 
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's forward."""
+        with _training():
+            return self.model(**inputs)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradient of ``loss``; with the ``last`` part of a step it is averaged over the processes."""
         # Sharded gradients are summed part by part: unsharded ones would need the room of all weights.
         wait = contextlib.nullcontext() if last or self.sharded else self._accelerator.no_sync(self.model)
-        with _contact("training"), wait:
-            if last:
-                meet("training")
+        if last:
+            meet("training")
+        with _training(), wait:
             self._accelerator.backward(loss)
 
     def clip(self, most: float) -> float:
         """Scales the gradients down to the norm ``most``; returns the norm they had."""
-        with _contact("training"):
+        with _training():
             return float(whole(self._accelerator.clip_grad_norm_(self.model.parameters(), most)))
+
+
+@contextlib.contextmanager
+def _training() -> Iterator[None]:
+    import torch
+
+    try:
+        with _contact("training") if world() > 1 else contextlib.nullcontext():
+            yield
+    except (RankLost, torch.OutOfMemoryError) as e:
+        if not isinstance(e, torch.OutOfMemoryError) and not isinstance(e.__cause__, torch.OutOfMemoryError):
+            raise
+        raise CompressError(
+            "the device's memory is full",
+            where="training",
+            fix="set recover.micro=1 and recover.save_memory=true, or recover.shard=fsdp with more processes",
+        ) from e
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -448,7 +448,7 @@ def _backward(
         ids = windows[part].to(device())  # (micro, length)
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
             given = lesson(teacher(input_ids=ids, use_cache=False).logits.to(device()), told.take(), spec)
-        logits = trained.model(input_ids=ids, use_cache=False).logits
+        logits = trained(input_ids=ids, use_cache=False).logits
         kl, error = losses(logits, seen.take(), given, spec.temperature)
         # accelerate takes the mean over processes; wanted is the mean over the windows of all.
         total = (spec.kl * kl + spec.hidden * error).sum() * (world() / len(chosen)) * float(counts)
@@ -481,28 +481,30 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, weights: Mapping[str, Any], optimizer: Any, log: list[dict[str, Any]]) -> None:
-        """All processes come here: sharded tensors are put together by all, and written by the main one."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in weights.items():
-            # A weight that nothing reads (the norm of a sublayer that is gone) has no moments.
-            moments = {k: v for k, v in optimizer.state.get(parameter, {}).items() if k in ("exp_avg", "exp_avg_sq")}
-            for kind, tensor in {"weight": parameter.detach(), **moments}.items():
-                put_together = whole(tensor)
-                if is_main():
-                    tensors[f"{kind}:{name}"] = put_together.cpu().contiguous()
-        main_says(lambda: self._write(step, tensors, log))
-
-    def _write(self, step: int, tensors: dict[str, Tensor], log: list[dict[str, Any]]) -> None:
-        from safetensors.torch import save_file
-
+        """All processes come here: sharded tensors are put together by all, and written by the main one, block by
+        block, so that it never holds more than one."""
         partial = self.folder / f".{self._at(step).name}.partial"
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        save_file(tensors, partial / "state.safetensors")
+        if is_main():
+            if partial.exists():
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True)
+        for file, names in _files(weights).items():
+            tensors: dict[str, Tensor] = {}
+            for name in names:
+                state = optimizer.state.get(weights[name], {})
+                # A weight that nothing reads (the norm of a sublayer that is gone) has no moments.
+                moments = {kind: state[kind] for kind in MOMENTS if kind in state}
+                for kind, tensor in {"weight": weights[name].detach(), **moments}.items():
+                    put_together = whole(tensor)
+                    if is_main():
+                        tensors[f"{kind}:{name}"] = put_together.cpu().contiguous()
+            main_says(functools.partial(_write_file, partial / file, tensors))
+        main_says(lambda: self._finish(step, partial, log))
+
+    def _finish(self, step: int, partial: Path, log: list[dict[str, Any]]) -> None:
         (partial / "state.json").write_text(json.dumps({"step": step, "log": log}))
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
+        _sync(partial / "state.json")
+        _sync(partial)
         partial.rename(self._at(step))
         _sync(self.folder)
         for older in self.folder.glob("step-*"):
@@ -512,37 +514,59 @@ class Checkpoints:
     def load(self, weights: Mapping[str, Any], optimizer: Any) -> tuple[int, list[dict[str, Any]]]:
         """Fills weights and optimiser from the latest checkpoint; (0, []) and nothing done where there is none."""
         import torch
+        from safetensors import safe_open
 
         step = main_says(self.latest)
         if step == 0:
             return 0, []
-        with self._open(step) as file, torch.no_grad():
-            there = set(file.keys())
-            for name, parameter in weights.items():
-                parameter.copy_(like_shard(file.get_tensor(f"weight:{name}"), parameter))
-                if f"exp_avg:{name}" in there:
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(float(step)),
-                        **{
-                            k: like_shard(file.get_tensor(f"{k}:{name}"), parameter) for k in ("exp_avg", "exp_avg_sq")
-                        },
-                    }
-        log: list[dict[str, Any]] = json.loads((self._at(step) / "state.json").read_text())["log"]
-        return step, log
+        for path, names in _files(weights).items():
+            with safe_open(self._at(step) / path, "pt") as file, torch.no_grad():
+                there = set(file.keys())
+                for name in names:
+                    parameter = weights[name]
+                    parameter.copy_(like_shard(file.get_tensor(f"weight:{name}"), parameter))
+                    if f"{MOMENTS[0]}:{name}" in there:
+                        optimizer.state[parameter] = {
+                            "step": torch.tensor(float(step)),
+                            **{kind: like_shard(file.get_tensor(f"{kind}:{name}"), parameter) for kind in MOMENTS},
+                        }
+        return step, self.log(step)
 
-    def weights(self, step: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """The trained weights by name, and the log."""
-        with self._open(step) as file:
-            names = [n for n in file.keys() if n.startswith("weight:")]  # noqa: SIM118  (it has keys() alone)
-            found = {n.removeprefix("weight:"): file.get_tensor(n) for n in names}
-        return found, json.loads((self._at(step) / "state.json").read_text())["log"]
-
-    @contextlib.contextmanager
-    def _open(self, step: int) -> Iterator[Any]:
+    def weights(self, step: int) -> dict[str, Tensor]:
+        """The trained weights by name."""
         from safetensors import safe_open
 
-        with safe_open(self._at(step) / "state.safetensors", "pt") as file:
-            yield file
+        found = {}
+        for path in self._at(step).glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (it has keys() alone)
+                    if name.startswith("weight:"):
+                        found[name.removeprefix("weight:")] = file.get_tensor(name)
+        return found
+
+    def log(self, step: int) -> list[dict[str, Any]]:
+        """A row for every step so far."""
+        rows: list[dict[str, Any]] = json.loads((self._at(step) / "state.json").read_text())["log"]
+        return rows
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, beside the number of steps
+
+
+def _files(names: Iterable[str]) -> dict[str, list[str]]:
+    """The weights' names by the file of the checkpoint that holds them: one a block, one for what is beside."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        block = name.removeprefix(BLOCKS).split(".")[0] if name.startswith(BLOCKS) else ""
+        found.setdefault(f"block-{int(block):03d}.safetensors" if block else "beside.safetensors", []).append(name)
+    return found
+
+
+def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -561,7 +585,7 @@ def _write(
 ) -> None:
     spec = setup.recipe.recover
     assert spec is not None  # asked by the caller
-    weights, log = checkpoints.weights(steps)
+    weights = checkpoints.weights(steps)
     model = student(setup, plan)
     _, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected, "the checkpoint is another model's"
@@ -573,7 +597,7 @@ def _write(
         "trained_parameters": sum(w.numel() for w in weights.values()),
     }
     Plan(plan.blocks, {**plan.weights, **merged(model, spec)}, {**plan.meta, "recovered": facts}).save(folder)
-    (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n")
+    (folder / "recover.json").write_text(json.dumps({**facts, "log": checkpoints.log(steps)}, indent=1) + "\n")
 
 
 def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:

@@ -267,6 +267,15 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_checkpoint(job: P
     assert not (tmp_path / "run" / "recover").exists()
 
 
+def test_a_full_device_is_one_clear_error() -> None:
+    def full(**_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(CompressError, match="memory is full") as error:
+        distributed.Trainer(None, full, False)(input_ids=None)
+    assert "recover.micro=1" in error.value.fix
+
+
 def test_a_plan_that_leaves_nothing_to_train_is_refused(job: Path) -> None:
     setup = setup_of(job, **LORA, targets=["down_proj"])
     whole = ragged_plan(tiny("llama")).blocks[3]  # its FFN is gone
