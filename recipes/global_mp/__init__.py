@@ -1,0 +1,1 @@
+"""Global magnitude pruning: one threshold for all weights of a model."""
