@@ -43,33 +43,28 @@ def target_count(sparsity: float, total: int) -> int:
 
 
 def layer_floors(
-    sizes: Mapping[str, int],
-    count: int = 0,
-    share: float = 0.0,
-    by_name: Mapping[str, int | float] | None = None,
+    sizes: Mapping[str, int], sigma: int | float = 0, by_name: Mapping[str, int | float] | None = None
 ) -> dict[str, int]:
     """The number of weights that every layer keeps at least.
 
     Args:
         sizes: prunable weights of each layer.
-        count: sigma, the same for all layers; a smaller layer is kept whole.
-        share: sigma as a share of all prunable weights together, rounded up (the paper's MT is this, in per cent).
-        by_name: shell pattern -> sigma of the layers it matches, in place of the one for all: an int is a count, a
-            float a share of that layer, rounded up. The last pattern that matches a layer decides.
+        sigma: the same for all layers: an int is a count of weights, a float a share of all prunable weights together,
+            rounded up (the paper's MT is this, in per cent). A smaller layer is kept whole.
+        by_name: shell pattern -> the floor of the layers it matches, in place of sigma: an int is a count, a float a
+            share of that layer, rounded up. The last pattern that matches a layer decides.
 
     Raises:
-        UsageError: both ``count`` and ``share`` are given, one is out of range, a pattern matches no layer, or a
-            pattern's count is larger than a layer that it names.
+        UsageError: a floor is out of range, a pattern matches no layer, or a pattern's count is larger than a layer
+            that it names.
     """
-    if count and share:
-        raise UsageError("the floor is given twice", where="floor", fix="give either a count or a share")
-    if count < 0 or not 0 <= share < 1:
+    if sigma < 0 or (isinstance(sigma, float) and not sigma < 1):
         raise UsageError(
-            f"a floor of {count if count else share:g} is out of range",
+            f"a floor of {sigma:g} is out of range",
             where="floor",
-            fix="give a count of weights from 0, or a share of the model from 0 and below 1",
+            fix="give a count of weights (an integer), or a share of the model from 0.0 and below 1.0",
         )
-    sigma = count or _share_of(share, sum(sizes.values()), round_up=True)
+    sigma = sigma if isinstance(sigma, int) else _share_of(sigma, sum(sizes.values()), round_up=True)
     floors = {name: min(sigma, size) for name, size in sizes.items()}
     for pattern, wanted in (by_name or {}).items():
         matched = [name for name in sizes if fnmatchcase(name, pattern)]
