@@ -109,8 +109,8 @@ def find_cuts(
         source: read three times; a tensor is let go before the next is asked for.
         floors: the number of weights that a layer keeps at least, by name; none where it is not named.
         all_reduce: for several ranks. Each rank gives the layers it holds, and the same ``prune``, ``floors`` (of all
-            layers) and ``order``; each gets the cuts of its own layers. A fault on one rank is raised on all.
-        order: with ``all_reduce``, the names of all layers on all ranks.
+            layers) and ``order``; each gets the cuts of its own layers. A faulty weight on one rank is raised on all.
+        order: with ``all_reduce``, the names of all layers on all ranks (of tied ones the first in order alone).
 
     Raises:
         CompressError: a weight is NaN or infinite (the layer is named), or of another type than float32, float16 and
@@ -297,8 +297,8 @@ def _refuse_faults(names: Sequence[str], table: Tensor, strangers: int, mine: Se
     """``table`` (layers, 3): by how many ranks a layer is held, its size, its faulty weights (-1: its type)."""
     if strangers:
         raise CompressError(
-            f"{strangers} layers are not in the order of all layers" + (f", such as {mine[0]}" if mine else ""),
-            where="ranks",
+            f"layers that are not in the order of all layers: {strangers}",
+            where=", ".join(mine) or "another rank",
             fix="give every rank the names of all layers",
         )
     for name, (held, _, fault) in zip(names, table.tolist(), strict=True):
