@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_targets_rise_and_end_at_the_last_one(final: int, steps: int, shape: Sha
     start = data.draw(st.integers(0, final))
     found = targets(final, steps, shape, start)
     assert len(found) == steps and found[-1] == final and start <= found[0]
-    assert all(a <= b for a, b in zip(found, found[1:], strict=False))
+    assert all(a <= b for a, b in itertools.pairwise(found))
     assert all(isinstance(n, int) for n in found)
 
 
