@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
+
+from typing_extensions import TypeVar
 
 from compress import __version__
 from compress.errors import CompressError
-from compress.recipe import Recipe
+from compress.recipe import Recipe, TextRecipe
 from compress.run import Run
 
 if TYPE_CHECKING:
@@ -20,12 +22,15 @@ if TYPE_CHECKING:
     from compress.plan import Plan
 
 
+AnyText = TypeVar("AnyText", bound=TextRecipe, default=Recipe)
+
+
 @dataclass
-class Setup:
+class Setup(Generic[AnyText]):
     """A model and a recipe, checked; the weights are read when they are first asked for."""
 
     resolved: Resolved
-    recipe: Recipe
+    recipe: AnyText
     family: Family
     geometry: Geometry
     costs: Costs
@@ -96,7 +101,7 @@ def quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-def prepare(model: str, recipe: Recipe) -> Setup:
+def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
     from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
     from compress.models.families import family_for
