@@ -216,7 +216,6 @@ def evaluate(
     """Measures the dense and the saved model; ``curve`` measures others, given what decides a measurement."""
     import hashlib
 
-    from compress.checkpoint import load_model
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
 
     held_out = {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
@@ -236,7 +235,7 @@ def evaluate(
     results = {}
     for label, load, source, inputs in (
         ("dense", lambda: setup.model, setup.resolved.folder, {"weights": setup.weights}),
-        ("pruned", lambda: load_model(folder, setup.family), folder, {"model": seal_hash(folder)}),
+        ("pruned", lambda: setup.load(folder), folder, {"model": seal_hash(folder)}),
     ):
         stage = run.stage_together(
             f"evaluation-{label}",

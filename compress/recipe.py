@@ -97,6 +97,15 @@ class BenchSection(Section):
     min_runs: int = Field(5, ge=2, description="and at least this often")
 
 
+class MemorySection(Section):
+    """What is held in memory while a model is pruned."""
+
+    stream: bool | None = Field(
+        None, description="read blocks from disk when they are run; by default where the model would not fit"
+    )
+    cache_blocks: int = Field(2, ge=1, description="streamed blocks that stay in memory")
+
+
 class AnyRecipe(Section):
     """What every recipe has. ``options`` stands in the file under the method's own name."""
 
@@ -117,6 +126,7 @@ class TextRecipe(AnyRecipe):
     """A recipe for a causal language model, judged by its perplexity."""
 
     evaluation: Evaluation
+    memory: MemorySection = MemorySection()
     export: ExportSection | None = ExportSection()
     bench: BenchSection | None = BenchSection()
 

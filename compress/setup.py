@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from compress.plan import Plan
 
 
+# A model is held in memory where it takes at most this share of what a process can have: what is made of it, and
+# activations, want the rest.
+RESIDENT_SHARE = 0.3
+
 AnyText = TypeVar("AnyText", bound=TextRecipe, default=Recipe)
 
 
@@ -52,11 +56,33 @@ class Setup(Generic[AnyText]):
 
     @cached_property
     def model(self) -> Any:
-        """The dense model in float32, every weight checked to be finite."""
-        from compress.checkpoint import check_weights, load_model
+        """The dense model in float32, every weight checked to be finite; streamed where it would not fit."""
+        from compress.checkpoint import check_weights
 
         check_weights(self.resolved.folder)
-        return load_model(self.resolved.folder, self.family)
+        return self.load(self.resolved.folder)
+
+    def load(self, folder: Path) -> Any:
+        """A model in float32 on this process's device, held or streamed."""
+        from compress.checkpoint import load_model
+        from compress.distributed import device
+        from compress.models.streaming import stream_model
+
+        if self.streamed:
+            return stream_model(folder, self.family, self.recipe.memory.cache_blocks, device())
+        return load_model(folder, self.family).to(device())
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether blocks are read from disk when they are run, as the recipe says or as the memory asks for.
+
+        The main process decides for all.
+        """
+        from compress.distributed import available_bytes, main_says
+
+        if self.recipe.memory.stream is not None:
+            return self.recipe.memory.stream
+        return main_says(lambda: 4 * self.costs.total > RESIDENT_SHARE * available_bytes())
 
     def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
         """A sliced model, and (query heads, KV groups, neurons) of its blocks."""
@@ -79,7 +105,8 @@ class Setup(Generic[AnyText]):
         model.model = copy.copy(self.model.model)
         model.model._modules = dict(self.model.model._modules)
         layers = self.family.blocks(self.model)
-        model.model.layers = type(layers)(list(layers))
+        if not self.streamed:
+            model.model.layers = type(layers)(list(layers))
         return model
 
     @cached_property
