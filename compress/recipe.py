@@ -104,6 +104,7 @@ class MemorySection(Section):
         None, description="read blocks from disk when they are run; by default where the model would not fit"
     )
     cache_blocks: int = Field(2, ge=1, description="streamed blocks that stay in memory")
+    offload: bool = Field(False, description="keep activations in files of the run folder instead of in memory")
 
 
 class AnyRecipe(Section):

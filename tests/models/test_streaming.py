@@ -72,7 +72,7 @@ def test_a_run_that_streams_ends_with_the_bytes_of_one_that_does_not(job: Job, f
     out = tmp_path / "run"
     ran = compress(
         "prune", job.model, "--recipe", job.recipe, "--out", out, "--until", "evaluation",
-        "--set", "memory={stream: true, cache_blocks: 1}",
+        "--set", "memory={stream: true, cache_blocks: 1, offload: true}",
     )  # fmt: skip
     assert ran.code == 0, ran.err
     for name in ("plan/plan.safetensors", "plan/plan.json", "model/model.safetensors", "model/fingerprint.safetensors"):
