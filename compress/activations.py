@@ -1,7 +1,7 @@
-"""Activations on disk, kept so that a run can be resumed by any number of processes.
+"""Activations on disk: kept so that a run can be resumed by any number of processes, or because memory is short.
 
-A folder holds one file per range of windows, named by it: every process writes its own range, and reads whatever files
-its range needs, so that three processes go on where two have stopped.
+A kept folder holds one file per range of windows, named by it: every process writes its own range, and reads whatever
+files its range needs, so that three processes go on where two have stopped.
 """
 
 from __future__ import annotations
@@ -10,8 +10,35 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.distributed import rank
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Room:
+    """Where a process's activations lie: in memory, or in files that the system writes back when memory is short.
+
+    Args:
+        folder: of the files; None for memory. They are of no use once the process has ended.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._count = folder, 0
+
+    def hold(self, tensor: Tensor) -> Tensor:
+        """The same values in a tensor that lies here (float32)."""
+        if self._folder is None:
+            return tensor
+        import torch
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{rank()}-{self._count}.bin"
+        self._count += 1
+        path.unlink(missing_ok=True)
+        made = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=torch.float32).view(tensor.shape)
+        path.unlink()  # it lives as long as the tensor does, and no kill leaves it behind
+        return made.copy_(tensor)
 
 
 def save_part(folder: Path, windows: range, tensors: dict[str, Tensor]) -> None:

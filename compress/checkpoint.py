@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Layout = Literal["per-layer", "padded"]
 FINGERPRINT = "fingerprint.safetensors"
 REMOTE_FILE = "modeling_compress"
+SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4  # largest difference allowed of reloaded logits, relative to the largest logit
 
 
@@ -168,12 +169,10 @@ def save_model(
     import torch
     from safetensors.torch import save_file
 
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise CompressError(f"the pruned weight {name} is not finite", where=str(folder), fix="raise the damping")
-    model = model.to(dtype)
-    model.save_pretrained(folder)
-    model = model.to(torch.float32)
+    _write_weights(model, family, folder, dtype)
+    model.config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -191,9 +190,65 @@ def save_model(
         config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_FILE}.Compressed{family.causal_lm}"}
         (folder / f"{REMOTE_FILE}.py").write_text(family.ragged_source())
     path.write_text(json.dumps(config, indent=2) + "\n")
+    # From what was written, in the type it was written in.
+    from compress.models.streaming import stream_model
+
+    device = family.embedding_device(model)
     with torch.no_grad():
-        logits = model(tokens).logits.float()
+        logits = stream_model(folder, family, 1, device)(tokens.to(device)).logits.float().cpu()
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / FINGERPRINT)
+
+
+def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None:
+    """Writes a model's weights block by block, in files of at most `SHARD_BYTES`, named as transformers names them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from compress.models.streaming import PREFIX
+
+    held: dict[str, Tensor] = {}
+    shards: list[tuple[Path, list[str]]] = []
+    total = 0
+
+    def flush() -> None:
+        path = folder / f".shard-{len(shards):05d}"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append((path, list(held)))
+        held.clear()
+
+    def add(prefix: str, tensors: dict[str, Tensor]) -> None:
+        nonlocal total
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise CompressError(
+                    f"the pruned weight {prefix}{name} is not finite", where=str(folder), fix="raise the damping"
+                )
+            kept = tensor.to("cpu", dtype).contiguous()
+            if held and sum(t.nbytes for t in held.values()) + kept.nbytes > SHARD_BYTES:
+                flush()
+            held[prefix + name] = kept
+            total += kept.nbytes
+
+    blocks = family.blocks(model)
+    for index, block in enumerate(blocks):
+        add(f"{PREFIX}{index}.", block.state_dict())
+    rest = {
+        n: t
+        for n, t in model.state_dict().items()
+        if not n.startswith(PREFIX) and not (n == "lm_head.weight" and family.geometry(model.config).tied)
+    }
+    add("", rest)
+    flush()
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    places: dict[str, str] = {}
+    for number, (path, names) in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        path.rename(folder / name)
+        places.update(dict.fromkeys(names, name))
+    index_facts = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_facts, indent=2) + "\n")
 
 
 def load_config_dict(config: dict[str, Any]) -> Any:

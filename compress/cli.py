@@ -100,7 +100,7 @@ def prune(
     count = distributed.wanted(processes)
     if count > 1:
         raise typer.Exit(distributed.launch(count, sys.argv[1:]))
-    from compress.pipeline import STAGES
+    from compress.pipeline import STAGES, module_of
     from compress.pipeline import prune as run
 
     if until not in STAGES:
@@ -110,7 +110,8 @@ def prune(
     distributed.join(timedelta(seconds=rank_timeout))
     report = run(model, recipe, folder, _overrides(set_, sparsity), fresh=fresh, until=until, command=command)
     if distributed.is_main():
-        _show({**report, "run": str(folder)}, json_, _prune_lines)
+        lines = getattr(module_of(report["recipe"]), "lines", _prune_lines)
+        _show({**report, "run": str(folder)}, json_, lines)
     distributed.leave()
 
 
@@ -158,9 +159,11 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
 @app.command(epilog="Example:  compress plan llama-8b --recipe tyr --sparsity 0.5")
 def plan(model: Model, recipe: RecipeName, sparsity: Sparsity = None, set_: Set = None, json_: Json = False) -> None:
     """Says what `prune` would do: budget, shapes, disk, memory and time. Reads no weight."""
+    from compress.pipeline import module_of
     from compress.verbs import plan as run
 
-    _show(run(model, recipe, _overrides(set_, sparsity)), json_, _plan_lines)
+    facts = run(model, recipe, _overrides(set_, sparsity))
+    _show(facts, json_, getattr(module_of(facts), "forecast_lines", _plan_lines) if "method" in facts else _plan_lines)
 
 
 def _plan_lines(facts: dict[str, Any]) -> list[str]:

@@ -91,6 +91,21 @@ def stay_alone() -> None:
     os.environ.pop("RANK", None)
 
 
+def available_bytes() -> int:
+    """Memory that this process can have: its GPU's, or its share of the machine's (or the container's) free RAM."""
+    import torch
+
+    if device().type == "cuda":
+        return int(torch.cuda.mem_get_info(device())[0])
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, int(text) - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 # --- joining -------------------------------------------------------------------------------------------------------
 
 

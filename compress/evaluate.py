@@ -31,14 +31,20 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
     import torch
     from torch.nn.functional import cross_entropy
 
+    from compress.models.streaming import is_streamed
+
     slices = [slice(i, i + BATCH) for i in range(0, len(windows), BATCH)]
     mine = [slices[i] for i in share(len(slices))]
     found: list[tuple[float, int]] = []
     with torch.no_grad(), Progress(len(mine), label) as bar:
+        device = model.get_input_embeddings().weight.device
+        ids = windows.to(device)
+        # Where blocks are read from disk, once for all windows.
+        hidden: Any = _last_hidden(model, ids[mine[0].start : mine[-1].stop]) if mine and is_streamed(model) else None
         for s in mine:
-            ids = windows[s]
-            logits = model(input_ids=ids, use_cache=False).logits
-            for row, target in zip(logits, ids, strict=True):
+            logits: Any = model(input_ids=ids[s], use_cache=False).logits if hidden is None else None
+            for k, target in enumerate(ids[s]):
+                row = logits[k] if hidden is None else _logits(model, hidden[s.start - mine[0].start + k])
                 losses = cross_entropy(row[:-1].float(), target[1:], reduction="none")
                 found.append((float(losses.double().sum()), len(target) - 1))
             bar.update(1)
@@ -51,6 +57,16 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
         )
     nll = total / count
     return {"ppl": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count}
+
+
+def _last_hidden(model: Any, ids: Tensor) -> Any:
+    return model.model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _logits(model: Any, hidden: Tensor) -> Tensor:
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    z: Tensor = model.lm_head(hidden)
+    return z if cap is None else (z / cap).tanh() * cap
 
 
 def geometric_mean(values: list[float]) -> float:

@@ -1,7 +1,7 @@
-"""One run at a time in a folder, on one machine or on a network file system, and no lock left behind by a crash.
+"""One run at a time in a folder, on one machine or over a network file system; no crash leaves a lock.
 
-On one machine the kernel's lock (flock) decides; it goes with the process. Between machines, where a file system may not
-pass that lock on, the holder touches the file every few seconds; a file that nobody has touched for a minute is free.
+On one machine the kernel's lock (flock) decides; it goes with the process. Between machines, where a file system may
+not pass it on, the holder touches the file every few seconds; one that nobody has touched for a minute is free.
 """
 
 from __future__ import annotations

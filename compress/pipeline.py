@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -10,21 +11,37 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel
-
 from compress import __version__, distributed
 from compress.errors import CompressError
-from compress.recipe import load_recipe, lock_text
+from compress.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
+from compress.recipes.global_mp import GlobalMPOptions
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
 from compress.run import Run, fingerprint, seal_hash
-from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
+from compress.setup import Setup, Windows, fingerprint_of, read_windows
+from compress.setup import prepare as prepare  # Týr's, by `module_of`
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHODS: dict[str, type[BaseModel]] = {"tyr": TyrOptions}
+METHODS: dict[str, dict[str, Task]] = {
+    "tyr": {"text": Task(TyrOptions, Recipe, "compress.pipeline")},
+    "global-mp": {"text": Task(GlobalMPOptions, TextRecipe, "compress.sparse")},
+}
 STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
+
+
+def module_of(recipe: AnyRecipe | Mapping[str, Any]) -> Any:
+    """The module that runs a recipe (or one as `AnyRecipe.resolved` writes it). It has
+
+    - ``prepare(model, recipe)``: a setup with ``recipe``, ``resolved`` and ``weights``, before any weight is read;
+    - ``stages(run, setup, until, command)``: the stages of `STAGES` up to ``until``; returns the report;
+    - ``card(report, folder)``: draws the plots and writes the card, returns its path;
+    - where they are not this module's: ``lines(report)``, what the command line says of a finished run, and
+      ``forecast(model, recipe)`` with ``forecast_lines(facts)``, what `compress plan` says.
+    """
+    facts = recipe if isinstance(recipe, Mapping) else {"method": recipe.method, "task": getattr(recipe, "task", TEXT)}
+    return importlib.import_module(METHODS[facts["method"]][facts.get("task", TEXT)].pipeline)
 
 
 def prune(
@@ -46,28 +63,30 @@ def prune(
         CompressError: anything that keeps the promise from being kept.
     """
 
-    def ready() -> Setup:
+    def ready() -> tuple[Any, Any]:
         recipe = load_recipe(recipe_name, METHODS, overrides)
-        if recipe.bench is not None and recipe.export is None:
+        if getattr(recipe, "bench", None) is not None and recipe.export is None:
             raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
-        return prepare(model, recipe)
+        module = module_of(recipe)
+        return module, module.prepare(model, recipe)
 
     # The main process first: what is wrong is said once, and what is fetched is fetched once.
-    checked: list[Setup] = []
+    checked: list[tuple[Any, Any]] = []
     distributed.main_says(lambda: checked.append(ready()))
-    setup = checked[0] if checked else ready()
+    module, setup = checked[0] if checked else ready()
     with Run.open(out, fresh) as run:
         lock = run.folder / "recipe.lock.yaml"
         if not lock.exists() and distributed.is_main():
             _write_lock(lock, setup, command)
-        report = _stages(run, setup, until, command)
+        report: dict[str, Any] = module.stages(run, setup, until, command)
         # Only now: a recipe that was refused must not stand for the stages that another one made.
         if distributed.is_main():
             _write_lock(lock, setup, command)
         return report
 
 
-def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
+def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
+    from compress.plan import Plan
     from compress.recipes.tyr.prune import REFERENCE_TOKENS
 
     recipe = setup.recipe
@@ -82,19 +101,19 @@ def _stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
     if last >= STAGES.index("evaluation"):
-        _evaluate(run, setup, windows, saved, report)
+        evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, windows, common))
         if recipe.recover is not None:
             _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
     if last >= STAGES.index("export") and recipe.export is not None:
-        exported = _export(run, setup, plan_folder, report)
+        exported = export(run, setup, lambda: setup.pruned(Plan.load(plan_folder))[0], plan_folder, report)
         if last >= STAGES.index("bench") and recipe.bench is not None:
-            _bench(run, setup, exported, report)
+            bench(run, setup, exported, report)
     if last >= STAGES.index("release"):
-        return _release(run, setup, saved, report)
+        return release(run, setup, saved, report)
     return report
 
 
-def _write_lock(path: Path, setup: Setup, command: str) -> None:
+def _write_lock(path: Path, setup: Any, command: str) -> None:
     from compress.doctor import versions
 
     text = lock_text(
@@ -134,10 +153,11 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         seed=setup.recipe.seed,
         options=setup.recipe.options,
         inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+        offload=setup.recipe.memory.offload,
     )
 
 
-def _tokens(setup: Setup, count: int = 64) -> Tensor:
+def fixed_tokens(setup: Setup[Any], count: int = 64) -> Tensor:
     """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do."""
     import torch
 
@@ -199,7 +219,7 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
         def build(folder: Path, layout: str = layout) -> None:
             plan = Plan.load(plan_folder)
             sliced, counts = setup.pruned(plan)
-            tokens = _tokens(setup)
+            tokens = fixed_tokens(setup)
             masked = setup.masked(plan)
             with torch.no_grad():
                 want, got = masked(tokens).logits, sliced(tokens).logits
@@ -230,10 +250,15 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
     return saved
 
 
-def _evaluate(
-    run: Run, setup: Setup, windows: Windows, saved: Mapping[str, Path], report: dict[str, Any]
+def evaluate(
+    run: Run,
+    setup: Setup[Any],
+    windows: Windows,
+    saved: Mapping[str, Path],
+    report: dict[str, Any],
+    curve: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
 ) -> None:
-    from compress.checkpoint import load_model
+    """Measures the dense and the saved model; ``curve`` measures others, given what decides a measurement."""
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
 
     tasks = setup.recipe.evaluation.tasks
@@ -252,7 +277,7 @@ def _evaluate(
     results = {}
     for label, load, source, inputs in (
         ("dense", lambda: setup.model, setup.resolved.folder, {"weights": setup.weights}),
-        ("pruned", lambda: load_model(folder, setup.family), folder, {"model": seal_hash(folder)}),
+        ("pruned", lambda: setup.load(folder), folder, {"model": seal_hash(folder)}),
     ):
         stage = run.stage_together(
             f"evaluation-{label}",
@@ -281,7 +306,7 @@ def _evaluate(
             for d, p in zip(results["dense"]["tasks"], results["pruned"]["tasks"], strict=True)
         ],
         "layout": layout,
-        "curve": _curve(run, setup, windows, common),
+        "curve": curve(common),
     }
     report["stages"] = run.stages()
 
@@ -318,9 +343,11 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
     return points
 
 
-def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
+def export(
+    run: Run, setup: Setup[Any], pruned: Callable[[], Any], plan_folder: Path, report: dict[str, Any]
+) -> dict[str, Path]:
+    """Exports the dense model and the one that ``pruned`` makes after the plan."""
     from compress.export.check import write_checked
-    from compress.plan import Plan
 
     assert setup.recipe.export is not None  # asked by the caller
     spec = setup.recipe.export
@@ -333,7 +360,7 @@ def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -
         "pruned": run.stage(
             "export-pruned",
             {**common, "plan": seal_hash(plan_folder)},
-            lambda f: write_checked(setup.pruned(Plan.load(plan_folder))[0], setup.tokenizer, f, spec, vocab),
+            lambda f: write_checked(pruned(), setup.tokenizer, f, spec, vocab),
         ),
     }
     facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}
@@ -345,7 +372,7 @@ def _export(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -
     return folders
 
 
-def _bench(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[str, Any]) -> None:
+def bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: dict[str, Any]) -> None:
     from compress.export.bench.local import compare_llm
 
     spec = setup.recipe.bench
@@ -364,14 +391,12 @@ def _bench(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[st
     report["stages"] = run.stages()
 
 
-def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str, Any]) -> dict[str, Any]:
+def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict[str, Any]) -> dict[str, Any]:
     """The folder to publish: the saved model, its ONNX files, the report, the plots and the card.
 
     Returns:
         The report as it was sealed, by this run or an earlier one.
     """
-    from compress.card import write_card
-    from compress.plots import draw
     from compress.report import finish, read_report
 
     report["commands"] = commands(setup, run.folder, report["command"])
@@ -386,15 +411,21 @@ def _release(run: Run, setup: Setup, saved: Mapping[str, Path], report: dict[str
             for name in report["export"]["onnx"]["pruned"]["bytes"]:
                 _link(run.folder / "export-pruned" / name, folder / "onnx" / name)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        plots = draw(report, folder / "plots")
-        write_card(report, folder, plots)
+        module_of(report["recipe"]).card(report, folder)
 
     # The stages' clock readings are part of the report, not of what decides whether it is the same release.
     facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
 
 
-def commands(setup: Setup, folder: Path, prune_command: str) -> dict[str, str]:
+def card(report: dict[str, Any], folder: Path) -> Path:
+    from compress.card import write_card
+    from compress.plots import draw
+
+    return write_card(report, folder, draw(report, folder / "plots"))
+
+
+def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, str]:
     """The commands that make each number of the report again."""
     there = shlex.quote(str(folder))
     return {

@@ -124,10 +124,16 @@ class Plan:
         self._replace(model, family, family.masked)
 
     def _replace(self, model: Any, family: Family, make: Callable[..., nn.Module]) -> None:
+        from compress.models.streaming import StreamedBlocks
+
         self.check(family.geometry(model.config))
         blocks = family.blocks(model)
-        for i in range(len(self.blocks)):
-            blocks[i] = self.block(i, family, blocks[i], make)
+        if isinstance(blocks, StreamedBlocks):
+            # Each when it is read.
+            model.model.layers = blocks.changed(lambda i, block: self.block(i, family, block, make))
+        else:
+            for i in range(len(self.blocks)):
+                blocks[i] = self.block(i, family, blocks[i], make)
         if "norm" in self.weights:
             family.replace_norm(model, self.weights["norm"])
 

@@ -153,26 +153,62 @@ class RecoverSection(Section):
         return self
 
 
-class Recipe(Section):
-    """A whole recipe. ``options`` stands in the file under the method's own name."""
+class MemorySection(Section):
+    """What is held in memory while a model is pruned."""
+
+    stream: bool | None = Field(
+        None, description="read blocks from disk when they are run; by default where the model would not fit"
+    )
+    cache_blocks: int = Field(2, ge=1, description="streamed blocks that stay in memory")
+    offload: bool = Field(False, description="keep activations in files of the run folder instead of in memory")
+
+
+class AnyRecipe(Section):
+    """What every recipe has. ``options`` stands in the file under the method's own name."""
 
     schema_version: Literal[1] = 1
     method: str
     description: str = ""
     sparsity: float = Field(gt=0, lt=1, description="share of the backbone's linear parameters to remove")
     seed: int = Field(0, ge=0)
-    layouts: list[Literal["per-layer", "padded"]] = Field(["per-layer"], min_length=1)
-    calibration: Calibration
-    evaluation: Evaluation
     options: Any = None
-    recover: RecoverSection | None = None
-    export: ExportSection | None = ExportSection()
-    bench: BenchSection | None = BenchSection()
 
     def resolved(self) -> dict[str, Any]:
         """Every value, as JSON-like data, with the method's options under its name."""
         data = self.model_dump(mode="json", exclude={"options"}, exclude_none=True)
         return {**data, self.method: self.options.model_dump(mode="json", exclude_none=True)}
+
+
+class TextRecipe(AnyRecipe):
+    """A recipe for a causal language model, judged by its perplexity."""
+
+    evaluation: Evaluation
+    memory: MemorySection = MemorySection()
+    export: ExportSection | None = ExportSection()
+    bench: BenchSection | None = BenchSection()
+
+
+class Recipe(TextRecipe):
+    """A recipe that looks at text to decide what goes."""
+
+    layouts: list[Literal["per-layer", "padded"]] = Field(["per-layer"], min_length=1)
+    calibration: Calibration
+    recover: RecoverSection | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A method on one kind of model: what its recipes may hold, and the module that runs them (see `pipeline`)."""
+
+    options: type[BaseModel]
+    recipe: type[AnyRecipe]
+    pipeline: str
+
+
+TEXT = "text"
+
+# method -> task -> Task. A recipe's task is its key ``task``, or "text" where it has none.
+Methods = Mapping[str, Mapping[str, Task]]
 
 
 @dataclass(frozen=True)
@@ -198,13 +234,16 @@ def recipe_names() -> dict[str, Path]:
     return found
 
 
-def load_recipe(name: str, methods: Mapping[str, type[BaseModel]], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> Any:
     """Reads and checks a recipe.
 
     Args:
         name: a recipe's name, or the path of a YAML file.
-        methods: the section class of every method there is.
+        methods: every method there is, and the tasks it knows.
         overrides: ``a.b=value`` with YAML values, laid over the file.
+
+    Returns:
+        The `Task.recipe` of the method and task that the file names.
 
     Raises:
         UsageError: anything in it is wrong; file, line, key and the nearest valid name are given.
@@ -220,22 +259,30 @@ def load_recipe(name: str, methods: Mapping[str, type[BaseModel]], overrides: Se
             where=_where(places, ("method",), name),
             fix=nearest(str(method), list(methods)),
         )
-    own = {k: v for k, v in data.items() if k != method}
+    kind = data.get("task", TEXT)
+    if not isinstance(kind, str) or kind not in methods[method]:
+        raise UsageError(
+            f"the method {method!r} knows no task {kind!r}",
+            where=_where(places, ("task",), name),
+            fix=nearest(str(kind), list(methods[method])),
+        )
+    task = methods[method][kind]
+    own = {k: v for k, v in data.items() if k != method and (k, v) != ("task", TEXT)}
     if "options" in own:
         raise UsageError(
             "unknown key 'options'", where=_where(places, ("options",), name), fix=f"the method's own key is {method!r}"
         )
     try:
-        options = methods[method].model_validate(data.get(method) or {})
+        options = task.options.model_validate(data.get(method) or {})
     except ValidationError as e:
-        raise _explain(e, methods[method], places, (method,), name) from None
+        raise _explain(e, task.options, places, (method,), name) from None
     try:
-        return Recipe.model_validate({**own, "options": options})
+        return task.recipe.model_validate({**own, "options": options})
     except ValidationError as e:
-        raise _explain(e, Recipe, places, (), name, extra=list(methods)) from None
+        raise _explain(e, task.recipe, places, (), name, extra=list(methods)) from None
 
 
-def lock_text(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+def lock_text(recipe: AnyRecipe, facts: Mapping[str, Any]) -> str:
     """The lock file: every resolved value of the recipe, and ``facts`` (versions, hashes, the model)."""
     return yaml.safe_dump({"recipe": recipe.resolved(), **facts}, sort_keys=False, allow_unicode=True, width=120)
 

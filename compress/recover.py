@@ -158,6 +158,8 @@ def recover(run: Run, setup: Setup, windows: Tensor, plan_folder: Path) -> Path:
         "seed": _seed(setup),
     }
 
+    _ = setup.streamed  # all processes decide it together, and not in the midst of what one does alone
+
     def build(folder: Path | None) -> None:
         plan = Plan.load(plan_folder)
         scratch = run.scratch("recover")
@@ -293,6 +295,7 @@ def student(setup: Setup, plan: Plan, empty: bool = False) -> Any:
     """The sliced model, sharing no tensor with the dense one, with low-rank updates where the recipe asks for them;
     what is to be trained wants a gradient, nothing else does. ``empty``: without weights (meta device)."""
     import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM
 
     spec = setup.recipe.recover
@@ -304,7 +307,12 @@ def student(setup: Setup, plan: Plan, empty: bool = False) -> Any:
         plan.apply(model, setup.family)
         model.eval()
     else:
-        model = copy.deepcopy(setup.pruned(plan)[0])
+        pruned = setup.pruned(plan)[0]
+        # One at a time: where the dense model is streamed, a block is there only as long as it is looked at.
+        blocks = [copy.deepcopy(block) for block in setup.family.blocks(pruned)]
+        pruned.model.layers = nn.ModuleList()
+        model = copy.deepcopy(pruned)
+        model.model.layers = nn.ModuleList(blocks)
     model.requires_grad_(False)
     if spec.method == "full":
         for name, parameter in model.named_parameters():
@@ -348,7 +356,7 @@ def _trained(model: Any) -> dict[str, Any]:
 
 
 def _teacher(setup: Setup, spec: RecoverSection, offload: Path) -> Any:
-    if spec.teacher == "dispatch":
+    if spec.teacher == "dispatch" or setup.streamed:
         offload.mkdir(parents=True, exist_ok=True)
         mine = Path(offload / f"{os.environ.get('RANK', '0')}")
         return dispatched(setup.resolved.folder, setup.config, spec.teacher_memory, mine)
@@ -367,8 +375,8 @@ def _train(
     assert spec is not None  # asked by the caller
     sharded = spec.shard == "fsdp" and world() > 1
     model = student(setup, plan, empty=sharded and not is_main())
-    if not sharded:
-        model = model.to(device())
+    # What is to be sharded comes to the devices in shards.
+    model = model if sharded and not is_main() else model.to("cpu" if sharded else device())
     if spec.save_memory:
         # The blocks' own switch asks for training mode; no block of these families draws anything in it but dropout.
         model.gradient_checkpointing_enable({"use_reentrant": False})

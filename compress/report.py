@@ -12,7 +12,7 @@ from compress.run import fingerprint
 if TYPE_CHECKING:
     from compress.setup import Setup
 
-REQUIRED = ("model", "recipe", "size", "layers", "search", "verify", "quality", "environment", "commands")
+REQUIRED = ("model", "recipe", "size", "layers", "verify", "quality", "environment", "commands")
 
 
 def finish(report: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ class Run:
     def stage_together(
         self, name: str, inputs: Mapping[str, Any], build: Callable[[Path | None], object]
     ) -> Path:
-        """Like `stage`, but all processes call ``build``: the main one with the folder to fill, the others with None."""
+        """Like `stage`, but all processes call ``build``: the main one with the folder to fill, others with None."""
         folder = self.folder / name
         if not distributed.main_says(lambda: self._there(name, inputs)):
             began = time.monotonic()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
+
+from typing_extensions import TypeVar
 
 from compress import __version__
 from compress.errors import CompressError
-from compress.recipe import Recipe
+from compress.recipe import Recipe, TextRecipe
 from compress.run import Run
 
 if TYPE_CHECKING:
@@ -20,12 +22,19 @@ if TYPE_CHECKING:
     from compress.plan import Plan
 
 
+# A model is held in memory where it takes at most this share of what a process can have: what is made of it, and
+# activations, want the rest.
+RESIDENT_SHARE = 0.3
+
+AnyText = TypeVar("AnyText", bound=TextRecipe, default=Recipe)
+
+
 @dataclass
-class Setup:
+class Setup(Generic[AnyText]):
     """A model and a recipe, checked; the weights are read when they are first asked for."""
 
     resolved: Resolved
-    recipe: Recipe
+    recipe: AnyText
     family: Family
     geometry: Geometry
     costs: Costs
@@ -47,11 +56,33 @@ class Setup:
 
     @cached_property
     def model(self) -> Any:
-        """The dense model in float32, every weight checked to be finite."""
-        from compress.checkpoint import check_weights, load_model
+        """The dense model in float32, every weight checked to be finite; streamed where it would not fit."""
+        from compress.checkpoint import check_weights
 
         check_weights(self.resolved.folder)
-        return load_model(self.resolved.folder, self.family)
+        return self.load(self.resolved.folder)
+
+    def load(self, folder: Path) -> Any:
+        """A model in float32 on this process's device, held or streamed."""
+        from compress.checkpoint import load_model
+        from compress.distributed import device
+        from compress.models.streaming import stream_model
+
+        if self.streamed:
+            return stream_model(folder, self.family, self.recipe.memory.cache_blocks, device())
+        return load_model(folder, self.family).to(device())
+
+    @cached_property
+    def streamed(self) -> bool:
+        """Whether blocks are read from disk when they are run, as the recipe says or as the memory asks for.
+
+        The main process decides for all.
+        """
+        from compress.distributed import available_bytes, main_says
+
+        if self.recipe.memory.stream is not None:
+            return self.recipe.memory.stream
+        return main_says(lambda: 4 * self.costs.total > RESIDENT_SHARE * available_bytes())
 
     def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
         """A sliced model, and (query heads, KV groups, neurons) of its blocks."""
@@ -74,7 +105,8 @@ class Setup:
         model.model = copy.copy(self.model.model)
         model.model._modules = dict(self.model.model._modules)
         layers = self.family.blocks(self.model)
-        model.model.layers = type(layers)(list(layers))
+        if not self.streamed:
+            model.model.layers = type(layers)(list(layers))
         return model
 
     @cached_property
@@ -96,7 +128,7 @@ def quiet() -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
-def prepare(model: str, recipe: Recipe) -> Setup:
+def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
     from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
     from compress.models.families import family_for
@@ -114,7 +146,8 @@ def prepare(model: str, recipe: Recipe) -> Setup:
             fix="prune the dense model at the higher sparsity",
         )
     weight_files(resolved.folder)
-    check_recovery(recipe, family, config)
+    if isinstance(recipe, Recipe):
+        check_recovery(recipe, family, config)
     return Setup(
         resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
     )

@@ -15,12 +15,15 @@ from compress.run import SEAL, verify_seal
 
 def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
-    from compress.pipeline import METHODS, job_for
+    from compress.pipeline import METHODS, job_for, module_of
     from compress.recipes.tyr.choice import block_menus, check_budget
     from compress.recipes.tyr.supernet import predicted_bytes
     from compress.setup import prepare
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
+    other = getattr(module_of(recipe), "forecast", None)
+    if other is not None:
+        return dict(other(model, recipe))
     setup = prepare(model, recipe)
     job = job_for(setup, None, {})
     target = check_budget(job)
@@ -168,14 +171,13 @@ def bench(dense: Path, pruned: Path, overrides: dict[str, Any]) -> dict[str, Any
 
 def card(run: Path, out: Path | None) -> dict[str, Any]:
     """Writes the card and the plots of a finished run again, from its report.json."""
-    from compress.card import write_card
-    from compress.plots import draw
+    from compress.pipeline import module_of
     from compress.report import read_report
 
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
     folder.mkdir(parents=True, exist_ok=True)
-    written = write_card(report, folder, draw(report, folder / "plots"))
+    written = module_of(report["recipe"]).card(report, folder)
     return {"card": str(written), "report": report["sha256"]}
 
 

@@ -17,15 +17,10 @@ if TYPE_CHECKING:
     from compress.models.families.base import Family
 
 
-def skeleton(blocks: nn.ModuleList, index: int) -> nn.Module:
-    """Block ``index`` as a module whose weights need not be there."""
-    found: nn.Module = blocks.skeleton(index) if hasattr(blocks, "skeleton") else blocks[index]  # type: ignore[operator]
-    return found
-
-
-def _passing(block: nn.Module) -> nn.Module:
-    """A stand-in that the model's own forward takes for a block: it gives back what it is given."""
-    made = copy.copy(block)
+def _passing(block: Any) -> nn.Module:
+    """A stand-in that the model's own forward takes for ``block`` (whose weights need not be there): it gives back what
+    it is given."""
+    made: nn.Module = copy.copy(block)
     made._modules, made._parameters = {}, {}
     made._forward_pre_hooks, made._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
     made.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
@@ -60,7 +55,7 @@ class BlockRunner:
         self.blocks = family.blocks(model)
         self.device = family.embedding_device(model)
         self._kwargs: list[dict[str, Any]] = []
-        self._stubs = nn.ModuleList(_passing(skeleton(self.blocks, i)) for i in range(len(self.blocks)))
+        self._stubs = nn.ModuleList(_passing(b) for b in self.blocks._modules.values())
         for stub in self._stubs:
 
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

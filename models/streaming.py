@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import load_config, weight_files
+from compress.checkpoint import is_ragged, load_config, weight_files
 from compress.distributed import empty_weights
 from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.models.families.base import Family
 
 PREFIX = "model.layers."
 
@@ -35,7 +38,14 @@ class StreamedBlocks(nn.ModuleList):
         super().__init__(skeletons)
         self._weights, self._cache, self._device = weights, max(1, cache), device
         self._held: OrderedDict[int, nn.Module] = OrderedDict()
+        self._change: Callable[[int, nn.Module], nn.Module] | None = None
         self.bytes_read = 0
+
+    def changed(self, change: Callable[[int, nn.Module], nn.Module]) -> StreamedBlocks:
+        """The same blocks, each given to ``change`` with its number when it has been read."""
+        made = StreamedBlocks([self.skeleton(i) for i in range(len(self))], self._weights, self._cache, self._device)
+        made._change = change
+        return made
 
     def skeleton(self, index: int) -> nn.Module:
         """The block without its weights."""
@@ -68,7 +78,8 @@ class StreamedBlocks(nn.ModuleList):
                 where=str(self._weights.folder),
                 fix="weights and config.json must belong together",
             ) from e
-        return block.requires_grad_(False).eval()
+        block.requires_grad_(False).eval()
+        return block if self._change is None else self._change(index, block)
 
 
 class _View:
@@ -121,16 +132,29 @@ class Weights:
         return found
 
 
-def stream_model(folder: Path, cache: int, device: torch.device) -> Any:
+def is_streamed(model: Any) -> bool:
+    """Whether a model's blocks are read from disk when they are run."""
+    return isinstance(model.model.layers, StreamedBlocks)
+
+
+def stream_model(folder: Path, family: Family, cache: int, device: torch.device) -> Any:
     """A transformers causal LM whose blocks are streamed; embeddings, last norm and head are held, in float32.
+
+    Args:
+        folder: a model of one shape or in the `per-layer` layout; code in it is never run.
+        cache: blocks that stay in memory.
 
     Raises:
         CompressError: weights are missing or do not fit the configuration.
     """
     from transformers import AutoModelForCausalLM
 
+    config = load_config(folder)
     with empty_weights():
-        model = AutoModelForCausalLM.from_config(load_config(folder), dtype=torch.float32)
+        if is_ragged(folder):
+            model = family.ragged_class()._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     weights = Weights(folder)
     rest = weights.beside(PREFIX)
     skeletons = list(model.model.layers)

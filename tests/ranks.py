@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 # A server that has torch loaded already forks every process.
+Process = multiprocessing.process.BaseProcess
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     ["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "compress.recover", "transformers", "peft"]
@@ -18,7 +19,7 @@ server.set_forkserver_preload(
 
 def start(
     count: int, function: Callable[..., Any], *arguments: Any, **environment: str
-) -> tuple[list[multiprocessing.process.BaseProcess], Any]:
+) -> tuple[list[Process], Any]:
     """Starts ``function(*arguments)`` in ``count`` processes that have joined; what each gives goes into the queue."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -44,7 +45,7 @@ def start(
 def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """What ``function(*arguments)`` gives in each of ``count`` processes, by rank."""
     processes, results = start(count, function, *arguments)
-    found = dict(results.get(timeout=120) for _ in processes)
+    found = dict(results.get(timeout=600) for _ in processes)
     for process in processes:
         process.join()
     failed = {rank: text for rank, (good, text) in found.items() if not good}

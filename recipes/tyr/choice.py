@@ -42,6 +42,7 @@ class Job:
     seed: int
     options: TyrOptions
     inputs: Mapping[str, Any]
+    offload: bool = False  # activations lie in files, not in memory
 
 
 def saving(job: Job, choice: Choice) -> int:

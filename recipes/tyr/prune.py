@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.activations import is_whole
+from compress.activations import Room, is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.distributed import is_main, main_says, meet
 from compress.models.blocks import BlockRunner
@@ -168,9 +168,9 @@ def _walk(
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
     kept = scratch / f"before-{sealed:03d}"
     if sealed and main_says(lambda: is_whole(kept, len(calibration))):
-        streams, start = Streams.load(kept, calibration), sealed
+        streams, start = Streams.load(kept, calibration, _room(run, job, name)), sealed
     else:
-        streams, start = Streams.start(runner, calibration, accumulation), 0
+        streams, start = Streams.start(runner, calibration, accumulation, _room(run, job, name)), 0
     with Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
             began = time.monotonic()
@@ -202,6 +202,10 @@ def _walk(
     return folders
 
 
+def _room(run: Run, job: Job, name: str) -> Room:
+    return Room(run.scratch(name) / "activations" if job.offload else None)
+
+
 def _never(_: Path) -> None:
     raise AssertionError("a sealed stage was built again")
 
@@ -220,6 +224,7 @@ def _evaluator(
         seed=job.seed,
         log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
+        room=_room(run, job, name),
     )
 
 

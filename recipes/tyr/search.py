@@ -15,16 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.activations import Room
 from compress.budget import Option, knapsack
 from compress.distributed import gather, main_says, rank, share, stack, world
 from compress.models.blocks import BlockRunner
+from compress.models.streaming import is_streamed
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import left_alone
 from compress.recipes.tyr.supernet import BATCH_TOKENS, Supernet
 
 Genome = tuple[int, ...]
 
-ACTIVATION_BYTES = 2**28  # activations of the candidates that are run together, per process
+# Activations of the candidates that are run together, per process: few where blocks are at hand, so that each is noted
+# soon; many where a block must be read.
+FEW_BYTES, ACTIVATION_BYTES = 2**25, 2**31
 
 
 class Log(Protocol):
@@ -81,6 +85,7 @@ class Evaluator:
         top_k: dense outcomes kept per position.
         log: evaluations are looked up there before they are made, and noted there after.
         tag: goes into the log with every row, so that one log serves several iterations.
+        room: where the parent's streams lie; memory by default.
     """
 
     def __init__(
@@ -94,8 +99,10 @@ class Evaluator:
         seed: int,
         log: Log,
         tag: str,
+        room: Room | None = None,
     ) -> None:
         self.runner, self.supernet, self.windows, self.log, self.tag = runner, supernet, windows, log, tag
+        self._room = Room(None) if room is None else room
         self.work = 0
         self.seconds = 0.0  # spent on evaluations, those of the runs that this one goes on from included
         self.layers = len(runner.blocks)
@@ -157,7 +164,7 @@ class Evaluator:
         """Makes ``genome`` the parent whose streams are reused; the processes divide the windows."""
         if not self._states:
             every = slice(0, len(self.windows))
-            self._states = [self.runner.embed(self.windows[every]).cpu()]
+            self._states = [self._room.hold(self.runner.embed(self.windows[every]).cpu())]
             same = 0
         else:
             same = self._first_change(genome)
@@ -171,7 +178,7 @@ class Evaluator:
             for group in mine:
                 part = slice(group.start - first, group.stop - first)
                 hidden[part] = self.runner.run(index, hidden[part], block).cpu()
-            self._states.append(stack(hidden, counts) if world() > 1 else hidden.clone())
+            self._states.append(self._room.hold(stack(hidden, counts) if world() > 1 else hidden.clone()))
             self.work += self.windows.numel()
         self._parent = genome
 
@@ -209,7 +216,7 @@ class Evaluator:
         tokens = len(at) * self.windows.shape[1]
         # As many at once as their activations may take.
         held = tokens * self._states[0].shape[-1] * 4
-        several = max(1, ACTIVATION_BYTES // held) * world()
+        several = max(1, (ACTIVATION_BYTES if is_streamed(self.runner.model) else FEW_BYTES) // held) * world()
         left = list(todo)
         for begin in range(0, len(left), several):
             chunk = left[begin : begin + several]

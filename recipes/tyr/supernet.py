@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress.activations import load_part, save_part
+from compress.activations import Room, load_part, save_part
 from compress.distributed import from_main, is_main, main_says, share, world
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
@@ -104,21 +104,25 @@ class Streams:
         return self.pruned is self.dense
 
     @classmethod
-    def start(cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation) -> Streams:
+    def start(
+        cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation, room: Room | None = None
+    ) -> Streams:
         """The embedded windows of this process, of all of ``ids`` (n, length)."""
         windows, slices = own_batches(ids)
         mine = ids[windows.start : windows.stop]
         dense = torch.cat([runner.embed(mine[s]).cpu() for s in slices])
-        return cls(dense, None if accumulation == "none" else dense.clone(), windows, slices)
+        room = Room(None) if room is None else room
+        return cls(room.hold(dense), None if accumulation == "none" else room.hold(dense.clone()), windows, slices)
 
     def save(self, folder: Path) -> None:
         tensors = {"dense": self.dense} if self.alone else {"dense": self.dense, "pruned": self.pruned}
         save_part(folder, self.windows, tensors)
 
     @classmethod
-    def load(cls, folder: Path, ids: Tensor) -> Streams:
+    def load(cls, folder: Path, ids: Tensor, room: Room | None = None) -> Streams:
         windows, slices = own_batches(ids)
-        found = load_part(folder, windows)
+        room = Room(None) if room is None else room
+        found = {name: room.hold(part) for name, part in load_part(folder, windows).items()}
         return cls(found["dense"], found.get("pruned"), windows, slices)
 
 

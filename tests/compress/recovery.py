@@ -38,6 +38,7 @@ def setup_of(job: Path, model_type: str = "llama", **spec: Any) -> Setup:
 def train(job: Path, out: Path, spec: dict[str, Any], model_type: str = "llama") -> None:
     """Recovers the ragged plan on 8 random windows into the run folder ``out``; every process of a group calls it."""
     setup = setup_of(job, model_type, **spec)
+    _ = setup.streamed  # decided by all processes together
     with Run.open(out) as run:
         plan = run.stage("plan", {}, lambda folder: ragged_plan(setup.model).save(folder))
         recover(run, setup, tokens(8, 24, seed=3), plan)

@@ -1,0 +1,320 @@
+"""One threshold for all weights of a model, exact to one weight, found by counting.
+
+Global MP (arXiv 2209.14624): the ``prune`` smallest |w| of all prunable weights together become zero. The order of two
+weights is that of
+
+    1. |w|, as a number (float32, float16 and bfloat16 may be mixed; -0.0 is 0.0),
+    2. the layer's name, as Python orders strings,
+    3. the index in the flattened layer,
+
+so that exactly ``prune`` weights go whatever ties there are, and the same ones whoever counts. Floors
+(`compress.recipes.global_mp.floors`) hold a layer's largest weights back in the same order.
+
+The bits of a finite |w| in float32 are an integer that grows with |w|, and float16 and bfloat16 are float32 numbers.
+The threshold is therefore found digit by digit: a histogram of the upper 16 bits over all weights, one of the lower
+16 bits inside the bin that holds the threshold, and a last pass in which every layer says how many of its weights lie
+below and at it. What is kept in memory is a chunk of 2^18 weights, one histogram, and three integers a layer.
+
+Over several ranks every rank reads its own layers (each layer lies on one rank whole) and the counts are summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.recipes.global_mp.floors import allot, check_feasible
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Keys = np.ndarray[Any, np.dtype[np.int32]]
+
+# Reads the layers: yields (name, weight) in any order, anew at every call, each time the same.
+Source = Callable[[], Iterable[tuple[str, "Tensor"]]]
+# Sums an int64 tensor over all ranks and returns the sum.
+AllReduce = Callable[["Tensor"], "Tensor"]
+
+CHUNK = 2**18
+BINS = 2**16
+SIGN = 0x7FFFFFFF  # clears the sign bit
+INFINITY = 0x7F800000  # the first key that is no finite number
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one layer loses: every |w| whose bits are below ``bits``, and the first ``ties`` of those that equal it."""
+
+    size: int
+    bits: int
+    ties: int
+    pruned: int
+
+    def mask(self, weight: Tensor) -> Tensor:
+        """Bool, of the weight's shape and on its device: True where the weight stays."""
+        import numpy as np
+        import torch
+
+        kept = np.empty(weight.numel(), dtype=np.bool_)
+        ties, at = self.ties, 0
+        for keys in _keys(weight):
+            part = kept[at : at + len(keys)]
+            np.greater_equal(keys, np.int32(self.bits), out=part)
+            if ties:
+                equal = np.flatnonzero(keys == self.bits)[:ties]
+                part[equal] = False
+                ties -= len(equal)
+            at += len(keys)
+        return torch.from_numpy(kept).view(weight.shape).to(weight.device)
+
+
+def global_masks(
+    weights: Mapping[str, Tensor],
+    prune: int,
+    floors: Mapping[str, int] | None = None,
+    all_reduce: AllReduce | None = None,
+    order: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Masks (bool, True where the weight stays) that prune exactly ``prune`` weights, see `find_cuts`.
+
+    Names that hold the same tensor (tied weights) count once, under the first of them in the order of names, and
+    share one mask; the largest of their floors holds.
+    """
+    floors = floors or {}
+    owners, shared = _owners(weights)
+    held = {owner: max(floors.get(name, 0) for name in names) for owner, names in shared.items()}
+    # A floor of a layer that another rank holds.
+    elsewhere = {name: floor for name, floor in floors.items() if name not in weights}
+    cuts = find_cuts(
+        lambda: ((name, weights[name]) for name in shared), prune, {**elsewhere, **held}, all_reduce, order
+    )
+    masks = {owner: cuts[owner].mask(weights[owner]) for owner in shared}
+    return {name: masks[owners[name]] for name in weights}
+
+
+def find_cuts(
+    source: Source,
+    prune: int,
+    floors: Mapping[str, int] | None = None,
+    all_reduce: AllReduce | None = None,
+    order: Sequence[str] | None = None,
+) -> dict[str, Cut]:
+    """The cut of every layer that ``source`` yields, such that all cuts together prune exactly ``prune`` weights.
+
+    Args:
+        source: read three times; a tensor is let go before the next is asked for.
+        floors: the number of weights that a layer keeps at least, by name; none where it is not named.
+        all_reduce: for several ranks. Each rank gives the layers it holds, and the same ``prune``, ``floors`` (of all
+            layers) and ``order``; each gets the cuts of its own layers. A faulty weight on one rank is raised on all.
+        order: with ``all_reduce``, the names of all layers on all ranks (of tied ones the first in order alone).
+
+    Raises:
+        CompressError: a weight is NaN or infinite (the layer is named), or of another type than float32, float16 and
+            bfloat16; there is no weight; fewer than ``prune`` may be pruned; a layer is held by no rank or by two.
+        ValueError: ``prune`` is negative, or ``all_reduce`` is given without ``order``.
+    """
+    import numpy as np
+    import torch
+
+    if prune < 0:
+        raise ValueError(f"prune is {prune}")
+    if all_reduce is not None and order is None:
+        raise ValueError("ranks need the order of all layers")
+    floors = floors or {}
+
+    def over_ranks(counts: Tensor) -> Tensor:
+        return counts if all_reduce is None else all_reduce(counts)
+
+    # Pass 1: sizes, faults, and how many weights go at most at each value of the upper bits.
+    coarse, sizes, faults = torch.zeros(BINS // 2, dtype=torch.int64), dict[str, int](), dict[str, int]()
+    for name, weight in source():
+        if name in sizes:
+            raise CompressError(
+                f"the layer {name} is there twice", where=name, fix="give every layer a name of its own"
+            )
+        size = sizes[name] = weight.numel()
+        faults[name] = 0 if str(weight.dtype) in DTYPES else -1
+        if faults[name] == 0:
+            counts = _coarse(weight)
+            faults[name] = int(counts[INFINITY >> 16 :].sum())
+            coarse += counts.cumsum(0).clamp_(max=size - min(floors.get(name, 0), size))
+    names = sorted(sizes) if order is None else sorted(order)
+    strangers = [name for name in sizes if name not in set(names)]
+    table = torch.tensor([[name in sizes, sizes.get(name, 0), faults.get(name, 0)] for name in names]).view(-1, 3)
+    counts = over_ranks(torch.cat([coarse, table.long().flatten(), torch.tensor([len(strangers)])]))
+    coarse, table = counts[: BINS // 2], counts[BINS // 2 : -1].view(-1, 3)
+    _refuse_faults(names, table, int(counts[-1]), strangers)
+    every = {name: int(size) for name, size in zip(names, table[:, 1], strict=True)}
+    if not sum(every.values()):
+        raise CompressError("the model has no prunable weight", where="model", fix="name layers that can be pruned")
+    check_feasible(every, floors, prune)
+    caps = {name: size - min(floors.get(name, 0), size) for name, size in every.items()}
+
+    # Pass 2: the same inside the bin where the sum reaches the target, in the lower bits.
+    high = int(torch.searchsorted(coarse, prune))
+    fine = torch.zeros(BINS, dtype=torch.int64)
+    for name, weight in source():
+        below, inside = _fine(weight, high)
+        fine += inside.cumsum(0).add_(below).clamp_(max=caps[name])
+    bits = (high << 16) + int(torch.searchsorted(over_ranks(fine), prune))
+
+    # Pass 3: what each layer has below and at the threshold; a layer that its cap stops earlier has a cut of its own.
+    found, cuts = dict[str, tuple[int, int]](), dict[str, Cut]()
+    for name, weight in source():
+        below = equal = 0
+        for keys in _keys(weight):
+            below += int(np.count_nonzero(keys < bits))
+            equal += int(np.count_nonzero(keys == bits))
+        found[name] = (below, below + equal)
+        if below > caps[name]:
+            cuts[name] = _cut_alone(weight, caps[name])
+    reached = over_ranks(torch.tensor([found.get(name, (0, 0)) for name in names], dtype=torch.int64).view(-1, 2))
+    losses = allot(reached[:, 0].tolist(), reached[:, 1].tolist(), [caps[name] for name in names], prune)
+    for name, loss in zip(names, losses, strict=True):
+        if name in found and name not in cuts:
+            cuts[name] = Cut(every[name], bits, loss - found[name][0], loss)
+    return cuts
+
+
+def safetensors_source(paths: Iterable[Path], prunable: Callable[[str], bool] | Collection[str]) -> Source:
+    """Reads the named tensors of safetensors files, one tensor at a time.
+
+    Args:
+        paths: the shards of a model.
+        prunable: says by name which tensors are read.
+
+    Raises:
+        CompressError: (when it is read) a file is no safetensors file, or is cut short.
+    """
+    wanted = prunable if callable(prunable) else set(prunable).__contains__
+    files = list(paths)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        for path in files:
+            if path.suffix != ".safetensors":
+                raise CompressError(
+                    "only safetensors files are read: a pickle can hold code",
+                    where=str(path),
+                    fix="save the model with save_pretrained or safetensors.torch.save_file",
+                )
+            try:
+                with safe_open(path, "pt") as file:
+                    for name in sorted(file.keys()):
+                        if wanted(name):
+                            yield name, file.get_tensor(name)
+            except (SafetensorError, FileNotFoundError) as e:
+                raise CompressError(
+                    f"the weight file cannot be read: {e}", where=str(path), fix="fetch or copy it again"
+                ) from e
+
+    return read
+
+
+def _owners(weights: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The name under which each tensor counts, and all names of each; the first name in order owns."""
+    owners: dict[str, str] = {}
+    shared: dict[str, list[str]] = {}
+    seen: dict[object, str] = {}
+    for name in sorted(weights):
+        w = weights[name]
+        place: object = (w.device, w.data_ptr(), w.shape, w.stride(), w.dtype) if w.numel() else name
+        owner = seen.setdefault(place, name)
+        owners[name] = owner
+        shared.setdefault(owner, []).append(name)
+    return owners, shared
+
+
+DTYPES = ("torch.float32", "torch.float16", "torch.bfloat16")
+
+
+def _keys(weight: Tensor) -> Iterator[Keys]:
+    """The bits of |w| as float32, in chunks of at most `CHUNK`; a chunk is overwritten when the next is asked for."""
+    import numpy as np
+    import torch
+
+    flat = weight.detach().reshape(-1)
+    buffer = np.empty(min(CHUNK, len(flat)), dtype=np.int32)
+    for at in range(0, len(flat), CHUNK):
+        chunk = flat[at : at + CHUNK].to("cpu")
+        out = buffer[: len(chunk)]
+        if chunk.dtype == torch.bfloat16:
+            # A bfloat16 is the upper half of a float32.
+            np.left_shift(chunk.view(torch.int16).numpy(), 16, out=out, dtype=np.int32)
+            np.bitwise_and(out, SIGN, out=out)
+        else:
+            np.bitwise_and(chunk.float().view(torch.int32).numpy(), SIGN, out=out)
+        yield out
+
+
+def _coarse(weight: Tensor) -> Tensor:
+    """How many weights have each value of the upper 16 bits (the sign is cleared): (2^15,) int64."""
+    import numpy as np
+    import torch
+
+    counts = torch.zeros(BINS // 2, dtype=torch.int64)
+    for keys in _keys(weight):
+        np.right_shift(keys, 16, out=keys)
+        counts += torch.bincount(torch.from_numpy(keys), minlength=BINS // 2)
+    return counts
+
+
+def _fine(weight: Tensor, high: int) -> tuple[int, Tensor]:
+    """How many weights lie below the bin ``high``, and how many inside have each value of the lower 16 bits."""
+    import numpy as np
+    import torch
+
+    below, counts = 0, torch.zeros(BINS, dtype=torch.int64)
+    for keys in _keys(weight):
+        np.subtract(keys, np.int32(high << 16), out=keys)
+        below += int(np.count_nonzero(keys < 0))
+        # Unsigned, what lies below the bin is far above it: one comparison instead of two.
+        inside = keys[keys.view(np.uint32) < BINS]
+        if len(inside):
+            counts += torch.bincount(torch.from_numpy(inside), minlength=BINS)
+    return below, counts
+
+
+def _cut_alone(weight: Tensor, loss: int) -> Cut:
+    """The cut that takes the ``loss`` smallest weights of one layer."""
+    import torch
+
+    coarse = _coarse(weight).cumsum(0)
+    high = int(torch.searchsorted(coarse, loss))
+    below, inside = _fine(weight, high)
+    fine = inside.cumsum(0).add_(below)
+    low = int(torch.searchsorted(fine, loss))
+    before = int(fine[low - 1]) if low else below
+    return Cut(weight.numel(), (high << 16) + low, loss - before, loss)
+
+
+def _refuse_faults(names: Sequence[str], table: Tensor, strangers: int, mine: Sequence[str]) -> None:
+    """``table`` (layers, 3): by how many ranks a layer is held, its size, its faulty weights (-1: its type)."""
+    if strangers:
+        raise CompressError(
+            f"layers that are not in the order of all layers: {strangers}",
+            where=", ".join(mine) or "another rank",
+            fix="give every rank the names of all layers",
+        )
+    for name, (held, _, fault) in zip(names, table.tolist(), strict=True):
+        if held != 1:
+            raise CompressError(
+                f"the layer {name} is held by {held} ranks", where="ranks", fix="give each layer to one rank, whole"
+            )
+        if fault < 0:
+            raise CompressError(
+                f"the weight {name} is not of a type that can be compared",
+                where=name,
+                fix="convert it to float32, float16 or bfloat16",
+            )
+        if fault:
+            raise CompressError(
+                f"the weight {name} holds {fault:,} NaN or infinite values",
+                where=name,
+                fix="repair or fetch the model again; nothing was pruned",
+            )
