@@ -291,9 +291,9 @@ def losses(logits: Tensor, streams: list[Tensor], given: Lesson, temperature: fl
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def student(setup: Setup, plan: Plan, empty: bool = False) -> Any:
-    """The sliced model, sharing no tensor with the dense one, with low-rank updates where the recipe asks for them;
-    what is to be trained wants a gradient, nothing else does. ``empty``: without weights (meta device)."""
+def student(setup: Setup, plan: Plan, there: Any = "cpu", empty: bool = False) -> Any:
+    """The sliced model on the device ``there``, sharing no tensor with the dense one, with low-rank updates where the
+    recipe asks for them; what is to be trained wants a gradient, nothing else does. ``empty``: without weights."""
     import torch
     from torch import nn
     from transformers import AutoModelForCausalLM
@@ -309,9 +309,9 @@ def student(setup: Setup, plan: Plan, empty: bool = False) -> Any:
     else:
         pruned = setup.pruned(plan)[0]
         # One at a time: where the dense model is streamed, a block is there only as long as it is looked at.
-        blocks = [copy.deepcopy(block) for block in setup.family.blocks(pruned)]
+        blocks = [copy.deepcopy(block).to(there) for block in setup.family.blocks(pruned)]
         pruned.model.layers = nn.ModuleList()
-        model = copy.deepcopy(pruned)
+        model = copy.deepcopy(pruned).to(there)
         model.model.layers = nn.ModuleList(blocks)
     model.requires_grad_(False)
     if spec.method == "full":
@@ -374,9 +374,8 @@ def _train(
     spec = setup.recipe.recover
     assert spec is not None  # asked by the caller
     sharded = spec.shard == "fsdp" and world() > 1
-    model = student(setup, plan, empty=sharded and not is_main())
-    # What is to be sharded comes to the devices in shards.
-    model = model if sharded and not is_main() else model.to("cpu" if sharded else device())
+    # What is to be sharded comes to the devices in shards, from the main process.
+    model = student(setup, plan, "cpu" if sharded else device(), empty=sharded and not is_main())
     if spec.save_memory:
         # The blocks' own switch asks for training mode; no block of these families draws anything in it but dropout.
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -16,7 +16,7 @@ from compress.recover import merged, recover, student
 from compress.run import Run
 from compress.setup import Setup, prepare
 from tests.models.families.test_families import ragged_plan
-from tests.tiny import tiny_job, tokens
+from tests.tiny import tiny, tiny_job, tokens
 
 LORA = {"method": "lora", "rank": 3, "steps": 4, "batch": 5, "learning_rate": 0.01}
 FULL = {"method": "full", "steps": 4, "batch": 5, "hidden": 0.5, "learning_rate": 0.002, "weight_decay": 0.1}
@@ -29,18 +29,18 @@ class Recovered:
     bytes: bytes
 
 
-def setup_of(job: Path, model_type: str = "llama", **spec: Any) -> Setup:
-    """A tiny model's set-up with this `recover:` section."""
+def setup_of(job: Path, model_type: str = "llama", stream: bool = False, **spec: Any) -> Setup:
+    """A tiny model's set-up with this `recover:` section; ``stream``: as if the model did not fit."""
     model, recipe = (job / "model", job / "tiny.yaml") if job.exists() else tiny_job(job, model_type)
-    return prepare(str(model), load_recipe(str(recipe), METHODS, [f"recover={json.dumps(spec)}"]))
+    words = [f"recover={json.dumps(spec)}", f"memory.stream={stream}"]
+    return prepare(str(model), load_recipe(str(recipe), METHODS, words))
 
 
-def train(job: Path, out: Path, spec: dict[str, Any], model_type: str = "llama") -> None:
+def train(job: Path, out: Path, spec: dict[str, Any], stream: bool = False) -> None:
     """Recovers the ragged plan on 8 random windows into the run folder ``out``; every process of a group calls it."""
-    setup = setup_of(job, model_type, **spec)
-    _ = setup.streamed  # decided by all processes together
+    setup = setup_of(job, stream=stream, **spec)
     with Run.open(out) as run:
-        plan = run.stage("plan", {}, lambda folder: ragged_plan(setup.model).save(folder))
+        plan = run.stage("plan", {}, lambda folder: ragged_plan(tiny("llama")).save(folder))
         recover(run, setup, tokens(8, 24, seed=3), plan)
 
 

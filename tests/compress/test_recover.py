@@ -206,7 +206,7 @@ def test_bfloat16_stays_near_float32(job: Path, tmp_path: Path) -> None:
     assert [r["kl"] for r in b.facts["log"]] == pytest.approx([r["kl"] for r in a.facts["log"]], rel=0.1)
 
 
-def test_a_dispatched_teacher_says_the_same_from_disk(job: Path, tmp_path: Path) -> None:
+def test_a_dispatched_teacher_and_a_streamed_model_give_the_same(job: Path, tmp_path: Path) -> None:
     setup = setup_of(job, steps=1)
     folder, ids = setup.resolved.folder, tokens(2, 16)
     teacher = distributed.dispatched(folder, setup.config, 200_000, tmp_path / "offload")
@@ -218,7 +218,9 @@ def test_a_dispatched_teacher_says_the_same_from_disk(job: Path, tmp_path: Path)
     settings = {**FULL, "teacher": "dispatch", "teacher_memory": 200_000}
     train(job, tmp_path / "dispatched", settings)
     train(job, tmp_path / "resident", FULL)
+    train(job, tmp_path / "streamed", FULL, stream=True)
     assert read(tmp_path / "dispatched").bytes == read(tmp_path / "resident").bytes
+    assert read(tmp_path / "streamed").bytes == read(tmp_path / "resident").bytes
 
 
 # --- what can be wrong -----------------------------------------------------------------------------------------------
