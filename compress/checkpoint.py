@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.cache import sha256_of
+from compress.distributed import available_bytes
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -258,8 +259,12 @@ def load_config_dict(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(config["model_type"], **plain)
 
 
-def verify_clean(folder: Path) -> dict[str, Any]:
+def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
     """Loads the model in a clean process, as a user does, and compares its logits with the fingerprint.
+
+    Args:
+        memory: bytes that are free; measured by default. A model that takes more than half of them in float32 is
+            loaded by accelerate's big-model dispatch, with what finds no room left on disk.
 
     Returns:
         ``max_logit_difference`` and ``tolerance`` (both in logits), ``parameters`` and the ``class`` it loaded as.
@@ -273,7 +278,11 @@ def verify_clean(folder: Path) -> dict[str, Any]:
             where=str(folder / FINGERPRINT),
             fix="`compress prune` writes it; name a model that was saved by it",
         )
-    weight_files(folder)
+    # In float32, beside what the machine does otherwise.
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    widen = 4 / load_config(folder).dtype.itemsize
+    free = available_bytes() if memory is None else memory
+    limit = [] if size * widen < 0.5 * free else [str(int(0.5 * free))]
     with tempfile.TemporaryDirectory() as modules:
         # A module cache of its own: no copy of the folder's code from an earlier load is taken for this one.
         environment = {
@@ -283,7 +292,7 @@ def verify_clean(folder: Path) -> dict[str, Any]:
             "TRANSFORMERS_VERBOSITY": "error",
         }
         done = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).parent / "reload.py"), str(folder)],
+            [sys.executable, "-P", str(Path(__file__).parent / "reload.py"), str(folder), *limit],
             capture_output=True,
             text=True,
             env=environment,
@@ -308,4 +317,5 @@ def verify_clean(folder: Path) -> dict[str, Any]:
         "tolerance": tolerance,
         "parameters": found["parameters"],
         "class": found["class"],
+        "offloaded": found["offloaded"],
     }

@@ -92,11 +92,7 @@ def stay_alone() -> None:
 
 
 def available_bytes() -> int:
-    """Memory that this process can have: its GPU's, or its share of the machine's (or the container's) free RAM."""
-    import torch
-
-    if device().type == "cuda":
-        return int(torch.cuda.mem_get_info(device())[0])
+    """Memory that this process can have: its share of the machine's (or the container's) free RAM."""
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(facts["MemAvailable"].split()[0]) * 1024
     limit = Path("/sys/fs/cgroup/memory.max")
@@ -104,6 +100,13 @@ def available_bytes() -> int:
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         free = min(free, int(text) - used)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device_bytes() -> int:
+    """Free memory of what this process computes on; of the machine where that is the CPU."""
+    import torch
+
+    return int(torch.cuda.mem_get_info(device())[0]) if device().type == "cuda" else available_bytes()
 
 
 # --- joining -------------------------------------------------------------------------------------------------------
@@ -125,7 +128,7 @@ def join(timeout: timedelta = PATIENCE) -> None:
     if not dist.is_gloo_available():
         raise CompressError("torch was built without gloo", where="distributed", fix="install a build with it")
     with _contact("joining"):
-        PartialState(cpu=device().type == "cpu", timeout=FOREVER)
+        PartialState(cpu=device().type == "cpu", timeout=timeout)
         _group = dist.new_group(backend="gloo", timeout=FOREVER)
 
 

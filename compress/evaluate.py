@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.distributed import gather, share
+from compress.distributed import device, gather, share
 from compress.errors import CompressError
 from compress.progress import Progress
 
@@ -91,8 +91,15 @@ def harness_tasks(folder: Path, tasks: list[str], trust_remote_code: bool) -> li
     unknown = [t for t in tasks if t not in known.all_tasks]
     if unknown:
         raise CompressError(f"unknown task {unknown[0]!r}", where="evaluation.tasks", fix="see `lm_eval ls tasks`")
-    arguments = {"pretrained": str(folder), "dtype": "float32", "trust_remote_code": trust_remote_code}
-    found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=tasks, device="cpu")
+    place = device().type
+    arguments = {
+        "pretrained": str(folder),
+        "dtype": "float32",
+        "trust_remote_code": trust_remote_code,
+        # accelerate's dispatch over all GPUs.
+        "parallelize": place == "cuda",
+    }
+    found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=tasks, device=place)
     return [
         {"task": task, "metric": metric.split(",")[0], "value": value}
         for task, metrics in sorted(found["results"].items())

@@ -78,11 +78,11 @@ class Setup(Generic[AnyText]):
 
         The main process decides for all.
         """
-        from compress.distributed import available_bytes, main_says
+        from compress.distributed import available_bytes, device_bytes, main_says
 
         if self.recipe.memory.stream is not None:
             return self.recipe.memory.stream
-        return main_says(lambda: 4 * self.costs.total > RESIDENT_SHARE * available_bytes())
+        return main_says(lambda: 4 * self.costs.total > RESIDENT_SHARE * min(available_bytes(), device_bytes()))
 
     def pruned(self, plan: Plan) -> tuple[Any, list[tuple[int, int, int]]]:
         """A sliced model, and (query heads, KV groups, neurons) of its blocks."""

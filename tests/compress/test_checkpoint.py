@@ -83,3 +83,9 @@ def test_weights_changed_behind_its_back_fail_the_clean_reload(saved: Path) -> N
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CompressError, match="logits differ"):
         verify_clean(saved)
+
+
+def test_a_model_larger_than_memory_is_reloaded_with_its_rest_on_disk(finished: Path) -> None:
+    held, dispatched = verify_clean(finished / "model"), verify_clean(finished / "model", memory=200_000)
+    assert held["offloaded"] == [] and dispatched["offloaded"] != []
+    assert dispatched["max_logit_difference"] <= dispatched["tolerance"]

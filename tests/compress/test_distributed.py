@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,6 +181,28 @@ def test_other_launchers_work_the_same(job: Job, alone: Path, tmp_path: Path, la
     for name in RESULTS[:3]:
         assert (out / name).read_bytes() == (alone / name).read_bytes(), name
     assert done.out.count("removed ") == 1
+
+
+def test_two_nodes_with_a_launcher_each_work_as_one(job: Job, alone: Path, tmp_path: Path) -> None:
+    """Two launchers on this machine, as two nodes have them; what joins them is the address they are given."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    out = tmp_path / "run"
+    launchers = [
+        subprocess.Popen(
+            [str(Path(sys.executable).parent / "torchrun"), "--nnodes", "2", "--node_rank", str(node),
+             "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port, "-m", "compress",
+             *command(job, out, "--until", "plan")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [launcher.communicate(timeout=300) for launcher in launchers]
+    assert [launcher.returncode for launcher in launchers] == [0, 0], said
+    for name in RESULTS[:3]:
+        assert (out / name).read_bytes() == (alone / name).read_bytes(), name
+    assert said[0][0].count("removed ") == 1 and said[1][0] == ""
 
 
 def test_an_error_of_all_is_said_once(job: Job, tmp_path: Path) -> None:
