@@ -378,7 +378,9 @@ def _train(
     model = student(setup, plan, "cpu" if sharded else device(), empty=sharded and not is_main())
     if spec.save_memory:
         # The blocks' own switch asks for training mode; no block of these families draws anything in it but dropout.
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second is the older name.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()
         _no_dropout(model)
     teacher = _teacher(setup, spec, offload)

@@ -17,7 +17,8 @@ from tests.models.families.test_families import ragged_plan
 
 # Five windows a step: two or three processes cannot have equally many. Two: one of three has none.
 SMALL = {**FULL, "batch": 2}
-SETTINGS = {"lora": LORA, "full": FULL, "small": SMALL}
+LOW = {**FULL, "dtype": "bfloat16", "save_memory": True}
+SETTINGS = {"lora": LORA, "full": FULL, "small": SMALL, "low": LOW}
 SHARDS = ("none", "fsdp")
 
 
@@ -59,9 +60,10 @@ def test_several_processes_train_as_one_and_fsdp_divides_the_weights(
         for shard in SHARDS:
             many = read(tmp_path / f"{name}-{shard}")
             # Adam's first steps magnify the rounding of small gradients.
-            assert distance(one.plan, many.plan, start_of(job, settings)) < 5e-3, (name, shard)
+            apart, off = (0.2, 2e-2) if settings is LOW else (5e-3, 1e-3)
+            assert distance(one.plan, many.plan, start_of(job, settings)) < apart, (name, shard)
             for a, b in zip(one.facts["log"], many.facts["log"], strict=True):
-                assert b == pytest.approx(a, rel=1e-3), (name, shard)
+                assert b == pytest.approx(a, rel=off), (name, shard)
     setup = setup_of(job, **FULL)
     total = sum(p.numel() for p in student(setup, ragged_plan(setup.model)).parameters())
     assert sum(held) == total and max(held) < 1.2 * total / processes
