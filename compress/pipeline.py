@@ -180,7 +180,8 @@ def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report
 def _evaluate_unrecovered(
     run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]
 ) -> None:
-    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought."""
+    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought. It is never
+    saved, so it is measured in float32, whatever type the model is stored in."""
     from compress.evaluate import geometric_mean, perplexity
     from compress.plan import Plan
 
