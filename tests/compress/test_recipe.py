@@ -40,7 +40,8 @@ def refused(name: str, *overrides: str) -> UsageError:
 
 @pytest.mark.parametrize("name", sorted(recipe_names()))
 def test_every_shipped_recipe_is_valid(name: str) -> None:
-    assert load_recipe(name, METHODS).method == "tyr"
+    method = load_recipe(name, METHODS).method
+    assert name == method or name.startswith(f"{method}-")
 
 
 def test_a_mistyped_key_gives_file_line_key_and_the_nearest_name(tmp_path: Path) -> None:
