@@ -1,17 +1,17 @@
-"""The parts of a recipe that a network trained here needs: its data, and how it is trained. Nothing heavy is imported."""
+"""The recipe of a network that is trained here: its data, its training, its export. Nothing heavy is imported."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from compress.recipe import Section
+from compress.recipe import AnyRecipe, Section
 
 
 class DataSpec(Section):
-    """Where images or signals come from: exactly one of ``package``, ``folder`` and ``hub``."""
+    """Where images or signals come from: one of ``package``, ``folder`` and ``hub``; the model's own by default."""
 
     package: Literal["emoji", "watch", "mnist"] | None = Field(None, description="data that a package carries")
     folder: Path | None = Field(
@@ -27,10 +27,14 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _one(self) -> DataSpec:
-        named = [k for k in ("package", "folder", "hub") if getattr(self, k) is not None]
-        if len(named) != 1:
-            raise ValueError(f"name exactly one of package, folder, hub (here: {', '.join(named) or 'none'})")
+        named = self.named()
+        if len(named) > 1:
+            raise ValueError(f"name one of package, folder, hub (here: {', '.join(named)})")
         return self
+
+    def named(self) -> list[str]:
+        """The sources that are named."""
+        return [k for k in ("package", "folder", "hub") if getattr(self, k) is not None]
 
     @property
     def title(self) -> str:
@@ -63,3 +67,37 @@ class TrainSpec(Section):
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov needs sgd with momentum")
         return self
+
+
+class NetworkExport(Section):
+    """ONNX, checked against torch output by output on held-out samples."""
+
+    tolerance: float = Field(1e-3, gt=0, description="largest difference allowed, relative to the largest output")
+    samples: int = Field(16, ge=2, description="held-out samples that both must agree on")
+
+
+class NetworkBench(Section):
+    """Latency of the dense and the pruned export in ONNX Runtime on this machine."""
+
+    batch: int = Field(1, ge=1)
+    processes: int = Field(5, ge=1, description="fresh processes per model, interleaved ABBA")
+    threads: int = Field(1, ge=1)
+    min_seconds: float = Field(1.0, gt=0)
+    min_runs: int = Field(5, ge=2)
+
+
+class NetworkRecipe(AnyRecipe):
+    """A recipe for a plain network, trained here and judged by the measures of its tasks."""
+
+    task: Literal["network"]
+    sparsity: float | None = Field(  # type: ignore[assignment]
+        None, gt=0, lt=1, description="share of all weights of convolutions and linear layers to prune"
+    )
+    data: DataSpec | None = Field(None, description="the model's own data where it is not said")
+    arguments: dict[str, Any] = Field({}, description="of the network's function, over those of the model file")
+    weights: Path | None = Field(None, description="safetensors to start from; the seed draws them otherwise")
+    train: TrainSpec = Field(description="of the dense network, and of one that is pruned while it is trained")
+    finetune: TrainSpec | None = Field(None, description="after pruning; by default nothing is trained then")
+    sweep: list[Annotated[float, Field(gt=0, lt=1)]] = Field([], description="more sparsities to train and measure")
+    export: NetworkExport | None = NetworkExport()
+    bench: NetworkBench | None = NetworkBench()

@@ -499,6 +499,8 @@ class _State:
             tensors |= {f"average.{n}": t.clone() for n, t in self.average.tensors.items()}
         tensors |= {f"mask.{n}": m.clone() for n, m in masks.items()}
         tensors["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
         facts = {"mark": mark, "step": step, "total": total, "rows": rows, "scalars": scalars}
         partial_file = path.with_name(f".{path.name}.partial")
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial_file, {"training": json.dumps(facts)})
@@ -541,5 +543,7 @@ class _State:
             for name, tensor in self.average.tensors.items():
                 tensor.copy_(tensors[f"average.{name}"])
         torch.set_rng_state(tensors["rng"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
         masks = {n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")}
         return int(facts["step"]), float(facts["total"]), list(facts["rows"]), masks

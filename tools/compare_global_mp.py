@@ -28,7 +28,7 @@ from compress.recipes.global_mp.floors import layer_floors, target_count
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.network import gradual, masks_of, prunable
 from compress.run import Journal
-from compress.train import Moment, evaluate, loss_sum, train
+from compress.train import apply_masks, evaluate, loss_sum, train
 from compress.train import TrainSpec as Spec
 
 SIZE = 24  # pixels
@@ -67,7 +67,7 @@ def uniform(weights: Mapping[str, Tensor], keep: int) -> dict[str, int]:
 
 
 def erk(weights: Mapping[str, Tensor], keep: int) -> dict[str, int]:
-    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density in proportion to the sum over the product of the dimensions."""
+    """Erdos-Renyi-Kernel (RigL, Evci et al. 2020): density goes with the sum over the product of the dimensions."""
     dense: set[str] = set()
     while True:
         left = keep - sum(weights[name].numel() for name in dense)
@@ -108,16 +108,16 @@ def snip(model: nn.Module, data: Splits, prune: int, samples: int = 1024) -> dic
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def ramp(total: int, sparsity: float) -> Callable[[Moment], int | None]:
-    """The cubic schedule (Zhu & Gupta 2017), asked once an epoch."""
-
-    def target(moment: Moment) -> int | None:
-        if moment.step % moment.per_epoch:
-            return None
-        done = min(1.0, moment.step / (RAMP * moment.steps))
-        return target_count(sparsity, total) if done == 1 else int(sparsity * (1 - (1 - done) ** 3) * total)
-
-    return target
+def ramp(total: int, sparsity: float, per_epoch: int) -> dict[int, int]:
+    """The cubic schedule (Zhu & Gupta 2017), once an epoch: step -> weights gone."""
+    steps = {}
+    for epoch in range(1, DENSE + AFTER):
+        done = min(1.0, epoch / (RAMP * (DENSE + AFTER)))
+        cubic = int(sparsity * (1 - (1 - done) ** 3) * total)
+        steps[epoch * per_epoch] = target_count(sparsity, total) if done == 1 else cubic
+        if done == 1:
+            break
+    return steps
 
 
 def held_out(data: Splits) -> Split:
@@ -162,7 +162,9 @@ class Table:
         self.journal.append({**key, **made, "seconds": round(time.monotonic() - began, 1)})
         say(f"{key} -> accuracy {made['accuracy']:.4f}")
 
-    def dense(self, name: str, network: str, arguments: dict[str, Any], data: Splits, epochs: int, seed: int) -> nn.Module:
+    def dense(
+        self, name: str, network: str, arguments: dict[str, Any], data: Splits, epochs: int, seed: int
+    ) -> nn.Module:
         """The dense network that all one-shot rows of a seed share; kept beside the results."""
         from safetensors.torch import load_model, save_model
 
@@ -180,8 +182,6 @@ def one_shot(
 ) -> dict[str, Any]:
     model = copy.deepcopy(dense)
     before = copy.deepcopy(dense)
-    from compress.train import apply_masks
-
     apply_masks(before, masks)
     untrained = evaluate(before, data, held_out(data))["category"]["accuracy"]
     held, _ = train(model, data, spec(epochs, 0.04), seed=seed + 100, masks=masks, label="fine-tuning")
@@ -202,9 +202,8 @@ def run(table: Table, seeds: int) -> None:
 
         def grown(sparsity: float, data: Splits = data, seed: int = seed, total: int = total) -> dict[str, Any]:
             model = build("resnet", NETWORK, seed)
-            masks, _ = train(
-                model, data, spec(DENSE + AFTER, 0.1), seed=seed, remask=gradual(ramp(total, sparsity), {}), label="gradual"
-            )
+            growing = gradual(ramp(total, sparsity, -(-len(data.train) // COMMON["batch"])), {})
+            masks, _ = train(model, data, spec(DENSE + AFTER, 0.1), seed=seed, remask=growing, label="gradual")
             return facts(model, data, masks)
 
         table.row(lambda dense=dense, data=data: facts(dense, data, {}), seed=seed, method="dense, not fine-tuned")  # type: ignore[misc]
@@ -244,7 +243,7 @@ def collapse(table: Table, data: Splits, seed: int) -> None:
     for sparsity in COLLAPSE:
         prune = target_count(sparsity, sum(sizes.values()))
         for method, share in (("MobileNet-V2", 0.0), ("MobileNet-V2 + floor", MT)):
-            floors = layer_floors(sizes, share=share)
+            floors = layer_floors(sizes, share)
             table.row(
                 lambda: one_shot(dense, data, masks_of(dense, prune, floors), seed, 6),  # noqa: B023
                 seed=seed,

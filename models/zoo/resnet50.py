@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 
 class ResNet50(nn.Module):
-    """Images (b, 3, h, w) -> logits (b, classes)."""
+    """Images (b, 3, h, w) -> logits (b, classes). Its weights have the names they have in the hub's file."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
         from transformers import ResNetConfig, ResNetForImageClassification
 
-        self.network: Any = ResNetForImageClassification(ResNetConfig(num_labels=classes))
+        whole: Any = ResNetForImageClassification(ResNetConfig(num_labels=classes))
+        self.resnet, self.classifier = whole.resnet, whole.classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(pixel_values=x).logits
+        logits: Tensor = self.classifier(self.resnet(x).pooler_output)
         return logits
 
 

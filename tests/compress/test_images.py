@@ -188,5 +188,5 @@ def test_faults_are_told_by_name(tmp_path: Path) -> None:
     assert refused("image cannot be read", folder=classes, size=12).where == str(broken)
     (classes / "test" / "star").mkdir()
     refused("'star' is not among", folder=write_class_folders(classes))
-    with pytest.raises(ValueError, match="exactly one"):
+    with pytest.raises(ValueError, match="name one of"):
         DataSpec(package="emoji", hub="a/b")
