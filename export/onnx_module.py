@@ -138,8 +138,13 @@ def first_fault(model: nn.Module, folder: Path, inputs: Tensor, tolerance: float
 
     stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(folder / FILE).graph.initializer}
     for name, parameter in model.named_parameters():
-        same = [v for k, v in stored.items() if k.removeprefix("model.") == name and v.shape == parameter.shape]
-        if same and not np.array_equal(same[0], parameter.numpy()):
+        held = stored.get(f"model.{name}")
+        if held is None or held.shape != parameter.shape or parameter.dim() < 2:
+            continue
+        want, found = parameter.flatten(1).double().numpy(), held.reshape(len(held), -1).astype(np.float64)
+        # The exporter folds a norm into the layer before it: a factor for every output channel.
+        factor = (want * found).sum(1) / np.maximum((want * want).sum(1), 1e-300)
+        if np.abs(found - factor[:, None] * want).max() > 1e-4 * np.abs(found).max():
             return f"the file holds other values of {name}"
     layers = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Conv1d | nn.Linear)]
     once = _Outputs(model, [], layers).eval()
