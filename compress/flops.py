@@ -35,9 +35,7 @@ class LayerFlops:
 
 
 @torch.no_grad()
-def count_flops(
-    model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | None = None
-) -> list[LayerFlops]:
+def count_flops(model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | None = None) -> list[LayerFlops]:
     """FLOPs of every linear and convolutional layer for one ``sample`` (1, c, ...), biases left out.
 
     Args:

@@ -1,7 +1,7 @@
 """Images and signals to train on: one call, three disjoint splits, whatever the source.
 
-Sources are folders (classes as ImageNet has them, CIFAR-10's binary files, UCI-HAR's text files), the hub, and data that
-packages carry. A split that the source does not have is cut off the training part once, by a seed.
+Sources are folders (classes as ImageNet has them, CIFAR-10's binary files, UCI-HAR's text files), the hub, and data
+that packages carry. A split that the source does not have is cut off the training part once, by a seed.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Splits:
 
 
 class FolderImages:
-    """Images that stay on disk and are decoded when they are asked for: (n, 3, size, size) uint8, indexed like a tensor.
+    """Images that stay on disk and are decoded when asked for: (n, 3, size, size) uint8, indexed like a tensor.
 
     The short side is scaled to 8/7 of ``size`` and the centre cut out, as ImageNet is evaluated.
     """
@@ -135,7 +135,9 @@ class FolderImages:
         with opened(path) as image:
             if generator is None:
                 scale = (self.size * 8 // 7) / min(image.size)
-                image = image.resize([max(self.size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR)
+                image = image.resize(
+                    [max(self.size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR
+                )
                 left, top = ((side - self.size) // 2 for side in image.size)
                 return _pixels(image.crop((left, top, left + self.size, top + self.size)))
             u = torch.rand(4, generator=generator).tolist()
@@ -226,7 +228,12 @@ def _moments(inputs: Tensor | FolderImages) -> tuple[Tensor, Tensor]:
 
 
 def _splits(
-    train: Split, test: Split | None, tasks: Sequence[Task], spec: DataSpec, source: str, calibration: Split | None = None
+    train: Split,
+    test: Split | None,
+    tasks: Sequence[Task],
+    spec: DataSpec,
+    source: str,
+    calibration: Split | None = None,
 ) -> Splits:
     """Cuts what is missing off the training part, and measures its mean and spread."""
     for split in (train, test):
@@ -249,7 +256,9 @@ def resized(images: Tensor, size: int | None) -> Tensor:
     if size is None or images.shape[-1] == images.shape[-2] == size:
         return images
     chunks = [
-        torch.nn.functional.interpolate(chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
+        torch.nn.functional.interpolate(
+            chunk.float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+        )
         for chunk in images.split(512)
     ]
     return torch.cat([c.round().clamp(0, 255).to(torch.uint8) for c in chunks])
@@ -488,7 +497,9 @@ def _emoji_rows() -> tuple[list[tuple[str, str]], list[tuple[str, str, int, str]
         for e in table:
             forms = [("", e), *sorted(e.get("skin_variations", {}).items())]
             images += [
-                (vendor, form["image"], numbers[e["unified"]], tone) for tone, form in forms if form[f"has_img_{vendor}"]
+                (vendor, form["image"], numbers[e["unified"]], tone)
+                for tone, form in forms
+                if form[f"has_img_{vendor}"]
             ]
     return emoji, images
 
@@ -595,7 +606,9 @@ class _ArraysOnly(pickle.Unpickler):
             import _codecs
 
             return _codecs.encode
-        raise CompressError(f"the data asks for {module}.{name}, which no array needs", where="data", fix="do not use it")
+        raise CompressError(
+            f"the data asks for {module}.{name}, which no array needs", where="data", fix="do not use it"
+        )
 
 
 WATCH_STEPS = 128  # 2.56 s at 50 Hz

@@ -197,14 +197,18 @@ def trained(
             save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
         (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
 
-    facts = {**setup.inputs, **inputs, "train": spec.model_dump(mode="json", exclude={"checkpoint_steps"}) if spec else None}
+    facts = {
+        **setup.inputs,
+        **inputs,
+        "train": spec.model_dump(mode="json", exclude={"checkpoint_steps"}) if spec else None,
+    }
     folder = run.stage(name, facts, build)
     run.drop_scratch(name)
     return folder
 
 
 def dense_network(run: Run, setup: NetworkSetup) -> Path:
-    """The stage ``dense``: trained here, or the weights that were given (and trained further where epochs ask for it)."""
+    """The stage ``dense``: trained here, or the weights that were given, trained further where there are epochs."""
     from compress.models.zoo import load_weights
 
     def start() -> nn.Module:
@@ -266,7 +270,9 @@ def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: 
     x = real_inputs(setup, 4)
     with torch.no_grad():
         outputs = by_task(model(x), data.tasks)
-    save_file({"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT)
+    save_file(
+        {"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT
+    )
     found = verify_network(folder)
     (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
     return found

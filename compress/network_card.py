@@ -29,7 +29,9 @@ def metadata(report: dict[str, Any]) -> dict[str, Any]:
         {
             "task": {"type": "image-classification" if len(report["data"]["input"]) == 3 else "time-series"},
             "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
-            "metrics": [{"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}],
+            "metrics": [
+                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
+            ],
         }
         for row in report["quality"]["tasks"]
         if row["metric"] != "loss"
@@ -49,13 +51,13 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines = [f"# {escape(title)}", ""]
     if size["ranks"]:
         how = (
-            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network is"
-            f" really smaller (r_W {size['ranks']['r_W']}, r_U {size['ranks']['r_U']})"
+            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
+            f" is really smaller (r_W {size['ranks']['r_W']}, r_U {size['ranks']['r_U']})"
         )
     elif options["schedule"] == "gradual":
         how = (
-            f"the smallest of all layers' weights were set to zero while it was trained from the start ({options['shape']}"
-            f" schedule, reached by {100 * options['until']:g} % of the epochs)"
+            f"the smallest of all layers' weights were set to zero while it was trained from the start"
+            f" ({options['shape']} schedule, reached by {100 * options['until']:g} % of the epochs)"
         )
     else:
         how = "the smallest of all layers' weights were set to zero once"
@@ -98,8 +100,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     if not size["ranks"]:
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
-            " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the packed"
-            " size, and the FLOPs on hardware or kernels that skip zeros.",
+            " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the"
+            " packed size, and the FLOPs on hardware or kernels that skip zeros.",
             "",
         ]
     if report["empty_layers"]:
@@ -125,10 +127,12 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         )
     if "export" in report:
         onnx = report["export"]["onnx"]["pruned"]
-        agree = "".join(f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %" for k, v in onnx["agree"].items())
+        agree = "".join(
+            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %" for k, v in onnx["agree"].items()
+        )
         lines.append(
-            f"- ONNX against torch on {onnx['samples']} held-out samples: {onnx['outputs_compared']} outputs differ by at"
-            f" most {onnx['largest_difference']:.1e} of their largest value{agree}."
+            f"- ONNX against torch on {onnx['samples']} held-out samples: {onnx['outputs_compared']} outputs differ by"
+            f" at most {onnx['largest_difference']:.1e} of their largest value{agree}."
         )
     lines += ["", *again(report)]
     return "\n".join(lines)
@@ -139,7 +143,12 @@ def _row(name: str, dense: int, pruned: int) -> str:
 
 
 def _layers(report: dict[str, Any]) -> list[str]:
-    lines = ["## Layers", "", "| layer | weights | non-zero | floor | FLOPs dense | FLOPs sparse |", "|---|---|---|---|---|---|"]
+    lines = [
+        "## Layers",
+        "",
+        "| layer | weights | non-zero | floor | FLOPs dense | FLOPs sparse |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in report["layers"]:
         floor = f"{row['floor']:,}" if row["floor"] else ""
         lines.append(
@@ -167,8 +176,8 @@ def _loading(report: dict[str, Any]) -> list[str]:
         'load_weights(model, folder / "model.safetensors")',
         "```",
         "",
-        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`. `onnx/model.onnx`"
-        " takes the same.",
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`."
+        " `onnx/model.onnx` takes the same.",
         "",
     ]
 
@@ -200,7 +209,9 @@ def _sparsity(report: dict[str, Any], plt: Any) -> Any:
     axis.set_ylabel("pruned, %")
     axis.set_xlabel("layer, from the input")
     if len(rows) <= 24:
-        axis.set_xticks(list(at), [r["name"].removesuffix(".weight") for r in rows], rotation=70, fontsize=6, ha="right")
+        axis.set_xticks(
+            list(at), [r["name"].removesuffix(".weight") for r in rows], rotation=70, fontsize=6, ha="right"
+        )
     axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
     axis.legend(frameon=False, fontsize=8)
     return figure

@@ -58,7 +58,9 @@ class TrainSpec(Section):
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
     flip: bool = Field(False, description="images are mirrored half of the time")
     shift: int = Field(0, ge=0, description="images are moved by up to so many pixels; what comes in is zero")
-    checkpoint_steps: int | None = Field(None, ge=1, description="checkpoint every so many steps; every epoch by default")
+    checkpoint_steps: int | None = Field(
+        None, ge=1, description="checkpoint every so many steps; every epoch by default"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> TrainSpec:

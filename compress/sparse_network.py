@@ -1,8 +1,8 @@
 """A plain network under Global MP: the stages from the dense training to the card.
 
 One-shot: train (or load), prune once, fine-tune under the mask. Gradual: prune a new network while it is trained; the
-dense one is trained beside it, for comparison. FastGRNN may lose whole columns of its factors instead of single weights.
-What zeros are good for is said as it is measured.
+dense one is trained beside it, for comparison. FastGRNN may lose whole columns of its factors instead of single
+weights. What zeros are good for is said as it is measured.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
 
 @dataclass(frozen=True)
 class Sparse:
-    """A pruned network: its sealed stage, its masks, what was asked of every layer, and what fewer arguments built it."""
+    """A pruned network: its sealed stage, its masks, every layer's floor, and the arguments that changed."""
 
     folder: Path
     masks: dict[str, Tensor]
@@ -100,9 +100,7 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
     if last >= STAGES.index("evaluation"):
         _evaluate(run, setup, dense, pruned, report)
     if last >= STAGES.index("export") and recipe.export is not None:
-        folders = exported(
-            run, setup, {"dense": (dense, dense_model), "pruned": (pruned.folder, pruned_model)}, report
-        )
+        folders = exported(run, setup, {"dense": (dense, dense_model), "pruned": (pruned.folder, pruned_model)}, report)
         if last >= STAGES.index("bench") and recipe.bench is not None:
             measured(run, setup, folders, report)
     if last >= STAGES.index("release"):
@@ -165,9 +163,7 @@ def _weights(run: Run, setup: NetworkSetup, dense: Path, sparsity: float, prefix
         model = loaded(setup, dense)
         plan = _plan(run, setup, f"{prefix}plan", asked, None, floors, model, prune)
         masks = _read_plan(plan)
-        untrained = trained(
-            run, setup, f"{prefix}cut", None, lambda: loaded(setup, dense), inputs=asked, masks=masks
-        )
+        untrained = trained(run, setup, f"{prefix}cut", None, lambda: loaded(setup, dense), inputs=asked, masks=masks)
         start = folder = untrained
     if recipe.finetune is not None and recipe.finetune.epochs:
         folder = trained(
@@ -371,7 +367,7 @@ def _assemble(
 
 
 def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report: dict[str, Any]) -> None:
-    """Dense, just pruned, and trained under the mask, on the test split; and the same at every sparsity of the sweep."""
+    """Dense, just pruned, and trained under the mask, on the test split; the same at every sparsity of the sweep."""
     before = evaluated(run, setup, "evaluation-dense", dense, lambda: loaded(setup, dense))
     after = evaluated(
         run, setup, "evaluation-pruned", pruned.folder, lambda: loaded(setup, pruned.folder, **pruned.changes)
@@ -400,7 +396,11 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
         prefix = f"sweep/{100 * sparsity:g}-"
         point = _weights(run, setup, dense, sparsity, prefix)
         figures = evaluated(
-            run, setup, f"{prefix}evaluation", point.folder, lambda p=point: loaded(setup, p.folder)  # type: ignore[misc]
+            run,
+            setup,
+            f"{prefix}evaluation",
+            point.folder,
+            lambda p=point: loaded(setup, p.folder),  # type: ignore[misc]
         )
         count = sum(m.numel() for m in point.masks.values())
         report["quality"]["curve"].append(
@@ -429,7 +429,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     size = report["size"]
     flops = size["flops"]
     found = [
-        f"pruned   {size['pruned_weights']:,} of {size['prunable_weights']:,} weights ({100 * size['pruned_share']:.2f} %)"
+        f"pruned   {size['pruned_weights']:,} of {size['prunable_weights']:,} weights"
+        f" ({100 * size['pruned_share']:.2f} %)"
         + (f"; ranks {size['ranks']['r_W']} / {size['ranks']['r_U']}" if size["ranks"] else ""),
         f"flops    {flops['dense']:,} -> {flops['sparse']:,} a sample, zeros left out"
         f" ({100 * (1 - flops['sparse'] / flops['dense']):.1f} % fewer)",
@@ -438,7 +439,9 @@ def lines(report: dict[str, Any]) -> list[str]:
         found.append(f"warning  {len(report['empty_layers'])} layers are empty, such as {report['empty_layers'][0]}")
     if "bytes" in size:
         b = size["bytes"]
-        found.append(f"disk     {b['dense']:,} -> {b['packed']:,} bytes packed ({b['packed'] / b['dense']:.2f} of dense)")
+        found.append(
+            f"disk     {b['dense']:,} -> {b['packed']:,} bytes packed ({b['packed'] / b['dense']:.2f} of dense)"
+        )
     for layout in report.get("verify", {}).get("layouts", ()):
         found.append(
             f"reloaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
@@ -518,11 +521,14 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
     epochs = facts["epochs"]
     found = [f"model    {facts['model']}: {facts['parameters']:,} parameters; {facts['source']}"]
     if "ranks" in facts:
-        found.append("budget   columns of the factors until " + ", ".join(f"{k} is {v}" for k, v in facts["ranks"].items()))
+        found.append(
+            "budget   columns of the factors until " + ", ".join(f"{k} is {v}" for k, v in facts["ranks"].items())
+        )
     else:
         held = sum(layer["floor"] for layer in facts["layers"])
         found += [
-            f"budget   prune {facts['prune']:,} of {facts['prunable_weights']:,} weights in {len(facts['layers'])} layers",
+            f"budget   prune {facts['prune']:,} of {facts['prunable_weights']:,} weights"
+            f" in {len(facts['layers'])} layers",
             f"floors   hold {held:,} weights" if held else "floors   none: a layer may be emptied",
         ]
     return [

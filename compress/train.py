@@ -481,9 +481,7 @@ class _State:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average | None) -> None:
         self.model, self.optimizer, self.average = model, optimizer, average
 
-    def write(
-        self, path: Path, mark: str, step: int, total: float, rows: list[dict[str, float]], masks: Masks
-    ) -> None:
+    def write(self, path: Path, mark: str, step: int, total: float, rows: list[dict[str, float]], masks: Masks) -> None:
         from safetensors.torch import save_file
 
         # Cloned where two names share one tensor: safetensors keeps none of the ties, the model has them.

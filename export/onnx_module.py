@@ -190,5 +190,3 @@ def input_shape(folder: Path) -> list[int]:
 
     graph = onnx.load(folder / FILE, load_external_data=False).graph
     return [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim[1:]]
-
-

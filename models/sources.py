@@ -157,7 +157,9 @@ def network_alias(name: str) -> NetworkAlias:
     if name not in networks:
         close = difflib.get_close_matches(name, networks, n=1)
         raise UsageError(
-            f"{name} is a language model, not a plain network" if name in alias_names() else f"unknown network {name!r}",
+            f"{name} is a language model, not a plain network"
+            if name in alias_names()
+            else f"unknown network {name!r}",
             where="MODEL",
             fix=(f"did you mean {close[0]!r}? " if close else "")
             + f"one of: {', '.join(networks)}; or path/file.py:function",
@@ -175,8 +177,11 @@ def describe_alias(name: str) -> str:
         return words
     given = ", ".join(f"{k} {v}" for k, v in alias.arguments.items())
     data = next((str(alias.data[k]) for k in ("package", "hub", "folder") if k in alias.data), "")
-    return f"network {alias.network}" + (f" ({given})" if given else "") + f", data {data}" + (
-        f"; weights: {words}" if words else ""
+    return (
+        f"network {alias.network}"
+        + (f" ({given})" if given else "")
+        + f", data {data}"
+        + (f"; weights: {words}" if words else "")
     )
 
 

@@ -28,8 +28,8 @@ from compress.recipes.global_mp.floors import layer_floors, target_count
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.network import gradual, masks_of, prunable
 from compress.run import Journal
-from compress.train import apply_masks, evaluate, loss_sum, train
 from compress.train import TrainSpec as Spec
+from compress.train import apply_masks, evaluate, loss_sum, train
 
 SIZE = 24  # pixels
 DENSE, AFTER = 16, 8  # epochs
@@ -188,8 +188,9 @@ def one_shot(
     return {**facts(model, data, held), "before_training": untrained}
 
 
-def run(table: Table, seeds: int) -> None:
-    for seed in range(seeds):
+def run(table: Table, seeds: range) -> None:
+    """All rows on the small residual network."""
+    for seed in seeds:
         data = load(DataSpec(package="emoji", size=SIZE, seed=seed))
         dense = table.dense("dense", "resnet", NETWORK, data, DENSE, seed)
         weights = prunable(dense)
@@ -231,11 +232,15 @@ def run(table: Table, seeds: int) -> None:
                     method=method,
                     sparsity=sparsity,
                 )
-        collapse(table, data, seed)
 
 
-def collapse(table: Table, data: Splits, seed: int) -> None:
-    """MobileNet-V2 at a sparsity where one threshold leaves a layer empty, with and without the floor."""
+def collapse(table: Table, seeds: range) -> None:
+    """MobileNet-V2 where one threshold leaves layers empty, with and without the floor."""
+    for seed in seeds:
+        _collapse(table, load(DataSpec(package="emoji", size=SIZE, seed=seed)), seed)
+
+
+def _collapse(table: Table, data: Splits, seed: int) -> None:
     dense = table.dense("mobilenet", "mobilenet-v2", SMALL, data, 12, seed)
     weights = prunable(dense)
     sizes = {name: w.numel() for name, w in weights.items()}
@@ -282,11 +287,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--only", choices=("resnet", "mobilenet"), help="one of the two networks")
     parser.add_argument("--table", action="store_true", help="only prints the rows that are there")
     chosen = parser.parse_args()
     table = Table(chosen.out)
     if not chosen.table:
-        run(table, chosen.seeds)
+        seeds = range(chosen.first_seed, chosen.seeds)
+        if chosen.only != "mobilenet":
+            run(table, seeds)
+        if chosen.only != "resnet":
+            collapse(table, seeds)
     print(markdown(table.journal.rows()))
 
 

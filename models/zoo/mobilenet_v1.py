@@ -47,8 +47,6 @@ class MobileNetV1(nn.Module):
         return logits
 
 
-def mobilenet_v1(
-    classes: int = 1000, width: float = 1.0, channels: int = 3, stem: Stem = "imagenet"
-) -> MobileNetV1:
+def mobilenet_v1(classes: int = 1000, width: float = 1.0, channels: int = 3, stem: Stem = "imagenet") -> MobileNetV1:
     """MobileNet-V1; 4.2 M parameters on ImageNet. ``stem="cifar"`` is for images of 32x32."""
     return MobileNetV1(classes, width, channels, stem)

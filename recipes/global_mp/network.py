@@ -50,7 +50,8 @@ def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Tensor]:
     kept = {name: w for name, w in found.items() if not any(fnmatchcase(name, p) for p in skip)}
     if not kept:
         raise CompressError(
-            "the model has no prunable weight: no convolution, no linear layer" + (" that is not skipped" if skip else ""),
+            "the model has no prunable weight: no convolution, no linear layer"
+            + (" that is not skipped" if skip else ""),
             where=type(model).__name__,
             fix="build it from torch.nn.Conv1d, Conv2d, Conv3d and Linear",
         )
@@ -83,8 +84,8 @@ def masks_of(model: nn.Module, prune: int, floors: Mapping[str, int], skip: Sequ
 def increments(final: int, epochs: int, per_epoch: int, until: float, shape: Shape) -> dict[int, int]:
     """A gradual schedule: step -> weights that are to be gone from it on, once an epoch, ``final`` at the last.
 
-    The paper spreads the sparsity over the epochs without giving the increments: here they are cubic or linear, from the
-    second epoch's start to that of the epoch ``until`` (a share of all).
+    The paper spreads the sparsity over the epochs without giving the increments: here they are cubic or linear, from
+    the second epoch's start to that of the epoch ``until`` (a share of all).
     """
     times = max(1, min(epochs - 1, round(until * epochs)))
     return {(i + 1) * per_epoch: count for i, count in enumerate(targets(final, times, shape)) if count}

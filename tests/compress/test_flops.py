@@ -48,7 +48,11 @@ def test_a_recurrent_networks_layers_count_once_a_step_and_batch_does_not_matter
 
 def test_published_counts_are_met() -> None:
     # Multiply-adds as the papers give them: MobileNet-V1 569 M, MobileNet-V2 300 M, ResNet-50 about 4.1 G.
-    for name, published, tolerance in (("mobilenet-v1", 569e6, 0.01), ("mobilenet-v2", 300e6, 0.01), ("resnet50", 4.1e9, 0.01)):
+    for name, published, tolerance in (
+        ("mobilenet-v1", 569e6, 0.01),
+        ("mobilenet-v2", 300e6, 0.01),
+        ("resnet50", 4.1e9, 0.01),
+    ):
         model = build(name, {})
         found = sum(layer.dense for layer in count_flops(model, torch.zeros(1, 3, 224, 224))) / 2
         assert abs(found / published - 1) < tolerance, (name, found)

@@ -56,7 +56,11 @@ def test_class_folders_give_pixels_and_labels_as_they_lie_there(tmp_path: Path) 
     assert isinstance(found.test.inputs, torch.Tensor)
     for pixels, label in zip(found.test.inputs, found.test.targets["class"], strict=True):
         name = found.tasks[0].classes[int(label)]
-        same = [p for p in (folder / "test" / name).glob("*.png") if np.array_equal(np.array(Image.open(p)), pixels.permute(1, 2, 0))]
+        same = [
+            p
+            for p in (folder / "test" / name).glob("*.png")
+            if np.array_equal(np.array(Image.open(p)), pixels.permute(1, 2, 0))
+        ]
         assert len(same) == 1
     assert len(found.train) == 54 and len(found.calibration) == 6
     assert not set(rows(found.train.inputs)) & set(rows(found.calibration.inputs))  # type: ignore[arg-type]
@@ -93,7 +97,9 @@ def emoji_rows(monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, to
     """What the packages give once they are decoded: two vendors and two tones of every emoji."""
     emoji = torch.arange(count).repeat(4)
     held = {
-        "rgba": torch.randint(0, 256, (4 * count, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
+        "rgba": torch.randint(
+            0, 256, (4 * count, 4, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+        ),
         "emoji": emoji,
         "category": emoji % 9,
         "vendor": torch.arange(4 * count) // (2 * count),

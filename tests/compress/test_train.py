@@ -99,7 +99,11 @@ def test_masked_weights_gradients_and_momentum_are_exactly_zero(name: str, monke
             parameters = dict(model.named_parameters())
             for n, mask in masks.items():
                 p = parameters[n]
-                for tensor in (p, p.grad, *(v for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.dim())):
+                for tensor in (
+                    p,
+                    p.grad,
+                    *(v for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.dim()),
+                ):
                     assert not torch.count_nonzero(tensor[~mask])
                     assert not torch.signbit(tensor[~mask]).any()  # nor -0.0
             seen.append(1)
@@ -178,7 +182,7 @@ def test_the_rate_warms_up_linearly_and_ends_near_zero() -> None:
     rates = [rate(spec, s, 5) for s in range(50)]
     assert rates[0] == pytest.approx(0.04) and rates[9] == pytest.approx(0.4) and rates[10] == pytest.approx(0.4)
     assert rates[30] == pytest.approx(0.2) and rates[-1] < 0.001
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
 def test_the_average_is_the_moving_mean_of_all_steps() -> None:
@@ -358,7 +362,7 @@ def test_what_cannot_go_on_is_told(tmp_path: Path) -> None:
         train(model, data, TrainSpec(epochs=1), masks={"nothing": torch.ones(1, dtype=torch.bool)})
     with pytest.raises(CompressError, match="the mask of"):
         train(model, data, TrainSpec(epochs=1), masks={"stem.weight": torch.ones(1, dtype=torch.bool)})
-    with pytest.raises(CompressError, match="10 are|3 are needed"):
+    with pytest.raises(CompressError, match="3 are needed"):
         train(small(classes=4), data, TrainSpec(epochs=1))
     there = tmp_path / "c"
     train(small(), data, TrainSpec(epochs=1, batch=32), checkpoint=there)
@@ -379,5 +383,7 @@ def test_the_loss_is_summed_over_samples_and_tasks() -> None:
     at = torch.arange(20)
     x, targets = data.prepare(data.train.inputs[at]), {n: t[at] for n, t in data.train.targets.items()}
     whole = loss_sum(model, x, targets, data.tasks)
-    parts = [loss_sum(model, x[i : i + 1], {n: t[i : i + 1] for n, t in targets.items()}, data.tasks) for i in range(20)]
+    parts = [
+        loss_sum(model, x[i : i + 1], {n: t[i : i + 1] for n, t in targets.items()}, data.tasks) for i in range(20)
+    ]
     torch.testing.assert_close(whole, torch.stack(parts).sum())

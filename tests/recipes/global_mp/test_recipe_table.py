@@ -14,7 +14,7 @@ from compress.recipe import load_recipe, recipe_names
 from compress.recipes.global_mp.fastgrnn import kept_columns
 from compress.recipes.global_mp.network import budget, prunable
 
-# (model, sparsity, epochs, batch, momentum, weight decay, rate, warm-up, smoothing, nesterov, MT in per cent), as printed.
+# (model, sparsity, epochs, batch, momentum, weight decay, rate, warm-up, smoothing, nesterov, MT in per cent)
 ONE_SHOT = {
     "resnet50-one-shot-80": ("resnet50-imagenet", 0.8, 100, 256, 0.875, 2.3e-5, 0.0256, 5, 0.1, False, 0),
     "resnet50-one-shot-90": ("resnet50-imagenet", 0.9, 100, 256, 0.875, 7e-6, 0.1024, 0, 0.1, False, 0),
