@@ -269,7 +269,8 @@ def _describe_saved(report: dict[str, Any], setup: Setup[TextRecipe], model: Pat
     from compress.recipes.global_mp.packed import SUFFIX
     from compress.recipes.global_mp.prune import shapes_of
 
-    nonzero: dict[str, int] = json.loads((model / "nonzero.json").read_text())
+    counts: dict[str, tuple[int, int]] = json.loads((model / "nonzero.json").read_text())
+    dense, nonzero = ({name: pair[i] for name, pair in counts.items()} for i in (0, 1))
     for row in report["layers"]:
         row["nonzero"] = nonzero[row["name"]]
     # A token uses every weight of a matrix once. Embeddings are looked up, unless the output layer is the same matrix;
@@ -282,6 +283,8 @@ def _describe_saved(report: dict[str, Any], setup: Setup[TextRecipe], model: Pat
     report["size"] |= {
         "nonzero_weights": sum(row["nonzero"] for row in report["layers"]),
         "nonzero_parameters": sum(nonzero.values()),
+        "dense_nonzero_weights": sum(dense[row["name"]] for row in report["layers"]),
+        "dense_nonzero_parameters": sum(dense.values()),
         "flops_per_token": {
             "dense": 2 * sum(matrices.values()),
             "sparse": 2 * sum(nonzero[name] for name in matrices),

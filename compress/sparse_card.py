@@ -43,9 +43,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "",
         "| | dense | pruned | |",
         "|---|---|---|---|",
-        _row("non-zeros, pruned layers", size["prunable_weights"], size["nonzero_weights"]),
-        _row("non-zeros, all parameters", total, size["nonzero_parameters"]),
-        _row("FLOPs a token, zeros left out", flops["dense"], flops["sparse"]),
+        _row("non-zeros, pruned layers", size["dense_nonzero_weights"], size["nonzero_weights"]),
+        _row("non-zeros, all parameters", size["dense_nonzero_parameters"], size["nonzero_parameters"]),
+        _row("FLOPs a token (pruned: without zeros)", flops["dense"], flops["sparse"]),
         f"| weight files, packed | {bytes_['dense'] / 1e6:.1f} MB | {bytes_['packed'] / 1e6:.1f} MB |"
         f" {bytes_['packed'] / bytes_['dense']:.2f}x |",
         f"| weight files, as they load | {bytes_['dense'] / 1e6:.1f} MB | {bytes_['saved'] / 1e6:.1f} MB |"
@@ -117,8 +117,12 @@ def _speed(bench: dict[str, Any] | None, pattern: str) -> str:
     )
     if bench:
         ratios = [bench["ratios"][key] for key in ("ttft", "tpot")]
-        slower = all(r["low"] <= 1.05 for r in ratios)
-        said += " The latency above is measured" + (", and no faster than the dense model's." if slower else ".")
+        if all(r["high"] < 1.1 for r in ratios):
+            said += " The latency above is measured, and no faster than the dense model's."
+        elif all(r["low"] > 1 for r in ratios):
+            said += " The latency above is measured, and faster than the dense model's."
+        else:
+            said += " The latency above is measured; its intervals do not tell the two models apart."
     else:
         said += " Latency was not measured in this run."
     if pattern == "2:4":
@@ -133,7 +137,7 @@ def _floors(report: dict[str, Any]) -> str:
     held = sum(row["held_by_floor"] for row in report["layers"])
     least, most = min(floors), max(floors)
     span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-    return f"Every layer had to keep at least {span} weights; {held} of them keep no more than that."
+    return f"Every layer had to keep at least {span} weights; layers that keep no more than that: {held}."
 
 
 def _layers(report: dict[str, Any], plt: Any) -> Any:
@@ -144,11 +148,12 @@ def _layers(report: dict[str, Any], plt: Any) -> Any:
     limits = [100 * (1 - r["floor"] / r["weights"]) for r in rows]
     axis.step(at, limits, where="mid", color=DENSE, lw=1, label="the most its floor allows")
     axis.axhline(100 * report["size"]["pruned_share"], color="black", lw=0.8, ls="--", label="all layers together")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(0, 125)
+    axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("layer, first to last")
     axis.set_ylabel("weights pruned, %")
     axis.set_title("What each layer gave up to one threshold")
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper center", ncol=2)
     return figure
 
 

@@ -123,6 +123,7 @@ def _check(setup: NetworkSetup) -> None:
         kept_columns(model, options.ranks)
     else:
         weights = prunable(model, options.skip)
+        assert setup.recipe.sparsity is not None  # asked by prepare
         for sparsity in (setup.recipe.sparsity, *setup.recipe.sweep):
             budget(weights, sparsity, options)
     model.eval()
@@ -156,9 +157,8 @@ def _weights(run: Run, setup: NetworkSetup, dense: Path, sparsity: float, prefix
         folder = trained(
             run, setup, f"{prefix}gradual", spec, setup.build, inputs=asked, remask=gradual(steps, floors, options.skip)
         )
-        masks = load_file(folder / MASKS)
+        start, masks = folder, load_file(folder / MASKS)
         _plan(run, setup, f"{prefix}plan", asked, masks, floors, setup.build())
-        start: Path | None = folder
     else:
         model = loaded(setup, dense)
         plan = _plan(run, setup, f"{prefix}plan", asked, None, floors, model, prune)
@@ -190,6 +190,8 @@ def _plan(
     prune: int = 0,
 ) -> Path:
     """The masks, a bit a weight, and plan.json for people. Without ``masks`` they are made, or read from a file."""
+    import torch
+
     from compress.recipes.global_mp.masks import load_masks, save_masks
     from compress.recipes.global_mp.network import masks_of, prunable
 
@@ -200,11 +202,18 @@ def _plan(
         owner = tensors_sha(weights)
         found = masks
         if found is None and options.masks is not None:
-            found = load_masks(options.masks, owner, {n: w.shape for n, w in weights.items()})
+            found = load_masks(options.masks, owner, {n: tuple(w.shape) for n, w in weights.items()})
+            pruned = sum(int(torch.count_nonzero(~m)) for m in found.values())
+            if pruned != prune:
+                raise CompressError(
+                    f"the masks prune {pruned:,} weights, the sparsity asks for {prune:,}",
+                    where=str(options.masks),
+                    fix="give the sparsity that the masks were made for",
+                )
         if found is None:
             found = masks_of(model, prune, floors, options.skip)
         save_masks(folder / MASKS, {n: m.cpu() for n, m in found.items()}, owner)
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"name": n, "shape": list(m.shape), "pruned": int((~m).sum()), "floor": floors[n]} for n, m in found.items()
         ]
         facts = {"pruned": sum(r["pruned"] for r in rows), "weights": owner, "layers": rows}

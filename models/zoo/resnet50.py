@@ -14,7 +14,8 @@ class ResNet50(nn.Module):
         super().__init__()
         from transformers import ResNetConfig, ResNetForImageClassification
 
-        whole: Any = ResNetForImageClassification(ResNetConfig(num_labels=classes))
+        config: Any = ResNetConfig  # its keywords are made at run time
+        whole: Any = ResNetForImageClassification(config(num_labels=classes))
         self.resnet, self.classifier = whole.resnet, whole.classifier
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = functional.relu(self.bn1(x))
         shortcut = x if self.project is None else self.project(y)
-        y = self.conv2(functional.relu(self.bn2(self.conv1(y))))
-        return y + shortcut
+        out: Tensor = self.conv2(functional.relu(self.bn2(self.conv1(y)))) + shortcut
+        return out
 
 
 class WideResNet(nn.Module):

@@ -184,20 +184,25 @@ def read_masks(folder: Path, weights: str, shapes: Mapping[str, Sequence[int]]) 
     return load_masks(folder / MASKS, weights, shapes)
 
 
-def write_masked(files: Sequence[Path], masks: Mapping[str, Tensor], folder: Path, pattern: str) -> dict[str, int]:
-    """Writes every weight file again into ``folder``, with zeros in place; returns the non-zeros of every tensor."""
+def write_masked(
+    files: Sequence[Path], masks: Mapping[str, Tensor], folder: Path, pattern: str
+) -> dict[str, tuple[int, int]]:
+    """Writes every weight file again into ``folder``, with zeros in place.
+
+    Returns:
+        The non-zeros of every tensor, before and after.
+    """
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    nonzero: dict[str, int] = {}
+    nonzero: dict[str, tuple[int, int]] = {}
     for path in files:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
             own = file.metadata()
-        for name in tensors:
-            if name in masks:
-                tensors[name] = masked(tensors[name], masks[name])
-            nonzero[name] = int(tensors[name].count_nonzero())
+        for name, dense in tensors.items():
+            tensors[name] = masked(dense, masks[name]) if name in masks else dense
+            nonzero[name] = int(dense.count_nonzero()), int(tensors[name].count_nonzero())
         if pattern == PATTERN:
             check_two_four({name: tensors[name] for name in tensors if name in masks})
         save_file(tensors, folder / path.name, metadata=own)

@@ -343,6 +343,7 @@ def test_masks_of_another_network_or_no_masks_at_all_are_refused(
     assert good.code == 0, good.err
     one, other = (load_masks(folder / "plan" / "masks.safetensors") for folder in (tmp_path / "x", run))
     assert all(torch.equal(one[k], other[k]) for k in other)
+    one_error(with_masks(run / "plan" / "masks.safetensors", "--sparsity", "0.8"), 1, "the sparsity asks for")
     one_error(with_masks(tmp_path / "none.safetensors"), 1, "no mask file")
     one_error(with_masks(run / "dense" / "model.safetensors"), 1, "no mask file")
     torch.save({}, tmp_path / "m.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from compress.recipes.global_mp.packed import unpack_folder
 from compress.recipes.global_mp.pattern import check_two_four
 from compress.recipes.global_mp.prune import write_masked
 from compress.report import read_report
+from compress.sparse_card import body
 from tests.command import compress, one_error
 from tests.tiny import prose, saved_tiny, tokens
 
@@ -96,6 +98,8 @@ def test_the_report_counts_what_the_files_hold(job: Job, finished: Path, report:
     layers, size = layers_of(saved), report["size"]
     assert size["prunable_weights"] == sum(w.numel() for w in layers.values())
     assert size["nonzero_weights"] == sum(int((w != 0).sum()) for w in layers.values())
+    assert size["dense_nonzero_parameters"] == sum(int((w != 0).sum()) for w in dense.values())
+    assert size["nonzero_parameters"] == sum(int((w != 0).sum()) for w in saved.values())
     assert size["pruned_weights"] == size["prunable_weights"] - size["nonzero_weights"]
     assert size["pruned_weights"] == target_count(0.6, size["prunable_weights"])
     assert size["total_parameters"] == sum(w.numel() for w in dense.values())
@@ -160,10 +164,25 @@ def test_the_card_says_what_zeros_do_not_bring(finished: Path, report: dict[str,
     assert ModelCard(text).data.to_dict()["tags"][:2] == ["pruned", "unstructured-pruning"]
     assert "Zeros in place save neither memory nor time" in text and "| TTFT, 24 tokens |" in text
     size = report["size"]
-    assert f"| {size['prunable_weights']:,} | {size['nonzero_weights']:,} | -60.0 % |" in text
+    assert f"| {size['dense_nonzero_weights']:,} | {size['nonzero_weights']:,} | -60.0 % |" in text
     assert (finished / "release" / "plots" / "sparsity-per-layer.png").stat().st_size > 0
     for name in ("model.safetensors", "masks.safetensors", "report.json", "onnx/prefill.onnx"):
         assert (finished / "release" / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "part"),
+    [(0.95, 1.05, "and no faster than"), (1.2, 1.4, "and faster than"), (0.3, 1.6, "do not tell the two models apart")],
+)
+def test_the_card_claims_of_speed_what_the_intervals_allow(
+    report: dict[str, Any], low: float, high: float, part: str
+) -> None:
+    changed = copy.deepcopy(report)
+    for ratio in changed["bench"]["ratios"].values():
+        ratio.update(low=low, high=high)
+    assert part in body(changed, {})
+    del changed["bench"]
+    assert "Latency was not measured in this run" in body(changed, {})
 
 
 def test_verify_and_card_take_the_run(finished: Path, tmp_path: Path) -> None:
