@@ -44,6 +44,12 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> None:
+    """The first process's values, in place, in every other."""
+    if world() > 1:
+        torch.distributed.broadcast(tensor, 0)
+
+
 def barrier() -> None:
     if world() > 1:
         torch.distributed.barrier()
@@ -155,9 +161,8 @@ def _one_batch(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def _broadcast(model: nn.Module) -> None:
     """Every process starts from the first one's weights."""
-    if world() > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
-            torch.distributed.broadcast(tensor, 0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        broadcast(tensor)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
