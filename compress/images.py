@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.cache import cache_dir
-from compress.data import _fetch as fetch
+from compress.data import fetch
 from compress.errors import CompressError
 from compress.progress import Progress, say
 from compress.sections import DataSpec
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+NAME_FOLDER = "name a folder of your own: --set data.folder=PATH"
 HELD_OUT = 0.1  # share of the training part that becomes a split the source does not have
 
 
@@ -464,7 +465,7 @@ _WATCH = ("seglearn-1.2.5-py3-none-any.whl", "ec6b952c85c9627050102854b372d85951
 
 
 def _npm(archive: tuple[str, str, str]) -> Path:
-    return fetch(archive[0], archive[1], ("npm", "pack", "--silent", archive[2]))
+    return fetch(archive[0], archive[1], ("npm", "pack", "--silent", archive[2]), "data", NAME_FOLDER)
 
 
 def _kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -622,7 +623,7 @@ def _watch(spec: DataSpec) -> Splits:
 
     def decode() -> dict[str, Tensor]:
         command = (sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "seglearn==1.2.5")
-        with zipfile.ZipFile(fetch(*_WATCH, command)) as wheel:
+        with zipfile.ZipFile(fetch(*_WATCH, command, "data", NAME_FOLDER)) as wheel:
             stream = io.BytesIO(wheel.read("seglearn/data/watch_dataset.npy"))
         version = np.lib.format.read_magic(stream)
         assert version == (1, 0)  # the wheel's hash was checked

@@ -112,9 +112,9 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
     arguments = {**alias.arguments, **recipe.arguments}
     file = recipe.weights
     if file is None and alias.sources and not recipe.train.epochs:
-        from compress.models.sources import _from_hub
+        from compress.models.sources import from_hub
 
-        folder, source = _from_hub(str(alias.sources[0].hub), alias.sources[0].revision)
+        folder, source = from_hub(str(alias.sources[0].hub), alias.sources[0].revision)
         file = folder / WEIGHTS
     if file is None and not recipe.train.epochs:
         raise UsageError(

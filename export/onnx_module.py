@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.export.onnx import OPSET, _forget_trace
+from compress.export.onnx import OPSET, forget_trace
 from compress.export.ort import session
 from compress.progress import say
 
@@ -89,7 +89,7 @@ def _write(module: nn.Module, sample: Tensor, names: list[str], path: Path) -> N
                 fix="export goes through torch.onnx.export(dynamo=True); rewrite what it names",
             ) from e
     assert program is not None
-    _forget_trace(program.model)
+    forget_trace(program.model)
     ir.save(program.model, path)
 
 

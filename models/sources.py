@@ -117,7 +117,7 @@ def resolve(name: str) -> Resolved:
         reasons = []
         for source in alias.sources:
             try:
-                folder, words = _from_package(source) if source.package else _from_hub(str(source.hub), source.revision)
+                folder, words = _from_package(source) if source.package else from_hub(str(source.hub), source.revision)
             except CompressError as e:
                 reasons.append(e.what)
                 continue
@@ -135,7 +135,7 @@ def resolve(name: str) -> Resolved:
         facts = _card_facts(folder)
         return Resolved(folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder, words = _from_hub(name, None)
+        folder, words = from_hub(name, None)
         say(f"model {name}: {words}")
         return Resolved(name.split("/")[1], folder, words, name, _card_facts(folder).get("license"))
     close = difflib.get_close_matches(name, alias_names(), n=1)
@@ -200,7 +200,7 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
+def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -11,7 +11,7 @@ from typing import Any
 
 from compress.cache import sha256_of
 from compress.errors import CompressError
-from compress.export.bench.local import _machine
+from compress.export.bench.local import machine_state
 from compress.export.bench.stats import paired_ratio, summary
 from compress.export.onnx_module import FILE, input_shape
 from compress.progress import Progress
@@ -35,7 +35,7 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str
         if not (folder / FILE).exists():
             raise CompressError(f"there is no {FILE}", where=str(folder), fix="name a folder with an exported network")
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
-    before = _machine()
+    before = machine_state()
     with Progress(2 * spec["processes"], "measuring in fresh processes") as bar:
         for i in range(spec["processes"]):
             for label in ("dense", "pruned") if i % 2 == 0 else ("pruned", "dense"):
@@ -43,7 +43,7 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str
                 bar.update(1)
     found: dict[str, Any] = {
         "spec": {**spec, "order": "ABBA", "runtime": runs["dense"][0]["runtime"], "target": "this-machine"},
-        "machine": {"before": before, "after": _machine()},
+        "machine": {"before": before, "after": machine_state()},
     }
     for label, measured in runs.items():
         medians = [median(r["samples"]) for r in measured]
