@@ -120,9 +120,18 @@ class FolderImages:
     def __getitem__(self, at: Tensor) -> Tensor:
         return torch.stack([self._read(self.paths[int(i)], None) for i in at])
 
-    def drawn(self, at: Tensor, generator: torch.Generator) -> Tensor:
-        """The same, each from a random part (8 to 100 % of the area, sides 3:4 to 4:3): how ImageNet is trained on."""
-        return torch.stack([self._read(self.paths[int(i)], generator) for i in at])
+    def drawn(self, at: Tensor, seed: int) -> Tensor:
+        """The same, each from a random part (8 to 100 % of the area, sides 3:4 to 4:3): how ImageNet is trained on.
+
+        A part is drawn from ``seed`` and the image's own number, so that it does not matter what else is asked for.
+        """
+        if not len(at):
+            return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+
+        def generator(i: int) -> torch.Generator:
+            return torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
+
+        return torch.stack([self._read(self.paths[int(i)], generator(int(i))) for i in at])
 
     def only(self, at: Tensor) -> FolderImages:
         return FolderImages([self.paths[int(i)] for i in at], self.size)

@@ -401,8 +401,7 @@ def _batch(
     does not depend on which process holds it."""
     inputs, targets = data.train.inputs, {n: t[at] for n, t in data.train.targets.items()}
     if isinstance(inputs, FolderImages):
-        generator = torch.Generator().manual_seed((seed * 7_368_787 + step) * 2 + rank())
-        x = inputs.drawn(at, generator) if len(at) else torch.zeros(0, 3, inputs.size, inputs.size, dtype=torch.uint8)
+        x = inputs.drawn(at, seed * 7_368_787 + step)
     else:
         x = inputs[at]
     if spec.flip or spec.shift:

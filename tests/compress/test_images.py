@@ -74,8 +74,10 @@ def test_large_folders_are_decoded_as_they_are_asked_for_and_cut_from_the_centre
     assert len(lazy) == 3 and lazy[torch.tensor([0, 2])].shape == (2, 3, 56, 56)
     # 80 x 140 -> 64 x 112, and the middle 56 x 56 of that.
     assert bool((lazy[torch.tensor([0])][..., 3:-3] == 200).all())
-    one, same, other = (lazy.drawn(torch.tensor([0, 1]), torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    one, same, other = (lazy.drawn(torch.tensor([0, 1]), seed) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == (2, 3, 56, 56)
+    # Whoever holds an image draws the same part of it.
+    assert torch.equal(lazy.drawn(torch.tensor([1]), 1)[0], one[1]) and lazy.drawn(torch.tensor([]), 1).shape[0] == 0
 
 
 def test_har_splits_calibration_by_person_and_halves_its_classes(tmp_path: Path) -> None:
