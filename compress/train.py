@@ -400,10 +400,7 @@ def _batch(
     """Prepared inputs and targets of the samples ``at``. What is random is drawn for each sample by itself, so that it
     does not depend on which process holds it."""
     inputs, targets = data.train.inputs, {n: t[at] for n, t in data.train.targets.items()}
-    if isinstance(inputs, FolderImages):
-        x = inputs.drawn(at, seed * 7_368_787 + step)
-    else:
-        x = inputs[at]
+    x = inputs.drawn(at, seed * 7_368_787 + step) if isinstance(inputs, FolderImages) else inputs[at]
     if spec.flip or spec.shift:
         x, targets = _moved(x, targets, data.tasks, at, len(data.train), spec, seed, step)
     x = data.prepare(x.to(place))
