@@ -213,7 +213,7 @@ def _curve(
         return []
     files, total = weight_files(setup.resolved.folder), sum(prod(shape) for shape in shapes.values())
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         points = []
         # The masks of a larger sparsity hold those of a smaller one: one model is pruned further and further.
         model = load_model(setup.resolved.folder, setup.family)
@@ -225,7 +225,8 @@ def _curve(
             label = f"perplexity at {100 * sparsity:g} %"
             texts = {n: perplexity(model, w, f"{label}, {n}")["ppl"] for n, w in windows.evaluation.items()}
             points.append({"pruned_share": target_count(sparsity, total) / total, "texts": texts})
-        (folder / "curve.json").write_text(json.dumps(points, indent=1))
+        if folder is not None:
+            (folder / "curve.json").write_text(json.dumps(points, indent=1))
 
     inputs = {
         **{k: v for k, v in common.items() if k != "tasks"},
@@ -233,7 +234,7 @@ def _curve(
         "options": options.model_dump(mode="json"),
         "sparsities": sparsities,
     }
-    points: list[dict[str, Any]] = json.loads((run.stage("curve", inputs, build) / "curve.json").read_text())
+    points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
     return points
 
 
