@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.cache import sha256_of
+from compress.distributed import device
 from compress.errors import CompressError, UsageError
 from compress.run import Run, fingerprint, seal_hash
 from compress.sections import DataSpec, NetworkRecipe, TrainSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from compress.images import Splits
@@ -68,7 +68,7 @@ class NetworkSetup:
         """The network with its first weights: those of the file, or drawn from the seed."""
         from compress.models.zoo import build
 
-        return build(self.network, {**self.arguments, **changes}, self.recipe.seed).to(place())
+        return build(self.network, {**self.arguments, **changes}, self.recipe.seed).to(device())
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -81,13 +81,6 @@ class NetworkSetup:
             "data": self.data.sha256,
             "seed": self.recipe.seed,
         }
-
-
-def place() -> torch.device:
-    """Where networks are trained: the GPU where there is one."""
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
@@ -173,7 +166,7 @@ def trained(
 
     from compress.train import apply_masks, check_masks, train
 
-    def build(folder: Path) -> None:
+    def build(folder: Path | None) -> None:
         model = start()
         held, rows = dict(masks or {}), list[dict[str, float]]()
         if spec is not None and spec.epochs:
@@ -192,6 +185,8 @@ def trained(
         else:
             check_masks(model, held)
             apply_masks(model, held)
+        if folder is None:
+            return
         save_weights(model, folder / WEIGHTS)
         if held:
             save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
@@ -202,7 +197,7 @@ def trained(
         **inputs,
         "train": spec.model_dump(mode="json", exclude={"checkpoint_steps"}) if spec else None,
     }
-    folder = run.stage(name, facts, build)
+    folder = run.stage_together(name, facts, build)
     run.drop_scratch(name)
     return folder
 
@@ -312,14 +307,16 @@ def evaluated(
 ) -> dict[str, dict[str, float]]:
     """The sealed figures of a network on the test split, by task; ``folder`` is the stage it was made from."""
 
-    def build(out: Path) -> None:
+    def build(out: Path | None) -> None:
         from compress.train import evaluate
 
         found = evaluate(make(), setup.data, setup.data.test)
-        (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+        if out is not None:
+            (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
 
     inputs = {"version": __version__, "data": setup.data.sha256, "model": seal_hash(folder)}
-    found: dict[str, dict[str, float]] = json.loads((run.stage(name, inputs, build) / "evaluation.json").read_text())
+    folder = run.stage_together(name, inputs, build)
+    found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())
     return found
 
 

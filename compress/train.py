@@ -20,40 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.distributed import from_main, is_main, meet, rank, sum_floats, world
 from compress.errors import CompressError
 from compress.images import FolderImages, Split, Splits, Task, batches
 from compress.progress import Progress
 from compress.run import fingerprint
 from compress.sections import TrainSpec
-
-# --- processes: the only lines that know how there come to be several ------------------------------------------------
-
-
-def rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def world() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def all_reduce(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if world() > 1:
-        torch.distributed.all_reduce(tensor)
-    return tensor
-
-
-def broadcast(tensor: Tensor) -> None:
-    """The first process's values, in place, in every other."""
-    if world() > 1:
-        torch.distributed.broadcast(tensor, 0)
-
-
-def barrier() -> None:
-    if world() > 1:
-        torch.distributed.barrier()
-
 
 # --- masks ----------------------------------------------------------------------------------------------------------
 
@@ -113,11 +85,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return all_reduce(x.clone())
+        return sum_floats(x.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return all_reduce(gradients[0].clone())
+        return sum_floats(gradients[0].clone())
 
 
 def _shared_norm(module: Any, x: Tensor) -> Tensor:
@@ -125,7 +97,7 @@ def _shared_norm(module: Any, x: Tensor) -> Tensor:
     dims = [d for d in range(x.dim()) if d != 1]
     shape = (1, -1, *(1,) * (x.dim() - 2))
     if module.training or module.running_mean is None:
-        count = all_reduce(torch.tensor([float(x.numel() // x.shape[1])], device=x.device, dtype=wide(x).dtype))
+        count = sum_floats(torch.tensor([float(x.numel() // x.shape[1])], device=x.device, dtype=wide(x).dtype))
         values = wide(x)
         mean: Tensor = _Sum.apply(values.sum(dims)) / count  # type: ignore[no-untyped-call]
         centred = values - mean.view(shape)
@@ -162,7 +134,7 @@ def _one_batch(model: nn.Module) -> Iterator[None]:
 def _broadcast(model: nn.Module) -> None:
     """Every process starts from the first one's weights."""
     for tensor in (*model.parameters(), *model.buffers()):
-        broadcast(tensor)
+        from_main(tensor)
 
 
 # --- heads ----------------------------------------------------------------------------------------------------------
@@ -245,7 +217,7 @@ def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 256) -> 
                 said, is_in = output[:, 0] > 0, target > 127
                 sums[i, 1] += int((said & is_in).sum())
                 sums[i, 2] += int((said | is_in).sum())
-    all_reduce(sums)
+    sums = sum_floats(sums.to(place)).cpu()
     model.train(was)
     found = {}
     for i, task in enumerate(data.tasks):
@@ -362,7 +334,7 @@ def train(
                 loss = loss_sum(model, x, targets, data.tasks, spec.label_smoothing) / len(at)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
-            value = float(all_reduce(loss.detach().clone()))
+            value = float(sum_floats(loss.detach().clone()))
             if not math.isfinite(value):
                 raise CompressError(
                     f"the loss is {value} in epoch {epoch + 1}", where=label, fix="lower the learning rate, or clip"
@@ -380,9 +352,9 @@ def train(
                 pruned = sum(int((~m).sum()) for m in held.values())
                 rows.append({"epoch": epoch + 1, "loss": total / count, "lr": now, "pruned": pruned})
             if checkpoint is not None and (done == steps or done % (spec.checkpoint_steps or per_epoch) == 0):
-                if rank() == 0:
+                if is_main():
                     state.write(checkpoint, mark, done, total, rows, held)
-                barrier()
+                meet("behind a checkpoint")
             bar.to(done, f"loss {value:.3f}")
     if average is not None:
         average.give(model)
@@ -444,7 +416,7 @@ def _share_gradients(model: nn.Module) -> None:
     if world() == 1:
         return
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
-    flat = all_reduce(torch.cat([g.flatten() for g in gradients]))
+    flat = sum_floats(torch.cat([g.flatten() for g in gradients]))
     for parameter, part in zip(
         (p for p in model.parameters() if p.requires_grad), flat.split([g.numel() for g in gradients]), strict=True
     ):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from compress.export.ort import session
 from compress.models.zoo import build
 from compress.recipes.global_mp.masks import load_masks
+from tests import ranks
 from tests.command import compress, one_error
 from tests.networks import write_class_folders, write_har
 
@@ -374,3 +375,26 @@ def test_plan_says_what_would_be_done_without_data(place: Path) -> None:
     assert facts["parameters"] == 23_354_842 and facts["prune"] == round(0.95 * facts["prunable_weights"])
     text = compress("plan", "fastgrnn-har2", "--recipe", "global-mp-fastgrnn-8-7").out
     assert "r_W is 8, r_U is 7" in text
+
+
+def ranked_run(place: Path, out: Path) -> None:
+    ran = prune(place, out, "--until", "evaluation")
+    assert ran.code == 0, ran.err
+
+
+def test_processes_share_the_training_of_a_whole_run(place: Path, tmp_path: Path) -> None:
+    for count in (1, 2):
+        ranks.run(count, ranked_run, place, tmp_path / str(count))
+    one, two = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("1", "2"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        # Gradients are sums of floats: the last bits may differ, and training carries them on.
+        torch.testing.assert_close(two[name].float(), tensor.float(), rtol=2e-2, atol=2e-3, msg=name)
+    pruned = [sum(int((t == 0).sum()) for n, t in m.items() if t.dim() > 1) for m in (one, two)]
+    assert pruned[0] == pruned[1]
+    first, second = (
+        json.loads((tmp_path / n / "evaluation-dense" / "evaluation.json").read_text()) for n in ("1", "2")
+    )
+    for task, figures in first.items():
+        assert second[task]["samples"] == figures["samples"]
+        assert second[task]["loss"] == pytest.approx(figures["loss"], rel=2e-2)

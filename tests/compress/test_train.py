@@ -7,7 +7,6 @@ import dataclasses
 import math
 import multiprocessing
 import signal
-import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress import distributed
 from compress import train as module
 from compress.errors import CompressError
 from compress.images import Splits
 from compress.models.zoo import build
 from compress.sections import TrainSpec
 from compress.train import Moment, apply_masks, evaluate, loss_sum, rate, train
+from tests import ranks
 from tests.networks import shape_data
 
 # A server that has torch loaded already forks each process.
@@ -305,9 +306,8 @@ def test_killed_in_training_and_started_again_it_ends_with_the_same_bytes(tmp_pa
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def shared_training(rank: int, world: int, port: int, out: str, batch: int) -> None:
-    if world > 1:
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+def shared_training(out: str, batch: int) -> None:
+    rank = distributed.rank()
     model = small(seed=rank).double()  # each starts elsewhere: the first one's weights must win
     data = in_double(shape_data())
     spec = TrainSpec(
@@ -317,8 +317,6 @@ def shared_training(rank: int, world: int, port: int, out: str, batch: int) -> N
     found = evaluate(model, data, data.test)["shape"]
     figures = torch.tensor([r["loss"] for r in rows] + [found["loss"], found["accuracy"]], dtype=torch.float64)
     save_file({**state(model), "figures": figures}, f"{out}-{rank}")
-    if world > 1:
-        torch.distributed.destroy_process_group()
 
 
 # 203 = 5 * 34 + 33: uneven shares; 203 = 2 * 101 + 1: the last batch leaves all but one process without a sample.
@@ -327,19 +325,13 @@ def test_processes_train_as_one_does_also_where_the_last_batch_leaves_some_empty
     batch: int, world: int, tmp_path: Path
 ) -> None:
     def run(count: int) -> list[dict[str, Tensor]]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
         out = str(tmp_path / str(count))
-        processes = [in_its_own_process(1, shared_training, r, count, port, out, batch) for r in range(count)]
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
+        ranks.run(count, shared_training, out, batch)
         return [load_file(f"{out}-{r}") for r in range(count)]
 
-    (one,), ranks = run(1), run(world)
-    for found in ranks:
-        assert same(found, ranks[0])  # bit for bit the same on every process
+    (one,), several = run(1), run(world)
+    for found in several:
+        assert same(found, several[0])  # bit for bit the same on every process
         for name, tensor in one.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
 
