@@ -22,7 +22,12 @@ def code(text: object) -> str:
 
 
 def metadata(report: dict[str, Any]) -> dict[str, Any]:
-    """The card's YAML head."""
+    """The YAML head of a card for a model with whole units gone."""
+    return text_metadata(report, report["size"]["backbone_removed"], "structured-pruning")
+
+
+def text_metadata(report: dict[str, Any], removed: float, kind: str) -> dict[str, Any]:
+    """The YAML head of a language model's card; ``removed`` is the share in its name, ``kind`` a tag."""
     model, quality = report["model"], report["quality"]
     head: dict[str, Any] = {}
     if model["license"]:
@@ -33,9 +38,9 @@ def metadata(report: dict[str, Any]) -> dict[str, Any]:
     head |= {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["pruned", "structured-pruning", report["recipe"]["method"], "onnx"],
+        "tags": ["pruned", kind, report["recipe"]["method"], "onnx"],
     }
-    name = f"{model['name']}-pruned-{round(100 * report['size']['backbone_removed'])}"
+    name = f"{model['name']}-pruned-{round(100 * removed)}"
     head["model-index"] = [
         {
             "name": name,
@@ -54,10 +59,14 @@ def metadata(report: dict[str, Any]) -> dict[str, Any]:
 
 def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
     """Writes README.md into ``folder``; ``plots`` lie below it."""
-    path = folder / "README.md"
-    head = yaml.safe_dump(metadata(report), sort_keys=False, allow_unicode=True)
     images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
-    path.write_text(f"---\n{head}---\n\n{body(report, images)}", encoding="utf-8")
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def write_readme(folder: Path, head: Mapping[str, Any], text: str) -> Path:
+    path = folder / "README.md"
+    front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)
+    path.write_text(f"---\n{front}---\n\n{text}", encoding="utf-8")
     return path
 
 
@@ -81,25 +90,10 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         ),
         _row("all parameters", dense["total_parameters"], pruned["total_parameters"], size["total_removed"]),
     ]
-    mean = quality["geometric_mean"]
-    for text in quality["texts"]:
-        ratio = text["pruned_ppl"] / text["dense_ppl"]
-        lines.append(
-            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
-            f" {ratio:.2f}x |"
-        )
-    if len(quality["texts"]) > 1:
-        lines.append(
-            f"| perplexity, geometric mean | {mean['dense']:.2f} | {mean['pruned']:.2f} |"
-            f" {mean['pruned'] / mean['dense']:.2f}x |"
-        )
-    for task in quality["tasks"]:
-        lines.append(
-            f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
-        )
+    lines += quality_rows(quality)
     bench = report.get("bench")
     if bench:
-        lines += _latency_rows(bench)
+        lines += latency_rows(bench)
     lines += ["", f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the"]
     lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
@@ -116,17 +110,10 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     ):
         if name in images:
             lines += [f"![{caption}]({images[name]})", ""]
-    lines += _loading(report)
+    lines += loading(report)
     lines += _checks(report)
-    lines += ["## Every number again", "", "```sh"]
-    lines += [f"{command}" for command in report["commands"].values() if command]
-    lines += ["```", ""]
-    environment = report["environment"]
-    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    lines += again(report)
     lines += [
-        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']}; {versions}."
-        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`.",
-        "",
         "## Limits",
         "",
         "The model was calibrated on "
@@ -163,6 +150,28 @@ def _recovery(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def quality_rows(quality: dict[str, Any]) -> list[str]:
+    """Perplexities and task scores, dense and pruned, as rows of the table."""
+    rows = []
+    mean = quality["geometric_mean"]
+    for text in quality["texts"]:
+        ratio = text["pruned_ppl"] / text["dense_ppl"]
+        rows.append(
+            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
+            f" {ratio:.2f}x |"
+        )
+    if len(quality["texts"]) > 1:
+        rows.append(
+            f"| perplexity, geometric mean | {mean['dense']:.2f} | {mean['pruned']:.2f} |"
+            f" {mean['pruned'] / mean['dense']:.2f}x |"
+        )
+    for task in quality["tasks"]:
+        rows.append(
+            f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
+        )
+    return rows
+
+
 def _source(spec: Mapping[str, Any]) -> str:
     if "files" in spec:
         return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
@@ -173,7 +182,7 @@ def _row(name: str, dense: int, pruned: int, removed: float) -> str:
     return f"| {name} | {dense:,} | {pruned:,} | -{100 * removed:.1f} % |"
 
 
-def _latency_rows(bench: dict[str, Any]) -> list[str]:
+def latency_rows(bench: dict[str, Any]) -> list[str]:
     spec = bench["spec"]
     rows = []
     for key, name in (
@@ -204,7 +213,22 @@ def _latency_rows(bench: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _loading(report: dict[str, Any]) -> list[str]:
+def again(report: dict[str, Any]) -> list[str]:
+    """The commands that make every number again, and what it was measured on."""
+    lines = ["## Every number again", "", "```sh"]
+    lines += [f"{command}" for command in report["commands"].values() if command]
+    lines += ["```", ""]
+    environment = report["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    lines += [
+        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']}; {versions}."
+        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`.",
+        "",
+    ]
+    return lines
+
+
+def loading(report: dict[str, Any]) -> list[str]:
     lines = ["## Loading it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if report["quality"]["layout"] == "per-layer":
         lines += [
@@ -233,6 +257,18 @@ def _loading(report: dict[str, Any]) -> list[str]:
     return lines
 
 
+def onnx_check(report: dict[str, Any]) -> list[str]:
+    """What was compared of the exported model, as a line; none where it was not exported."""
+    if "export" not in report:
+        return []
+    facts = report["export"]["onnx"]["pruned"]
+    return [
+        f"- ONNX: {facts['outputs_compared']} outputs compared with torch, largest relative difference"
+        f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy"
+        " tokens equal torch's"
+    ]
+
+
 def _checks(report: dict[str, Any]) -> list[str]:
     lines = ["## What was checked", ""]
     for layout in report["verify"]["layouts"]:
@@ -241,13 +277,7 @@ def _checks(report: dict[str, Any]) -> list[str]:
             f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}),"
             f" the sliced model from the masked one by {layout['masked_difference']:.1e}"
         )
-    if "export" in report:
-        facts = report["export"]["onnx"]["pruned"]
-        lines.append(
-            f"- ONNX: {facts['outputs_compared']} outputs compared with torch, largest relative difference"
-            f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy"
-            " tokens equal torch's"
-        )
+    lines += onnx_check(report)
     search = report["search"]
     lines.append(
         f"- search: {search['work_token_layers']:,} tokens x layers,"

@@ -77,6 +77,7 @@ def prune(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="the run folder  [default: runs/MODEL-RECIPE]")] = None,
     sparsity: Sparsity = None,
+    sweep: Annotated[str | None, typer.Option(help="networks: more sparsities to train, such as 0.8,0.95")] = None,
     set_: Set = None,
     until: Annotated[
         str, typer.Option(help="last stage: plan, recover, model, evaluation, export, bench, release")
@@ -107,8 +108,9 @@ def prune(
         raise UsageError(f"unknown stage {until!r}", where="--until", fix=f"one of: {', '.join(STAGES)}")
     folder = out or Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
     command = shlex.join(["compress", *(a for a in sys.argv[1:] if a not in ("--fresh", "--json"))])
+    overrides = [*_overrides(set_, sparsity), *([f"sweep=[{sweep}]"] if sweep is not None else [])]
     distributed.join(timedelta(seconds=rank_timeout))
-    report = run(model, recipe, folder, _overrides(set_, sparsity), fresh=fresh, until=until, command=command)
+    report = run(model, recipe, folder, overrides, fresh=fresh, until=until, command=command)
     if distributed.is_main():
         lines = getattr(module_of(report["recipe"]), "lines", _prune_lines)
         _show({**report, "run": str(folder)}, json_, lines)

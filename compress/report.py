@@ -58,22 +58,10 @@ def read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
-def describe_plan(
-    report: dict[str, Any],
-    setup: Setup,
-    folder: Path,
-    command: str,
-    stages: list[dict[str, Any]],
-    reference_tokens: int,
-) -> None:
-    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
+def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:
+    """Fills in where a language model came from, the recipe, the command and the machine."""
     from compress.doctor import environment
-    from compress.plan import Plan
 
-    plan = Plan.load(folder)
-    g, costs = setup.geometry, setup.costs
-    removed = plan.removed(costs)
-    size = setup.stored_dtype.itemsize
     report["model"] = {
         "name": setup.resolved.name,
         "source": setup.resolved.source,
@@ -85,6 +73,24 @@ def describe_plan(
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command
     report["environment"] = environment()
+
+
+def describe_plan(
+    report: dict[str, Any],
+    setup: Setup,
+    folder: Path,
+    command: str,
+    stages: list[dict[str, Any]],
+    reference_tokens: int,
+) -> None:
+    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
+    from compress.plan import Plan
+
+    plan = Plan.load(folder)
+    g, costs = setup.geometry, setup.costs
+    removed = plan.removed(costs)
+    size = setup.stored_dtype.itemsize
+    describe_model(report, setup, command)
     report["size"] = {
         "asked": setup.recipe.sparsity,
         "backbone_removed": removed / costs.backbone,

@@ -191,14 +191,20 @@ def verify(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path), "sealed_files": 0, "models": {}}
     for seal in sorted(path.rglob(SEAL)):
         found["sealed_files"] += verify_seal(seal.parent)
-    models = [p for p in (path, path / "model", path / "model-padded") if (p / "config.json").exists()]
-    if not models:
+    places = (path, path / "model", path / "model-padded")
+    models = [p for p in places if (p / "config.json").exists()]
+    networks = [p for p in places if (p / "network.json").exists()]
+    if not models and not networks:
         raise CompressError(
             "there is no model here", where=str(path), fix="name a model folder or a finished run folder"
         )
     for folder in models:
         check_weights(folder)
         found["models"][str(folder)] = verify_clean(folder)
+    for folder in networks:
+        from compress.network import verify_network
+
+        found["models"][str(folder)] = verify_network(folder)
     if (path / "release" / "report.json").exists() or (path / "report.json").exists():
         found["report"] = read_report(path)["sha256"]
     return found
@@ -208,7 +214,7 @@ def listing(what: str | None) -> dict[str, Any]:
     """Recipes, models and families there are."""
     import yaml
 
-    from compress.models.sources import alias_names, load_alias
+    from compress.models.sources import alias_names, describe_alias
 
     found: dict[str, Any] = {}
     if what in (None, "recipes"):
@@ -216,10 +222,7 @@ def listing(what: str | None) -> dict[str, Any]:
             name: yaml.safe_load(path.read_text()).get("description", "") for name, path in recipe_names().items()
         }
     if what in (None, "models"):
-        found["models"] = {
-            name: ", then ".join(f"hub {s.hub}" if s.hub else f"package {s.package}" for s in load_alias(name).sources)
-            for name in alias_names()
-        }
+        found["models"] = {name: describe_alias(name) for name in alias_names()}
     if not found:
         raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models")
     return found

@@ -123,7 +123,7 @@ def export_llm(model: Any, folder: Path) -> Exported:
     assert program is not None
     decode = program.model
     _name_axes(decode, names)
-    _forget_trace(decode)
+    forget_trace(decode)
     ir.save(decode, folder / DECODE, external_data=WEIGHTS)
     prefill = ir.load(folder / DECODE)
     _cut_past(prefill, layers, head_dim, names)
@@ -151,7 +151,7 @@ def _name_axes(model: Any, names: list[str]) -> None:
         )
 
 
-def _forget_trace(model: Any) -> None:
+def forget_trace(model: Any) -> None:
     """Drops the stack traces that the exporter notes at every node: paths of this machine, and most of the file."""
     for item in (model, model.graph, *model.graph):
         item.metadata_props.clear()

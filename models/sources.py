@@ -47,12 +47,29 @@ class Source(_Strict):
 
 
 class Alias(_Strict):
-    """A model's name: models/<name>.yaml."""
+    """A language model's name: models/<name>.yaml."""
 
     family: str
     license: str
     base_model: str
     sources: list[Source]
+
+
+class NetworkAlias(_Strict):
+    """A plain network's name: models/<name>.yaml. It is built by the zoo and trained on its data.
+
+    Args:
+        arguments: of the network's function.
+        data: as in a recipe's section ``data``; a path in it is the user's, relative to where the command runs.
+        sources: trained weights, where there are any.
+    """
+
+    network: str
+    arguments: dict[str, Any] = {}
+    data: dict[str, Any]
+    license: str | None = None
+    base_model: str | None = None
+    sources: list[Source] = []
 
 
 @dataclass(frozen=True)
@@ -70,10 +87,12 @@ def alias_names() -> list[str]:
     return sorted(path.stem for path in ALIASES.glob("*.yaml"))
 
 
-def load_alias(name: str) -> Alias:
+def load_alias(name: str) -> Alias | NetworkAlias:
     path = ALIASES / f"{name}.yaml"
     try:
-        return Alias.model_validate(yaml.safe_load(path.read_text()))
+        facts = yaml.safe_load(path.read_text())
+        kind = NetworkAlias if isinstance(facts, dict) and "network" in facts else Alias
+        return kind.model_validate(facts)
     except (yaml.YAMLError, ValidationError) as e:
         raise UsageError(
             f"the model file is wrong: {e}", where=str(path), fix="mend it after models/llama-8b.yaml"
@@ -89,10 +108,16 @@ def resolve(name: str) -> Resolved:
     """
     if name in alias_names():
         alias = load_alias(name)
+        if isinstance(alias, NetworkAlias):
+            raise UsageError(
+                f"{name} is a plain network, not a language model",
+                where="MODEL",
+                fix="take a recipe for networks, such as global-mp-network (`compress list recipes`)",
+            )
         reasons = []
         for source in alias.sources:
             try:
-                folder, words = _from_package(source) if source.package else _from_hub(str(source.hub), source.revision)
+                folder, words = _from_package(source) if source.package else from_hub(str(source.hub), source.revision)
             except CompressError as e:
                 reasons.append(e.what)
                 continue
@@ -110,7 +135,7 @@ def resolve(name: str) -> Resolved:
         facts = _card_facts(folder)
         return Resolved(folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder, words = _from_hub(name, None)
+        folder, words = from_hub(name, None)
         say(f"model {name}: {words}")
         return Resolved(name.split("/")[1], folder, words, name, _card_facts(folder).get("license"))
     close = difflib.get_close_matches(name, alias_names(), n=1)
@@ -119,6 +144,44 @@ def resolve(name: str) -> Resolved:
         where="MODEL",
         fix=(f"did you mean {close[0]!r}? " if close else "")
         + "a name from `compress list models`, a hub id (org/name) or a local folder",
+    )
+
+
+def network_alias(name: str) -> NetworkAlias:
+    """The alias of a network.
+
+    Raises:
+        UsageError: there is none of that name, or it is a language model's.
+    """
+    networks = [n for n in alias_names() if isinstance(load_alias(n), NetworkAlias)]
+    if name not in networks:
+        close = difflib.get_close_matches(name, networks, n=1)
+        raise UsageError(
+            f"{name} is a language model, not a plain network"
+            if name in alias_names()
+            else f"unknown network {name!r}",
+            where="MODEL",
+            fix=(f"did you mean {close[0]!r}? " if close else "")
+            + f"one of: {', '.join(networks)}; or path/file.py:function",
+        )
+    found = load_alias(name)
+    assert isinstance(found, NetworkAlias)
+    return found
+
+
+def describe_alias(name: str) -> str:
+    """Where a model comes from, in words."""
+    alias = load_alias(name)
+    words = ", then ".join(f"hub {s.hub}" if s.hub else f"package {s.package}" for s in alias.sources)
+    if isinstance(alias, Alias):
+        return words
+    given = ", ".join(f"{k} {v}" for k, v in alias.arguments.items())
+    data = next((str(alias.data[k]) for k in ("package", "hub", "folder") if k in alias.data), "")
+    return (
+        f"network {alias.network}"
+        + (f" ({given})" if given else "")
+        + f", data {data}"
+        + (f"; weights: {words}" if words else "")
     )
 
 
@@ -137,7 +200,7 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
+def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

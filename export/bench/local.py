@@ -42,7 +42,7 @@ def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> 
                 )
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
     rounds = spec["processes"]
-    before = _machine()
+    before = machine_state()
     with Progress(2 * rounds, "measuring in fresh processes") as bar:
         for i in range(rounds):
             for label in ("dense", "pruned") if i % 2 == 0 else ("pruned", "dense"):
@@ -50,7 +50,7 @@ def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> 
                 bar.update(1)
     found: dict[str, Any] = {
         "spec": {**spec, "order": "ABBA", "runtime": runs["dense"][0]["runtime"], "target": "this-machine"},
-        "machine": {"before": before, "after": _machine()},
+        "machine": {"before": before, "after": machine_state()},
         "ratios": {},
     }
     for label, measured in runs.items():
@@ -107,7 +107,7 @@ def _agent(folder: Path, spec: dict[str, Any], vocab: int, seed: int) -> dict[st
     return found
 
 
-def _machine() -> dict[str, Any]:
+def machine_state() -> dict[str, Any]:
     """Load and clocks: what can disturb a timing."""
     found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")

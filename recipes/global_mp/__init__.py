@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class GlobalMPOptions(BaseModel):
@@ -27,3 +27,9 @@ class GlobalMPOptions(BaseModel):
     skip: list[str] = Field([], description="patterns of layer names that stay dense")
     head: bool = Field(False, description="also prune the output layer of a language model")
     embeddings: bool = Field(False, description="also prune the embeddings of a language model")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_a_time(cls, value: object) -> object:
+        # YAML reads an unquoted 2:4 as two minutes and four seconds.
+        return "2:4" if value == 124 else value

@@ -20,6 +20,7 @@ Over several ranks every rank reads its own layers (each layer lies on one rank 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Cut:
     bits: int
     ties: int
     pruned: int
+
+    @property
+    def threshold(self) -> float:
+        """The |w| whose bits are ``bits``."""
+        return float(struct.unpack("<f", struct.pack("<i", self.bits))[0])
 
     def mask(self, weight: Tensor) -> Tensor:
         """Bool, of the weight's shape and on its device: True where the weight stays."""

@@ -1,8 +1,8 @@
 """Masks on disk, a bit a weight: which weights of a model stay, and of which model.
 
 The file is a safetensors file. Each layer is one uint8 tensor, ceil(n / 8) bytes: bit i % 8 (the lowest first) of byte
-i // 8 is 1 where weight i of the flattened layer stays. The metadata hold the format, the shape of every layer, and the
-hash of the weights that the masks were made for.
+i // 8 is 1 where weight i of the flattened layer stays. The metadata hold, as JSON, the format, the shape of every
+layer, and the hash of the weights that the masks were made for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.recipes.global_mp.magnitude import Source
 
 FORMAT = "compress masks 1"
+KEY = "compress"
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -69,8 +70,7 @@ def save_masks(path: Path, masks: Mapping[str, Tensor] | Iterable[tuple[str, Ten
     bits, shapes = {}, {}
     for name, mask in masks.items() if isinstance(masks, Mapping) else masks:
         bits[name], shapes[name] = pack_bits(mask), list(mask.shape)
-    metadata = {"format": FORMAT, "weights": weights, "shapes": json.dumps(shapes)}
-    save_file(bits, path, metadata=metadata)
+    save_file(bits, path, metadata=one_entry({"format": FORMAT, "weights": weights, "shapes": shapes}))
 
 
 def load_masks(
@@ -87,20 +87,19 @@ def load_masks(
             missing, is unknown to the model, or has another shape.
     """
     again = "make it again with `compress prune`"
-    bits, metadata = read_tensors(path, FORMAT, "mask file", again)
+    bits, facts = read_tensors(path, FORMAT, "mask file", again)
 
     def refuse(what: str, fix: str) -> CompressError:
         return CompressError(what, where=str(path), fix=fix)
 
     belongs = "use the masks with the model that they were made for"
-    if weights is not None and metadata["weights"] != weights:
-        raise refuse(
-            f"the masks belong to other weights ({metadata['weights'][:16]}..., not {weights[:16]}...)", belongs
-        )
     try:
-        said = {str(name): [int(n) for n in shape] for name, shape in json.loads(metadata["shapes"]).items()}
-    except (ValueError, TypeError, AttributeError) as e:
+        made_for = str(facts["weights"])
+        said = {str(name): [int(n) for n in shape] for name, shape in facts["shapes"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise refuse("the shapes in the mask file cannot be read", again) from e
+    if weights is not None and made_for != weights:
+        raise refuse(f"the masks belong to other weights ({made_for[:16]}..., not {weights[:16]}...)", belongs)
     if said.keys() != bits.keys():
         raise refuse(f"the mask file is damaged: {_first(said.keys() ^ bits.keys())} has no shape or no bits", again)
     if shapes is not None:
@@ -125,8 +124,14 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     return weight.masked_fill(~mask, 0.0)
 
 
+def one_entry(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Facts as safetensors metadata. In one entry: safetensors writes several in an order that changes from one call to
+    the next, and a file made again is to have the same bytes."""
+    return {KEY: json.dumps(facts, sort_keys=True)}
+
+
 def read_tensors(path: Path, format_: str, what: str, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors and the metadata of a safetensors file whose metadata name this format.
+    """All tensors of a safetensors file, and the facts in its metadata, which must name this format.
 
     Raises:
         CompressError: there is none, it cannot be read, or it has another format.
@@ -135,16 +140,21 @@ def read_tensors(path: Path, format_: str, what: str, fix: str) -> tuple[dict[st
 
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != format_:
-                raise CompressError(f"this is no {what}", where=str(path), fix=fix)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  (it is no dict)
+            text = (file.metadata() or {}).get(KEY, "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
     except FileNotFoundError as e:
         raise CompressError(f"there is no {what} here", where=str(path), fix=fix) from e
     except SafetensorError as e:
         raise CompressError(
             f"the {what} is no whole safetensors file (a pickle is never read): {e}", where=str(path), fix=fix
         ) from e
+    try:
+        facts = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise CompressError(f"the metadata of the {what} cannot be read", where=str(path), fix=fix) from e
+    if not isinstance(facts, dict) or facts.get("format") != format_:
+        raise CompressError(f"this is no {what}", where=str(path), fix=fix)
+    return tensors, facts
 
 
 def _first(names: Iterable[str]) -> str:

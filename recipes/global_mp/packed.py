@@ -10,14 +10,13 @@ It is a form to store and to send: nothing computes with it, and `unpack_folder`
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import CompressError
-from compress.recipes.global_mp.masks import pack_bits, read_tensors, unpack_bits
+from compress.recipes.global_mp.masks import one_entry, pack_bits, read_tensors, unpack_bits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +71,7 @@ def pack_file(source: Path, target: Path) -> None:
     with safe_open(source, "pt") as file:
         own = file.metadata() or {}
     stored, shapes = pack(load_file(source))
-    save_file(stored, target, metadata={"format": FORMAT, "shapes": json.dumps(shapes), "metadata": json.dumps(own)})
+    save_file(stored, target, metadata=one_entry({"format": FORMAT, "shapes": shapes, "metadata": own}))
 
 
 def unpack_file(source: Path, target: Path) -> None:
@@ -83,10 +82,9 @@ def unpack_file(source: Path, target: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    stored, metadata = read_tensors(source, FORMAT, "packed file", AGAIN)
+    stored, facts = read_tensors(source, FORMAT, "packed file", AGAIN)
     try:
-        tensors = unpack(stored, json.loads(metadata["shapes"]))
-        own = json.loads(metadata["metadata"])
+        tensors, own = unpack(stored, facts["shapes"]), facts["metadata"]
     except (KeyError, ValueError, TypeError, AttributeError) as e:
         raise CompressError(f"the packed file is damaged: {e}", where=str(source), fix=AGAIN) from e
     save_file(tensors, target, metadata=own or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,15 @@ def refused(name: str, *overrides: str) -> UsageError:
 
 @pytest.mark.parametrize("name", sorted(recipe_names()))
 def test_every_shipped_recipe_is_valid(name: str) -> None:
-    assert load_recipe(name, METHODS).method == "tyr"
+    method = load_recipe(name, METHODS).method
+    assert name == method or name.startswith(f"{method}-")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_task_of_a_method_names_a_module_that_runs_it(method: str) -> None:
+    for task in METHODS[method].values():
+        module = importlib.import_module(task.pipeline)
+        assert all(callable(getattr(module, name)) for name in ("prepare", "stages", "card")), task.pipeline
 
 
 def test_a_mistyped_key_gives_file_line_key_and_the_nearest_name(tmp_path: Path) -> None:

@@ -11,18 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from compress.errors import CompressError, UsageError
 from compress.models import sources
 from compress.models.families import FAMILIES
-from compress.models.sources import alias_names, load_alias, resolve
+from compress.models.sources import NetworkAlias, alias_names, describe_alias, load_alias, resolve
+from compress.models.zoo import build
+from compress.sections import DataSpec
 from tests.tiny import saved_tiny
 
 
 @pytest.mark.parametrize("name", alias_names())
 def test_every_name_is_whole(name: str) -> None:
     alias = load_alias(name)
+    if isinstance(alias, NetworkAlias):
+        assert DataSpec.model_validate(alias.data).named() and describe_alias(name).startswith("network ")
+        with torch.device("meta"):
+            assert build(alias.network, alias.arguments)
+        return
     assert alias.sources and alias.license and alias.base_model.count("/") == 1
     assert alias.family in {family.name for family in FAMILIES.values()}
 

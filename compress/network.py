@@ -1,0 +1,443 @@
+"""A plain network and its data: what every method does alike with one, from the dense training to the release.
+
+A method adds what it removes and why (`compress.sparse_network`); everything here takes a module and a stage's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.cache import sha256_of
+from compress.distributed import device
+from compress.errors import CompressError, UsageError
+from compress.run import Run, fingerprint, seal_hash
+from compress.sections import DataSpec, NetworkRecipe, TrainSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.images import Splits
+    from compress.models.sources import Resolved
+    from compress.train import Masks, Remask
+
+WEIGHTS, FACTS, FINGERPRINT = "model.safetensors", "network.json", "fingerprint.safetensors"
+MASKS = "masks.safetensors"
+TOLERANCE = 1e-4  # largest difference allowed of reloaded outputs, relative to the largest
+
+
+@dataclass
+class NetworkSetup:
+    """A network, a recipe and data, checked as far as it goes without reading any of it."""
+
+    resolved: Resolved
+    recipe: NetworkRecipe
+    network: str
+    given: dict[str, Any]
+    spec: DataSpec
+    weights: str  # hash of the weights file, or of what draws them
+    weights_file: Path | None
+
+    @cached_property
+    def data(self) -> Splits:
+        from compress.images import load
+
+        return load(self.spec)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The function's arguments; what the data decides is filled in where the function takes it."""
+        from compress.models.zoo import accepts
+
+        found = dict(self.given)
+        decided = {"classes": self.data.tasks[0].outputs, "channels": self.data.input_shape[0]}
+        return {k: v for k, v in decided.items() if accepts(self.network, k)} | found
+
+    def build(self, **changes: Any) -> nn.Module:
+        """The network with its first weights: those of the file, or drawn from the seed."""
+        from compress.models.zoo import build
+
+        return build(self.network, {**self.arguments, **changes}, self.recipe.seed).to(device())
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides every training: JSON-like, for seals."""
+        return {
+            "version": __version__,
+            "network": self.network,
+            "arguments": self.arguments,
+            "weights": self.weights,
+            "data": self.data.sha256,
+            "seed": self.recipe.seed,
+        }
+
+
+def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
+    """Finds the network, its data and its weights; runs no code but the user's own file, where they named one.
+
+    Raises:
+        UsageError: there is no such network, no data is named, or nothing would be trained.
+    """
+    from compress.models.sources import NetworkAlias, Resolved, network_alias
+    from compress.setup import quiet
+
+    quiet()
+    if ".py:" in model:
+        path = Path(model.rpartition(":")[0])
+        if not path.is_file():
+            raise UsageError("there is no such file", where=str(path), fix="name it as path/file.py:function")
+        alias, source, code = NetworkAlias(network=model, data={}), f"file {path.name}", sha256_of(path)
+        name = f"{path.stem}-{model.rpartition(':')[2]}"
+    else:
+        alias, source, code, name = network_alias(model), "weights drawn by seed", "", model
+    spec = _data_spec(alias.data, recipe, model)
+    arguments = {**alias.arguments, **recipe.arguments}
+    file = recipe.weights
+    if file is None and alias.sources and not recipe.train.epochs:
+        from compress.models.sources import from_hub
+
+        folder, source = from_hub(str(alias.sources[0].hub), alias.sources[0].revision)
+        file = folder / WEIGHTS
+    if file is None and not recipe.train.epochs:
+        raise UsageError(
+            "the dense network would be neither trained nor loaded",
+            where="train.epochs",
+            fix="train it for some epochs, or name its weights (--set weights=FILE.safetensors)",
+        )
+    if file is not None:
+        if not file.is_file():
+            raise UsageError("there is no such file of weights", where=str(file), fix="check the path")
+        source = source if recipe.weights is None else f"file {file.name}"
+    drawn = fingerprint({"network": alias.network, "arguments": arguments, "seed": recipe.seed, "code": code})
+    weights = sha256_of(file) if file is not None else drawn
+    resolved = Resolved(name, Path(), source, alias.base_model, alias.license)
+    return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file)
+
+
+def _data_spec(own: Mapping[str, Any], recipe: NetworkRecipe, model: str) -> DataSpec:
+    """The recipe's data; where it names no source, the model's own with the recipe's values laid over it."""
+    from pydantic import ValidationError
+
+    given = recipe.data.model_dump(exclude_unset=True) if recipe.data is not None else {}
+    if recipe.data is not None and recipe.data.named():
+        own = {k: v for k, v in own.items() if k not in ("package", "folder", "hub")}
+    try:
+        found = DataSpec.model_validate({**own, **given})
+    except ValidationError as e:
+        raise UsageError(f"the model's data is wrong: {e.errors()[0]['msg']}", where=model, fix="mend its file") from e
+    if not found.named():
+        raise UsageError(
+            f"{model} has no data of its own", where="data", fix="name it: --set data.folder=PATH (or package, or hub)"
+        )
+    return found
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    run: Run,
+    setup: NetworkSetup,
+    name: str,
+    spec: TrainSpec | None,
+    start: Callable[[], nn.Module],
+    *,
+    inputs: Mapping[str, Any],
+    masks: Masks | None = None,
+    remask: Remask | None = None,
+    seed: int = 0,
+) -> Path:
+    """A sealed stage with a network trained from ``start``: weights, masks where there are any, and a row an epoch.
+
+    A run that was stopped in it goes on from the last checkpoint to the same bytes.
+    """
+    from safetensors.torch import save_file
+
+    from compress.train import apply_masks, check_masks, train
+
+    def build(folder: Path | None) -> None:
+        model = start()
+        held, rows = dict(masks or {}), list[dict[str, float]]()
+        if spec is not None and spec.epochs:
+            checkpoint = run.scratch(name) / "checkpoint.safetensors"
+            held, rows = train(
+                model,
+                setup.data,
+                spec,
+                seed=setup.recipe.seed + seed,
+                masks=masks,
+                remask=remask,
+                checkpoint=checkpoint,
+                label=name,
+                identity=facts,
+            )
+        else:
+            check_masks(model, held)
+            apply_masks(model, held)
+        if folder is None:
+            return
+        save_weights(model, folder / WEIGHTS)
+        if held:
+            save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
+        (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    facts = {
+        **setup.inputs,
+        **inputs,
+        "train": spec.model_dump(mode="json", exclude={"checkpoint_steps"}) if spec else None,
+    }
+    folder = run.stage_together(name, facts, build)
+    run.drop_scratch(name)
+    return folder
+
+
+def dense_network(run: Run, setup: NetworkSetup) -> Path:
+    """The stage ``dense``: trained here, or the weights that were given, trained further where there are epochs."""
+    from compress.models.zoo import load_weights
+
+    def start() -> nn.Module:
+        model = setup.build()
+        if setup.weights_file is not None:
+            load_weights(model, setup.weights_file)
+        return model
+
+    return trained(run, setup, "dense", setup.recipe.train, start, inputs={})
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """All parameters and buffers as safetensors; tied ones are written under each of their names."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def loaded(setup: NetworkSetup, folder: Path, **changes: Any) -> nn.Module:
+    """The network of a stage, in evaluation mode."""
+    from compress.models.zoo import load_weights
+
+    model = setup.build(**changes)
+    load_weights(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def real_inputs(setup: NetworkSetup, count: int) -> Tensor:
+    """The first held-out samples, prepared: (count, ...) float32."""
+    import torch
+
+    split = setup.data.test
+    return setup.data.prepare(split.inputs[torch.arange(min(count, len(split)))])
+
+
+def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> dict[str, Any]:
+    """A folder that a clean process can load: weights, how to build the network, outputs to compare with.
+
+    Returns:
+        What the clean process found, see `verify_network`.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from compress.train import by_task
+
+    model = model.cpu().eval()
+    save_weights(model, folder / WEIGHTS)
+    data = setup.data
+    facts = {
+        "network": setup.network,
+        "arguments": {**setup.arguments, **changes},
+        "input": list(data.input_shape),
+        "mean": data.mean.tolist(),
+        "std": data.std.tolist(),
+        "tasks": [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks],
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    x = real_inputs(setup, 4)
+    with torch.no_grad():
+        outputs = by_task(model(x), data.tasks)
+    save_file(
+        {"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT
+    )
+    found = verify_network(folder)
+    (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def verify_network(folder: Path) -> dict[str, Any]:
+    """Loads a saved network in a clean process and compares its outputs with those that were noted.
+
+    Raises:
+        CompressError: it cannot be loaded, or its outputs differ.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "compress.reload_network", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompressError(f"the saved network does not load again: {last}", where=str(folder), fix="make it again")
+    found: dict[str, Any] = json.loads(done.stdout)
+    tolerance = TOLERANCE * found["max_abs_output"]
+    if not found["max_abs_difference"] <= tolerance:
+        raise CompressError(
+            f"the saved network gives other outputs: they differ by {found['max_abs_difference']:.3g}"
+            f" (allowed {tolerance:.3g})",
+            where=str(folder),
+            fix="make it again with `compress prune --fresh`",
+        )
+    return {
+        "class": found["class"],
+        "parameters": found["parameters"],
+        "max_logit_difference": found["max_abs_difference"],
+        "tolerance": tolerance,
+    }
+
+
+def evaluated(
+    run: Run, setup: NetworkSetup, name: str, folder: Path, make: Callable[[], nn.Module]
+) -> dict[str, dict[str, float]]:
+    """The sealed figures of a network on the test split, by task; ``folder`` is the stage it was made from."""
+
+    def build(out: Path | None) -> None:
+        from compress.train import evaluate
+
+        found = evaluate(make(), setup.data, setup.data.test)
+        if out is not None:
+            (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    inputs = {"version": __version__, "data": setup.data.sha256, "model": seal_hash(folder)}
+    folder = run.stage_together(name, inputs, build)
+    found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())
+    return found
+
+
+def exported(
+    run: Run, setup: NetworkSetup, models: Mapping[str, tuple[Path, Callable[[], nn.Module]]], report: dict[str, Any]
+) -> dict[str, Path]:
+    """Exports ``dense`` and ``pruned`` to ONNX, each checked on held-out samples, and fills in ``report["export"]``."""
+    from compress.export.onnx_module import write_checked_module
+
+    spec = setup.recipe.export
+    assert spec is not None  # asked by the caller
+    names = [task.name for task in setup.data.tasks]
+    folders = {}
+    for label, (source, make) in models.items():
+
+        def build(folder: Path, make: Callable[[], nn.Module] = make) -> None:
+            x = real_inputs(setup, spec.samples)
+            write_checked_module(make().cpu(), x, names, folder, spec.tolerance)
+
+        inputs = {
+            "version": __version__,
+            "model": seal_hash(source),
+            "data": setup.data.sha256,
+            "export": spec.model_dump(mode="json"),
+        }
+        folders[label] = run.stage(f"export-{label}", inputs, build)
+    facts: dict[str, Any] = {label: json.loads((f / "export.json").read_text()) for label, f in folders.items()}
+    ratio = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
+    report["export"] = {"onnx": {**facts, "size_ratio": ratio}}
+    report["stages"] = run.stages()
+    return folders
+
+
+def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """Latency of both exports on this machine, into ``report["bench"]``."""
+    from compress.export.bench.module import compare_modules
+
+    spec = setup.recipe.bench
+    assert spec is not None  # asked by the caller
+
+    def build(folder: Path) -> None:
+        found = compare_modules(folders["dense"], folders["pruned"], spec.model_dump())
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    inputs = {
+        "version": __version__,
+        "bench": spec.model_dump(mode="json"),
+        **{label: seal_hash(folder) for label, folder in folders.items()},
+    }
+    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
+    report["stages"] = run.stages()
+
+
+def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
+    """Fills in where the network and its data came from, the recipe, the command and the machine."""
+    from compress.doctor import environment
+
+    data = setup.data
+    report["model"] = {
+        "name": setup.resolved.name,
+        "source": setup.resolved.source,
+        "base_model": setup.resolved.base_model,
+        "license": setup.resolved.license,
+        "family": "network",
+        "network": setup.network if ".py:" not in setup.network else Path(setup.network).name,
+        "arguments": setup.arguments,
+        "sha256": setup.weights,
+    }
+    report["data"] = {
+        "source": data.source if setup.spec.folder is None else f"folder {setup.spec.folder.name}",
+        "sha256": data.sha256,
+        "input": list(data.input_shape),
+        "samples": {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)},
+        "tasks": [{"name": t.name, "kind": t.kind, "outputs": t.outputs} for t in data.tasks],
+    }
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+
+
+def released(
+    run: Run, model: Path, report: dict[str, Any], card: Callable[[dict[str, Any], Path], Path]
+) -> dict[str, Any]:
+    """The folder to publish; returns the report as it was sealed, by this run or an earlier one."""
+    from compress.report import finish, read_report
+
+    there = shlex.quote(str(run.folder))
+    report["commands"] = {
+        "prune": report["command"],
+        "verify": f"compress verify {there}",
+        "card": f"compress card {there}",
+    }
+    finish(report)
+
+    def build(folder: Path) -> None:
+        for path in sorted(model.iterdir()):
+            if path.name != "seal.json":
+                _link(path, folder / path.name)
+        if "export" in report:
+            for name in report["export"]["onnx"]["pruned"]["bytes"]:
+                _link(run.folder / "export-pruned" / name, folder / "onnx" / name)
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        card(report, folder)
+
+    facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def tensors_sha(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,248 @@
+"""The card and the plots of a plain network, every number taken from report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.card import again, code, escape, write_readme
+from compress.plots import DENSE, PRUNED, draw
+
+
+def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def metadata(report: dict[str, Any]) -> dict[str, Any]:
+    """The YAML head."""
+    model, size = report["model"], report["size"]
+    head: dict[str, Any] = {}
+    if model["license"]:
+        head["license"] = model["license"]
+    if model["base_model"]:
+        head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
+    kind = "structured-pruning" if size["ranks"] else "unstructured-pruning"
+    results = [
+        {
+            "task": {"type": "image-classification" if len(report["data"]["input"]) == 3 else "time-series"},
+            "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
+            "metrics": [
+                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
+            ],
+        }
+        for row in report["quality"]["tasks"]
+        if row["metric"] != "loss"
+    ]
+    return head | {
+        "library_name": "pytorch",
+        "tags": ["pruned", kind, report["recipe"]["method"], "onnx"],
+        "model-index": [{"name": f"{model['name']}-pruned-{round(100 * size['pruned_share'])}", "results": results}],
+    }
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    options = recipe[recipe["method"]]
+    flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
+    title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the weights pruned"
+    lines = [f"# {escape(title)}", ""]
+    if size["ranks"]:
+        how = (
+            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
+            f" is really smaller (r_W {size['ranks']['r_W']}, r_U {size['ranks']['r_U']})"
+        )
+    elif options["schedule"] == "gradual":
+        how = (
+            f"the smallest of all layers' weights were set to zero while it was trained from the start"
+            f" ({options['shape']} schedule, reached by {100 * options['until']:g} % of the epochs)"
+        )
+    else:
+        how = "the smallest of all layers' weights were set to zero once"
+    trained = recipe.get("finetune")
+    lines += [
+        f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {how}"
+        + (f"; then {trained['epochs']} epochs of training followed." if trained else ".")
+        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
+        f" {data['samples']['test']:,} held out. Weights: {escape(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+    ]
+    for row in report["quality"]["tasks"]:
+        lines.append(
+            f"| {row['metric']}, {escape(row['task'])} | {row['dense']:.4f} | {row['pruned']:.4f} |"
+            f" {row['pruned'] - row['dense']:+.4f} |"
+        )
+    lines += [
+        _row("non-zero parameters", parameters["dense"], size["nonzero_parameters"]),
+        _row("FLOPs a sample, zeros left out", flops["dense"], flops["sparse"]),
+        _row("FLOPs a sample, as a dense kernel runs it", flops["dense"], flops["pruned"]),
+        _row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
+        _row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
+    ]
+    bench = report.get("bench")
+    if bench:
+        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
+        lines.append(
+            f"| latency, batch {bench['spec']['batch']}, ONNX Runtime | {1000 * a['median']:.3f} ms |"
+            f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+        )
+    lines += [
+        "",
+        "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
+        "",
+    ]
+    if not size["ranks"]:
+        lines += [
+            "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
+            " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the"
+            " packed size, and the FLOPs on hardware or kernels that skip zeros.",
+            "",
+        ]
+    if report["empty_layers"]:
+        lines += [
+            f"**{len(report['empty_layers'])} layers have lost every weight** (such as"
+            f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
+            "",
+        ]
+    for name, caption in (
+        ("sparsity-per-layer", "What each layer gave up"),
+        ("accuracy", "Quality against sparsity"),
+        ("latency", "Latency, dense and pruned"),
+    ):
+        if name in images:
+            lines += [f"![{caption}]({images[name]})", ""]
+    lines += _layers(report)
+    lines += _loading(report)
+    lines += ["## Checks", ""]
+    for layout in report["verify"]["layouts"]:
+        lines.append(
+            f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
+            f" (allowed {layout['tolerance']:.1e})."
+        )
+    if "export" in report:
+        onnx = report["export"]["onnx"]["pruned"]
+        agree = "".join(
+            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %" for k, v in onnx["agree"].items()
+        )
+        lines.append(
+            f"- ONNX against torch on {onnx['samples']} held-out samples: {onnx['outputs_compared']} outputs differ by"
+            f" at most {onnx['largest_difference']:.1e} of their largest value{agree}."
+        )
+    lines += ["", *again(report)]
+    return "\n".join(lines)
+
+
+def _row(name: str, dense: int, pruned: int) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Layers",
+        "",
+        "| layer | weights | non-zero | floor | FLOPs dense | FLOPs sparse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        floor = f"{row['floor']:,}" if row["floor"] else ""
+        lines.append(
+            f"| {code(row['name'])} | {row['weights']:,} | {row['nonzero']:,} | {floor} | {row['flops']['dense']:,} |"
+            f" {row['flops']['sparse']:,} |"
+        )
+    return [*lines, ""]
+
+
+def _loading(report: dict[str, Any]) -> list[str]:
+    name = report["model"]["network"]
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import json",
+        "from pathlib import Path",
+        "",
+        "from compress.models.zoo import build, load_weights",
+        "",
+        'folder = Path("model")  # this folder',
+        'facts = json.loads((folder / "network.json").read_text())',
+        'model = build(facts["network"], facts["arguments"]).eval()'
+        + ("  # runs the code of that file" if ".py:" in name else ""),
+        'load_weights(model, folder / "model.safetensors")',
+        "```",
+        "",
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`."
+        " `onnx/model.onnx` takes the same.",
+        "",
+    ]
+
+
+def draw_network(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG."""
+    plots: dict[str, Any] = {"sparsity-per-layer": _sparsity}
+    if report["quality"]["curve"]:
+        plots["accuracy"] = _accuracy
+    if "bench" in report:
+        plots["latency"] = _latency
+    # Latency has one figure here, and its own plot.
+    return draw({k: v for k, v in report.items() if k != "bench"} | {"latency": report.get("bench")}, folder, plots)
+
+
+def _sparsity(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    at = range(len(rows))
+    axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.8)
+    first = True
+    for i, row in enumerate(rows):
+        if row["floor"]:
+            most = 100 * (1 - row["floor"] / row["weights"])
+            axis.plot([i - 0.4, i + 0.4], [most, most], color="black", lw=1.5, label="floor" if first else None)
+            first = False
+    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="whole network")
+    axis.set_ylim(0, 102)
+    axis.set_ylabel("pruned, %")
+    axis.set_xlabel("layer, from the input")
+    if len(rows) <= 24:
+        axis.set_xticks(
+            list(at), [r["name"].removesuffix(".weight") for r in rows], rotation=70, fontsize=6, ha="right"
+        )
+    axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _accuracy(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    for row in report["quality"]["tasks"]:
+        if row["metric"] == "loss":
+            continue
+        points = [(100 * p["sparsity"], p["tasks"][row["task"]][row["metric"]]) for p in report["quality"]["curve"]]
+        points.append((100 * report["size"]["pruned_share"], row["pruned"]))
+        points = sorted(set(points))
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=f"{row['metric']}, {row['task']}")
+        axis.axhline(row["dense"], color=line.get_color(), lw=1, ls="--", label=f"dense, {row['task']}")
+    axis.set_xlabel("weights pruned, %")
+    axis.set_title("Quality against sparsity, each point trained alike")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _latency(report: dict[str, Any], plt: Any) -> Any:
+    bench = report["latency"]
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
+        medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
+        axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
+        axis.plot([sorted(medians)[len(medians) // 2]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
+    axis.set_yticks([0, 1], ["dense", "pruned"])
+    axis.set_ylim(-0.6, 1.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process")
+    axis.set_title("Latency, measured")
+    return figure

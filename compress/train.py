@@ -1,0 +1,520 @@
+"""One training loop: the same for one head and several, dense and masked, one process and many.
+
+The order of the samples and how each is moved or mirrored are decided by the seed and the step alone, and a checkpoint
+holds all else, the generators too. So a run that was stopped goes on to the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compress.distributed import from_main, is_main, meet, rank, sum_floats, world
+from compress.errors import CompressError
+from compress.images import FolderImages, Split, Splits, Task, batches
+from compress.progress import Progress
+from compress.run import fingerprint
+from compress.sections import TrainSpec
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+Masks = Mapping[str, Tensor]
+
+
+def check_masks(model: nn.Module, masks: Masks) -> None:
+    """Raises CompressError where a mask names no parameter of the model, or has another shape or type."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters:
+            raise CompressError(
+                f"the mask names {name!r}, which the model does not have", where="mask", fix="use this model's own mask"
+            )
+        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+            raise CompressError(
+                f"the mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, the weight {tuple(parameters[name].shape)}",
+                where="mask",
+                fix="use this model's own mask (bool, of the weight's shape)",
+            )
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Masks, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Sets masked weights to +0, and the same places of all that the optimiser remembers of them."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        parameter, gone = parameters[name], ~mask.to(parameters[name].device)
+        # Filled, not multiplied: a product would keep NaN and the sign of zero.
+        parameter.masked_fill_(gone, 0)
+        if optimizer is not None:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.masked_fill_(gone, 0)
+
+
+@torch.no_grad()
+def mask_gradients(model: nn.Module, masks: Masks) -> None:
+    """Sets the gradients of masked weights to +0. With that no optimiser here moves them: weight and momentum are 0."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        gradient = parameters[name].grad
+        if gradient is not None:
+            gradient.masked_fill_(~mask.to(gradient.device), 0)
+
+
+# --- several processes, one batch ------------------------------------------------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 in place of a half type: what is summed up must not lose its small parts."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_floats(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_floats(gradients[0].clone())
+
+
+def _shared_norm(module: Any, x: Tensor) -> Tensor:
+    """Batch norm over the batch of all processes together; an empty share takes part like any other."""
+    dims = [d for d in range(x.dim()) if d != 1]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    if module.training or module.running_mean is None:
+        count = sum_floats(torch.tensor([float(x.numel() // x.shape[1])], device=x.device, dtype=wide(x).dtype))
+        values = wide(x)
+        mean: Tensor = _Sum.apply(values.sum(dims)) / count  # type: ignore[no-untyped-call]
+        centred = values - mean.view(shape)
+        var: Tensor = _Sum.apply((centred * centred).sum(dims)) / count  # type: ignore[no-untyped-call]
+        if module.training and module.running_mean is not None:
+            with torch.no_grad():
+                module.num_batches_tracked += 1
+                share = module.momentum if module.momentum is not None else 1 / float(module.num_batches_tracked)
+                module.running_mean.lerp_(mean, share)
+                module.running_var.lerp_(var * count / (count - 1).clamp_min(1), share)
+    else:
+        mean, var = module.running_mean, module.running_var
+        centred = wide(x) - mean.view(shape)
+    y = centred * torch.rsqrt(var + module.eps).view(shape)
+    if module.affine:
+        y = y * module.weight.view(shape) + module.bias.view(shape)
+    return y.to(x.dtype)
+
+
+@contextmanager
+def _one_batch(model: nn.Module) -> Iterator[None]:
+    """While it is open, batch norms of a model that several processes train see the whole batch."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] if world() > 1 else []
+    for module in norms:
+        module.forward = partial(_shared_norm, module)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in norms:
+            del module.forward
+
+
+@torch.no_grad()
+def _broadcast(model: nn.Module) -> None:
+    """Every process starts from the first one's weights."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        from_main(tensor)
+
+
+# --- heads ----------------------------------------------------------------------------------------------------------
+
+
+def by_task(outputs: Tensor | Mapping[str, Tensor], tasks: tuple[Task, ...]) -> dict[str, Tensor]:
+    """A model's outputs by task; a model with one head may give a bare tensor.
+
+    Raises:
+        CompressError: heads and tasks do not fit.
+    """
+    if isinstance(outputs, Tensor):
+        if len(tasks) != 1:
+            raise CompressError(
+                f"the model has one output, the data {len(tasks)} tasks",
+                where="model",
+                fix="return a dict with one entry a task, or name one task (data.tasks)",
+            )
+        outputs = {tasks[0].name: outputs}
+    missing = [t.name for t in tasks if t.name not in outputs]
+    if missing:
+        raise CompressError(
+            f"the model has no head {missing[0]!r}", where="model", fix=f"its heads are: {', '.join(outputs)}"
+        )
+    for task in tasks:
+        found = outputs[task.name]
+        if found.dim() < 2 or found.shape[1] != task.outputs:
+            raise CompressError(
+                f"the head {task.name!r} gives {tuple(found.shape[1:])}, {task.outputs} are needed",
+                where="model",
+                fix="set the model's number of classes",
+            )
+    return {t.name: outputs[t.name] for t in tasks}
+
+
+def task_loss(task: Task, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The sum over samples of cross-entropy; of a mask (b, 1, h, w) the mean over pixels of each sample's."""
+    if task.kind == "classes":
+        return functional.cross_entropy(wide(output), target, reduction="sum", label_smoothing=smoothing)
+    share = target.to(wide(output).dtype) / 255
+    pixels = functional.binary_cross_entropy_with_logits(wide(output[:, 0]), share, reduction="none")
+    return pixels.flatten(1).mean(1).sum()
+
+
+def loss_sum(
+    model: nn.Module, x: Tensor, targets: Mapping[str, Tensor], tasks: tuple[Task, ...], smoothing: float = 0.0
+) -> Tensor:
+    """The sum over samples and tasks of the losses of prepared inputs."""
+    outputs = by_task(model(x), tasks)
+    return torch.stack([task_loss(t, outputs[t.name], targets[t.name], smoothing) for t in tasks]).sum()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 256) -> dict[str, dict[str, float]]:
+    """Loss and quality of every task, in evaluation mode: accuracy of classes, IoU of a mask (at one half).
+
+    The samples are shared among the processes; counts are summed, so the figures are the same on any number of them.
+
+    Returns:
+        ``{task: {"loss", "accuracy" or "iou", "samples"}}``.
+    """
+    was = model.training
+    model.eval()
+    place = next(model.parameters()).device
+    # Per task: loss, hits or intersection, samples or union.
+    sums = torch.zeros(len(data.tasks), 3, dtype=torch.float64)
+    for at in batches(len(split), batch):
+        mine = at[rank() :: world()]
+        if not len(mine):
+            continue
+        x = data.prepare(split.inputs[mine].to(place))
+        outputs = by_task(model(x), data.tasks)
+        for i, task in enumerate(data.tasks):
+            target, output = split.targets[task.name][mine].to(place), outputs[task.name]
+            sums[i, 0] += float(task_loss(task, output, target))
+            if task.kind == "classes":
+                sums[i, 1] += int((output.argmax(1) == target).sum())
+                sums[i, 2] += len(mine)
+            else:
+                said, is_in = output[:, 0] > 0, target > 127
+                sums[i, 1] += int((said & is_in).sum())
+                sums[i, 2] += int((said | is_in).sum())
+    sums = sum_floats(sums.to(place)).cpu()
+    model.train(was)
+    found = {}
+    for i, task in enumerate(data.tasks):
+        loss, hits, of = sums[i].tolist()
+        quality = "accuracy" if task.kind == "classes" else "iou"
+        found[task.name] = {"loss": loss / len(split), quality: hits / max(of, 1.0), "samples": float(len(split))}
+    return found
+
+
+# --- the loop -------------------------------------------------------------------------------------------------------
+
+
+def rate(spec: TrainSpec, step: int, per_epoch: int) -> float:
+    """The learning rate of a step (from 0)."""
+    warm, total = spec.warmup_epochs * per_epoch, spec.epochs * per_epoch
+    if step < warm:
+        return spec.lr * (step + 1) / warm
+    return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
+
+
+def _optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if spec.optimizer == "adam":
+        return torch.optim.Adam(parameters, spec.lr, (spec.momentum, 0.999), weight_decay=spec.weight_decay)
+    return torch.optim.SGD(parameters, spec.lr, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training stands when masks may change: at the start of a step."""
+
+    epoch: int
+    step: int  # of all steps
+    per_epoch: int
+    steps: int
+
+
+# Given the model as it is now; None keeps the masks as they are.
+Remask = Callable[[Moment, nn.Module], Masks | None]
+
+
+def train(
+    model: nn.Module,
+    data: Splits,
+    spec: TrainSpec,
+    *,
+    seed: int = 0,
+    masks: Masks | None = None,
+    remask: Remask | None = None,
+    checkpoint: Path | None = None,
+    label: str = "training",
+    identity: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+    """Trains ``model`` in place on ``data.train``.
+
+    Masked weights, their gradients and their momentum are exactly zero from the moment they are masked.
+
+    Args:
+        masks: by parameter name, True = kept; held from the first step.
+        remask: asked before every step for other masks (gradual pruning).
+        checkpoint: a safetensors file; it is written as training goes on, and where it exists training goes on from it.
+            It is left there at the end.
+        identity: JSON-like facts that a checkpoint must share to be gone on from (the start weights' hash, say).
+
+    Returns:
+        The masks at the end, and one row an epoch: epoch, loss (mean over its samples), lr, pruned (weights).
+
+    Raises:
+        CompressError: the loss is not finite, the masks do not fit, or the checkpoint is of another run.
+    """
+    count = len(data.train)
+    per_epoch = math.ceil(count / spec.batch)
+    steps = per_epoch * spec.epochs
+    place = next(model.parameters()).device
+    held = dict(masks or {})
+    check_masks(model, held)
+    _broadcast(model)
+    optimizer = _optimizer(model, spec)
+    apply_masks(model, held)
+    average = _Average(model, spec.ema) if spec.ema is not None else None
+    torch.manual_seed(seed)
+    rows: list[dict[str, float]] = []
+    mark = fingerprint(
+        {"spec": spec.model_dump(mode="json", exclude={"checkpoint_steps"}), "seed": seed, "data": data.sha256}
+        | {"identity": dict(identity or {})}
+    )
+    state = _State(model, optimizer, average)
+    start, total = 0, 0.0
+    if checkpoint is not None and checkpoint.exists():
+        start, total, rows, held = state.read(checkpoint, mark)
+    model.train()
+    with _one_batch(model), Progress(steps, label, start) as bar:
+        for step in range(start, steps):
+            epoch, within = divmod(step, per_epoch)
+            if remask is not None:
+                new = remask(Moment(epoch, step, per_epoch, steps), model)
+                if new is not None:
+                    check_masks(model, new)
+                    held = dict(new)
+                    apply_masks(model, held, optimizer)
+                    if average is not None:
+                        average.mask(held)
+            if not within:
+                total, order = 0.0, _order(count, seed, epoch)
+            elif step == start:
+                order = _order(count, seed, epoch)
+            at = order[within * spec.batch : (within + 1) * spec.batch]
+            mine = at[rank() :: world()]
+            x, targets = _batch(data, mine, spec, seed, step, place)
+            now = rate(spec, step, per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            with torch.autocast(place.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+                loss = loss_sum(model, x, targets, data.tasks, spec.label_smoothing) / len(at)
+            optimizer.zero_grad(set_to_none=False)
+            loss.backward()
+            value = float(sum_floats(loss.detach().clone()))
+            if not math.isfinite(value):
+                raise CompressError(
+                    f"the loss is {value} in epoch {epoch + 1}", where=label, fix="lower the learning rate, or clip"
+                )
+            _share_gradients(model)
+            mask_gradients(model, held)
+            if spec.clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
+            optimizer.step()
+            if average is not None:
+                average.update(model)
+            total += value * len(at)
+            done = step + 1
+            if done % per_epoch == 0:
+                pruned = sum(int((~m).sum()) for m in held.values())
+                rows.append({"epoch": epoch + 1, "loss": total / count, "lr": now, "pruned": pruned})
+            if checkpoint is not None and (done == steps or done % (spec.checkpoint_steps or per_epoch) == 0):
+                if is_main():
+                    state.write(checkpoint, mark, done, total, rows, held)
+                meet("behind a checkpoint")
+            bar.to(done, f"loss {value:.3f}")
+    if average is not None:
+        average.give(model)
+    model.eval()
+    return held, rows
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def _batch(
+    data: Splits, at: Tensor, spec: TrainSpec, seed: int, step: int, place: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Prepared inputs and targets of the samples ``at``. What is random is drawn for each sample by itself, so that it
+    does not depend on which process holds it."""
+    inputs, targets = data.train.inputs, {n: t[at] for n, t in data.train.targets.items()}
+    x = inputs.drawn(at, seed * 7_368_787 + step) if isinstance(inputs, FolderImages) else inputs[at]
+    if spec.flip or spec.shift:
+        x, targets = _moved(x, targets, data.tasks, at, len(data.train), spec, seed, step)
+    x = data.prepare(x.to(place))
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)  # convolutions are a fifth faster so, on CPU and GPU
+    return x, {n: t.to(place) for n, t in targets.items()}
+
+
+def _moved(
+    x: Tensor,
+    targets: dict[str, Tensor],
+    tasks: tuple[Task, ...],
+    at: Tensor,
+    count: int,
+    spec: TrainSpec,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mirrors and moves images (b, c, h, w) and the masks that belong to them alike."""
+    generator = torch.Generator().manual_seed(seed * 7_368_787 + step)
+    draw = torch.rand(3, count, generator=generator)[:, at]
+    flip = (draw[0] < 0.5) & spec.flip
+    by = ((draw[1:] * (2 * spec.shift + 1)).long() - spec.shift).clamp(-spec.shift, spec.shift)  # (2, b)
+
+    def move(image: Tensor) -> Tensor:
+        b, _, h, w = image.shape
+        rows, columns = torch.arange(h)[None] + by[0][:, None], torch.arange(w)[None] + by[1][:, None]
+        columns = torch.where(flip[:, None], w - 1 - columns, columns)
+        inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
+        rows, columns = rows.clamp(0, h - 1), columns.clamp(0, w - 1)
+        moved = image[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (b, h, w, c)
+        return (moved * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+
+    masks = {t.name for t in tasks if t.kind == "mask"}
+    return move(x), {n: move(t[:, None])[:, 0] if n in masks else t for n, t in targets.items()}
+
+
+@torch.no_grad()
+def _share_gradients(model: nn.Module) -> None:
+    """Sums the gradients over all processes, in one message; each loss was divided by the whole batch already."""
+    if world() == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    flat = sum_floats(torch.cat([g.flatten() for g in gradients]))
+    for parameter, part in zip(
+        (p for p in model.parameters() if p.requires_grad), flat.split([g.numel() for g in gradients]), strict=True
+    ):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+class _Average:
+    """The exponential moving average of weights and float buffers."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {n: t.detach().clone() for n, t in model.state_dict().items() if t.is_floating_point()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        for name, tensor in model.state_dict().items():
+            if name in self.tensors:
+                self.tensors[name].mul_(self.decay).add_(tensor, alpha=1 - self.decay)
+
+    @torch.no_grad()
+    def mask(self, masks: Masks) -> None:
+        for name, mask in masks.items():
+            self.tensors[name].masked_fill_(~mask.to(self.tensors[name].device), 0)
+
+    @torch.no_grad()
+    def give(self, model: nn.Module) -> None:
+        state = model.state_dict()
+        for name, tensor in self.tensors.items():
+            state[name].copy_(tensor)
+
+
+class _State:
+    """All that a step leaves to the next one, as one safetensors file whose header holds the rest as JSON."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average | None) -> None:
+        self.model, self.optimizer, self.average = model, optimizer, average
+
+    def write(self, path: Path, mark: str, step: int, total: float, rows: list[dict[str, float]], masks: Masks) -> None:
+        from safetensors.torch import save_file
+
+        # Cloned where two names share one tensor: safetensors keeps none of the ties, the model has them.
+        tensors = {f"model.{n}": t.detach().clone() for n, t in self.model.state_dict().items()}
+        scalars: dict[str, float] = {}
+        for i, parameter in enumerate(p for g in self.optimizer.param_groups for p in g["params"]):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{i}.{key}"] = value.detach().clone()
+                elif value is not None:
+                    scalars[f"{i}.{key}"] = value
+        if self.average is not None:
+            tensors |= {f"average.{n}": t.clone() for n, t in self.average.tensors.items()}
+        tensors |= {f"mask.{n}": m.clone() for n, m in masks.items()}
+        tensors["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        facts = {"mark": mark, "step": step, "total": total, "rows": rows, "scalars": scalars}
+        partial_file = path.with_name(f".{path.name}.partial")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial_file, {"training": json.dumps(facts)})
+        with partial_file.open("rb") as file:
+            os.fsync(file.fileno())
+        partial_file.replace(path)
+
+    @torch.no_grad()
+    def read(self, path: Path, mark: str) -> tuple[int, float, list[dict[str, float]], dict[str, Tensor]]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                facts = json.loads((file.metadata() or {})["training"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+            raise CompressError(
+                f"the checkpoint cannot be read: {e}", where=str(path), fix="delete it; training then starts over"
+            ) from e
+        if facts["mark"] != mark:
+            raise CompressError(
+                "the checkpoint was made with other settings, data or weights",
+                where=str(path),
+                fix="go back to them, or delete it",
+            )
+        for name, tensor in self.model.state_dict().items():
+            tensor.copy_(tensors[f"model.{name}"])
+        for i, parameter in enumerate(p for g in self.optimizer.param_groups for p in g["params"]):
+            prefix = f"optimizer.{i}."
+            own: dict[str, Any] = {
+                # Adam counts its steps on the CPU, wherever the weights are.
+                k.removeprefix(prefix): v.clone() if v.dim() == 0 else v.to(parameter.device, copy=True)
+                for k, v in tensors.items()
+                if k.startswith(prefix)
+            }
+            own |= {k.split(".", 1)[1]: v for k, v in facts["scalars"].items() if k.split(".", 1)[0] == str(i)}
+            if own:
+                self.optimizer.state[parameter] = own
+        if self.average is not None:
+            for name, tensor in self.average.tensors.items():
+                tensor.copy_(tensors[f"average.{name}"])
+        torch.set_rng_state(tensors["rng"])
+        if "rng.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        masks = {n.removeprefix("mask."): t for n, t in tensors.items() if n.startswith("mask.")}
+        return int(facts["step"]), float(facts["total"]), list(facts["rows"]), masks

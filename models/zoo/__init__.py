@@ -1,0 +1,129 @@
+"""The papers' networks as plain modules, and any other torch module by `file.py:function`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import CompressError, UsageError
+
+# name -> file of this folder and function in it
+NETWORKS = {
+    "resnet": "resnet32:resnet",
+    "wrn": "wrn:wrn",
+    "mobilenet-v1": "mobilenet_v1:mobilenet_v1",
+    "mobilenet-v2": "mobilenet_v2:mobilenet_v2",
+    "fastgrnn": "fastgrnn:fastgrnn",
+    "resnet50": "resnet50:resnet50",
+}
+
+
+def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
+    """A network of the zoo, or what ``path/file.py:function`` returns, with weights drawn from ``seed``.
+
+    The file's code is run. Only a person may name one, on the command line: no recipe and no model file can.
+
+    Raises:
+        UsageError: there is no such network, file, function or argument, or it returns no module.
+    """
+    function = _from_file(name) if ".py:" in name else _from_zoo(name)
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as e:
+        raise UsageError(
+            f"{name} cannot be called so: {e}", where="network arguments", fix=f"{name}{inspect.signature(function)}"
+        ) from None
+    torch.manual_seed(seed)
+    try:
+        model = function(**arguments)
+    except ValueError as e:
+        raise UsageError(f"{name}: {e}", where="network arguments", fix="give another value") from e
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"{name} returned {type(model).__name__}, not a torch module", where="MODEL", fix="return the module"
+        )
+    return model
+
+
+def accepts(name: str, argument: str) -> bool:
+    """Whether a network's function takes an argument of that name."""
+    function = _from_file(name) if ".py:" in name else _from_zoo(name)
+    return argument in inspect.signature(function).parameters
+
+
+def _from_zoo(name: str) -> Any:
+    if name not in NETWORKS:
+        raise UsageError(f"unknown network {name!r}", where="network", fix=f"one of: {', '.join(NETWORKS)}")
+    module, function = NETWORKS[name].split(":")
+    return getattr(importlib.import_module(f"compress.models.zoo.{module}"), function)
+
+
+def _from_file(name: str) -> Any:
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise UsageError("there is no such file", where=path, fix="name it as path/file.py:function")
+    spec = importlib.util.spec_from_file_location(f"_compress_network_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None  # it ends in .py
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own code: any fault of it is told as theirs
+        raise UsageError(f"the file cannot be run: {type(e).__name__}: {e}", where=path, fix="mend it") from e
+    if not callable(getattr(module, function, None)):
+        raise UsageError(f"the file has no function {function!r}", where=path, fix="name it as path/file.py:function")
+    return getattr(module, function)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors file into ``model``; names and shapes must be the model's own.
+
+    Raises:
+        CompressError: it is no safetensors file (a pickle is never opened), or does not fit, or holds NaN.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise CompressError("there is no such file of weights", where=str(path), fix="check the path")
+    with path.open("rb") as file:
+        head = file.read(2)
+    # A zip archive (torch.save), a bare pickle.
+    if head == b"PK" or head[:1] == b"\x80":
+        raise CompressError(
+            "the weights are a pickle, which can run code when it is opened; it was not",
+            where=str(path),
+            fix="convert them to safetensors where you trust their source",
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise CompressError(
+            f"the weights cannot be read: {e}", where=str(path), fix="give a whole safetensors file"
+        ) from e
+    own = model.state_dict()
+    missing, strange = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or strange:
+        raise CompressError(
+            f"the weights do not fit the network: {(missing or strange)[0]!r} is {'missing' if missing else 'unknown'}"
+            f" ({len(missing)} missing, {len(strange)} unknown)",
+            where=str(path),
+            fix="name the network that these weights belong to, with its arguments",
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise CompressError(
+                f"{name} is {tuple(tensor.shape)} in the file, {tuple(own[name].shape)} in the network",
+                where=str(path),
+                fix="set the network's arguments (classes, width ...)",
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CompressError(f"{name} holds NaN or infinity", where=str(path), fix="use weights that are whole")
+        own[name].copy_(tensor)
