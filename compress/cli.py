@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `co
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
+Network = Annotated[
+    str | None, typer.Option(metavar="FILE.py:FUNCTION", help="networks of a file of your own: its code is run")
+]
 
 _debug = False
 
@@ -198,87 +202,57 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
 )
 def eval_(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
-    like: Annotated[Path | None, typer.Option(help="a run folder: the text it held out")] = None,
+    like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="windows per text")] = 16,
-    length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="windows per text  [default: 16]")] = None,
+    length: Annotated[int | None, typer.Option(min=16, help="tokens per window  [default: 512]")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")
     ] = None,
+    network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Measures perplexity on held-out text."""
+    """Measures perplexity on held-out text; of a network, accuracy on a run's test split."""
+    from compress.saved import lines
     from compress.verbs import evaluate
 
-    _show(
-        evaluate(model, like, text or [], windows, length, task or []),
-        json_,
-        lambda f: [
-            *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in f["texts"].items()),
-            f"ppl  geometric mean: {f['geometric_mean']:.3f}",
-            *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in f["tasks"]),
-        ],
-    )
+    facts = evaluate(model, like, text=text, windows=windows, length=length, task=task, network=network)
+    _show(facts, json_, partial(lines, "evaluate"))
 
 
 @app.command(epilog="Example:  compress export runs/demo --out demo-onnx")
 def export(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
     out: Annotated[Path, typer.Option(help="the folder to make")],
+    network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Exports a model to ONNX (prefill and decode with KV cache) and checks it against torch."""
+    """Exports a model to ONNX (language models: prefill and decode with KV cache) and checks it against torch."""
+    from compress.saved import lines
     from compress.verbs import export as run
 
-    _show(
-        run(model, out),
-        json_,
-        lambda f: [
-            f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in f["bytes"].items()
-        ]
-        + [
-            f"parity   {f['outputs_compared']} outputs, largest relative difference {f['largest_difference']:.1e}",
-            f"greedy   {f['greedy']['tokens']} tokens equal torch's",
-        ],
-    )
+    _show(run(model, out, network=network), json_, partial(lines, "export"))
 
 
 @app.command(epilog="Example:  compress bench runs/demo/export-dense runs/demo/export-pruned")
 def bench(
     dense: Annotated[Path, typer.Argument(help="export folder of the dense model")],
     pruned: Annotated[Path, typer.Argument(help="export folder of the pruned model")],
-    prompt: Annotated[int | None, typer.Option(min=1, help="tokens of the prompt")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="tokens in the cache")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="language models: tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="language models: tokens in the cache")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     json_: Json = False,
 ) -> None:
     """Measures latency and memory of two exports, interleaved in fresh processes."""
+    from compress.saved import lines
     from compress.verbs import bench as run
 
     facts = run(
-        dense, pruned, {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
+        dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads
     )
-    _show(facts, json_, _bench_lines)
-
-
-def _bench_lines(facts: dict[str, Any]) -> list[str]:
-    lines = []
-    for key in ("ttft", "tpot"):
-        ratio = facts["ratios"][key]
-        for label in ("dense", "pruned"):
-            m = facts[label][key]
-            lines.append(
-                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %,"
-                f" within {100 * m['all']['spread_within']:.1f} %;"
-                f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
-            )
-        lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
-    for label in ("dense", "pruned"):
-        lines.append(
-            f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB"
-        )
-    return lines
+    _show(facts, json_, partial(lines, "bench"))
 
 
 @app.command(epilog="Example:  compress card runs/demo --out card")

@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.errors import CompressError, UsageError
 from compress.forecast import disk_bytes, flops, flops_per_second, memory_bytes, total_flops
-from compress.recipe import BenchSection, ExportSection, load_recipe, recipe_names
+from compress.recipe import load_recipe, recipe_names
 from compress.run import SEAL, verify_seal
 
 
@@ -64,85 +64,27 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
     }
 
 
-def saved_model(path: Path) -> Path:
-    """The model folder meant by a path: the folder itself, or a run folder's model."""
-    if (path / "config.json").exists():
-        return path
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
+    """What a saved model is worth: perplexity of a language model, accuracy of a network on a run's test split."""
+    from compress.saved import call, find
+
+    kind, folder = find(model)
+    return call(kind, "evaluate", folder, like, **options)
 
 
-def _load(path: Path) -> tuple[Any, Any, Any, Path]:
-    """(model, family, tokenizer, folder) of a saved model, of either layout."""
-    from transformers import AutoTokenizer
-
-    from compress.checkpoint import check_weights, load_config, load_model
-    from compress.models.families import family_for
-    from compress.setup import quiet
-
-    quiet()
-    folder = saved_model(path)
-    family = family_for(load_config(folder))
-    check_weights(folder)
-    return load_model(folder, family), family, AutoTokenizer.from_pretrained(folder), folder
-
-
-def _folder_of(model: str) -> Path:
-    """A local path as it is; anything else is a name that `resolve` knows."""
-    from compress.models.sources import resolve
-
-    return Path(model) if Path(model).exists() else resolve(model).folder
-
-
-def evaluate(
-    model: str, like: Path | None, text: Sequence[str], windows: int, length: int, tasks: Sequence[str]
-) -> dict[str, Any]:
-    """Perplexity of a model on a run's held-out windows (``like``) or on text files."""
-    from compress.data import pack
-    from compress.evaluate import geometric_mean, harness_tasks, perplexity
-
-    if bool(like) == bool(text):
-        raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
-    loaded, _, tokenizer, folder = _load(_folder_of(model))
-    if like is not None:
-        from safetensors.torch import load_file
-
-        source = like / "text" / "windows.safetensors"
-        lock = like / "recipe.lock.yaml"
-        if not source.exists() or not lock.exists():
-            raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
-        import yaml
-
-        names = [t["name"] for t in yaml.safe_load(lock.read_text())["recipe"]["evaluation"]["texts"]]
-        tensors = load_file(source)
-        texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
-    else:
-        from compress.data import read_files
-
-        texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
-    found = {name: perplexity(loaded, ids, f"perplexity, {name}") for name, ids in texts.items()}
-    return {
-        "model": str(folder),
-        "texts": found,
-        "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
-        "tasks": harness_tasks(folder, list(tasks), False) if tasks else [],
-    }
-
-
-def export(model: str, out: Path) -> dict[str, Any]:
+def export(model: str, out: Path, **options: Any) -> dict[str, Any]:
     """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed."""
-    from compress.export.check import write_checked
+    from compress.saved import call, find
 
     if out.exists() and any(out.iterdir()):
         raise UsageError("the folder is not empty", where=str(out), fix="name another --out folder")
-    loaded, family, tokenizer, folder = _load(_folder_of(model))
+    kind, folder = find(model)
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        facts = write_checked(loaded, tokenizer, partial, ExportSection(), family.geometry(loaded.config).vocab)
+        facts = call(kind, "export", folder, partial, **options)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -152,21 +94,11 @@ def export(model: str, out: Path) -> dict[str, Any]:
     return {"model": str(folder), "out": str(out), **facts}
 
 
-def bench(dense: Path, pruned: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Latency of two export folders, interleaved."""
-    import onnx
+def bench(dense: Path, pruned: Path, **options: Any) -> dict[str, Any]:
+    """Latency of two export folders of one kind, interleaved."""
+    from compress.saved import call, exported_kind
 
-    from compress.export.bench.local import compare_llm
-    from compress.export.onnx import PREFILL
-
-    spec = BenchSection(**{k: v for k, v in overrides.items() if v is not None}).model_dump()
-    for folder in (dense, pruned):
-        if not (folder / PREFILL).exists():
-            raise CompressError(
-                f"there is no {PREFILL}", where=str(folder), fix="name a folder made by `compress export`"
-            )
-    logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
-    return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
+    return call(exported_kind((dense, pruned)), "bench", dense, pruned, **options)
 
 
 def card(run: Path, out: Path | None) -> dict[str, Any]:
