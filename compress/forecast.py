@@ -27,8 +27,11 @@ KINDS = {
     "thin64": ("byte", "float64 updates"),
     "touch": ("byte", "memory traffic"),
     "calls": ("block run", "calls"),
+    "seals": ("sealed stage", "seals"),
     "read": ("byte", "reading"),
-    "write": ("byte", "writing"),
+    "logits": ("element pass", "logits"),
+    "write": ("byte", "hashing"),
+    "save": ("byte", "keeping streams"),
     "make": ("byte", "making blocks"),
     "choose": ("cell", "the knapsack"),
     "sums": ("byte", "adding up"),
@@ -42,7 +45,8 @@ ALONE = ("gemm64", "thin64", "write")
 class Stage:
     """One stage of a run, of the process that has the most to do and to hold.
 
-    ``work``: amounts by `KINDS`. ``device`` and ``ram``: bytes by what holds them, at the stage's worst moment.
+    ``work``: amounts by `KINDS`; ``thin64_flops`` beside them, the FLOPs of the updates whose bytes are ``thin64``.
+    ``device`` and ``ram``: bytes by what holds them, at the stage's worst moment.
     ``kept``: bytes on disk that stay; ``scratch``: the most that lies beside them meanwhile. ``reads``: bytes read.
     """
 
@@ -92,7 +96,7 @@ def load_fit(path: Path = FITTED) -> Fit:
 
 def cpu_seconds(stage: Stage, fit: Fit) -> dict[str, float]:
     """CPU seconds by kind of work on the machine, and with the one thread, that the fit was made with."""
-    return {kind: amount * fit.seconds[kind] for kind, amount in stage.work.items()}
+    return {kind: amount * fit.seconds[kind] for kind, amount in stage.work.items() if kind in KINDS}
 
 
 def held(stage: Stage, fit: Fit) -> float:
@@ -112,22 +116,27 @@ def seconds(stage: Stage, machine: Machine, fit: Fit, cold: float) -> dict[str, 
         if kind in spent:
             wanted = stage.work[kind] / rate
             spent[kind] = wanted if machine.gpu else spent[kind] * fit.reference[kind] / rate
-    for kind in ("thin64", "touch"):
+    for kind, moved in (("thin64", 1), ("touch", 1), ("logits", 12)):
         if kind in spent:
             spent[kind] = (
-                stage.work[kind] / machine.bandwidth
+                moved * stage.work[kind] / machine.bandwidth
                 if machine.gpu
                 else spent[kind] * fit.reference["copy"] / machine.bandwidth
             )
     if machine.gpu:
+        if "thin64" in spent:
+            # A GPU that is slow in float64 is bound by the updates' arithmetic, not by what they move.
+            spent["thin64"] = max(spent["thin64"], stage.work.get("thin64_flops", 0.0) / machine.float64)
         for kind in ("make", "sums"):
             if kind in spent:
                 spent[kind] = stage.work[kind] / machine.pcie
         if "read" in spent:
-            # Read, turned to float32 on the CPU's side of the bus, sent over it.
-            spent["read"] += stage.work["read"] / machine.pcie
+            # bfloat16 is turned to float32 on the CPU, by one core as measured, and sent over the bus twice as large.
+            spent["read"] += 2 * stage.work["read"] / machine.pcie
     if machine.disk_read:
-        spent["disk"] = cold / machine.disk_read
+        # Written at the rate that is read at, for want of a better figure; by every process what is its own.
+        written = stage.work.get("write", 0.0) + machine.count * stage.work.get("save", 0.0)
+        spent["disk"] = (cold + written) / machine.disk_read
     return spent
 
 

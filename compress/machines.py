@@ -213,7 +213,8 @@ def speed(
     """FLOP/s of matrix products on a device or, with ``copy``, bytes/s moved; measured for a sixth of a second."""
     import torch
 
-    x = torch.randn(1024, 1024, device=where, dtype=dtype)
+    side = 4096 if copy else 1024  # what is copied must not lie in a cache
+    x = torch.randn(side, side, device=where, dtype=dtype)
     out = torch.empty_like(x)
 
     def once() -> None:

@@ -1,7 +1,7 @@
 """Fits the forecast's speeds and memory on measured runs, and checks it on runs of other shapes.
 
-    python tools/fit_forecast.py --runs runs/forecast            # measures what is missing, fits, writes forecast.yaml
-    python tools/fit_forecast.py --runs runs/forecast --check    # measures the held-out runs, prints predicted / measured
+    python tools/fit_forecast.py --runs runs/forecast           # measures what is missing, fits, writes forecast.yaml
+    python tools/fit_forecast.py --runs runs/forecast --check   # held-out runs: prints predicted / measured
 
 Runs are `compress prune ... --until plan` on random LLMs, one thread a process. What is fitted is CPU time, from the
 seals: on a machine that others work on it hardly changes, where wall time does. Each run is noted in runs.jsonl when it
@@ -17,7 +17,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ import yaml
 from compress.forecast import FITTED, KINDS, Fit, Stage, cpu_seconds, held, load_fit
 from compress.run import SEAL, Journal
 
+DIRECT = ("read", "save", "write")  # bytes read as blocks are, kept as streams are, hashed into a seal
 PATIENCE = 20  # generations without a better parent: more than there are, so that the work is what was asked for
 
 
@@ -166,14 +169,18 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     if child.returncode:
         raise SystemExit(f"{case.name} failed:\n{(folder / 'log').read_text()[-2000:]}")
     rows = sealed(folder / "run")
-    work = [json.loads(p.read_text())["work_token_layers"] for p in sorted((folder / "run").glob("search-*/search.json"))]
+    searches = [json.loads(p.read_text()) for p in (folder / "run").glob("search-*/search.json")]
+    blocks = json.loads((folder / "run" / "plan" / "plan.json").read_text())["blocks"]
+    group = case.heads // case.kv_heads
+    found = [(len({h // group for h in b["heads"]}), len(b["heads"]), len(b["neurons"])) for b in blocks]
     shutil.rmtree(folder)
     return {
         "case": asdict(case),
         "wall_seconds": round(time.monotonic() - began, 2),
         "disk_bytes_peak": fullest,
         "stages": rows,
-        "token_layers": sum(work),
+        "token_layers": sum(search["work_token_layers"] for search in searches),
+        "found": [[groups, heads // groups if groups else 0, neurons] for groups, heads, neurons in found],
     }
 
 
@@ -205,8 +212,12 @@ def sealed(run: Path) -> list[dict[str, Any]]:
     return [{"stage": name, **row} for name, row in rows.items()]
 
 
-def foreseen(case: Case) -> list[Stage]:
-    """The stages of a case, reckoned from its shapes."""
+def foreseen(case: Case, found: Sequence[Sequence[int]] | None = None) -> list[Stage]:
+    """The stages of a case, reckoned from its shapes.
+
+    Args:
+        found: (KV groups, query heads a group, neurons) of each block, where the search is over.
+    """
     import torch
     from transformers import LlamaConfig
 
@@ -214,6 +225,7 @@ def foreseen(case: Case) -> list[Stage]:
     from compress.pipeline import job_for
     from compress.recipe import Recipe
     from compress.recipes.tyr import TyrOptions
+    from compress.recipes.tyr.choice import Choice
     from compress.recipes.tyr.forecast import shape_of, stages
     from compress.setup import Setup
 
@@ -232,13 +244,18 @@ def foreseen(case: Case) -> list[Stage]:
     recipe = Recipe(**data, options=options)
     family = family_for(config)
     setup = Setup(None, recipe, family, family.geometry(config), family.costs(config), config, "")  # type: ignore[arg-type]
-    return stages(shape_of(setup, case.processes, case.streamed), job_for(setup, None, {}))
+    chosen = None if found is None else [Choice(*c) for c in found]
+    return stages(shape_of(setup, case.processes, case.streamed), job_for(setup, None, {}), chosen)
 
 
-def pairs(measured: dict[str, Any]) -> list[tuple[Stage, dict[str, Any]]]:
-    """(reckoned, measured) of every stage up to the plan."""
+def pairs(measured: dict[str, Any], knowing: bool = False) -> list[tuple[Stage, dict[str, Any]]]:
+    """(reckoned, measured) of every stage up to the plan.
+
+    Args:
+        knowing: reckon with what the search chose, on which the bytes of a plan depend.
+    """
     case = Case(**measured["case"])
-    by_name = {s.name: s for s in foreseen(case)}
+    by_name = {s.name: s for s in foreseen(case, measured.get("found") if knowing else None)}
     return [(by_name[row["stage"]], row) for row in measured["stages"]]
 
 
@@ -261,21 +278,26 @@ def least_squares(A: np.ndarray, b: np.ndarray) -> np.ndarray:
     return x / scale
 
 
-def fit(runs: list[dict[str, Any]]) -> tuple[dict[str, float], float, float]:
-    """(CPU seconds a unit by kind, base bytes, factor), least relative squares over all stages of all runs."""
+def fit(runs: list[dict[str, Any]], reference: dict[str, float]) -> tuple[dict[str, float], float, float]:
+    """(CPU seconds a unit by kind, base bytes, factor), least relative squares over all stages of all runs.
+
+    No kind is done faster than ``reference`` says the machine can.
+    """
+    least = np.array([1 / reference[kind] if kind in reference else 0.0 for kind in KINDS])
     rows, aims, marks = [], [], []
     for run in runs:
         highest = 0.0
-        for stage, row in pairs(run):
-            highest = max(highest, sum(stage.device.values()) + sum(stage.ram.values()))
+        for (blind, row), (stage, _) in zip(pairs(run), pairs(run, knowing=True), strict=True):
+            highest = max(highest, sum(blind.device.values()) + sum(blind.ram.values()))
             marks.append((highest, row["peak_rss_bytes"]))
             if stage.name == "text":
                 continue  # starting Python and packing text: no work that grows with the model alone
             # Relative errors count, but those of stages that hardly take time do not.
             weight = 1 / (row["cpu_seconds"] + 0.3)
-            rows.append([stage.work.get(kind, 0.0) * weight for kind in KINDS])
-            aims.append(row["cpu_seconds"] * weight)
-    found = least_squares(np.array(rows), np.array(aims))
+            amounts = np.array([stage.work.get(kind, 0.0) for kind in KINDS])
+            rows.append([0.0 if kind in DIRECT else a * weight for kind, a in zip(KINDS, amounts, strict=True)])
+            aims.append((row["cpu_seconds"] - amounts @ least) * weight)
+    found = least + least_squares(np.array(rows), np.array(aims))
     x, y = np.array(marks, dtype=float).T
     A = np.stack([np.ones_like(x), x], 1) / y[:, None]
     base, factor = np.linalg.lstsq(A, np.ones_like(y), rcond=None)[0]
@@ -296,13 +318,16 @@ def unseen(runs: list[dict[str, Any]], reference: dict[str, float]) -> list[floa
     out = []
     for i, run in enumerate(runs):
         others = runs[:i] + runs[i + 1 :]
-        seconds, base, factor = fit(others)
+        seconds, base, factor = fit(others, reference)
         out += ratios([run], Fit(seconds, reference, base, factor, 1, 1, len(others)))
     return out
 
 
 def table(runs: list[dict[str, Any]], model: Fit) -> tuple[list[str], dict[str, float]]:
-    """Predicted / measured / error of every stage; and the largest errors of whole runs."""
+    """Predicted / measured / error of every stage; and the largest errors of whole runs.
+
+    Time and memory are foretold without knowing what the search would choose; bytes kept with it.
+    """
     lines = [f"{'run':13} {'stage':12} {'CPU s':>17} {'error':>7}   {'highest memory so far, MB':>26} {'error':>7}"
              f"   {'kept, MB':>17} {'error':>7}"]  # fmt: skip
     worst = {"time": 0.0, "memory": 0.0, "memory above base": 0.0, "disk": 0.0, "disk at its fullest": 0.0}
@@ -317,18 +342,18 @@ def table(runs: list[dict[str, Any]], model: Fit) -> tuple[list[str], dict[str, 
     for run in runs:
         name = run["case"]["name"]
         highest = kept = fullest = spent = took = written = 0.0
-        for stage, row in pairs(run):
+        for (stage, row), (known, _) in zip(pairs(run), pairs(run, knowing=True), strict=True):
             highest = max(highest, held(stage, model))
             predicted = 0.0 if stage.name == "text" else sum(cpu_seconds(stage, model).values())
             measured = 0.0 if stage.name == "text" else row["cpu_seconds"]
             spent, took, written = spent + predicted, took + measured, written + row["bytes"]
-            fullest = max(fullest, kept + stage.kept + stage.scratch)
-            kept += stage.kept
+            fullest = max(fullest, kept + known.kept + known.scratch)
+            kept += known.kept
             first = f"{predicted:7.2f} / {measured:7.2f} {off(predicted, measured):+7.0%}" if measured else " " * 25
             lines.append(
                 f"{name:13} {stage.name:12} {first}   {highest / 1e6:12.0f} / {row['peak_rss_bytes'] / 1e6:11.0f}"
-                f" {off(highest, row['peak_rss_bytes']):+7.0%}   {stage.kept / 1e6:7.2f} / {row['bytes'] / 1e6:7.2f}"
-                f" {off(stage.kept, row['bytes']):+7.0%}"
+                f" {off(highest, row['peak_rss_bytes']):+7.0%}   {known.kept / 1e6:7.2f} / {row['bytes'] / 1e6:7.2f}"
+                f" {off(known.kept, row['bytes']):+7.0%}"
             )
             note("memory", off(highest, row["peak_rss_bytes"]))
         last = run["stages"][-1]["peak_rss_bytes"]
@@ -359,15 +384,41 @@ def measured(cases: tuple[Case, ...], folder: Path) -> list[dict[str, Any]]:
 
 
 def speeds() -> dict[str, float]:
-    """What one core does, in CPU time: float32 and float64 products (FLOP/s), copies (bytes/s)."""
+    """What one core does at best, in CPU time: float32 and float64 products (FLOP/s), copies (bytes/s); and what is
+    measured alone and not fitted (`DIRECT`, bytes/s)."""
+    import hashlib
+
     import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
     from compress.machines import speed
 
     torch.set_num_threads(1)
     where = torch.device("cpu")
     kinds = {"gemm32": (torch.float32, False), "gemm64": (torch.float64, False), "copy": (torch.float32, True)}
-    return {k: max(speed(where, *how, clock=time.process_time) for _ in range(5)) for k, how in kinds.items()}
+    found = {k: max(speed(where, *how, clock=time.process_time) for _ in range(5)) for k, how in kinds.items()}
+    block = {"x": torch.randn(2**26).to(torch.bfloat16)}
+
+    def read(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            file.get_tensor("x").clone().to(torch.float32)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block.safetensors"
+        jobs: dict[str, Callable[[], Any]] = {
+            "save": lambda: save_file(block, path),
+            "read": lambda: read(path),
+            "write": lambda: hashlib.sha256(path.read_bytes()),
+        }
+        for kind, job in jobs.items():
+            spent = []
+            for _ in range(4):
+                began = time.process_time()
+                job()
+                spent.append(time.process_time() - began)
+            found[kind] = block["x"].nbytes / min(spent)
+    return found
 
 
 def main() -> None:
@@ -386,7 +437,7 @@ def main() -> None:
         sys.exit(bool(missed))
     runs = measured(FITTED_ON, args.runs)
     reference = speeds()
-    seconds, base, factor = fit(runs)
+    seconds, base, factor = fit(runs, reference)
     spread = np.log(unseen(runs, reference))
     # 5 % and 95 % of a normal law with the errors' own mean and spread.
     middle, wide = float(spread.mean()), 1.645 * float(spread.std(ddof=1)) * math.sqrt(1 + 1 / len(spread))
@@ -402,8 +453,8 @@ def main() -> None:
         "runs": {"fitted": len(runs), "stages": sum(len(r["stages"]) for r in runs)},
     }
     FITTED.write_text(
-        "# Written by tools/fit_forecast.py: CPU seconds a unit of work on one core of the machine it ran on, and how far\n"
-        "# off each run was when it was forecast from the others.\n" + yaml.safe_dump(facts, sort_keys=False)
+        "# Written by tools/fit_forecast.py: CPU seconds a unit of work on one core of the machine it ran on, and how\n"
+        "# far off each run was when it was forecast from the others.\n" + yaml.safe_dump(facts, sort_keys=False)
     )
     print(FITTED.read_text())
 

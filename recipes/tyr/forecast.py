@@ -34,6 +34,7 @@ RERUN = 0.88
 # Of two offspring's blocks, those that differ. Not derived: seen in journals of small runs.
 DIFFERENT = 0.4
 SEAL_BYTES = 1500  # a seal.json
+UNIT_BYTES = 6  # a kept unit's number in plan.json
 
 
 @dataclass(frozen=True)
@@ -89,28 +90,32 @@ def menus_of(job: Job) -> list[list[Menu]]:
     return [block_menus(job, i, None if i == 1 else even) for i in range(1, job.options.iterations + 1)]
 
 
-def stages(shape: Shape, job: Job) -> list[Stage]:
+def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> list[Stage]:
     """All stages up to the plan, and the saved model, in their order.
 
     Work is that of the process which has the most of it, the main one.
+
+    Args:
+        found: what the search has chosen, of a run that is over. What the last stages write depends on it; without it
+            every sublayer is taken to be pruned alike, which is nearly the most: what is left dense takes nothing.
     """
     options, menus = shape.options, menus_of(job)
-    found = [_text(shape)]
+    made = [_text(shape)]
     if options.metric != "none":
-        found.append(_metrics(shape))
+        made.append(_metrics(shape))
     few = min(shape.windows, options.supernet_windows or shape.windows)
     accumulates = options.accumulation != "none"
     for number, menu in enumerate(menus, 1):
         first = number == 1
-        found.append(_walk(shape, f"supernet-{number}", menu, few, alone=first or not accumulates, final=False))
-        found.append(_singles(shape, job, number, menu))
-        found.append(_search(shape, job, number, menu))
-    chosen = even_choice(job)
-    single = [Menu((chosen.neurons,), ((chosen.groups, chosen.per_group),))] * shape.geometry.layers
-    found.append(_walk(shape, "final", single, shape.windows, alone=not accumulates, final=True))
-    found.append(_plan(shape, chosen))
-    found.append(_model(shape, chosen))
-    return found
+        made.append(_walk(shape, f"supernet-{number}", menu, few, alone=first or not accumulates, final=False))
+        made.append(_singles(shape, number, menu))
+        made.append(_search(shape, job, number, menu))
+    chosen = [even_choice(job)] * shape.geometry.layers if found is None else found
+    single = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in chosen]
+    made.append(_walk(shape, "final", single, shape.windows, alone=not accumulates, final=True))
+    made.append(_plan(shape, chosen))
+    made.append(_model(shape, chosen))
+    return made
 
 
 # --- what is held ---------------------------------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def _passing(shape: Shape, tokens: float, length: int) -> float:
 def _own(windows: int, length: int, world: int) -> tuple[int, int, int]:
     """(windows, batches, tokens a batch) of the process that has the most, as `supernet.own_batches` divides them."""
     size = max(1, min(BATCH_TOKENS // length, windows // BATCHES))
-    batches = -(-(-(-windows // size)) // world)
+    batches = math.ceil(math.ceil(windows / size) / world)
     return min(windows, batches * size), batches, size * length
 
 
@@ -185,10 +190,13 @@ def _metrics(shape: Shape) -> Stage:
         "metrics",
         work={
             "gemm32": blocks * (3 * shape.forward(tokens, length) + 4 * tokens * h * h) + 3 * shape.head(tokens),
-            "touch": blocks * mine * 2 * h * h * (SUMMED + 40) + tokens * g.vocab * 40,
+            "touch": blocks * mine * 2 * h * h * (SUMMED + 40),
+            "logits": 6.0 * tokens * g.vocab,
             "calls": 3.0 * blocks * mine,
+            "seals": float(blocks),
             "read": _reads(shape, 2 * blocks) + 2 * blocks * stream,
-            "write": kept + 2 * blocks * stream,
+            "write": kept,
+            "save": 2 * blocks * stream,
             "sums": 2.0 * blocks * h * h * 8 if shape.world > 1 else 0.0,
         },
         device=device,
@@ -205,12 +213,12 @@ def _eliminate(n: int, h: int, step: int, least: int) -> tuple[float, float]:
     loose = (1 + 1 / SHRINK) / 2  # the matrices are larger than what is alive, until they are shrunk
     squares = (n**3 - least**3) / 3 * loose**2
     rows = (n**2 - least**2) / 2 * h * loose
-    return 2 * squares + 2 * rows, (16 * squares + 24 * rows) / step + 0.0
+    return 2 * squares + 2 * rows, (16 * squares + 24 * rows) / step
 
 
 def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
     """(large products' FLOPs, thin updates' bytes) of `local.prune_heads` and its refits."""
-    g, h, n = shape.geometry, shape.geometry.hidden, shape.inputs
+    g, h = shape.geometry, shape.geometry.hidden
     large, moved = 0.0, 0.0
     width = g.group * g.head_dim
     for kept in range(g.kv_heads, 0, -1):
@@ -228,7 +236,6 @@ def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
         m = groups * per_group * g.head_dim
         large += m**3 / 3 + 2 * m * m * h
         moved += 32 * m * m + 40 * m * h
-    del n
     return large, moved
 
 
@@ -249,14 +256,13 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
             flops += shape.forward(tokens, length) / 2  # the inputs are made again
     touched = batches * (q * q + q * h + n * n + n * h) * SUMMED + streams * tokens * (4 * n + 3 * q + 12 * h) * 8
 
-    solved, thin, kept, levels64, levels32 = 0.0, 0.0, 0.0, 0.0, 0.0
+    solved = thin = thin_flops = kept = levels64 = levels32 = 0.0
     for menu in menus:
         if menu.neurons != (g.ffn,):
             least = min(menu.neurons)
             solved += n**3 + 2 * n * n * h + (h**3 / 3 + 4 * n * h * h if solver_metric else 0)
             f, b = _eliminate(n, h, shape.options.round_to, least)
-            thin += b
-            solved += 0.0 * f
+            thin, thin_flops = thin + b, thin_flops + f
             solved += sum(m * h * h for m in menu.neurons) if solver_metric else 0
             thin += sum(40 * m * h for m in menu.neurons)
         if menu.heads != ((g.kv_heads, g.group),):
@@ -267,26 +273,25 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
         heads = sum(a * b * g.head_dim for a, b in menu.heads if a * b < g.heads)
         levels64 = max(levels64, 8.0 * channels * h)
         levels32 = max(levels32, 4.0 * (channels + heads) * h)
-        kept += predicted_bytes(menu, g) if not final else 4.0 * (channels + heads) * h + 6 * (channels + g.heads)
-        kept += SEAL_BYTES
+        plan = 4.0 * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + g.heads)
+        kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, g))
     stream = 4.0 * tokens * h * streams
     device, ram = _held(shape)
     # Inputs of a sublayer that are kept for the pruned stream lie on the device.
-    widest = 4.0 * tokens * max(n, q)
     hold = 0.0 if alone else max((4.0 * tokens * w for w in (n, q) if 4 * tokens * w <= KEEP_BYTES), default=0.0)
     adding = Moments.ROWS * n * ADDING
-    # int64 sums, the same as float64, damped; the factor, then the inverse; shrinking makes two smaller copies.
+    # int64 sums, the same as float64, damped; the factor, the inverse, and the copy its making takes.
     sums = (n * n + n * h) * 8
-    loose = 8.0 * (SHRINK + SHRINK**2)
-    square = max(40.0, 32 + loose)
+    solver = 8.0 * (6 * n * n + 7 * n * h)
+    # Matrices shrink step by step; what is freed below this size the C library keeps.
+    freed = min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2)
     device |= {
         "a batch": _passing(shape, batch, length) * (1 if alone else 1.3),
         "kept inputs": hold,
-        "statistics and solver": max(2.0 * sums + adding, n * n * square + n * h * (40.0 + loose)),
+        "statistics and solver": max(2.0 * sums + adding, solver),
         "levels in float64": levels64,
     }
-    ram |= {"streams": stream, "levels": levels32}
-    del widest
+    ram |= {"streams": stream, "levels": levels32, "freed, not given back": freed}
     whole = 4.0 * total * length * h * streams
     layers = g.layers
     return Stage(
@@ -295,10 +300,13 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
             "gemm32": layers * flops,
             "gemm64": solved,
             "thin64": thin,
+            "thin64_flops": thin_flops,
             "touch": layers * touched,
             "calls": layers * batches * 4.0 * streams,
+            "seals": float(layers),
             "read": _reads(shape, layers) + layers * 4.0 * 2 * h * h * solver_metric,
-            "write": kept + (layers - 1) * stream,
+            "write": kept,
+            "save": (layers - 1) * stream,
             "sums": layers * 8.0 * (q * q + q * h + n * n + n * h) if shape.world > 1 else 0.0,
         },
         device=device,
@@ -322,7 +330,8 @@ def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, 
     ram |= {"the parent's streams": states}
     work = {
         "gemm32": g.layers * shape.forward(tokens, length) + shape.head(windows * positions),
-        "touch": windows * positions * g.vocab * 40.0 + 8 * states,
+        "touch": 8 * states,
+        "logits": 4.0 * windows * positions * g.vocab,
         "calls": float(g.layers * mine),
         "read": _reads(shape, g.layers),
         "gather": states if shape.world > 1 else 0.0,
@@ -350,11 +359,18 @@ def _evaluate(
     group = max(1, min(BATCH_TOKENS, tokens // 4) // length)
     return {
         "gemm32": mine * (blocks * shape.forward(tokens, length, kept) + shape.head(windows * positions)),
-        "touch": mine * (windows * positions * g.vocab * 40.0 + blocks * tokens * g.hidden * 40),
+        "touch": mine * blocks * tokens * g.hidden * 40,
+        "logits": 3.0 * mine * windows * positions * g.vocab,
         "calls": mine * blocks * math.ceil(windows / group) + 3.0 * mine * windows,
         "read": _reads(shape, chunks * blocks),
         "make": (mine * made + chunks * fresh) * shape.block * kept * 6.0,
     }
+
+
+def _under_way(shape: Shape, count: float, tokens: float) -> float:
+    """Bytes of the streams of the candidates that one process runs together."""
+    each = 4.0 * tokens * shape.geometry.hidden
+    return each * min(max(1, ACTIVATION_BYTES // each), math.ceil(count / shape.world))
 
 
 def _variants(shape: Shape, windows: int, kept: float) -> float:
@@ -369,7 +385,7 @@ def _added(*parts: Mapping[str, float]) -> dict[str, float]:
     return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in {k for part in parts for k in part}}
 
 
-def _singles(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage:
+def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
     g, search = shape.geometry, shape.options.search
     windows = min(search.singles_windows, search.windows)
     start, device, ram = _evaluator(shape, windows)
@@ -379,19 +395,21 @@ def _singles(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stag
     run = sum(n * (g.layers - b) for b, n in enumerate(each))
     kept = 1.0 if number == 1 else 1 - shape.sparsity
     length = search.length or shape.length
-    parts = [start, _evaluate(shape, count, windows, run / max(1, count), kept, 0.5, 0.0 if number == 1 else run / count)]
+    mean = run / max(1, count)
+    parts = [start, _evaluate(shape, count, windows, mean, kept, 0.5, 0.0 if number == 1 else mean)]
     layers = g.layers
     tokens = windows * length
     if number > 1:
         # The parent is the solution so far: its streams are made once.
-        parts.append({"gemm32": layers * shape.forward(tokens / shape.world, length, kept), "make": 6.0 * layers * shape.block * kept})
+        again = layers * shape.forward(tokens / shape.world, length, kept)
+        parts.append({"gemm32": again, "make": 6.0 * layers * shape.block * kept})
     device = {**device, "variants of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
     rows = count * (160 + 4 * layers)
     return Stage(
         f"singles-{number}",
         work=_added(*parts),
         device=device,
-        ram={**ram, "candidates under way": min(ACTIVATION_BYTES, count * 4.0 * tokens * g.hidden)},
+        ram={**ram, "candidates under way": _under_way(shape, count, tokens)},
         kept=count * 110.0 + SEAL_BYTES,
         scratch=float(rows),
         reads=_added(*parts).get("read", 0.0),
@@ -435,11 +453,14 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     cells, capacity = _knapsack(job, menus)
     parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
     work = _added(*parts)
-    device = {**device, "variants of a block": max(_variants(shape, max(1, round(s * search.windows)), kept) for s, _ in shares)}
+    variety = max(_variants(shape, max(1, round(s * search.windows)), kept) for s, _ in shares)
+    device = {**device, "variants of a block": variety}
     tokens = search.windows * length
     ram = {
         **ram,
-        "candidates under way": float(max(4 * tokens * g.hidden, ACTIVATION_BYTES)),
+        "candidates under way": max(
+            _under_way(shape, starting, tokens), *(_under_way(shape, n, s * tokens) for s, n in shares)
+        ),
         "the knapsack": 4.0 * 2 * layers * capacity,
     }
     rows = evaluated * (160 + 6 * layers)
@@ -468,15 +489,18 @@ def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[float, int]:
     return float(capacity * sum(map(len, options))), capacity
 
 
-def _weights_kept(shape: Shape, chosen: Choice) -> float:
+def _weights_kept(shape: Shape, chosen: Sequence[Choice]) -> float:
     """Elements of the refitted projections in a plan."""
     g = shape.geometry
-    heads, neurons = chosen.groups * chosen.per_group, chosen.neurons
-    each = (neurons if neurons < g.ffn else 0) + (heads * g.head_dim if heads < g.heads else 0)
-    return float(g.layers * each * g.hidden)
+    columns = 0
+    for choice in chosen:
+        heads = choice.groups * choice.per_group
+        columns += choice.neurons if choice.neurons < g.ffn else 0
+        columns += heads * g.head_dim if heads < g.heads else 0
+    return float(columns * g.hidden)
 
 
-def _plan(shape: Shape, chosen: Choice) -> Stage:
+def _plan(shape: Shape, chosen: Sequence[Choice]) -> Stage:
     g = shape.geometry
     search = shape.options.search
     length = search.length or shape.length
@@ -498,17 +522,18 @@ def _plan(shape: Shape, chosen: Choice) -> Stage:
             work,
             {
                 "gemm32": g.layers * shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
-                "touch": tokens * g.vocab * len(SCALES) * 60.0,
+                "logits": tokens * g.vocab * (2 + 4.0 * len(SCALES)),
                 "calls": 2.0 * g.layers * mine,
                 "read": _reads(shape, g.layers),
                 "make": g.layers * shape.block * kept * 6.0,
             },
         )
-    stored = kept_bytes + g.layers * 7.0 * (chosen.neurons + g.heads) + SEAL_BYTES
+    units = sum(c.neurons + c.groups * c.per_group for c in chosen)
+    stored = kept_bytes + UNIT_BYTES * units + SEAL_BYTES
     return Stage("plan", work, device, ram, kept=stored, scratch=0.0, reads=work["read"])
 
 
-def _model(shape: Shape, chosen: Choice) -> Stage:
+def _model(shape: Shape, chosen: Sequence[Choice]) -> Stage:
     """The saved model, in every layout; read twice more to be checked."""
     left = shape.costs.total - round(shape.sparsity * shape.costs.backbone)
     written = float(left * shape.dtype_bytes * shape.layouts)
