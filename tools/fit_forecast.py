@@ -421,21 +421,8 @@ def speeds() -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=Path("runs/forecast"), help="folder of the measurements")
-    parser.add_argument("--check", action="store_true", help="on held-out runs, with forecast.yaml as it is")
-    parser.add_argument("--seen", action="store_true", help="prints the table of the runs that were fitted")
-    args = parser.parse_args()
-    if args.check or args.seen:
-        lines, worst = table(measured(HELD_OUT if args.check else FITTED_ON, args.runs), load_fit())
-        print("\n".join(lines))
-        print("largest errors of whole runs: " + ", ".join(f"{k} {v:.0%}" for k, v in worst.items()))
-        limits = {"time": 0.35, "memory": 0.2, "disk": 0.2, "disk at its fullest": 0.2}
-        missed = [k for k, limit in limits.items() if worst[k] > limit]
-        print("within 20 % for memory and disk and 35 % for time" if not missed else f"missed: {', '.join(missed)}")
-        sys.exit(bool(missed))
-    runs = measured(FITTED_ON, args.runs)
+def fitted(runs: list[dict[str, Any]]) -> str:
+    """The text of forecast.yaml."""
     reference = speeds()
     seconds, base, factor = fit(runs, reference)
     spread = np.log(unseen(runs, reference))
@@ -452,10 +439,27 @@ def main() -> None:
         },
         "runs": {"fitted": len(runs), "stages": sum(len(r["stages"]) for r in runs)},
     }
-    FITTED.write_text(
+    return (
         "# Written by tools/fit_forecast.py: CPU seconds a unit of work on one core of the machine it ran on, and how\n"
         "# far off each run was when it was forecast from the others.\n" + yaml.safe_dump(facts, sort_keys=False)
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=Path("runs/forecast"), help="folder of the measurements")
+    parser.add_argument("--check", action="store_true", help="on held-out runs, with forecast.yaml as it is")
+    parser.add_argument("--seen", action="store_true", help="prints the table of the runs that were fitted")
+    args = parser.parse_args()
+    if args.check or args.seen:
+        lines, worst = table(measured(HELD_OUT if args.check else FITTED_ON, args.runs), load_fit())
+        print("\n".join(lines))
+        print("largest errors of whole runs: " + ", ".join(f"{k} {v:.0%}" for k, v in worst.items()))
+        limits = {"time": 0.35, "memory": 0.2, "disk": 0.2, "disk at its fullest": 0.2}
+        missed = [k for k, limit in limits.items() if worst[k] > limit]
+        print("within 20 % for memory and disk and 35 % for time" if not missed else f"missed: {', '.join(missed)}")
+        sys.exit(bool(missed))
+    FITTED.write_text(fitted(measured(FITTED_ON, args.runs)))
     print(FITTED.read_text())
 
 
