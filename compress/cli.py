@@ -223,7 +223,8 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         + ("; no GPU's time was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
         f"memory   {memory}" + (f"; {_size(facts['ram_bytes_node'])} a node" if machine["processes"] > 1 else ""),
         f"disk     {_size(facts['disk_bytes_peak'])} at its fullest, {_size(facts['disk_bytes_end'])} at the end,"
-        f" beside the dense model; {_size(facts['read_bytes'])} read",
+        f" beside the dense model; {_size(facts['read_bytes'])} read by a process",
+        "         (final and plan at most: a sublayer that the search leaves dense takes nothing there)",
         *_beside_paper(facts),
         *(f"lacks    {what}" for what in facts["lacks"]),
         *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),

@@ -157,7 +157,8 @@ def _text(shape: Shape) -> Stage:
     """The text is packed and every weight checked; loading the model belongs to it."""
     device, ram = _held(shape)
     stored = shape.costs.total * shape.dtype_bytes
-    mapped = min(stored, 5e9)  # the file (a shard at most) that is mapped while it is read
+    # The file (a shard at most) that is mapped while it is read; of weights in float32 the mapping is the model.
+    mapped = 0.0 if shape.dtype_bytes == 4 and not shape.streamed else min(stored, 5e9)
     tokens = (shape.windows + shape.options.search.windows) * shape.length
     return Stage(
         "text",
