@@ -27,10 +27,13 @@ from typing import Any
 import numpy as np
 import yaml
 
+from compress.budget import Option, knapsack, nearest_feasible
 from compress.forecast import FITTED, KINDS, Fit, Stage, cpu_seconds, held, load_fit
 from compress.run import SEAL, Journal
 
-DIRECT = ("read", "save", "write")  # bytes read as blocks are, kept as streams are, hashed into a seal
+# Measured alone: bytes read as blocks are, kept as streams are, hashed into a seal, summed and gathered between
+# processes; cells of the knapsack.
+DIRECT = ("read", "save", "write", "sums", "gather", "choose")
 PATIENCE = 20  # generations without a better parent: more than there are, so that the work is what was asked for
 
 
@@ -383,6 +386,27 @@ def measured(cases: tuple[Case, ...], folder: Path) -> list[dict[str, Any]]:
     return [row for case in cases for row in journal.rows() if row["case"] == asdict(case)]
 
 
+def exchange(number: int, folder: str) -> None:
+    """One of two processes that sum and gather 32 MiB over gloo; the first notes bytes a CPU second."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number, world_size=2)
+    mine = torch.zeros(2**22, dtype=torch.int64)
+    parts = [torch.empty_like(mine) for _ in range(2)]
+    found = {}
+    for kind, work in (("sums", lambda: dist.all_reduce(mine)), ("gather", lambda: dist.all_gather(parts, mine))):
+        work()
+        began = time.process_time()
+        for _ in range(5):
+            work()
+        found[kind] = 5 * mine.nbytes / (time.process_time() - began)
+    if number == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
 def speeds() -> dict[str, float]:
     """What one core does at best, in CPU time: float32 and float64 products (FLOP/s), copies (bytes/s); and what is
     measured alone and not fitted (`DIRECT`, bytes/s)."""
@@ -418,6 +442,17 @@ def speeds() -> dict[str, float]:
                 job()
                 spent.append(time.process_time() - began)
             found[kind] = block["x"].nbytes / min(spent)
+        menus = [[Option(e * (i % 3 + 2), float(e * e)) for e in range(8)] for i in range(60)]
+        began = time.process_time()
+        knapsack(menus, 600)
+        coarse = time.process_time() - began
+        fine = [[Option(o.saving * 100 + (o.saving > 0), o.loss) for o in menu] for menu in menus]
+        began = time.process_time()
+        knapsack(fine, nearest_feasible(fine, 60_000))
+        # Both differ in their cells alone (the search for a total is a part of the start, and is left in).
+        found["choose"] = 480 * (60_000 - 600) / max(1e-9, time.process_time() - began - coarse)
+        torch.multiprocessing.spawn(exchange, (folder,), nprocs=2)
+        found |= json.loads((Path(folder) / "found.json").read_text())
     return found
 
 
