@@ -167,7 +167,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         )
         fullest = 0
         while child.poll() is None:
-            time.sleep(0.05)
+            time.sleep(0.02)
             fullest = max(fullest, folder_bytes(folder / "run"))
     if child.returncode:
         raise SystemExit(f"{case.name} failed:\n{(folder / 'log').read_text()[-2000:]}")

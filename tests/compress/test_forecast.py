@@ -68,13 +68,14 @@ def test_what_each_stage_leaves_on_disk_is_foretold_within_a_twentieth(ran: dict
         assert stage.name not in ("final", "plan") or stage.kept >= 0.95 * row["bytes"], "an upper bound"
 
 
-def test_the_disk_of_a_fresh_run_is_foretold_within_a_fifth(ran: dict[str, Any]) -> None:
+def test_the_disk_of_a_fresh_run_is_foretold_within_a_fifth_and_its_fullest_from_above(ran: dict[str, Any]) -> None:
     kept = fullest = 0.0
     for stage, _ in pairs(ran, knowing=True):
         fullest = max(fullest, kept + stage.kept + stage.scratch)
         kept += stage.kept
     assert kept == pytest.approx(sum(row["bytes"] for row in ran["stages"]), rel=0.2)
-    assert fullest == pytest.approx(ran["disk_bytes_peak"], rel=0.2)
+    # In runs this short the fullest moments last milliseconds, and who looks now and then may miss them.
+    assert 0.6 * fullest <= ran["disk_bytes_peak"] <= 1.05 * fullest
 
 
 def test_the_searchs_token_layers_are_foretold_as_an_upper_bound_of_the_right_size(ran: dict[str, Any]) -> None:
