@@ -8,30 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.forecast import disk_bytes, flops, flops_per_second, memory_bytes, total_flops
 from compress.recipe import load_recipe, recipe_names
 from compress.run import SEAL, verify_seal
 
 
-def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
+def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this-machine") -> dict[str, Any]:
+    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it.
+
+    Args:
+        on: the machine that is asked about; see `compress.machines`.
+    """
+    from compress.forecast import forecast
+    from compress.machines import find_machine
     from compress.pipeline import METHODS, job_for, module_of
-    from compress.recipes.tyr.choice import block_menus, check_budget
-    from compress.recipes.tyr.supernet import predicted_bytes
-    from compress.setup import prepare
+    from compress.recipes.tyr.choice import check_budget
+    from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
+    from compress.setup import RESIDENT_SHARE, outline
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
     other = getattr(module_of(recipe), "forecast", None)
     if other is not None:
         return dict(other(model, recipe))
-    setup = prepare(model, recipe)
+    machine = find_machine(on, Path("runs"))
+    setup = outline(model, recipe)
     job = job_for(setup, None, {})
     target = check_budget(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
-    menus = block_menus(job, 1, None)
-    disk = disk_bytes(setup, sum(predicted_bytes(menu, g) for menu in menus))
-    work = flops(setup, sum(len(m.neurons) + len(m.heads) - 2 for m in menus))
-    speed = flops_per_second()
+    streamed = recipe.memory.stream
+    if streamed is None:
+        free = machine.memory if machine.gpu else machine.ram / machine.count
+        streamed = 4 * costs.total > RESIDENT_SHARE * free
+    reckoned = stages(shape_of(setup, machine.world, streamed), job)
+    dense = costs.total * setup.stored_dtype.itemsize
+    found = forecast(reckoned, machine, dense)
     return {
         "model": setup.resolved.name,
         "source": setup.resolved.source,
@@ -49,19 +58,27 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
             "total_parameters": costs.total - target,
             "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
         },
-        "disk_bytes": disk,
-        "memory_bytes": memory_bytes(setup, disk),
-        "seconds_estimated": {
-            "speed_gflops": round(speed / 1e9, 1),
-            **{stage: round(count / speed) for stage, count in work.items()},
-            "total": round(total_flops(work, options.iterations) / speed),
-        },
+        "dense_bytes": dense,
+        "streamed": streamed,
+        **found,
+        "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
+        "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
         "iterations": options.iterations,
         "loads_with": {
             "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
             "padded": "any server that knows the family, without the gain in speed",
         },
     }
+
+
+# The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
+# reckoned from its 190 s a generation.
+PAPER: dict[str, dict[str, float]] = {
+    "llama-70b": {"supernet_bytes": 414.7e9, "gpu_bytes": 140e9},
+    "llama-8b": {"supernet_bytes": 39.6e9, "search_seconds": 10.6 * 3600},
+    "llama-2-7b": {"supernet_bytes": 39.6e9},
+    "mistral-7b": {"supernet_bytes": 39.6e9},
+}
 
 
 def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
