@@ -106,6 +106,16 @@ def is_ragged(folder: Path) -> bool:
     return bool(json.loads((folder / "config.json").read_text()).get("per_layer_config"))
 
 
+def refuse_ragged(folder: Path) -> None:
+    """Raises CompressError where the folder's model is a pruned one."""
+    if (folder / "config.json").exists() and is_ragged(folder):
+        raise CompressError(
+            "the model's layers already differ in size; pruning a pruned model again is not supported",
+            where=str(folder),
+            fix="prune the dense model at the higher sparsity",
+        )
+
+
 def load_model(folder: Path, family: Family, **options: Any) -> Any:
     """A model in float32, in evaluation mode, from either layout; code in the folder is never run.
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `co
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
+Network = Annotated[
+    str | None, typer.Option(metavar="FILE.py:FUNCTION", help="networks of a file of your own: its code is run")
+]
 
 _debug = False
 
@@ -158,19 +162,63 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-@app.command(epilog="Example:  compress plan llama-8b --recipe tyr --sparsity 0.5")
-def plan(model: Model, recipe: RecipeName, sparsity: Sparsity = None, set_: Set = None, json_: Json = False) -> None:
-    """Says what `prune` would do: budget, shapes, disk, memory and time. Reads no weight."""
+@app.command(
+    epilog="Examples:  compress plan llama-8b --recipe tyr --sparsity 0.5   |   "
+    "compress plan llama-70b --recipe tyr-large --on 8xh100"
+)
+def plan(
+    model: Model,
+    recipe: RecipeName,
+    sparsity: Sparsity = None,
+    set_: Set = None,
+    on: Annotated[
+        str, typer.Option("--on", metavar="MACHINE", help="8xh100, 2x8xh100, 1x24gb, a YAML file, or this-machine")
+    ] = "this-machine",
+    json_: Json = False,
+) -> None:
+    """Says what `prune` would do: budget, shapes, and memory, disk and time stage by stage. Reads no weight."""
     from compress.pipeline import module_of
     from compress.verbs import plan as run
 
-    facts = run(model, recipe, _overrides(set_, sparsity))
+    facts = run(model, recipe, _overrides(set_, sparsity), on)
     _show(facts, json_, getattr(module_of(facts), "forecast_lines", _plan_lines) if "method" in facts else _plan_lines)
 
 
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e9:.1f} GB"
+
+
 def _plan_lines(facts: dict[str, Any]) -> list[str]:
-    shapes, units, time = facts["shapes"], facts["units"], facts["seconds_estimated"]
-    disk = facts["disk_bytes"]
+    shapes, units, machine = facts["shapes"], facts["units"], facts["machine"]
+    gpu = "gpu_bytes" in facts
+    head = ("stage", "time", "bound by", *(("GPU/process",) if gpu else ()), "RAM/process", "read", "kept", "scratch")
+    rows = [head]
+    for row in facts["stages"]:
+        rows.append(
+            (
+                row["stage"],
+                _time(row["seconds"]),
+                f"{row['bound_by']} {100 * row['bound_share']:.0f} %",
+                *((_size(row["gpu_bytes"]),) if gpu else ()),
+                _size(row["ram_bytes"]),
+                *(_size(row[k]) for k in ("read_bytes", "written_bytes", "scratch_bytes")),
+            )
+        )
+    wide = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    table = []
+    for row in rows:
+        cells = (f"{v:{'<' if i in (0, 2) else '>'}{w}}" for i, (v, w) in enumerate(zip(row, wide, strict=True)))
+        table.append("         " + "  ".join(cells))
+    alone = sum(row["main_alone_seconds"] for row in facts["stages"])
+    memory = f"{_size(facts['ram_bytes'])} of RAM a process (in {facts['ram_stage']})"
+    if gpu:
+        memory = f"{_size(facts['gpu_bytes'])} of GPU memory a process (in {facts['gpu_stage']}), " + memory
     return [
         f"model    {facts['model']} ({facts['family']}): {shapes['layers']} layers, hidden {shapes['hidden']},"
         f" {shapes['heads']} heads in {shapes['kv_heads']} KV groups of {shapes['head_dim']}, FFN {shapes['ffn']}",
@@ -178,19 +226,41 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
         f"units    a KV group with its query heads {units['kv_group_parameters']:,},"
         f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
-        f"disk     first supernet {disk['first_supernet'] / 1e6:.1f} MB, activations {disk['streams'] / 1e6:.1f} MB,"
-        f" metrics {disk['metrics'] / 1e6:.1f} MB, model {disk['model'] / 1e6:.1f} MB",
-        f"memory   about {facts['memory_bytes'] / 1e9:.1f} GB",
-        f"time     about {time['total']} s up to the plan, at {time['speed_gflops']} GFLOP/s:"
-        f" metrics {time['metrics']} s, supernet {time['first_supernet']} s, singles {time['first_singles']} s,"
-        f" search {time['search']} s, last pass {time['last_pass']} s"
-        + (
-            f"; every further iteration {time['later_supernet'] + time['later_singles'] + time['search']} s"
-            if facts["iterations"] > 1
-            else ""
-        ),
+        f"machine  {machine['name']}: {machine['processes']} process{'es' if machine['processes'] > 1 else ''};"
+        f" {machine['figures']}",
+        f"weights  {'read from disk block by block' if facts['streamed'] else 'held in memory'},"
+        f" {_size(facts['dense_bytes'])} as stored",
+        *table,
+        f"time     {_time(facts['seconds'])} up to the saved model, {_time(facts['seconds_low'])} to"
+        f" {_time(facts['seconds_high'])}"
+        + (f"; {_time(alone)} of it the main process works alone" if machine["processes"] > 1 else ""),
+        "         (the interval is what forecasts of measured CPU runs were off by"
+        + ("; no GPU's time was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
+        f"memory   {memory}" + (f"; {_size(facts['ram_bytes_node'])} a node" if machine["processes"] > 1 else ""),
+        f"disk     {_size(facts['disk_bytes_peak'])} at its fullest, {_size(facts['disk_bytes_end'])} at the end,"
+        f" beside the dense model; {_size(facts['read_bytes'])} read by a process",
+        "         (final and plan at most: a sublayer that the search leaves dense takes nothing there)",
+        *_beside_paper(facts),
+        *(f"lacks    {what}" for what in facts["lacks"]),
         *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
     ]
+
+
+def _beside_paper(facts: dict[str, Any]) -> list[str]:
+    """The paper's own figures beside the forecast's."""
+    paper = facts["reference"]
+    more = paper["token_layers"] / max(1.0, facts["token_layers"])
+    said = [
+        f"token-layers of the search {facts['token_layers']:.3g}, {paper['token_layers']:.3g} ({more:.1f}x as many)"
+    ]
+    if "supernet_bytes" in paper:
+        said.append(f"supernets on disk {_size(facts['supernet_bytes'])}, {_size(paper['supernet_bytes'])}")
+    if "gpu_bytes" in paper and "gpu_bytes" in facts:
+        said.append(f"GPU memory {_size(facts['gpu_bytes'])} a process, {_size(paper['gpu_bytes'])} in all")
+    if "search_seconds" in paper:
+        ours = sum(r["seconds"] for r in facts["stages"] if r["stage"].startswith(("search", "singles")))
+        said.append(f"search {_time(ours)} here, {_time(paper['search_seconds'])} on the paper's GPU")
+    return [f"paper    ours, the paper's: {one}" for one in said]
 
 
 @app.command(
@@ -198,87 +268,57 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
 )
 def eval_(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
-    like: Annotated[Path | None, typer.Option(help="a run folder: the text it held out")] = None,
+    like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
-    windows: Annotated[int, typer.Option(min=1, help="windows per text")] = 16,
-    length: Annotated[int, typer.Option(min=16, help="tokens per window")] = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="windows per text  [default: 16]")] = None,
+    length: Annotated[int | None, typer.Option(min=16, help="tokens per window  [default: 512]")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")
     ] = None,
+    network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Measures perplexity on held-out text."""
+    """Measures perplexity on held-out text; of a network, accuracy on a run's test split."""
+    from compress.saved import lines
     from compress.verbs import evaluate
 
-    _show(
-        evaluate(model, like, text or [], windows, length, task or []),
-        json_,
-        lambda f: [
-            *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in f["texts"].items()),
-            f"ppl  geometric mean: {f['geometric_mean']:.3f}",
-            *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in f["tasks"]),
-        ],
-    )
+    facts = evaluate(model, like, text=text, windows=windows, length=length, task=task, network=network)
+    _show(facts, json_, partial(lines, "evaluate"))
 
 
 @app.command(epilog="Example:  compress export runs/demo --out demo-onnx")
 def export(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
     out: Annotated[Path, typer.Option(help="the folder to make")],
+    network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Exports a model to ONNX (prefill and decode with KV cache) and checks it against torch."""
+    """Exports a model to ONNX (language models: prefill and decode with KV cache) and checks it against torch."""
+    from compress.saved import lines
     from compress.verbs import export as run
 
-    _show(
-        run(model, out),
-        json_,
-        lambda f: [
-            f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in f["bytes"].items()
-        ]
-        + [
-            f"parity   {f['outputs_compared']} outputs, largest relative difference {f['largest_difference']:.1e}",
-            f"greedy   {f['greedy']['tokens']} tokens equal torch's",
-        ],
-    )
+    _show(run(model, out, network=network), json_, partial(lines, "export"))
 
 
 @app.command(epilog="Example:  compress bench runs/demo/export-dense runs/demo/export-pruned")
 def bench(
     dense: Annotated[Path, typer.Argument(help="export folder of the dense model")],
     pruned: Annotated[Path, typer.Argument(help="export folder of the pruned model")],
-    prompt: Annotated[int | None, typer.Option(min=1, help="tokens of the prompt")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="tokens in the cache")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="language models: tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="language models: tokens in the cache")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     json_: Json = False,
 ) -> None:
     """Measures latency and memory of two exports, interleaved in fresh processes."""
+    from compress.saved import lines
     from compress.verbs import bench as run
 
     facts = run(
-        dense, pruned, {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
+        dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads
     )
-    _show(facts, json_, _bench_lines)
-
-
-def _bench_lines(facts: dict[str, Any]) -> list[str]:
-    lines = []
-    for key in ("ttft", "tpot"):
-        ratio = facts["ratios"][key]
-        for label in ("dense", "pruned"):
-            m = facts[label][key]
-            lines.append(
-                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %,"
-                f" within {100 * m['all']['spread_within']:.1f} %;"
-                f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
-            )
-        lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
-    for label in ("dense", "pruned"):
-        lines.append(
-            f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB"
-        )
-    return lines
+    _show(facts, json_, partial(lines, "bench"))
 
 
 @app.command(epilog="Example:  compress card runs/demo --out card")

@@ -1,94 +1,232 @@
-"""What a run will cost, reckoned from shapes alone: seconds on this machine, bytes of disk and of memory.
+"""What a run will cost: its stages' work, priced with speeds fitted on measured runs or with a GPU's published peaks.
 
-Counts are multiply-adds doubled (FLOPs). They are estimates: what a machine does beside its matrix products is not in
-them, and a busy machine is slower.
+A recipe says what its stages do (`Stage`), the machine table what a machine is said to do, and `forecast.yaml`, which
+`tools/fit_forecast.py` writes from sealed runs, what a second bought on the machine those ran on and how far off such
+forecasts were on runs it had not seen.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
-    from compress.setup import Setup
+    from compress.machines import Machine
 
-# What Python, torch and transformers hold before there is a model (measured: 0.4 GB).
-BASE_BYTES = 400_000_000
-# The elimination's thin updates run at about a tenth of the speed of large products (tools/bench_local.py).
-THIN = 10
+FITTED = Path(__file__).with_name("forecast.yaml")
+
+# Kinds of work: unit, and what bounds a stage that spends most of its time on it.
+KINDS = {
+    "gemm32": ("FLOP", "float32 products"),
+    "gemm64": ("FLOP", "float64 solver"),
+    "thin64": ("byte", "float64 updates"),
+    "touch": ("byte", "memory traffic"),
+    "calls": ("block run", "calls"),
+    "seals": ("sealed stage", "seals"),
+    "read": ("byte", "reading"),
+    "logits": ("element pass", "logits"),
+    "write": ("byte", "hashing"),
+    "save": ("byte", "keeping streams"),
+    "make": ("byte", "making blocks"),
+    "choose": ("cell", "the knapsack"),
+    "sums": ("byte", "adding up"),
+    "gather": ("byte", "exchange"),
+}
+# What the main process alone does while the others wait.
+ALONE = ("gemm64", "thin64", "write")
 
 
-def flops_per_second() -> float:
-    """Float32 matrix products on this machine, measured for a quarter of a second."""
-    import torch
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, of the process that has the most to do and to hold.
 
-    x, w = torch.randn(2048, 1024), torch.randn(1024, 1024)
-    x @ w
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < 0.25:
-        x @ w
-        count += 1
-    return 2 * 2048 * 1024 * 1024 * count / (time.perf_counter() - began)
+    ``work``: amounts by `KINDS`; ``thin64_flops`` beside them, the FLOPs of the updates whose bytes are ``thin64``.
+    ``device`` and ``ram``: bytes by what holds them, at the stage's worst moment.
+    ``kept``: bytes on disk that stay; ``scratch``: the most that lies beside them meanwhile. ``reads``: bytes read.
+    """
+
+    name: str
+    work: Mapping[str, float]
+    device: Mapping[str, float]
+    ram: Mapping[str, float]
+    kept: float
+    scratch: float
+    reads: float = 0.0
+    token_layers: float = 0.0
+    candidates: int = 0
 
 
-def flops(setup: Setup, singles: int) -> dict[str, int]:
-    """FLOPs of the method's stages: ``singles`` candidates in the first iteration; `later` is every one behind it."""
-    g, costs, options = setup.geometry, setup.costs, setup.recipe.options
-    search, spec = options.search, setup.recipe.calibration
-    body, head = 2 * costs.backbone, 2 * g.hidden * g.vocab  # a token
-    inputs = g.heads * g.head_dim
-    statistics = 2 * g.layers * (inputs**2 + g.ffn**2 + g.hidden * (inputs + g.ffn))
-    eliminate = THIN * g.layers * sum(2 * n**3 + n**2 * g.hidden for n in (inputs, g.ffn))
-    tokens = spec.windows * spec.length
-    few = min(spec.windows, options.supernet_windows or spec.windows) * spec.length
-    window = search.length or spec.length
-    scored = head * min(search.positions, window - 1) // window
+@dataclass(frozen=True)
+class Fit:
+    """What `tools/fit_forecast.py` found: CPU seconds a unit of each kind of work, at the speeds of ``reference``
+    (FLOP/s and bytes/s); a process's bytes before there is a model, and what one reckoned byte holds in truth.
 
-    def candidates(count: int, windows: int) -> int:
-        # A candidate runs, on average, half the blocks: those behind its first change.
-        return int(count * windows * window * (body // 2 + scored))
+    ``low`` and ``high``: of runs that were not fitted on, measured time over forecast time, 5 % and 95 %.
+    """
 
-    # Later iterations look at the neighbours of the solution so far: two attention levels and the FFN's own.
-    later = g.layers * (options.refine_levels + 2)
-    shares = zip(search.steps, [search.offspring, *search.survivors], strict=True)
-    evolution = search.generations * sum(candidates(n, int(s * search.windows)) for s, n in shares)
-    starting = candidates(16, search.windows)
-    return {
-        "metrics": options.metric_windows * spec.length * 3 * (body + head) if options.metric != "none" else 0,
-        "first_supernet": few * (body + statistics) + eliminate,
-        "first_singles": candidates(singles, search.singles_windows),
-        "later_supernet": few * (2 * body + statistics) + eliminate,
-        "later_singles": candidates(later, search.singles_windows),
-        "search": starting + evolution,
-        "last_pass": tokens * (2 * body + statistics) + eliminate,
+    seconds: Mapping[str, float]
+    reference: Mapping[str, float]
+    base: float
+    factor: float
+    low: float
+    high: float
+    runs: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@lru_cache
+def load_fit(path: Path = FITTED) -> Fit:
+    facts = yaml.safe_load(path.read_text())
+    return Fit(
+        facts["seconds_per_unit"],
+        facts["reference"],
+        facts["memory"]["base"],
+        facts["memory"]["factor"],
+        facts["measured_over_forecast"]["low"],
+        facts["measured_over_forecast"]["high"],
+        facts["runs"]["fitted"],
+        facts,
+    )
+
+
+def cpu_seconds(stage: Stage, fit: Fit) -> dict[str, float]:
+    """CPU seconds by kind of work on the machine, and with the one thread, that the fit was made with."""
+    return {kind: amount * fit.seconds[kind] for kind, amount in stage.work.items() if kind in KINDS}
+
+
+def held(stage: Stage, fit: Fit) -> float:
+    """Bytes that a process without a GPU holds at the stage's worst moment."""
+    return fit.base + fit.factor * (sum(stage.device.values()) + sum(stage.ram.values()))
+
+
+def seconds(stage: Stage, machine: Machine, fit: Fit, cold: float) -> dict[str, float]:
+    """Wall seconds by kind of work on ``machine``; nothing overlaps, as in the code.
+
+    Args:
+        cold: bytes, of those the stage reads, that come from the disk; the rest is in the system's cache.
+    """
+    spent = cpu_seconds(stage, fit)
+    here = {"gemm32": machine.float32, "gemm64": machine.float64}
+    for kind, rate in here.items():
+        if kind in spent:
+            wanted = stage.work[kind] / rate
+            spent[kind] = wanted if machine.gpu else spent[kind] * fit.reference[kind] / rate
+    for kind, moved in (("thin64", 1), ("touch", 1), ("logits", 12)):
+        if kind in spent:
+            spent[kind] = (
+                moved * stage.work[kind] / machine.bandwidth
+                if machine.gpu
+                else spent[kind] * fit.reference["copy"] / machine.bandwidth
+            )
+    if machine.gpu:
+        if "thin64" in spent:
+            # A GPU that is slow in float64 is bound by the updates' arithmetic, not by what they move.
+            spent["thin64"] = max(spent["thin64"], stage.work.get("thin64_flops", 0.0) / machine.float64)
+        for kind in ("make", "sums"):
+            if kind in spent:
+                spent[kind] = stage.work[kind] / machine.pcie
+        if "read" in spent:
+            # bfloat16 is turned to float32 on the CPU, by one core as measured, and sent over the bus twice as large.
+            spent["read"] += 2 * stage.work["read"] / machine.pcie
+    if machine.disk_read:
+        # Written at the rate that is read at, for want of a better figure; by every process what is its own.
+        written = stage.work.get("write", 0.0) + machine.count * stage.work.get("save", 0.0)
+        spent["disk"] = (cold + written) / machine.disk_read
+    return spent
+
+
+def forecast(stages: Sequence[Stage], machine: Machine, dense_bytes: float) -> dict[str, Any]:
+    """Prices all stages on a machine. Bytes, seconds; JSON-like.
+
+    Args:
+        dense_bytes: the stored model's, which a node's cache may hold.
+    """
+    fit = load_fit()
+    rows: list[dict[str, Any]] = []
+    kept = peak = 0.0
+    warm = False
+    for stage in stages:
+        device, ram = sum(stage.device.values()), sum(stage.ram.values())
+        if machine.gpu:
+            own = {"gpu_bytes": fit.factor * device, "ram_bytes": fit.base + fit.factor * ram}
+        else:
+            own = {"ram_bytes": held(stage, fit)}
+        # Once read, the weights stay in the system's cache where the node has room for them.
+        room = machine.ram - machine.count * own["ram_bytes"] > dense_bytes
+        first = min(stage.reads, dense_bytes)
+        cold = (0.0 if warm and room else first) if room else stage.reads * machine.count
+        warm = room
+        spent = seconds(stage, machine, fit, cold)
+        total = sum(spent.values())
+        main = max(spent, key=lambda k: spent[k]) if total else "calls"
+        peak = max(peak, kept + stage.kept + stage.scratch)
+        kept += stage.kept
+        everything = {**stage.ram, **({} if machine.gpu else stage.device)}
+        rows.append(
+            {
+                "stage": stage.name,
+                "seconds": total,
+                "bound_by": "disk" if main == "disk" else KINDS[main][1],
+                "bound_share": spent[main] / total if total else 0.0,
+                "main_alone_seconds": sum(spent.get(k, 0.0) for k in ALONE),
+                "seconds_by_kind": spent,
+                **own,
+                "gpu_largest": max(stage.device, key=lambda k: stage.device[k]),
+                "ram_largest": max(everything, key=lambda k: everything[k]),
+                "read_bytes": stage.reads,
+                "written_bytes": stage.kept,
+                "scratch_bytes": stage.scratch,
+                "disk_bytes": kept + stage.scratch,
+                "token_layers": stage.token_layers,
+                "candidates": stage.candidates,
+            }
+        )
+    total = sum(r["seconds"] for r in rows)
+    worst_ram = max(rows, key=lambda r: r["ram_bytes"])
+    found: dict[str, Any] = {
+        "machine": {
+            "name": machine.title,
+            "processes": machine.world,
+            "nodes": machine.nodes,
+            "gpu": machine.gpu,
+            "figures": machine.words,
+        },
+        "stages": rows,
+        "seconds": total,
+        "seconds_low": total * fit.low,
+        "seconds_high": total * fit.high,
+        "ram_bytes": worst_ram["ram_bytes"],
+        "ram_stage": worst_ram["stage"],
+        "ram_bytes_node": machine.count * worst_ram["ram_bytes"],
+        "disk_bytes_peak": peak,
+        "disk_bytes_end": kept,
+        "read_bytes": sum(r["read_bytes"] for r in rows),
+        "token_layers": sum(r["token_layers"] for r in rows),
+        "lacks": [],
+        "fit": {"runs": fit.runs, "measured_on": "this project's development machine, one core", "low": fit.low,
+                "high": fit.high},
     }
-
-
-def total_flops(stages: dict[str, int], iterations: int) -> int:
-    """All stages of a run with that many iterations."""
-    later = (iterations - 1) * (stages["later_supernet"] + stages["later_singles"])
-    first = stages["metrics"] + stages["first_supernet"] + stages["first_singles"]
-    return first + later + iterations * stages["search"] + stages["last_pass"]
-
-
-def disk_bytes(setup: Setup, supernet: int) -> dict[str, int]:
-    """What is written: the first supernet (to 5 %), activations kept for resuming, metrics, and the model."""
-    g, spec = setup.geometry, setup.recipe.calibration
-    metrics = 2 * g.layers * g.hidden**2 * 4 if setup.recipe.options.metric != "none" else 0
-    kept = setup.costs.total - round(setup.recipe.sparsity * setup.costs.backbone)
-    return {
-        "first_supernet": supernet,
-        "streams": 2 * spec.windows * spec.length * g.hidden * 4,
-        "metrics": metrics,
-        "model": kept * setup.stored_dtype.itemsize,
-    }
-
-
-def memory_bytes(setup: Setup, disk: dict[str, Any]) -> int:
-    """The most the pruning stages hold at once: the model twice (its file is mapped while it is copied), the streams,
-    one batch of logits with its gradient, and one sublayer's inputs over all windows."""
-    g, spec = setup.geometry, setup.recipe.calibration
-    inputs = spec.windows * spec.length * max(g.ffn, g.heads * g.head_dim) * 4
-    logits = 3 * spec.length * g.vocab * 4
-    solver = 6 * g.ffn**2 * 8
-    return int(BASE_BYTES + 2 * setup.costs.total * 4 + 2 * disk["streams"] + inputs + logits + solver)
+    lacks = found["lacks"]
+    if machine.gpu:
+        worst = max(rows, key=lambda r: r["gpu_bytes"])
+        found |= {"gpu_bytes": worst["gpu_bytes"], "gpu_stage": worst["stage"]}
+        for row in rows:
+            if row["gpu_bytes"] > machine.memory:
+                lacks.append(
+                    f"{row['stage']}: {row['gpu_bytes'] / 1e9:.0f} GB of GPU memory, {machine.memory / 1e9:.0f} are"
+                    f" there (mostly {row['gpu_largest']})"
+                )
+    for row in rows:
+        if machine.count * row["ram_bytes"] > machine.ram:
+            lacks.append(
+                f"{row['stage']}: {machine.count * row['ram_bytes'] / 1e9:.0f} GB of RAM on a node,"
+                f" {machine.ram / 1e9:.0f} are there (mostly {row['ram_largest']})"
+            )
+    if peak > machine.disk:
+        lacks.append(f"disk: {peak / 1e9:.0f} GB at its fullest, {machine.disk / 1e9:.0f} are there")
+    return found

@@ -122,6 +122,8 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
     drawn = fingerprint({"network": alias.network, "arguments": arguments, "seed": recipe.seed, "code": code})
     weights = sha256_of(file) if file is not None else drawn
     resolved = Resolved(name, Path(), source, alias.base_model, alias.license)
+    # What the model's own file says of the data is said in the run's lock too: it is what `compress eval` reads.
+    recipe = recipe.model_copy(update={"data": spec})
     return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file)
 
 
@@ -157,8 +159,10 @@ def trained(
     masks: Masks | None = None,
     remask: Remask | None = None,
     seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A sealed stage with a network trained from ``start``: weights, masks where there are any, and a row an epoch.
+    """A sealed stage with a network trained from ``start``: the saved network (`save_network`), masks where there are
+    any, and a row an epoch. ``changes`` are the arguments in which the network differs from the setup's.
 
     A run that was stopped in it goes on from the last checkpoint to the same bytes.
     """
@@ -187,7 +191,7 @@ def trained(
             apply_masks(model, held)
         if folder is None:
             return
-        save_weights(model, folder / WEIGHTS)
+        save_network(setup, model, folder, **(changes or {}))
         if held:
             save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
         (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -239,12 +243,8 @@ def real_inputs(setup: NetworkSetup, count: int) -> Tensor:
     return setup.data.prepare(split.inputs[torch.arange(min(count, len(split)))])
 
 
-def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> dict[str, Any]:
-    """A folder that a clean process can load: weights, how to build the network, outputs to compare with.
-
-    Returns:
-        What the clean process found, see `verify_network`.
-    """
+def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> None:
+    """A folder that can be loaded by itself: weights, how to build the network, and outputs on held-out samples."""
     import torch
     from safetensors.torch import save_file
 
@@ -268,6 +268,15 @@ def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: 
     save_file(
         {"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT
     )
+
+
+def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Saves a network and loads it in a clean process.
+
+    Returns:
+        What the clean process found, see `verify_network`.
+    """
+    save_network(setup, model, folder, **changes)
     found = verify_network(folder)
     (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
@@ -286,7 +295,22 @@ def verify_network(folder: Path) -> dict[str, Any]:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise CompressError(f"the saved network does not load again: {last}", where=str(folder), fix="make it again")
     found: dict[str, Any] = json.loads(done.stdout)
-    tolerance = TOLERANCE * found["max_abs_output"]
+    tolerance = same_outputs(found, folder)
+    return {
+        "class": found["class"],
+        "parameters": found["parameters"],
+        "max_logit_difference": found["max_abs_difference"],
+        "tolerance": tolerance,
+    }
+
+
+def same_outputs(found: Mapping[str, Any], folder: Path) -> float:
+    """How far outputs may lie apart, after what `compress.reload_network` found in ``folder``.
+
+    Raises:
+        CompressError: they lie further apart.
+    """
+    tolerance: float = TOLERANCE * found["max_abs_output"]
     if not found["max_abs_difference"] <= tolerance:
         raise CompressError(
             f"the saved network gives other outputs: they differ by {found['max_abs_difference']:.3g}"
@@ -294,12 +318,7 @@ def verify_network(folder: Path) -> dict[str, Any]:
             where=str(folder),
             fix="make it again with `compress prune --fresh`",
         )
-    return {
-        "class": found["class"],
-        "parameters": found["parameters"],
-        "max_logit_difference": found["max_abs_difference"],
-        "tolerance": tolerance,
-    }
+    return tolerance
 
 
 def evaluated(

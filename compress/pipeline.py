@@ -159,6 +159,7 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         options=setup.recipe.options,
         inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
         offload=setup.recipe.memory.offload,
+        dtype=setup.stored_dtype,
     )
 
 

@@ -1,35 +1,88 @@
-"""Loads a saved network in a clean process and compares it with its fingerprint. Run as a module.
+"""Loads a saved network and compares it with its fingerprint. Run as a module, it does so in a clean process.
 
-Prints one line of JSON: {"max_abs_difference", "max_abs_output", "parameters", "class"}.
+It then prints one line of JSON: {"max_abs_difference", "max_abs_output", "parameters", "class"}.
 """
+
+from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
-def main(folder: Path) -> None:
+@dataclass(frozen=True)
+class Reloaded:
+    """A network in evaluation mode, on the CPU; what its folder says of it; the held-out samples that lie there."""
+
+    model: nn.Module
+    facts: dict[str, Any]
+    inputs: Tensor  # (n, ...) float32, prepared
+    found: dict[str, Any]
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a folder says of its network: how it is built, its input, its tasks.
+
+    Raises:
+        CompressError: it cannot be read.
+    """
+    path = folder / "network.json"
+    try:
+        facts = json.loads(path.read_text())
+        complete = {"network", "arguments", "input", "mean", "std", "tasks"} <= facts.keys()
+    except (OSError, ValueError, AttributeError):
+        complete = False
+    if not complete:
+        raise CompressError(
+            "the facts of the network cannot be read", where=str(path), fix="make the model again, or copy it whole"
+        )
+    return dict(facts)
+
+
+def reload(folder: Path, network: str | None = None) -> Reloaded:
+    """The network of a folder; ``network`` is built in place of the one that the folder names.
+
+    Raises:
+        CompressError: a file is missing or not whole, or the weights do not fit.
+    """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from compress.models.zoo import build, load_weights
 
-    facts = json.loads((folder / "network.json").read_text())
-    kept = load_file(folder / "fingerprint.safetensors")
-    model = build(facts["network"], facts["arguments"]).eval()
+    facts = read_facts(folder)
+    try:
+        kept = load_file(folder / "fingerprint.safetensors")
+    except (OSError, SafetensorError) as e:
+        raise CompressError(
+            f"the fingerprint cannot be read: {e}", where=str(folder), fix="make the model again, or copy it whole"
+        ) from e
+    model = build(network or facts["network"], facts["arguments"]).eval()
     load_weights(model, folder / "model.safetensors")
     with torch.no_grad():
         out = model(kept["input"])
-    outputs = {facts["tasks"][0]["name"]: out} if isinstance(out, torch.Tensor) else out
-    differences = [float((outputs[t["name"]] - kept[f"output.{t['name']}"]).abs().max()) for t in facts["tasks"]]
+    names = [task["name"] for task in facts["tasks"]]
+    outputs = {names[0]: out} if isinstance(out, torch.Tensor) else out
+    differences = [float((outputs[name] - kept[f"output.{name}"]).abs().max()) for name in names]
     found = {
         "max_abs_difference": max(differences),
-        "max_abs_output": max(float(kept[f"output.{t['name']}"].abs().max()) for t in facts["tasks"]),
+        "max_abs_output": max(float(kept[f"output.{name}"].abs().max()) for name in names),
         "parameters": sum(p.numel() for p in model.parameters()),
         "class": type(model).__name__,
     }
-    print(json.dumps(found))
+    return Reloaded(model, facts, kept["input"], found)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    try:
+        print(json.dumps(reload(Path(sys.argv[1])).found))
+    except CompressError as e:
+        sys.exit(f"{e.what} ({e.where})")

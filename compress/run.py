@@ -136,6 +136,8 @@ class Run:
                 "seconds": round(time.monotonic() - began, 3),
                 # ru_maxrss is in KiB on Linux: the most this process has held so far.
                 "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                # Of this process from its start; the difference of two seals does not mind other work on the machine.
+                "cpu_seconds_so_far": round(time.process_time(), 3),
                 "files": {
                     str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files
                 },

@@ -130,7 +130,7 @@ def quiet() -> None:
 
 def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
-    from compress.checkpoint import is_ragged, load_config, weight_files, weights_hash
+    from compress.checkpoint import load_config, refuse_ragged, weight_files, weights_hash
     from compress.models.families import family_for
     from compress.models.sources import resolve
     from compress.recover import check as check_recovery
@@ -139,18 +139,26 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     resolved = resolve(model)
     config = load_config(resolved.folder)
     family = family_for(config)
-    if is_ragged(resolved.folder):
-        raise CompressError(
-            "the model's layers already differ in size; pruning a pruned model again is not supported",
-            where=str(resolved.folder),
-            fix="prune the dense model at the higher sparsity",
-        )
+    refuse_ragged(resolved.folder)
     weight_files(resolved.folder)
     if isinstance(recipe, Recipe):
         check_recovery(recipe, family, config)
     return Setup(
         resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
     )
+
+
+def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
+    """What `prepare` finds, from the configuration alone: no weight is fetched or read, so none can be asked for."""
+    from compress.checkpoint import refuse_ragged
+    from compress.models.families import family_for
+    from compress.models.sources import describe
+
+    quiet()
+    resolved, config = describe(model)
+    refuse_ragged(resolved.folder)
+    family = family_for(config)
+    return Setup(resolved, recipe, family, family.geometry(config), family.costs(config), config, weights="")
 
 
 @dataclass

@@ -349,7 +349,10 @@ def lines(report: dict[str, Any]) -> list[str]:
 
 def forecast(model: str, recipe: TextRecipe) -> dict[str, Any]:
     """What `prune` would do, without reading a weight: layers, budget, floors, disk, memory, time."""
-    from compress.forecast import BASE_BYTES, flops_per_second
+    import torch
+
+    from compress.forecast import load_fit
+    from compress.machines import speed as measured_speed
     from compress.recipes.global_mp.prune import budget
 
     setup = prepare(model, recipe)
@@ -358,7 +361,7 @@ def forecast(model: str, recipe: TextRecipe) -> dict[str, Any]:
     prunable, spec = sum(prod(shape) for shape in shapes.values()), recipe.evaluation
     tokens = len(spec.texts) * spec.windows * spec.length
     models = 2 + len(_others(recipe))
-    speed = flops_per_second()
+    speed = measured_speed(torch.device("cpu"), torch.float32)
     once = 2 * (setup.costs.backbone + setup.geometry.vocab * setup.geometry.hidden)
     size = setup.stored_dtype.itemsize
     return {
@@ -377,7 +380,7 @@ def forecast(model: str, recipe: TextRecipe) -> dict[str, Any]:
             "packed": (setup.costs.total - prune) * size + -(-prunable // 8),
         },
         # Two models in float32, one of them masked, and a batch of logits in two types.
-        "memory_bytes": BASE_BYTES + 8 * setup.costs.total + 2 * 4 * 4 * spec.length * setup.geometry.vocab,
+        "memory_bytes": load_fit().base + 8 * setup.costs.total + 2 * 4 * 4 * spec.length * setup.geometry.vocab,
         "seconds_estimated": {
             "speed_gflops": round(speed / 1e9, 1),
             "evaluation": round(models * tokens * once / speed),

@@ -257,7 +257,7 @@ def _columns(run: Run, setup: NetworkSetup, dense: Path) -> Sparse:
     def start() -> nn.Module:
         return cut(loaded(setup, dense), setup.build(**ranks), kept)
 
-    untrained = trained(run, setup, "cut", None, start, inputs=asked)
+    untrained = trained(run, setup, "cut", None, start, inputs=asked, changes=ranks)
     folder = untrained
     if setup.recipe.finetune is not None and setup.recipe.finetune.epochs:
         folder = trained(
@@ -268,6 +268,7 @@ def _columns(run: Run, setup: NetworkSetup, dense: Path) -> Sparse:
             lambda: loaded(setup, untrained, **ranks),
             inputs=asked,
             seed=1,
+            changes=ranks,
         )
     return Sparse(folder, {}, {}, untrained, ranks)
 

@@ -8,30 +8,39 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.forecast import disk_bytes, flops, flops_per_second, memory_bytes, total_flops
-from compress.recipe import BenchSection, ExportSection, load_recipe, recipe_names
+from compress.recipe import load_recipe, recipe_names
 from compress.run import SEAL, verify_seal
 
 
-def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it."""
+def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this-machine") -> dict[str, Any]:
+    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it.
+
+    Args:
+        on: the machine that is asked about; see `compress.machines`.
+    """
+    from compress.forecast import forecast
+    from compress.machines import find_machine
     from compress.pipeline import METHODS, job_for, module_of
-    from compress.recipes.tyr.choice import block_menus, check_budget
-    from compress.recipes.tyr.supernet import predicted_bytes
-    from compress.setup import prepare
+    from compress.recipes.tyr.choice import check_budget
+    from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
+    from compress.setup import RESIDENT_SHARE, outline
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
     other = getattr(module_of(recipe), "forecast", None)
     if other is not None:
         return dict(other(model, recipe))
-    setup = prepare(model, recipe)
+    machine = find_machine(on, Path("runs"))
+    setup = outline(model, recipe)
     job = job_for(setup, None, {})
     target = check_budget(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
-    menus = block_menus(job, 1, None)
-    disk = disk_bytes(setup, sum(predicted_bytes(menu, g) for menu in menus))
-    work = flops(setup, sum(len(m.neurons) + len(m.heads) - 2 for m in menus))
-    speed = flops_per_second()
+    streamed = recipe.memory.stream
+    if streamed is None:
+        free = machine.memory if machine.gpu else machine.ram / machine.count
+        streamed = 4 * costs.total > RESIDENT_SHARE * free
+    reckoned = stages(shape_of(setup, machine.world, streamed), job)
+    dense = costs.total * setup.stored_dtype.itemsize
+    found = forecast(reckoned, machine, dense)
     return {
         "model": setup.resolved.name,
         "source": setup.resolved.source,
@@ -49,13 +58,11 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
             "total_parameters": costs.total - target,
             "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
         },
-        "disk_bytes": disk,
-        "memory_bytes": memory_bytes(setup, disk),
-        "seconds_estimated": {
-            "speed_gflops": round(speed / 1e9, 1),
-            **{stage: round(count / speed) for stage, count in work.items()},
-            "total": round(total_flops(work, options.iterations) / speed),
-        },
+        "dense_bytes": dense,
+        "streamed": streamed,
+        **found,
+        "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
+        "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
         "iterations": options.iterations,
         "loads_with": {
             "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
@@ -64,85 +71,37 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str]) -> dict[str, An
     }
 
 
-def saved_model(path: Path) -> Path:
-    """The model folder meant by a path: the folder itself, or a run folder's model."""
-    if (path / "config.json").exists():
-        return path
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+# The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
+# reckoned from its 190 s a generation.
+PAPER: dict[str, dict[str, float]] = {
+    "llama-70b": {"supernet_bytes": 414.7e9, "gpu_bytes": 140e9},
+    "llama-8b": {"supernet_bytes": 39.6e9, "search_seconds": 10.6 * 3600},
+    "llama-2-7b": {"supernet_bytes": 39.6e9},
+    "mistral-7b": {"supernet_bytes": 39.6e9},
+}
 
 
-def _load(path: Path) -> tuple[Any, Any, Any, Path]:
-    """(model, family, tokenizer, folder) of a saved model, of either layout."""
-    from transformers import AutoTokenizer
+def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
+    """What a saved model is worth: perplexity of a language model, accuracy of a network on a run's test split."""
+    from compress.saved import call, find
 
-    from compress.checkpoint import check_weights, load_config, load_model
-    from compress.models.families import family_for
-    from compress.setup import quiet
-
-    quiet()
-    folder = saved_model(path)
-    family = family_for(load_config(folder))
-    check_weights(folder)
-    return load_model(folder, family), family, AutoTokenizer.from_pretrained(folder), folder
+    kind, folder = find(model)
+    return call(kind, "evaluate", folder, like, **options)
 
 
-def _folder_of(model: str) -> Path:
-    """A local path as it is; anything else is a name that `resolve` knows."""
-    from compress.models.sources import resolve
-
-    return Path(model) if Path(model).exists() else resolve(model).folder
-
-
-def evaluate(
-    model: str, like: Path | None, text: Sequence[str], windows: int, length: int, tasks: Sequence[str]
-) -> dict[str, Any]:
-    """Perplexity of a model on a run's held-out windows (``like``) or on text files."""
-    from compress.data import pack
-    from compress.evaluate import geometric_mean, harness_tasks, perplexity
-
-    if bool(like) == bool(text):
-        raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
-    loaded, _, tokenizer, folder = _load(_folder_of(model))
-    if like is not None:
-        from safetensors.torch import load_file
-
-        source = like / "text" / "windows.safetensors"
-        lock = like / "recipe.lock.yaml"
-        if not source.exists() or not lock.exists():
-            raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
-        import yaml
-
-        names = [t["name"] for t in yaml.safe_load(lock.read_text())["recipe"]["evaluation"]["texts"]]
-        tensors = load_file(source)
-        texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
-    else:
-        from compress.data import read_files
-
-        texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
-    found = {name: perplexity(loaded, ids, f"perplexity, {name}") for name, ids in texts.items()}
-    return {
-        "model": str(folder),
-        "texts": found,
-        "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
-        "tasks": harness_tasks(folder, list(tasks), False) if tasks else [],
-    }
-
-
-def export(model: str, out: Path) -> dict[str, Any]:
+def export(model: str, out: Path, **options: Any) -> dict[str, Any]:
     """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed."""
-    from compress.export.check import write_checked
+    from compress.saved import call, find
 
     if out.exists() and any(out.iterdir()):
         raise UsageError("the folder is not empty", where=str(out), fix="name another --out folder")
-    loaded, family, tokenizer, folder = _load(_folder_of(model))
+    kind, folder = find(model)
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        facts = write_checked(loaded, tokenizer, partial, ExportSection(), family.geometry(loaded.config).vocab)
+        facts = call(kind, "export", folder, partial, **options)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -152,21 +111,11 @@ def export(model: str, out: Path) -> dict[str, Any]:
     return {"model": str(folder), "out": str(out), **facts}
 
 
-def bench(dense: Path, pruned: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Latency of two export folders, interleaved."""
-    import onnx
+def bench(dense: Path, pruned: Path, **options: Any) -> dict[str, Any]:
+    """Latency of two export folders of one kind, interleaved."""
+    from compress.saved import call, exported_kind
 
-    from compress.export.bench.local import compare_llm
-    from compress.export.onnx import PREFILL
-
-    spec = BenchSection(**{k: v for k, v in overrides.items() if v is not None}).model_dump()
-    for folder in (dense, pruned):
-        if not (folder / PREFILL).exists():
-            raise CompressError(
-                f"there is no {PREFILL}", where=str(folder), fix="name a folder made by `compress export`"
-            )
-    logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
-    return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
+    return call(exported_kind((dense, pruned)), "bench", dense, pruned, **options)
 
 
 def card(run: Path, out: Path | None) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.cache import cache_dir, sha256_of
 from compress.errors import CompressError, UsageError
@@ -53,6 +54,9 @@ class Alias(_Strict):
     license: str
     base_model: str
     sources: list[Source]
+    config: dict[str, Any] | None = Field(
+        None, description="the published config.json's sizes: what `compress plan` takes when nothing can be fetched"
+    )
 
 
 class NetworkAlias(_Strict):
@@ -185,6 +189,50 @@ def describe_alias(name: str) -> str:
     )
 
 
+def describe(name: str) -> tuple[Resolved, Any]:
+    """A model's configuration, without a weight being fetched: from where `resolve` would find the model or, where
+    nothing can be reached, from the sizes in its models/*.yaml (which is said).
+
+    Returns:
+        (what `resolve` would say, its folder without weights perhaps; the transformers config).
+
+    Raises:
+        UsageError, CompressError: as `resolve`.
+    """
+    from compress.checkpoint import load_config
+
+    if Path(name).is_dir() and name not in alias_names():
+        found = resolve(name)
+        return found, load_config(found.folder)
+    if name not in alias_names():
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+            folder, words = from_hub(name, None, ["config.json"])
+            return Resolved(name.split("/")[1], folder, words, name, None), load_config(folder)
+        found = resolve(name)  # says what is wrong with the name
+        return found, load_config(found.folder)
+    alias = load_alias(name)
+    reasons = []
+    for source in alias.sources:
+        try:
+            if source.package:
+                folder, words = _from_package(source)
+            else:
+                folder, words = from_hub(str(source.hub), source.revision, ["config.json"])
+        except CompressError as e:
+            reasons.append(e.what)
+            continue
+        return Resolved(name, folder, words, alias.base_model, alias.license), load_config(folder)
+    if not isinstance(alias, Alias) or alias.config is None:
+        raise CompressError(
+            "; ".join(reasons), where=f"model {name}", fix="check the network, or name a local folder with the model"
+        )
+    from transformers import AutoConfig
+
+    words = f"the published sizes in models/{name}.yaml"
+    say(f"model {name}: {words} ({'; '.join(reasons)})")
+    return Resolved(name, ALIASES, words, alias.base_model, alias.license), AutoConfig.for_model(**alias.config)
+
+
 def _card_facts(folder: Path) -> dict[str, Any]:
     """The metadata of the folder's own model card, where it has one."""
     card = folder / "README.md"
@@ -200,7 +248,7 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
+def from_hub(repo: str, revision: str | None, files: Sequence[str] = FILES) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -212,7 +260,7 @@ def from_hub(repo: str, revision: str | None) -> tuple[Path, str]:
 
     fix = "check the network, or name a local folder with the model"
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=FILES)
+        folder = snapshot_download(repo, revision=revision, allow_patterns=list(files))
     except GatedRepoError as e:
         raise CompressError(
             f"the hub model {repo} asks you to accept its terms first",

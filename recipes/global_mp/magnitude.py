@@ -44,6 +44,7 @@ CHUNK = 2**18
 BINS = 2**16
 SIGN = 0x7FFFFFFF  # clears the sign bit
 INFINITY = 0x7F800000  # the first key that is no finite number
+WRONG_TYPE, TWICE = -1, -2  # faults of a layer; a positive one counts its NaN and infinite values
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ def find_cuts(
         source: read three times; a tensor is let go before the next is asked for.
         floors: the number of weights that a layer keeps at least, by name; none where it is not named.
         all_reduce: for several ranks. Each rank gives the layers it holds, and the same ``prune``, ``floors`` (of all
-            layers) and ``order``; each gets the cuts of its own layers. A faulty weight on one rank is raised on all.
+            layers) and ``order``; each gets the cuts of its own layers. What fails on one rank is raised on all.
         order: with ``all_reduce``, the names of all layers on all ranks (of tied ones the first in order alone).
 
     Raises:
         CompressError: a weight is NaN or infinite (the layer is named), or of another type than float32, float16 and
-            bfloat16; there is no weight; fewer than ``prune`` may be pruned; a layer is held by no rank or by two.
+            bfloat16; there is no weight; fewer than ``prune`` may be pruned; a layer is there twice, or is held by no
+            rank or by two; another rank's layers could not be read (its own error tells why).
         ValueError: ``prune`` is negative, or ``all_reduce`` is given without ``order``.
     """
     import numpy as np
@@ -132,28 +134,50 @@ def find_cuts(
         raise ValueError("ranks need the order of all layers")
     floors = floors or {}
 
-    def over_ranks(counts: Tensor) -> Tensor:
-        return counts if all_reduce is None else all_reduce(counts)
+    def over_ranks(size: int, count: Callable[[], Tensor]) -> Tensor:
+        """The sum over all ranks of what each counts, int64 of any shape of ``size``; a failure of one ends all."""
+        if all_reduce is None:
+            return count()
+        failure: Exception | None = None
+        try:
+            mine = count().flatten()
+        except Exception as e:  # whatever it is: the others wait for this rank's counts
+            failure, mine = e, torch.zeros(size, dtype=torch.int64)
+        total = all_reduce(torch.cat([mine, torch.tensor([int(failure is not None)])]))
+        if failure is not None:
+            raise failure
+        if int(total[-1]):
+            raise CompressError(
+                f"layers could not be read on {int(total[-1])} of the other ranks",
+                where="another rank",
+                fix="mend what is said there; nothing was pruned",
+            )
+        return total[:-1]
 
     # Pass 1: sizes, faults, and how many weights go at most at each value of the upper bits.
-    coarse, sizes, faults = torch.zeros(BINS // 2, dtype=torch.int64), dict[str, int](), dict[str, int]()
-    for name, weight in source():
-        if name in sizes:
-            raise CompressError(
-                f"the layer {name} is there twice", where=name, fix="give every layer a name of its own"
-            )
-        size = sizes[name] = weight.numel()
-        faults[name] = 0 if str(weight.dtype) in DTYPES else -1
-        if faults[name] == 0:
-            counts = _coarse(weight)
-            faults[name] = int(counts[INFINITY >> 16 :].sum())
-            coarse += counts.cumsum(0).clamp_(max=size - min(floors.get(name, 0), size))
+    sizes, faults = dict[str, int](), dict[str, int]()
+
+    def first() -> Tensor:
+        coarse = torch.zeros(BINS // 2, dtype=torch.int64)
+        for name, weight in source():
+            size = weight.numel()
+            if name in sizes:
+                faults[name] = TWICE
+                continue
+            sizes[name] = size
+            faults[name] = 0 if str(weight.dtype) in DTYPES else WRONG_TYPE
+            if faults[name] == 0:
+                counts = _coarse(weight)
+                faults[name] = int(counts[INFINITY >> 16 :].sum())
+                coarse += counts.cumsum(0).clamp_(max=size - min(floors.get(name, 0), size))
+        every = sorted(sizes) if order is None else sorted(order)
+        table = torch.tensor([[name in sizes, sizes.get(name, 0), faults.get(name, 0)] for name in every])
+        return torch.cat([coarse, table.long().flatten(), torch.tensor([len(set(sizes) - set(every))])])
+
+    counts = over_ranks(BINS // 2 + 3 * len(order or ()) + 1, first)
     names = sorted(sizes) if order is None else sorted(order)
-    strangers = [name for name in sizes if name not in set(names)]
-    table = torch.tensor([[name in sizes, sizes.get(name, 0), faults.get(name, 0)] for name in names]).view(-1, 3)
-    counts = over_ranks(torch.cat([coarse, table.long().flatten(), torch.tensor([len(strangers)])]))
     coarse, table = counts[: BINS // 2], counts[BINS // 2 : -1].view(-1, 3)
-    _refuse_faults(names, table, int(counts[-1]), strangers)
+    _refuse_faults(names, table, int(counts[-1]), [name for name in sizes if name not in set(names)])
     every = {name: int(size) for name, size in zip(names, table[:, 1], strict=True)}
     if not sum(every.values()):
         raise CompressError("the model has no prunable weight", where="model", fix="name layers that can be pruned")
@@ -162,23 +186,31 @@ def find_cuts(
 
     # Pass 2: the same inside the bin where the sum reaches the target, in the lower bits.
     high = int(torch.searchsorted(coarse, prune))
-    fine = torch.zeros(BINS, dtype=torch.int64)
-    for name, weight in source():
-        below, inside = _fine(weight, high)
-        fine += inside.cumsum(0).add_(below).clamp_(max=caps[name])
-    bits = (high << 16) + int(torch.searchsorted(over_ranks(fine), prune))
+
+    def second() -> Tensor:
+        fine = torch.zeros(BINS, dtype=torch.int64)
+        for name, weight in source():
+            below, inside = _fine(weight, high)
+            fine += inside.cumsum(0).add_(below).clamp_(max=caps[name])
+        return fine
+
+    bits = (high << 16) + int(torch.searchsorted(over_ranks(BINS, second), prune))
 
     # Pass 3: what each layer has below and at the threshold; a layer that its cap stops earlier has a cut of its own.
     found, cuts = dict[str, tuple[int, int]](), dict[str, Cut]()
-    for name, weight in source():
-        below = equal = 0
-        for keys in _keys(weight):
-            below += int(np.count_nonzero(keys < bits))
-            equal += int(np.count_nonzero(keys == bits))
-        found[name] = (below, below + equal)
-        if below > caps[name]:
-            cuts[name] = _cut_alone(weight, caps[name])
-    reached = over_ranks(torch.tensor([found.get(name, (0, 0)) for name in names], dtype=torch.int64).view(-1, 2))
+
+    def third() -> Tensor:
+        for name, weight in source():
+            below = equal = 0
+            for keys in _keys(weight):
+                below += int(np.count_nonzero(keys < bits))
+                equal += int(np.count_nonzero(keys == bits))
+            found[name] = (below, below + equal)
+            if below > caps[name]:
+                cuts[name] = _cut_alone(weight, caps[name])
+        return torch.tensor([found.get(name, (0, 0)) for name in names], dtype=torch.int64)
+
+    reached = over_ranks(2 * len(names), third).view(-1, 2)
     losses = allot(reached[:, 0].tolist(), reached[:, 1].tolist(), [caps[name] for name in names], prune)
     for name, loss in zip(names, losses, strict=True):
         if name in found and name not in cuts:
@@ -214,7 +246,7 @@ def safetensors_source(paths: Iterable[Path], prunable: Callable[[str], bool] | 
                     for name in sorted(file.keys()):
                         if wanted(name):
                             yield name, file.get_tensor(name)
-            except (SafetensorError, FileNotFoundError) as e:
+            except (SafetensorError, OSError) as e:
                 raise CompressError(
                     f"the weight file cannot be read: {e}", where=str(path), fix="fetch or copy it again"
                 ) from e
@@ -300,7 +332,7 @@ def _cut_alone(weight: Tensor, loss: int) -> Cut:
 
 
 def _refuse_faults(names: Sequence[str], table: Tensor, strangers: int, mine: Sequence[str]) -> None:
-    """``table`` (layers, 3): by how many ranks a layer is held, its size, its faulty weights (-1: its type)."""
+    """``table`` (layers, 3): by how many ranks a layer is held, its size, its fault (how many weights, or its kind)."""
     if strangers:
         raise CompressError(
             f"layers that are not in the order of all layers: {strangers}",
@@ -312,7 +344,11 @@ def _refuse_faults(names: Sequence[str], table: Tensor, strangers: int, mine: Se
             raise CompressError(
                 f"the layer {name} is held by {held} ranks", where="ranks", fix="give each layer to one rank, whole"
             )
-        if fault < 0:
+        if fault == TWICE:
+            raise CompressError(
+                f"the layer {name} is there twice", where=name, fix="give every layer a name of its own"
+            )
+        if fault == WRONG_TYPE:
             raise CompressError(
                 f"the weight {name} is not of a type that can be compared",
                 where=name,

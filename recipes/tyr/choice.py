@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from compress.budget import Option, target_removed
@@ -43,6 +44,7 @@ class Job:
     options: TyrOptions
     inputs: Mapping[str, Any]
     offload: bool = False  # activations lie in files, not in memory
+    dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
 
 
 def saving(job: Job, choice: Choice) -> int:

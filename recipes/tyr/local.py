@@ -142,12 +142,12 @@ class Eliminator:
 
     def __init__(self, problem: Problem, score: Score = "obs", metric: Tensor | None = None) -> None:
         self.score: Score = score
-        self.alive = torch.arange(problem.H.shape[0])
+        self.alive = torch.arange(problem.H.shape[0])  # on the CPU, whatever the matrices lie on
         factor = torch.linalg.cholesky(problem.H)
         self._inverse = torch.cholesky_inverse(factor)
         self._w = torch.cholesky_solve(problem.G, factor)
         self._G = problem.G
-        self._root = None if metric is None else torch.linalg.cholesky(metric.double())
+        self._root = None if metric is None else torch.linalg.cholesky(metric.to(problem.H))
         if self._root is not None:
             # Every update is linear in the outputs: in the metric's own coordinates it is the plain problem again.
             self._w, self._G = self._w @ self._root, self._G @ self._root
@@ -160,8 +160,8 @@ class Eliminator:
         return w if self._root is None else torch.linalg.solve_triangular(self._root, w, upper=False, left=False)
 
     def scores(self, units: Tensor) -> Tensor:
-        """Score (u,) of removing each unit; ``units`` (u, c) holds positions in ``alive``."""
-        return _block_losses(self._inverse, self._w, self._at[units], self.score, self._G)
+        """Score (u,) of removing each unit, on the CPU; ``units`` (u, c) holds positions in ``alive``."""
+        return _block_losses(self._inverse, self._w, self._at[units], self.score, self._G).cpu()
 
     def remove(self, positions: Tensor) -> None:
         """Removes the rows at ``positions`` (of ``alive``) together and refits the others."""

@@ -423,7 +423,7 @@ def final_pass(
             weights = {"o": attention[0].weight, "down": ffn[0].weight}
             Plan(
                 blocks=(block,),
-                weights={f"blocks.0.{k}": w for k, w in weights.items() if w is not None},
+                weights={f"blocks.0.{k}": w.to(job.dtype) for k, w in weights.items() if w is not None},
                 meta={"block": index},
             ).save(folder)
 

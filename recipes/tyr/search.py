@@ -26,9 +26,11 @@ from compress.recipes.tyr.supernet import BATCH_TOKENS, Supernet
 
 Genome = tuple[int, ...]
 
-# Activations of the candidates that are run together, per process: few where blocks are at hand, so that each is noted
-# soon; many where a block must be read.
-FEW_BYTES, ACTIVATION_BYTES = 2**25, 2**31
+
+def activation_bytes(streamed: bool) -> int:
+    """Activations of the candidates that one process runs together: few where blocks are at hand, so that each is noted
+    soon; many where a block must be read."""
+    return 2**31 if streamed else 2**25
 
 
 class Log(Protocol):
@@ -216,7 +218,7 @@ class Evaluator:
         tokens = len(at) * self.windows.shape[1]
         # As many at once as their activations may take.
         held = tokens * self._states[0].shape[-1] * 4
-        several = max(1, (ACTIVATION_BYTES if is_streamed(self.runner.model) else FEW_BYTES) // held) * world()
+        several = max(1, activation_bytes(is_streamed(self.runner.model)) // held) * world()
         left = list(todo)
         for begin in range(0, len(left), several):
             chunk = left[begin : begin + several]

@@ -10,6 +10,7 @@ The backward pass goes block by block from streams kept on disk: only one block'
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from compress.activations import is_whole, load_part, save_part
-from compress.distributed import ExactSum, agree, is_main, main_says, meet, share
+from compress.distributed import ExactSum, gather, is_main, main_says, meet, share
+from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
 from compress.progress import Progress
 
@@ -129,14 +131,8 @@ def _backward(
         runner.family.o_proj(block).register_forward_hook(keep("attention")),
         runner.family.down_proj(block).register_forward_hook(keep("ffn")),
     ]
-    products: list[dict[str, Tensor]] = []
-    passed = []
-    sums: dict[str, ExactSum] = {}
-
-    def add() -> None:
-        for name, product in products.pop().items():
-            sums[name].add(product)
-
+    passed: list[Tensor] = []
+    seen: dict[str, list[Tensor]] = {k: [] for k in KINDS}
     try:
         for stream, gradient in zip(streams, gradients, strict=True):
             with torch.enable_grad():
@@ -145,27 +141,28 @@ def _backward(
                 wanted = (x, *(outputs[k] for k in KINDS))
                 g_x, *found = torch.autograd.grad(out, wanted, gradient.to(runner.device))
             passed.append(g_x.cpu())
-            flat = {k: g.reshape(-1, g.shape[-1]) for k, g in zip(KINDS, found, strict=True)}
-            products.append({k: (g.T @ g).double() for k, g in flat.items()})
-            if sums:
-                add()
-            else:
-                _start(sums, products[0])
-                add()
+            for kind, g in zip(KINDS, found, strict=True):
+                seen[kind].append(g.reshape(-1, g.shape[-1]))
     finally:
         for handle in handles:
             handle.remove()
-    if not sums:
-        # A process without windows takes part in the sums all the same.
-        width = runner.family.o_proj(block).weight.shape[0]
-        _start(sums, {k: torch.zeros(width, width, device=runner.device) for k in KINDS})
-    return {k: _scaled(sums[k].total()).cpu() for k in KINDS}, passed
-
-
-def _start(sums: dict[str, ExactSum], first: dict[str, Tensor]) -> None:
-    for kind, size in zip(KINDS, agree([float(first[k].diagonal().max()) for k in KINDS]), strict=True):
-        sums[kind] = ExactSum(*first[kind].shape, device=first[kind].device)
-        sums[kind].set_grid(size)
+    width = runner.family.o_proj(block).weight.shape[0]
+    metrics = {}
+    for kind, parts in seen.items():
+        # One grid for all windows, however unlike they are.
+        largest = max((float(g.double().pow(2).sum(0).max()) for g in parts), default=0.0)
+        if not math.isfinite(largest):
+            raise CompressError(
+                "the gradients hold NaN or infinity",
+                where=f"block {index}, {kind}",
+                fix="check the model's weights (`compress verify`), or set tyr.metric=none",
+            )
+        total = ExactSum(width, width, device=runner.device)
+        total.set_grid(max(gather([largest])))
+        for g in parts:
+            total.add(g.T @ g)
+        metrics[kind] = _scaled(total.total()).cpu()
+    return metrics, passed
 
 
 def _scaled(total: Tensor) -> Tensor:

@@ -27,7 +27,9 @@ def test_plan_foretells_what_prune_does(job: Job, finished: Path) -> None:
     saved = report["size"]["pruned"]["total_parameters"]
     assert found["after"]["total_parameters"] == pytest.approx(saved, abs=240)
     supernet = sum(p.stat().st_size for p in (finished / "supernet-1").rglob("levels.safetensors"))
-    assert found["disk_bytes"]["first_supernet"] == pytest.approx(supernet, rel=0.05)
+    foretold = {row["stage"]: row["written_bytes"] for row in found["stages"]}
+    seals = sum(p.stat().st_size for p in (finished / "supernet-1").rglob("seal.json"))
+    assert foretold["supernet-1"] == pytest.approx(supernet + seals, rel=0.05)
     # A KV group: 8 x 40 of k and of v, and of q and o for each of five heads; a neuron: 40 of gate, up and down.
     assert found["units"]["kv_group_parameters"] == 2 * 320 + 2 * 5 * 320
     assert found["units"]["neuron_parameters"] == 3 * 40

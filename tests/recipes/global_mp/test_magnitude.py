@@ -216,12 +216,13 @@ def test_a_layer_that_comes_twice_is_refused() -> None:
 # Each rank holds an uneven part of every case and writes the masks of its own layers.
 RANK = """
 import sys, torch, torch.distributed as dist
+from pathlib import Path
 from safetensors.torch import save_file
 from compress.errors import CompressError
-from compress.recipes.global_mp.magnitude import global_masks
+from compress.recipes.global_mp.magnitude import find_cuts, global_masks, safetensors_source
 from tests.recipes.global_mp.test_magnitude import part_of, random_case
 
-rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=ranks)
 
 def all_reduce(counts):
@@ -249,6 +250,46 @@ for what in ("nan", "twice", "missing", "stranger", "infeasible"):
         print(what, "nothing raised")
     except CompressError as e:
         print(what, e.what)
+
+# What only a rank itself can tell: its own error there, and one on every other rank.
+whole, short = folder / f"whole-{rank}.safetensors", folder / f"short-{rank}.safetensors"
+save_file({f"l{rank}": torch.ones(100)}, whole)
+short.write_bytes(whole.read_bytes()[:-50])
+reads = 0
+
+def vanishing(at):  # a file that is there until it is read for that time
+    global reads
+    reads += 1
+    path = whole if rank != 1 or reads < at else folder / "gone.safetensors"
+    yield from safetensors_source([path], lambda name: True)()
+
+def twice():
+    yield f"l{rank}", torch.ones(3)
+    if rank == 1:
+        yield f"l{rank}", torch.ones(3)
+
+def faulty():
+    if rank == 1:
+        raise ValueError("of the source's own")
+    yield f"l{rank}", torch.ones(3)
+
+for what, source in (
+    ("alone-twice", twice),
+    ("alone-short", safetensors_source([short if rank == 1 else whole], lambda name: True)),
+    ("alone-pickle", safetensors_source([folder / "w.pt" if rank == 1 else whole], lambda name: True)),
+    ("alone-gone-1", lambda: vanishing(1)),
+    ("alone-gone-2", lambda: vanishing(2)),
+    ("alone-gone-3", lambda: vanishing(3)),
+    ("alone-faulty", faulty),
+):
+    reads = 0
+    try:
+        find_cuts(source, 1, {}, all_reduce, [f"l{r}" for r in range(ranks)])
+        print(what, "nothing raised")
+    except (CompressError, ValueError) as e:
+        print(what, str(e).splitlines()[0])
+# The ranks are still in step.
+global_masks({f"l{rank}": torch.ones(3)}, 1, {}, all_reduce, [f"l{r}" for r in range(ranks)])
 """
 
 
@@ -276,11 +317,25 @@ def test_several_processes_give_the_masks_of_one(tmp_path: Path, ranks: int) -> 
         for rank in range(ranks):
             found |= load_file(tmp_path / f"{seed}-{rank}.safetensors")
         assert_same(found, global_masks(weights, prune, floors))
-    # A fault on one rank is the same error on all: none waits for ever.
-    assert len(set(said)) == 1, said
-    lines = dict(line.split(" ", 1) for line in said[0].splitlines())
+    # A fault on one rank is an error on all: none waits for ever. What the counts tell is the same error everywhere.
+    told = [dict(line.split(" ", 1) for line in words.splitlines()) for words in said]
+    alone = [{k: v for k, v in t.items() if k.startswith("alone")} for t in told]
+    assert len({tuple((k, v) for k, v in t.items() if k not in alone[0]) for t in told}) == 1, said
+    lines = told[0]
     assert "the weight l1 holds 3 NaN" in lines["nan"]
     assert f"l0 is held by {ranks} ranks" in lines["twice"]
     assert "l1 is held by 0 ranks" in lines["missing"]
     assert "not in the order of all layers: 1" in lines["stranger"]
     assert f"hold 1 of {3 * ranks} weights" in lines["infeasible"]
+    own = {
+        "alone-twice": "the layer l1 is there twice",
+        "alone-short": "the weight file cannot be read",
+        "alone-pickle": "only safetensors files are read",
+        **{f"alone-gone-{n}": "the weight file cannot be read" for n in (1, 2, 3)},
+        "alone-faulty": "of the source's own",
+    }
+    for rank, lines in enumerate(alone):
+        assert lines.keys() == own.keys()
+        for what, part in own.items():
+            elsewhere = part if what == "alone-twice" else "layers could not be read on 1 of the other ranks"
+            assert (part if rank == 1 else elsewhere) in lines[what], (rank, what, lines[what])

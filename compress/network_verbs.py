@@ -1,0 +1,181 @@
+"""`eval`, `export` and `bench` of a plain network, see `compress.saved.Kind`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, UsageError
+from compress.reload_network import Reloaded, read_facts
+from compress.sections import DataSpec, NetworkBench, NetworkExport
+
+if TYPE_CHECKING:
+    from compress.images import Splits
+
+
+def _load(folder: Path, network: str | None) -> Reloaded:
+    """A saved network that gives the outputs that were noted when it was saved.
+
+    Code is run only where a person has named its file: a folder that was fetched from somewhere must not choose it.
+
+    Raises:
+        UsageError: the network is a file's, and ``network`` does not name it; or it is none, and one is named.
+        CompressError: it cannot be loaded, or gives other outputs.
+    """
+    from compress.network import same_outputs
+    from compress.reload_network import reload
+
+    own = str(read_facts(folder)["network"])
+    if ".py:" in own and network is None:
+        raise UsageError(
+            f"the network is code of a file: {own}",
+            where=str(folder),
+            fix=f"if you trust that file, name it: --network {own}",
+        )
+    if ".py:" not in own and network is not None:
+        raise UsageError(f"the network is {own}, not a file's", where=str(folder), fix="leave out --network")
+    if network is not None and ".py:" not in network:
+        raise UsageError(f"{network!r} is not FILE.py:FUNCTION", where="--network", fix=f"such as --network {own}")
+    loaded = reload(folder, network)
+    same_outputs(loaded.found, folder)
+    return loaded
+
+
+def _data(run: Path) -> Splits:
+    """The data that a run was made with, read again.
+
+    Raises:
+        CompressError: it is no run with a trained network, or its data cannot be had, or has changed.
+    """
+    from pydantic import ValidationError
+
+    from compress.images import load
+    from compress.run import read_seal
+    from compress.saved import LOCK, locked_recipe
+
+    recipe = locked_recipe(run, "network")
+    if not (run / "dense").is_dir():
+        raise CompressError(
+            "the run has trained no network yet", where=str(run), fix="finish it: give its command again"
+        )
+    try:
+        spec = DataSpec.model_validate(recipe.get("data"))
+    except ValidationError as e:
+        raise CompressError(
+            "the run does not say what data it was made with", where=str(run / LOCK), fix="name a newer run"
+        ) from e
+    try:
+        data = load(spec)
+    except CompressError as e:
+        raise CompressError(f"the run's data cannot be had: {e.what}", where=e.where, fix=e.fix) from e
+    if data.sha256 != read_seal(run / "dense")["inputs"]["data"]:
+        raise CompressError(
+            "the data has changed since the run was made", where=f"data {spec.title}", fix="bring back what it was"
+        )
+    return data
+
+
+def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> dict[str, Any]:
+    """Loss and accuracy (or IoU) of every task on the test split of the run ``like``.
+
+    Inputs are normalised as the network was trained, whatever run the data is of.
+    """
+    import torch
+
+    from compress import train
+    from compress.distributed import device
+
+    if like is None:
+        raise UsageError("name the run whose test data is to be used", where="eval", fix="--like RUN")
+    data = _data(like)
+    loaded = _load(folder, network)
+    facts = loaded.facts
+    tasks = [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks]
+    for what, own, other in (
+        ("tasks or classes", facts["tasks"], tasks),
+        ("shape of an input", facts["input"], list(data.input_shape)),
+    ):
+        if own != other:
+            raise CompressError(
+                f"the network and the run's data differ in the {what}",
+                where=f"{folder}, {like}",
+                fix="name a run on the data that the network was trained for",
+            )
+    data = replace(data, mean=torch.tensor(facts["mean"]), std=torch.tensor(facts["std"]))
+    found = train.evaluate(loaded.model.to(device()), data, data.test)
+    return {
+        "model": str(folder),
+        "like": str(like),
+        "data": {"source": data.source, "sha256": data.sha256},
+        "tasks": {name: {**figures, "samples": len(data.test)} for name, figures in found.items()},
+    }
+
+
+def evaluate_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        f"{metric} {task}: {value:.4f} ({figures['samples']:,} samples)"
+        for task, figures in facts["tasks"].items()
+        for metric, value in figures.items()
+        if metric != "samples"
+    ]
+
+
+def export(folder: Path, out: Path, *, network: str | None = None) -> dict[str, Any]:
+    """model.onnx in the empty folder ``out``, checked against torch on the held-out samples that lie with the model."""
+    from compress.export.onnx_module import write_checked_module
+
+    loaded = _load(folder, network)
+    names = [task["name"] for task in loaded.facts["tasks"]]
+    return write_checked_module(loaded.model, loaded.inputs, names, out, NetworkExport().tolerance)
+
+
+def export_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        *(f"onnx     {name}: {size:,} bytes" for name, size in facts["bytes"].items()),
+        f"parity   {facts['samples']} held-out samples, largest relative difference {facts['largest_difference']:.1e}",
+        *(f"agree    {name}: {100 * share:.0f} % of the classes" for name, share in facts["agree"].items()),
+    ]
+
+
+def bench(
+    dense: Path,
+    pruned: Path,
+    *,
+    batch: int | None = None,
+    processes: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Latency of one call and memory; what is not given is as in a recipe."""
+    from compress.export.bench.module import compare_modules
+    from compress.export.onnx_module import input_shape
+
+    shapes = [input_shape(folder) for folder in (dense, pruned)]
+    if shapes[0] != shapes[1]:
+        raise CompressError(
+            f"the exports take other inputs: {shapes[0]} and {shapes[1]}",
+            where=f"{dense}, {pruned}",
+            fix="name two exports of one network",
+        )
+    given = {"batch": batch, "processes": processes, "threads": threads}
+    return compare_modules(
+        dense, pruned, NetworkBench(**{k: v for k, v in given.items() if v is not None}).model_dump()
+    )
+
+
+def bench_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for label in ("dense", "pruned"):
+        m = facts[label]["latency"]
+        lines.append(
+            f"latency {label:7} {1000 * m['median']:8.3f} ms  (between processes {100 * m['spread_between']:.1f} %,"
+            f" within {100 * m['all']['spread_within']:.1f} %;"
+            f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
+        )
+    ratio = facts["ratios"]["latency"]
+    lines.append(f"latency ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
+    for label in ("dense", "pruned"):
+        lines.append(
+            f"rss     {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   file {facts[label]['bytes']:,} bytes"
+        )
+    return lines

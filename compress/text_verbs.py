@@ -1,0 +1,128 @@
+"""`eval`, `export` and `bench` of a language model, see `compress.saved.Kind`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, UsageError
+from compress.recipe import TEXT, BenchSection, ExportSection
+
+
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    """(model, family, tokenizer) of a saved model, of either layout."""
+    from transformers import AutoTokenizer
+
+    from compress.checkpoint import check_weights, load_config, load_model
+    from compress.models.families import family_for
+    from compress.setup import quiet
+
+    quiet()
+    family = family_for(load_config(folder))
+    check_weights(folder)
+    return load_model(folder, family), family, AutoTokenizer.from_pretrained(folder)
+
+
+def evaluate(
+    folder: Path,
+    like: Path | None,
+    *,
+    text: Sequence[str] = (),
+    windows: int = 16,
+    length: int = 512,
+    task: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Perplexity on a run's held-out windows (``like``) or on text files, and lm-evaluation-harness tasks."""
+    from compress.data import pack
+    from compress.evaluate import geometric_mean, harness_tasks, perplexity
+    from compress.saved import locked_recipe
+
+    if bool(like) == bool(text):
+        raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
+    recipe = locked_recipe(like, TEXT) if like is not None else {}
+    loaded, _, tokenizer = _load(folder)
+    if like is not None:
+        from safetensors.torch import load_file
+
+        source = like / "text" / "windows.safetensors"
+        if not source.exists():
+            raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
+        names = [t["name"] for t in recipe["evaluation"]["texts"]]
+        tensors = load_file(source)
+        texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
+    else:
+        from compress.data import read_files
+
+        texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
+    found = {name: perplexity(loaded, ids, f"perplexity, {name}") for name, ids in texts.items()}
+    return {
+        "model": str(folder),
+        "texts": found,
+        "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
+        "tasks": harness_tasks(folder, list(task), False) if task else [],
+    }
+
+
+def evaluate_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in facts["texts"].items()),
+        f"ppl  geometric mean: {facts['geometric_mean']:.3f}",
+        *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in facts["tasks"]),
+    ]
+
+
+def export(folder: Path, out: Path) -> dict[str, Any]:
+    """Prefill and decode into the empty folder ``out``, checked against torch output by output."""
+    from compress.export.check import write_checked
+
+    loaded, family, tokenizer = _load(folder)
+    return write_checked(loaded, tokenizer, out, ExportSection(), family.geometry(loaded.config).vocab)
+
+
+def export_lines(facts: dict[str, Any]) -> list[str]:
+    return [
+        *(f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in facts["bytes"].items()),
+        f"parity   {facts['outputs_compared']} outputs, largest relative difference {facts['largest_difference']:.1e}",
+        f"greedy   {facts['greedy']['tokens']} tokens equal torch's",
+    ]
+
+
+def bench(
+    dense: Path,
+    pruned: Path,
+    *,
+    prompt: int | None = None,
+    context: int | None = None,
+    processes: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Time to first token, time per output token and memory; what is not given is as in a recipe."""
+    import onnx
+
+    from compress.export.bench.local import compare_llm
+    from compress.export.onnx import PREFILL
+
+    given = {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
+    spec = BenchSection(**{k: v for k, v in given.items() if v is not None}).model_dump()
+    logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
+    return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
+
+
+def bench_lines(facts: dict[str, Any]) -> list[str]:
+    lines = []
+    for key in ("ttft", "tpot"):
+        ratio = facts["ratios"][key]
+        for label in ("dense", "pruned"):
+            m = facts[label][key]
+            lines.append(
+                f"{key} {label:7} {1000 * m['median']:8.2f} ms  (between processes {100 * m['spread_between']:.1f} %,"
+                f" within {100 * m['all']['spread_within']:.1f} %;"
+                f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
+            )
+        lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
+    for label in ("dense", "pruned"):
+        lines.append(
+            f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB"
+        )
+    return lines

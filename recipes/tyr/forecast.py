@@ -1,0 +1,567 @@
+"""What the stages of a Týr run do, reckoned from shapes alone: work by kind, bytes held, bytes on disk.
+
+The figures follow the code of this folder line by line, so they must change when it does; `tools/fit_forecast.py
+--check` holds them against runs. How fast a machine does the work is `compress.forecast`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from compress.budget import Option, common_unit, nearest_feasible, target_removed
+from compress.forecast import Stage
+from compress.recipes.tyr import TyrOptions
+from compress.recipes.tyr.choice import Choice, Job, block_menus, head_choices
+from compress.recipes.tyr.local import SHRINK, Moments
+from compress.recipes.tyr.prune import REFERENCE_TOKENS
+from compress.recipes.tyr.rescale import SCALES
+from compress.recipes.tyr.search import activation_bytes
+from compress.recipes.tyr.supernet import BATCH_TOKENS, BATCHES, KEEP_BYTES, Menu, predicted_bytes
+
+if TYPE_CHECKING:
+    from compress.models.families.base import Costs, Geometry
+
+# Bytes moved for an element that `ExactSum.add` takes: to double, divided, its size, rounded, to int64, added.
+SUMMED = 116
+# Bytes held beside the sums for an element of the rows that are added at once.
+ADDING = 36
+# Of a candidate's blocks, those behind its first change: 0.76 for level swaps (one to four pairs of places drawn
+# evenly), nearly all for disturbed knapsacks; the two take turns.
+RERUN = 0.88
+# Of two offspring's blocks, those that differ. Not derived: seen in journals of small runs.
+DIFFERENT = 0.4
+SEAL_BYTES = 1500  # a seal.json
+UNIT_BYTES = 6  # a kept unit's number in plan.json
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A run's sizes: what `stages` reckons with. ``dtype_bytes`` is the stored weights'; ``total`` parameters."""
+
+    geometry: Geometry
+    costs: Costs
+    options: TyrOptions
+    sparsity: float
+    windows: int
+    length: int
+    dtype_bytes: int
+    streamed: bool
+    cache_blocks: int
+    world: int
+    layouts: int = 1
+
+    @property
+    def inputs(self) -> int:
+        """Channels that `o_proj` reads."""
+        return self.geometry.heads * self.geometry.head_dim
+
+    @property
+    def block(self) -> int:
+        """Parameters of one block."""
+        return self.costs.attention_dense + self.costs.ffn(self.geometry.ffn)
+
+    def forward(self, tokens: float, length: int, kept: float = 1.0) -> float:
+        """FLOPs of one block on ``tokens``, with that share of it kept."""
+        return kept * tokens * (2 * self.block + 4 * length * self.inputs)
+
+    def head(self, tokens: float) -> float:
+        return 2 * tokens * self.geometry.hidden * self.geometry.vocab
+
+
+def even_choice(job: Job) -> Choice:
+    """Every sublayer at the sparsity asked for: what is taken for a solution that nobody knows beforehand."""
+    g = job.geometry
+    neurons = round(g.ffn * (1 - job.sparsity) / job.options.round_to) * job.options.round_to
+    if not job.options.attention:
+        return Choice(g.kv_heads, g.group, neurons)
+    wanted = (1 - job.sparsity) * job.costs.attention_dense
+    groups, per_group = min(
+        head_choices(g, job.options.query_heads), key=lambda c: (abs(job.costs.attention(*c) - wanted), -c[0])
+    )
+    return Choice(groups, per_group, neurons)
+
+
+def menus_of(job: Job) -> list[list[Menu]]:
+    """The menus of every iteration; those behind the first are drawn around `even_choice`."""
+    even = [even_choice(job)] * job.geometry.layers
+    return [block_menus(job, i, None if i == 1 else even) for i in range(1, job.options.iterations + 1)]
+
+
+def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> list[Stage]:
+    """All stages up to the plan, and the saved model, in their order.
+
+    Work is that of the process which has the most of it, the main one.
+
+    Args:
+        found: what the search has chosen, of a run that is over. What the last stages write depends on it; without it
+            every sublayer is taken to be pruned alike, which is nearly the most: what is left dense takes nothing.
+    """
+    options, menus = shape.options, menus_of(job)
+    made = [_text(shape)]
+    if options.metric != "none":
+        made.append(_metrics(shape))
+    few = min(shape.windows, options.supernet_windows or shape.windows)
+    accumulates = options.accumulation != "none"
+    for number, menu in enumerate(menus, 1):
+        first = number == 1
+        made.append(_walk(shape, f"supernet-{number}", menu, few, alone=first or not accumulates, final=False))
+        made.append(_singles(shape, number, menu))
+        made.append(_search(shape, job, number, menu))
+    chosen = [even_choice(job)] * shape.geometry.layers if found is None else found
+    single = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in chosen]
+    made.append(_walk(shape, "final", single, shape.windows, alone=not accumulates, final=True))
+    made.append(_plan(shape, chosen))
+    made.append(_model(shape, chosen))
+    return made
+
+
+# --- what is held ---------------------------------------------------------------------------------------------------
+
+
+def _held(shape: Shape) -> tuple[dict[str, float], dict[str, float]]:
+    """(device, RAM) bytes of the model and, where it is streamed, of the block that is being read."""
+    rest = shape.costs.total - shape.geometry.layers * shape.block
+    if not shape.streamed:
+        return {"model": 4 * shape.costs.total}, {}
+    return (
+        {"model": 4 * (rest + shape.cache_blocks * shape.block)},
+        {"the block being read": shape.dtype_bytes * shape.block},
+    )
+
+
+def _passing(shape: Shape, tokens: float, length: int) -> float:
+    """Bytes that one batch needs on its way through a block."""
+    g = shape.geometry
+    return 4 * tokens * (max(4 * g.ffn, 3 * shape.inputs) + 4 * g.hidden)
+
+
+def _own(windows: int, length: int, world: int) -> tuple[int, int, int]:
+    """(windows, batches, tokens a batch) of the process that has the most, as `supernet.own_batches` divides them."""
+    size = max(1, min(BATCH_TOKENS // length, windows // BATCHES))
+    batches = math.ceil(math.ceil(windows / size) / world)
+    return min(windows, batches * size), batches, size * length
+
+
+def _reads(shape: Shape, blocks: float) -> float:
+    """Bytes read when ``blocks`` blocks are asked for one after another."""
+    return blocks * shape.block * shape.dtype_bytes if shape.streamed else 0.0
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def _text(shape: Shape) -> Stage:
+    """The text is packed and every weight checked; loading the model belongs to it."""
+    device, ram = _held(shape)
+    stored = shape.costs.total * shape.dtype_bytes
+    # The file (a shard at most) that is mapped while it is read; of weights in float32 the mapping is the model.
+    mapped = 0.0 if shape.dtype_bytes == 4 and not shape.streamed else min(stored, 5e9)
+    tokens = (shape.windows + shape.options.search.windows) * shape.length
+    return Stage(
+        "text",
+        work={"read": 2.0 * stored},
+        device=device,
+        ram={**ram, "weight file, mapped": mapped},
+        kept=8 * tokens + SEAL_BYTES,
+        scratch=0.0,
+        reads=2.0 * stored,
+    )
+
+
+def _metrics(shape: Shape) -> Stage:
+    g, length = shape.geometry, shape.length
+    total = min(shape.windows, shape.options.metric_windows)
+    mine = -(-total // shape.world)
+    tokens, h = mine * length, g.hidden
+    stream = 4.0 * tokens * h
+    device, ram = _held(shape)
+    graph = 4.0 * length * (6 * g.ffn + 4 * shape.inputs + 10 * h)
+    device |= {
+        "one window's graph": max(graph, 4.0 * length * g.vocab * 4),
+        "output metrics": 2 * h * h * 8 + h * h * 28,
+    }
+    ram |= {"streams and gradients": 3 * stream, "label chances": 4.0 * length * g.vocab}
+    blocks = g.layers
+    whole = 4.0 * total * length * h
+    kept = blocks * (2 * h * h * 4 + SEAL_BYTES)
+    return Stage(
+        "metrics",
+        work={
+            "gemm32": blocks * (3 * shape.forward(tokens, length) + 4 * tokens * h * h) + 3 * shape.head(tokens),
+            "touch": blocks * mine * 2 * h * h * (SUMMED + 40),
+            "logits": 6.0 * tokens * g.vocab,
+            "calls": 3.0 * blocks * mine,
+            "seals": float(blocks),
+            "read": _reads(shape, 2 * blocks) + 2 * blocks * stream,
+            "write": kept,
+            "save": 2 * blocks * stream,
+            "sums": 2.0 * blocks * h * h * 8 if shape.world > 1 else 0.0,
+        },
+        device=device,
+        ram=ram,
+        kept=kept,
+        # The streams in front of and behind all blocks, and the gradients at two of them.
+        scratch=(blocks + 3) * whole,
+        reads=_reads(shape, 2 * blocks) + 2 * blocks * stream,
+    )
+
+
+def _eliminate(n: int, h: int, step: int, least: int) -> tuple[float, float]:
+    """(FLOPs, bytes moved) of removing ``step`` rows at a time of n until ``least`` are left."""
+    loose = (1 + 1 / SHRINK) / 2  # the matrices are larger than what is alive, until they are shrunk
+    squares = (n**3 - least**3) / 3 * loose**2
+    rows = (n**2 - least**2) / 2 * h * loose
+    return 2 * squares + 2 * rows, (16 * squares + 24 * rows) / step
+
+
+def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
+    """(large products' FLOPs, thin updates' bytes) of `local.prune_heads` and its refits."""
+    g, h = shape.geometry, shape.geometry.hidden
+    large, moved = 0.0, 0.0
+    width = g.group * g.head_dim
+    for kept in range(g.kv_heads, 0, -1):
+        m = kept * width
+        large += 2 * m * m * width + 2 * m * width * h + kept * 2 * width * width * h
+        moved += 16 * m * m + 16 * m * h
+        if not shape.options.query_heads:
+            continue
+        for per_group in range(g.group - 1, 0, -1):
+            m = kept * (per_group + 1) * g.head_dim
+            alive = kept * (per_group + 1)
+            large += kept * (2 * m * m * g.head_dim + 2 * m * g.head_dim * h + alive * 2 * g.head_dim**2 * h)
+            moved += kept * (16 * m * m + 16 * m * h + alive * 16 * g.head_dim * h)
+    for groups, per_group in menu.heads:
+        m = groups * per_group * g.head_dim
+        large += m**3 / 3 + 2 * m * m * h
+        moved += 32 * m * m + 40 * m * h
+    return large, moved
+
+
+def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: bool, final: bool) -> Stage:
+    """A pass over all blocks that makes candidates: a supernet, or the final weights."""
+    g, h, n, q = shape.geometry, shape.geometry.hidden, shape.geometry.ffn, shape.inputs
+    length = shape.length
+    windows, batches, batch = _own(total, length, shape.world)
+    tokens = windows * length
+    streams = 1 if alone else 2
+    solver_metric = shape.options.metric != "none"
+
+    # Each stream runs the block once, and the refit's own target takes both projections again.
+    flops = streams * shape.forward(tokens, length) + 2 * tokens * h * (q + n)
+    for width in (q, n):
+        flops += 2 * tokens * width * (width + h)
+        if not alone and 4 * tokens * width > KEEP_BYTES:
+            flops += shape.forward(tokens, length) / 2  # the inputs are made again
+    touched = batches * (q * q + q * h + n * n + n * h) * SUMMED + streams * tokens * (4 * n + 3 * q + 12 * h) * 8
+
+    solved = thin = thin_flops = kept = levels64 = levels32 = 0.0
+    for menu in menus:
+        if menu.neurons != (g.ffn,):
+            least = min(menu.neurons)
+            solved += n**3 + 2 * n * n * h + (h**3 / 3 + 4 * n * h * h if solver_metric else 0)
+            f, b = _eliminate(n, h, shape.options.round_to, least)
+            thin, thin_flops = thin + b, thin_flops + f
+            solved += sum(m * h * h for m in menu.neurons) if solver_metric else 0
+            thin += sum(40 * m * h for m in menu.neurons)
+        if menu.heads != ((g.kv_heads, g.group),):
+            large, moved = _heads(shape, menu)
+            solved += q**3 + 2 * q * q * h + (h**3 / 3 + 4 * q * h * h if solver_metric else 0) + large
+            thin += moved
+        channels = sum(m for m in menu.neurons if m < n)
+        heads = sum(a * b * g.head_dim for a, b in menu.heads if a * b < g.heads)
+        levels64 = max(levels64, 8.0 * channels * h)
+        levels32 = max(levels32, 4.0 * (channels + heads) * h)
+        plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + g.heads)
+        kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, g))
+    stream = 4.0 * tokens * h * streams
+    device, ram = _held(shape)
+    # Inputs of a sublayer that are kept for the pruned stream lie on the device.
+    hold = 0.0 if alone else max((4.0 * tokens * w for w in (n, q) if 4 * tokens * w <= KEEP_BYTES), default=0.0)
+    adding = Moments.ROWS * n * ADDING
+    # int64 sums, the same as float64, damped; the factor, the inverse, and the copy its making takes.
+    sums = (n * n + n * h) * 8
+    solver = 8.0 * (6 * n * n + 7 * n * h)
+    # Matrices shrink step by step; what is freed below this size the C library keeps.
+    freed = min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2)
+    device |= {
+        "a batch": _passing(shape, batch, length) * (1 if alone else 1.3),
+        "kept inputs": hold,
+        "statistics and solver": max(2.0 * sums + adding, solver),
+        "levels in float64": levels64,
+    }
+    ram |= {"streams": stream, "levels": levels32, "freed, not given back": freed}
+    whole = 4.0 * total * length * h * streams
+    layers = g.layers
+    return Stage(
+        name,
+        work={
+            "gemm32": layers * flops,
+            "gemm64": solved,
+            "thin64": thin,
+            "thin64_flops": thin_flops,
+            "touch": layers * touched,
+            "calls": layers * batches * 4.0 * streams,
+            "seals": float(layers),
+            "read": _reads(shape, layers) + layers * 4.0 * 2 * h * h * solver_metric,
+            "write": kept,
+            "save": (layers - 1) * stream,
+            "sums": layers * 8.0 * (q * q + q * h + n * n + n * h) if shape.world > 1 else 0.0,
+        },
+        device=device,
+        ram=ram,
+        kept=kept,
+        scratch=2 * whole,  # what stands before a block goes when what stands behind it is on the disk
+        reads=_reads(shape, layers) + layers * 4.0 * 2 * h * h * solver_metric,
+    )
+
+
+def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """(work, device, RAM) of an evaluator's start: the dense model's streams and the teacher."""
+    g, length = shape.geometry, shape.options.search.length or shape.length
+    positions = min(shape.options.search.positions, length - 1)
+    mine = -(-windows // shape.world)
+    tokens = mine * length
+    states = 4.0 * (g.layers + 1) * windows * length * g.hidden
+    device, ram = _held(shape)
+    group = max(1, min(BATCH_TOKENS, windows * length // 4) // length) * length
+    device |= {"a batch": _passing(shape, group, length), "logits": 4.0 * positions * g.vocab * 4}
+    ram |= {"the parent's streams": states}
+    work = {
+        "gemm32": g.layers * shape.forward(tokens, length) + shape.head(windows * positions),
+        "touch": 8 * states,
+        "logits": 4.0 * windows * positions * g.vocab,
+        "calls": float(g.layers * mine),
+        "read": _reads(shape, g.layers),
+        "gather": states if shape.world > 1 else 0.0,
+    }
+    return work, device, ram
+
+
+def _evaluate(
+    shape: Shape, count: float, windows: int, blocks: float, kept: float, made: float, fresh: float
+) -> dict[str, float]:
+    """Work of one process for ``count`` candidates of the whole run.
+
+    Args:
+        blocks: blocks that a candidate runs, on average.
+        kept: share of a block that it still has.
+        made: pruned blocks made for a candidate's own changes.
+        fresh: pruned blocks made for every chunk of candidates beside them.
+    """
+    g, length = shape.geometry, shape.options.search.length or shape.length
+    positions = min(shape.options.search.positions, length - 1)
+    tokens = windows * length
+    mine = math.ceil(count / shape.world)
+    chunk = max(1, activation_bytes(shape.streamed) // (4 * tokens * g.hidden))
+    chunks = math.ceil(mine / chunk)
+    group = max(1, min(BATCH_TOKENS, tokens // 4) // length)
+    return {
+        "gemm32": mine * (blocks * shape.forward(tokens, length, kept) + shape.head(windows * positions)),
+        "touch": mine * blocks * tokens * g.hidden * 40,
+        "logits": 3.0 * mine * windows * positions * g.vocab,
+        "calls": mine * blocks * math.ceil(windows / group) + 3.0 * mine * windows,
+        "read": _reads(shape, chunks * blocks),
+        "make": (mine * made + chunks * fresh) * shape.block * kept * 6.0,
+    }
+
+
+def _under_way(shape: Shape, count: float, tokens: float) -> float:
+    """Bytes of the streams of the candidates that one process runs together."""
+    each = 4.0 * tokens * shape.geometry.hidden
+    return each * min(max(1, activation_bytes(shape.streamed) // each), math.ceil(count / shape.world))
+
+
+def _variants(shape: Shape, windows: int, kept: float) -> float:
+    """Bytes of the variants of one block that a chunk of candidates holds at once."""
+    tokens = windows * (shape.options.search.length or shape.length)
+    chunk = max(1, activation_bytes(shape.streamed) // (4 * tokens * shape.geometry.hidden))
+    most = min(chunk, -(-shape.options.search.offspring // shape.world))
+    return 4.0 * shape.block * kept * (1 + DIFFERENT * (most - 1))
+
+
+def _added(*parts: Mapping[str, float]) -> dict[str, float]:
+    return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in {k for part in parts for k in part}}
+
+
+def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
+    g, search = shape.geometry, shape.options.search
+    windows = min(search.singles_windows, search.windows)
+    start, device, ram = _evaluator(shape, windows)
+    # The change in block b is followed by the blocks behind it.
+    each = [len(m.neurons) + len(m.heads) - 2 for m in menus]
+    count = sum(each)
+    run = sum(n * (g.layers - b) for b, n in enumerate(each))
+    kept = 1.0 if number == 1 else 1 - shape.sparsity
+    length = search.length or shape.length
+    mean = run / max(1, count)
+    parts = [start, _evaluate(shape, count, windows, mean, kept, 0.5, 0.0 if number == 1 else mean)]
+    layers = g.layers
+    tokens = windows * length
+    if number > 1:
+        # The parent is the solution so far: its streams are made once.
+        again = layers * shape.forward(tokens / shape.world, length, kept)
+        parts.append({"gemm32": again, "make": 6.0 * layers * shape.block * kept})
+    device = {**device, "variants of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
+    rows = count * (160 + 4 * layers)
+    return Stage(
+        f"singles-{number}",
+        work=_added(*parts),
+        device=device,
+        ram={**ram, "candidates under way": _under_way(shape, count, tokens)},
+        kept=count * 110.0 + SEAL_BYTES,
+        scratch=float(rows),
+        reads=_added(*parts).get("read", 0.0),
+        token_layers=tokens * (run + layers * (1 if number == 1 else 2)),
+        candidates=count,
+    )
+
+
+def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage:
+    g, search = shape.geometry, shape.options.search
+    length = search.length or shape.length
+    start, device, ram = _evaluator(shape, search.windows)
+    layers, kept = g.layers, 1 - shape.sparsity
+    parts = [start]
+    starting = 8 if number == 1 else 7
+    parts.append(_evaluate(shape, starting, search.windows, layers, kept, layers, 0.0))
+    shares = list(zip(search.steps, [search.offspring, *search.survivors], strict=True))
+    spent = float(layers * search.windows * length * (2 + starting))
+    evaluated = float(starting)
+    for share, count in shares:
+        windows = max(1, round(share * search.windows))
+        tokens = windows * length
+        many = max(1, min(activation_bytes(shape.streamed) // (4 * tokens * g.hidden), -(-count // shape.world)))
+        variants = layers * (1 / many + DIFFERENT * (1 - 1 / many))
+        step = _evaluate(shape, count, windows, RERUN * layers, kept, variants, 0.0)
+        parts.append({kind: search.generations * amount for kind, amount in step.items()})
+        spent += search.generations * count * tokens * RERUN * layers
+        evaluated += search.generations * count
+    # The parent's streams are made again when a generation finds a better one: taken to be every second.
+    again = 1 + search.generations / 2
+    mine = -(-search.windows // shape.world) * length
+    parts.append(
+        {
+            "gemm32": again * layers * shape.forward(mine, length, kept) * RERUN,
+            "make": 6.0 * again * layers * shape.block * kept,
+            "read": _reads(shape, again * layers * RERUN),
+            "touch": again * 8.0 * 4 * layers * search.windows * length * g.hidden,
+        }
+    )
+    spent += (again - 1) * layers * search.windows * length * RERUN
+    cells, capacity = _knapsack(job, menus)
+    parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
+    work = _added(*parts)
+    variety = max(_variants(shape, max(1, round(s * search.windows)), kept) for s, _ in shares)
+    device = {**device, "variants of a block": variety}
+    tokens = search.windows * length
+    ram = {
+        **ram,
+        "candidates under way": max(
+            _under_way(shape, starting, tokens), *(_under_way(shape, n, s * tokens) for s, n in shares)
+        ),
+        "the knapsack": 4.0 * 2 * layers * capacity,
+    }
+    rows = evaluated * (160 + 6 * layers)
+    return Stage(
+        f"search-{number}",
+        work=work,
+        device=device,
+        ram=ram,
+        kept=rows * 0.3 + SEAL_BYTES,
+        scratch=rows,
+        reads=work.get("read", 0.0),
+        token_layers=spent,
+        candidates=round(evaluated),
+    )
+
+
+def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[float, int]:
+    """(cells of one knapsack, its capacity in units)."""
+    costs = job.costs
+    options: list[list[Option]] = []
+    for menu in menus:
+        options.append([Option(costs.attention_dense - costs.attention(*c), 0.0) for c in menu.heads])
+        options.append([Option(costs.ffn(job.geometry.ffn) - costs.ffn(n), 0.0) for n in menu.neurons])
+    total = nearest_feasible(options, target_removed(job.sparsity, costs.backbone))
+    capacity = total // common_unit(options)
+    return float(capacity * sum(map(len, options))), capacity
+
+
+def _weights_kept(shape: Shape, chosen: Sequence[Choice]) -> float:
+    """Elements of the refitted projections in a plan."""
+    g = shape.geometry
+    columns = 0
+    for choice in chosen:
+        heads = choice.groups * choice.per_group
+        columns += choice.neurons if choice.neurons < g.ffn else 0
+        columns += heads * g.head_dim if heads < g.heads else 0
+    return float(columns * g.hidden)
+
+
+def _plan(shape: Shape, chosen: Sequence[Choice]) -> Stage:
+    g = shape.geometry
+    search = shape.options.search
+    length = search.length or shape.length
+    kept_bytes = shape.dtype_bytes * _weights_kept(shape, chosen)
+    mine = -(-search.windows // shape.world)
+    tokens = mine * length
+    device, ram = _held(shape)
+    kept = 1 - shape.sparsity
+    work: dict[str, float] = {"read": kept_bytes, "write": kept_bytes}
+    ram |= {"the plan": kept_bytes}
+    if shape.options.rescale:
+        device |= {
+            "both streams": 2 * 4.0 * tokens * g.hidden,
+            "logits": 6 * 4.0 * length * g.vocab,
+            "the sliced block": 4.0 * shape.block * kept,
+            "a batch": _passing(shape, length, length),
+        }
+        work = _added(
+            work,
+            {
+                "gemm32": g.layers * shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
+                "logits": tokens * g.vocab * (2 + 4.0 * len(SCALES)),
+                "calls": 2.0 * g.layers * mine,
+                "read": _reads(shape, g.layers),
+                "make": g.layers * shape.block * kept * 6.0,
+            },
+        )
+    units = sum(c.neurons + c.groups * c.per_group for c in chosen)
+    stored = kept_bytes + UNIT_BYTES * units + SEAL_BYTES
+    return Stage("plan", work, device, ram, kept=stored, scratch=0.0, reads=work["read"])
+
+
+def _model(shape: Shape, chosen: Sequence[Choice]) -> Stage:
+    """The saved model, in every layout; read twice more to be checked."""
+    left = shape.costs.total - round(shape.sparsity * shape.costs.backbone)
+    written = float(left * shape.dtype_bytes * shape.layouts)
+    device, ram = _held(shape)
+    ram |= {"the plan": shape.dtype_bytes * _weights_kept(shape, chosen)}
+    work = {"read": 2 * written + _reads(shape, 2 * shape.geometry.layers), "write": written}
+    return Stage("model", work, device, ram, kept=written, scratch=0.0, reads=work["read"])
+
+
+def reference_token_layers(layers: int) -> float:
+    """Tokens x layers of the paper's search on a model of so many blocks."""
+    return float(REFERENCE_TOKENS * layers)
+
+
+def shape_of(setup: Any, world: int, streamed: bool) -> Shape:
+    """The sizes of a checked model and recipe (`compress.setup.Setup`)."""
+    recipe = setup.recipe
+    return Shape(
+        setup.geometry,
+        setup.costs,
+        recipe.options,
+        recipe.sparsity,
+        recipe.calibration.windows,
+        recipe.calibration.length,
+        setup.stored_dtype.itemsize,
+        streamed,
+        recipe.memory.cache_blocks,
+        world,
+        len(recipe.layouts),
+    )
