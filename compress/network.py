@@ -93,6 +93,10 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
     from compress.setup import quiet
 
     quiet()
+    if recipe.export is not None and "mnn" in recipe.export.formats:
+        from compress.export.mnn import require_mnn
+
+        require_mnn()
     if ".py:" in model:
         path = Path(model.rpartition(":")[0])
         if not path.is_file():
@@ -342,7 +346,7 @@ def evaluated(
 def exported(
     run: Run, setup: NetworkSetup, models: Mapping[str, tuple[Path, Callable[[], nn.Module]]], report: dict[str, Any]
 ) -> dict[str, Path]:
-    """Exports ``dense`` and ``pruned`` to ONNX, each checked on held-out samples, and fills in ``report["export"]``."""
+    """Exports ``dense`` and ``pruned``, each checked on held-out samples, and fills in ``report["export"]``."""
     from compress.export.onnx_module import write_checked_module
 
     spec = setup.recipe.export
@@ -352,8 +356,12 @@ def exported(
     for label, (source, make) in models.items():
 
         def build(folder: Path, make: Callable[[], nn.Module] = make) -> None:
-            x = real_inputs(setup, spec.samples)
-            write_checked_module(make().cpu(), x, names, folder, spec.tolerance)
+            x, model = real_inputs(setup, spec.samples), make().cpu()
+            write_checked_module(model, x, names, folder, spec.tolerance)
+            if "mnn" in spec.formats:
+                from compress.export.mnn import write_checked_mnn
+
+                write_checked_mnn(model, x, names, folder, spec.tolerance)
 
         inputs = {
             "version": __version__,
@@ -362,15 +370,18 @@ def exported(
             "export": spec.model_dump(mode="json"),
         }
         folders[label] = run.stage(f"export-{label}", inputs, build)
-    facts: dict[str, Any] = {label: json.loads((f / "export.json").read_text()) for label, f in folders.items()}
-    ratio = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
-    report["export"] = {"onnx": {**facts, "size_ratio": ratio}}
+    report["export"] = {}
+    for form in spec.formats:
+        name = "export.json" if form == "onnx" else f"{form}.json"
+        facts: dict[str, Any] = {label: json.loads((f / name).read_text()) for label, f in folders.items()}
+        ratio = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
+        report["export"][form] = {**facts, "size_ratio": ratio}
     report["stages"] = run.stages()
     return folders
 
 
 def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
-    """Latency of both exports on this machine, into ``report["bench"]``."""
+    """Latency of both exports on this machine, into ``report["bench"]``; MNN's stands in it under ``mnn``."""
     from compress.export.bench.module import compare_modules
 
     spec = setup.recipe.bench
@@ -378,6 +389,10 @@ def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report:
 
     def build(folder: Path) -> None:
         found = compare_modules(folders["dense"], folders["pruned"], spec.model_dump())
+        if "mnn" in report["export"]:
+            from compress.export.mnn import FILE
+
+            found["mnn"] = compare_modules(folders["dense"], folders["pruned"], spec.model_dump(), FILE)
         (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
 
     inputs = {
@@ -387,6 +402,14 @@ def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report:
     }
     report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
     report["stages"] = run.stages()
+
+
+def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured, by runtime."""
+    bench = report.get("bench")
+    if not bench:
+        return {}
+    return {"ONNX Runtime": bench} | ({"MNN": bench["mnn"]} if "mnn" in bench else {})
 
 
 def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
@@ -435,13 +458,14 @@ def released(
             if path.name != "seal.json":
                 _link(path, folder / path.name)
         if "export" in report:
-            for name in report["export"]["onnx"]["pruned"]["bytes"]:
-                _link(run.folder / "export-pruned" / name, folder / "onnx" / name)
+            for form, facts in report["export"].items():
+                for name in facts["pruned"]["bytes"]:
+                    _link(run.folder / "export-pruned" / name, folder / form / name)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         card(report, folder)
 
-    facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
-    return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
+    sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))
 
 
 def _link(source: Path, target: Path) -> None:

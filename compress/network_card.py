@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.card import again, code, escape, write_readme
+from compress.network import latencies
 from compress.plots import DENSE, PRUNED, draw
 
 
@@ -85,11 +86,10 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         _row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
         _row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
     ]
-    bench = report.get("bench")
-    if bench:
+    for runtime, bench in latencies(report).items():
         a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
         lines.append(
-            f"| latency, batch {bench['spec']['batch']}, ONNX Runtime | {1000 * a['median']:.3f} ms |"
+            f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
             f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
         )
     lines += [
@@ -101,7 +101,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
             " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the"
-            " packed size, and the FLOPs on hardware or kernels that skip zeros.",
+            " packed size, and the FLOPs on hardware or kernels that skip zeros"
+            + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
             "",
         ]
     if report["empty_layers"]:
@@ -126,14 +127,16 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" (allowed {layout['tolerance']:.1e})."
         )
     if "export" in report:
-        onnx = report["export"]["onnx"]["pruned"]
-        agree = "".join(
-            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %" for k, v in onnx["agree"].items()
-        )
-        lines.append(
-            f"- ONNX against torch on {onnx['samples']} held-out samples: {onnx['outputs_compared']} outputs differ by"
-            f" at most {onnx['largest_difference']:.1e} of their largest value{agree}."
-        )
+        for form, both in report["export"].items():
+            facts = both["pruned"]
+            agree = "".join(
+                f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
+                for k, v in facts.get("agree", {}).items()
+            )
+            lines.append(
+                f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
+                f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value{agree}."
+            )
     lines += ["", *again(report)]
     return "\n".join(lines)
 

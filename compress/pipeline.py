@@ -444,7 +444,7 @@ def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, s
         "card": f"compress card {there}",
         **(
             {"unrecovered": f"{prune_command} --set recover=null --out {there}-unrecovered"}
-            if setup.recipe.recover is not None
+            if getattr(setup.recipe, "recover", None) is not None
             else {}
         ),
     }

@@ -72,10 +72,19 @@ class TrainSpec(Section):
 
 
 class NetworkExport(Section):
-    """ONNX, checked against torch output by output on held-out samples."""
+    """ONNX, checked against torch output by output on held-out samples; and what is made of it."""
 
+    formats: list[Literal["onnx", "mnn"]] = Field(
+        ["onnx"], min_length=1, description="mnn: for phones and PCs, its kernels skip zeros; needs the extra [mnn]"
+    )
     tolerance: float = Field(1e-3, gt=0, description="largest difference allowed, relative to the largest output")
     samples: int = Field(16, ge=2, description="held-out samples that both must agree on")
+
+    @model_validator(mode="after")
+    def _made_of_onnx(self) -> NetworkExport:
+        if "onnx" not in self.formats:
+            raise ValueError("formats must name onnx: the others are made of it")
+        return self
 
 
 class NetworkBench(Section):

@@ -25,6 +25,7 @@ from compress.network import (
     describe,
     evaluated,
     exported,
+    latencies,
     loaded,
     measured,
     released,
@@ -466,17 +467,16 @@ def lines(report: dict[str, Any]) -> list[str]:
             metric = next(k for k in figures if k not in ("loss", "samples"))
             found.append(f"sweep    {100 * point['sparsity']:.2f} %: {metric} {task} {figures[metric]:.4f}")
     if "export" in report:
-        onnx = report["export"]["onnx"]
-        a, b = (sum(onnx[k]["bytes"].values()) for k in ("dense", "pruned"))
-        found.append(
-            f"onnx     {a:,} -> {b:,} bytes; outputs agree with torch to {onnx['pruned']['largest_difference']:.1e}"
-        )
-    if "bench" in report:
-        bench, ratio = report["bench"], report["bench"]["ratios"]["latency"]
+        for form, facts in report["export"].items():
+            a, b = (sum(facts[k]["bytes"].values()) for k in ("dense", "pruned"))
+            off = facts["pruned"]["largest_difference"]
+            found.append(f"{form:8} {a:,} -> {b:,} bytes; outputs agree with torch to {off:.1e}")
+    for runtime, bench in latencies(report).items():
+        ratio = bench["ratios"]["latency"]
         found.append(
             f"latency  {1000 * bench['dense']['latency']['median']:.3f} ms ->"
             f" {1000 * bench['pruned']['latency']['median']:.3f} ms"
-            f" ({ratio['median']:.2f}x as fast, 95 %: {ratio['low']:.2f} to {ratio['high']:.2f})"
+            f" ({ratio['median']:.2f}x as fast, 95 %: {ratio['low']:.2f} to {ratio['high']:.2f}; {runtime})"
         )
     found.append(
         f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")

@@ -17,8 +17,8 @@ from compress.export.onnx_module import FILE, input_shape
 from compress.progress import Progress
 
 
-def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str, Any]:
-    """Measures two export folders.
+def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any], file: str = FILE) -> dict[str, Any]:
+    """Measures two export folders: the file of that name in each; its kind says the runtime.
 
     Args:
         spec: batch, processes, threads, min_seconds, min_runs.
@@ -32,14 +32,14 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str
     """
     folders = {"dense": dense, "pruned": pruned}
     for folder in folders.values():
-        if not (folder / FILE).exists():
-            raise CompressError(f"there is no {FILE}", where=str(folder), fix="name a folder with an exported network")
+        if not (folder / file).exists():
+            raise CompressError(f"there is no {file}", where=str(folder), fix="name a folder with an exported network")
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
     before = machine_state()
     with Progress(2 * spec["processes"], "measuring in fresh processes") as bar:
         for i in range(spec["processes"]):
             for label in ("dense", "pruned") if i % 2 == 0 else ("pruned", "dense"):
-                runs[label].append(_agent(folders[label], spec, seed=i))
+                runs[label].append(_agent(folders[label], file, spec, seed=i))
                 bar.update(1)
     found: dict[str, Any] = {
         "spec": {**spec, "order": "ABBA", "runtime": runs["dense"][0]["runtime"], "target": "this-machine"},
@@ -48,8 +48,8 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str
     for label, measured in runs.items():
         medians = [median(r["samples"]) for r in measured]
         found[label] = {
-            "bytes": (folders[label] / FILE).stat().st_size,
-            "sha256": sha256_of(folders[label] / FILE),
+            "bytes": (folders[label] / file).stat().st_size,
+            "sha256": sha256_of(folders[label] / file),
             "peak_rss": median(r["peak_rss"] for r in measured),
             "latency": {
                 "median": median(medians),
@@ -71,9 +71,9 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str
     return found
 
 
-def _agent(folder: Path, spec: dict[str, Any], seed: int) -> dict[str, Any]:
+def _agent(folder: Path, file: str, spec: dict[str, Any], seed: int) -> dict[str, Any]:
     request = {
-        "model": str(folder / FILE),
+        "model": str(folder / file),
         "shape": [spec["batch"], *input_shape(folder)],
         "seed": seed,
         **{k: spec[k] for k in ("threads", "min_seconds", "min_runs")},

@@ -248,7 +248,8 @@ def test_an_unreachable_hub_is_one_clear_line(mine: Job, tmp_path: Path) -> None
 
 
 def test_an_offline_hub_is_one_clear_line(mine: Job) -> None:
-    one_error(compress("plan", "llama-70b", "-r", mine.recipe), 1, "cannot be reached for meta-llama/Llama-3.1-70B")
+    ran = compress("prune", "llama-70b", "-r", mine.recipe, "--out", mine.folder / "offline")
+    one_error(ran, 1, "cannot be reached for meta-llama/Llama-3.1-70B")
 
 
 # --- the other verbs -------------------------------------------------------------------------------------------------

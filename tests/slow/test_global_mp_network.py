@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 
 from compress.images import load
 from compress.sections import DataSpec
 from tests.command import compress
+from tests.networks import write_har
 
 pytestmark = pytest.mark.slow
 
@@ -45,3 +48,22 @@ def test_the_demo_prunes_nine_tenths_and_stays_far_above_chance(tmp_path: Path) 
     size = report["size"]
     assert size["pruned_weights"] == 38_005 and size["bytes"]["packed"] < 0.2 * size["bytes"]["dense"]
     assert report["export"]["onnx"]["pruned"]["largest_difference"] < 1e-3
+
+
+def test_a_fastgrnn_that_lost_columns_is_exported_as_the_smaller_cell_it_is(tmp_path: Path) -> None:
+    har, out = write_har(tmp_path / "har", people=3, windows=12), tmp_path / "run"
+    ran = compress(
+        "prune", "fastgrnn-har2", "--recipe", "global-mp-fastgrnn-9-8", "--set", f"data.folder={har}",
+        "--set", "train.epochs=1", "--set", "finetune=null", "--set", "train.lr=0.01",
+        "--out", out, "--until", "model",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    sizes = []
+    for name, folder in (("dense", out / "dense"), ("pruned", out)):
+        ran = compress("export", folder, "--out", tmp_path / name)
+        assert ran.code == 0, ran.err
+        graph = onnx.load(tmp_path / name / "model.onnx").graph
+        sizes.append(sum(math.prod(i.dims) for i in graph.initializer))
+    assert sizes[0] - sizes[1] == (80 + 80) * 72
+    ran = compress("bench", tmp_path / "dense", tmp_path / "pruned", "--processes", "1")
+    assert ran.code == 0 and "latency ratio" in ran.out, ran.err

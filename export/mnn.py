@@ -1,0 +1,180 @@
+"""A plain network for MNN, a runtime for phones and PCs whose kernels skip zeros.
+
+The ONNX file is converted with ``--detectSparseSpeedUp``: a layer with more than about 60 % zeros (fewer where they
+come in blocks of output channels) is stored and run without them, so that the file gets smaller too. Source: MNN's
+documentation of its converter. What it is worth is measured by ``tools/bench_sparse.py``.
+
+MNN's C++ writes to standard output, and its console script ``mnnconvert`` installs a package by itself and sends usage
+figures away. So only the compiled converter is called, and everything runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress.errors import CompressError, UsageError
+from compress.export import onnx_module
+
+FILE = "model.mnn"
+INSTALL = "pip install 'compress[mnn]'"
+CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
+AGENT = Path(__file__).parent / "bench" / "module_agent.py"
+
+
+def require_mnn() -> None:
+    """Raises:
+    UsageError: MNN is not installed.
+    """
+    if importlib.util.find_spec("MNN") is None or importlib.util.find_spec("_tools") is None:
+        raise UsageError("the format mnn needs MNN, which is not installed", where="export.formats", fix=INSTALL)
+
+
+def export_mnn(source: Path, folder: Path, *, sparse: bool = True, block: int = 1) -> dict[str, Any]:
+    """Writes ``folder/model.mnn`` from the ONNX file ``source``.
+
+    Args:
+        sparse: layers with enough zeros are stored and run without them.
+        block: so many output channels of a layer are zero together in a column (Global MP makes 1).
+
+    Returns:
+        ``{"bytes": {file: size}, "seconds"}``.
+
+    Raises:
+        UsageError: MNN is not installed.
+        CompressError: MNN cannot convert the file.
+    """
+    require_mnn()
+    began = time.monotonic()
+    target = folder / FILE
+    target.unlink(missing_ok=True)
+    arguments = ["-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(target), "--bizCode", "compress"]
+    with tempfile.TemporaryDirectory() as beside:
+        if sparse:
+            arguments.append("--detectSparseSpeedUp")
+        if block > 1:
+            (Path(beside) / "blocks").write_bytes(_blocks(block))
+            arguments += ["--compressionParamsFile", str(Path(beside) / "blocks")]
+        done = subprocess.run(
+            [sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, errors="replace", cwd=beside
+        )
+    if done.returncode or not target.exists():  # the converter ends with 0 where it fails, too
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "device supports" not in line]
+        raise CompressError(
+            f"MNN cannot convert the network: {' '.join(' '.join(said).split())[-300:] or 'it did not say why'}",
+            where=str(source),
+            fix="leave mnn out of export.formats, or rewrite what it names",
+        )
+    return {"bytes": {FILE: target.stat().st_size}, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _blocks(block: int) -> bytes:
+    """MNN's protobuf message Compression.Pipeline that says: pruned in blocks of output channels."""
+
+    def field(number: int, value: int | bytes) -> bytes:
+        head = bytes([number << 3 | (0 if isinstance(value, int) else 2)])
+        return head + bytes([value]) if isinstance(value, int) else head + bytes([len(value)]) + value
+
+    params = field(1, 1) + field(3, field(4, block))  # type SIMD_OC, its oc_blocks
+    return field(1, b"1") + field(2, field(1, 1) + field(3, params))  # version; algorithm PRUNE
+
+
+def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threads: int = 1) -> list[NDArray[Any]]:
+    """The outputs ``names`` for one batch, computed in a process of its own.
+
+    Raises:
+        CompressError: MNN cannot load or run the file.
+    """
+    with tempfile.TemporaryDirectory() as beside:
+        given, found = Path(beside) / "input.npy", Path(beside) / "outputs.npz"
+        np.save(given, inputs)
+        request = {
+            "model": str(path), "threads": threads, "names": list(names), "input": str(given), "outputs": str(found)
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(AGENT)], input=json.dumps(request), capture_output=True, text=True, errors="replace"
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise CompressError(f"MNN cannot run the network: {last}", where=str(path), fix="export it again")
+        with np.load(found) as held:
+            return [held[f"arr_{i}"] for i in range(len(names))]
+
+
+@torch.no_grad()
+def check_mnn(
+    model: nn.Module, folder: Path, inputs: Tensor, names: Sequence[str], *, tolerance: float, threads: int = 1
+) -> dict[str, Any]:
+    """Compares MNN with torch on real ``inputs`` (n, ...), in batches of n, 3 and 1: faults may depend on it.
+
+    Returns:
+        ``{"outputs": {name: largest difference, relative to the largest value}, "tolerance", "samples"}``.
+
+    Raises:
+        CompressError: an output differs by more than ``tolerance``, has another shape, or MNN cannot run the file.
+    """
+    outputs = onnx_module._Outputs(model, names).eval()
+    worst: dict[str, float] = dict.fromkeys(names, 0.0)
+    for part in (inputs, inputs[:3], inputs[:1]):
+        got = run_mnn(folder / FILE, part.numpy(), names, threads)
+        for name, w, g in zip(names, outputs(part), got, strict=True):
+            expected = w.numpy()
+            scale = float(np.abs(expected).max()) or 1.0
+            alike = g.shape == expected.shape
+            # np.maximum, not max: NaN must come through.
+            worst[name] = float(np.maximum(worst[name], np.abs(expected - g).max() / scale if alike else np.inf))
+    bad = {name: value for name, value in worst.items() if not value <= tolerance}
+    if bad:
+        name, value = next(iter(bad.items()))
+        raise CompressError(
+            f"the network in MNN differs from torch: {name} by {value:.2e}",
+            where=str(folder / FILE),
+            fix="leave mnn out of export.formats; where the ONNX file agrees, MNN's converter is at fault",
+        )
+    return {"outputs": worst, "tolerance": tolerance, "samples": len(inputs)}
+
+
+def write_checked_mnn(
+    model: nn.Module, inputs: Tensor, names: Sequence[str], folder: Path, tolerance: float
+) -> dict[str, Any]:
+    """Converts ``folder/model.onnx`` and compares on ``inputs`` (2 or more, ...); the facts go into mnn.json too.
+
+    Raises:
+        UsageError: MNN is not installed.
+        CompressError: the conversion or the comparison failed. MNN 3.6.1 on x86 computes some networks wrong once zeros
+            are skipped: a ResNet of 4 to 7 channels by up to 1e31, of 12 at some batches only; of 8, 16 and 32 channels
+            all agreed. Such a fault is told apart from others.
+    """
+    source = folder / onnx_module.FILE
+    made = export_mnn(source, folder)
+    try:
+        parity = check_mnn(model, folder, inputs, names, tolerance=tolerance)
+    except CompressError as wrong:
+        with tempfile.TemporaryDirectory() as beside:
+            export_mnn(source, Path(beside), sparse=False)
+            check_mnn(model, Path(beside), inputs, names, tolerance=tolerance)
+        raise CompressError(
+            f"{wrong.what}; without skipping zeros it agrees, so MNN's kernels for zeros are wrong for this network",
+            where=str(folder / FILE),
+            fix="leave mnn out of export.formats, or make the channels of every layer a multiple of 8",
+        ) from wrong
+    facts: dict[str, Any] = {
+        **made,
+        "largest_difference": max(parity["outputs"].values()),
+        "outputs_compared": len(parity["outputs"]),
+        **parity,
+    }
+    (folder / "mnn.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
