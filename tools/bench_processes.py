@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 SHORT = (
-    "tyr.search.singles_windows=4", "tyr.search.generations=2", "calibration.windows=16", "tyr.supernet_windows=16",
-    "tyr.levels=4", "tyr.head_levels=2", "evaluation.windows=1",
+    "calibration.windows=8", "tyr.supernet_windows=8", "tyr.metric=none", "tyr.levels=3", "tyr.head_levels=2",
+    "tyr.search.windows=8", "tyr.search.singles_windows=4", "tyr.search.generations=2", "evaluation.windows=1",
 )  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         found[count] = seconds
         plans[count] = hashlib.sha256((out / "plan" / "plan.safetensors").read_bytes()).hexdigest()[:16]
     first = found[given.processes[0]]
-    stages = ["metrics", "supernet-1", "singles-1", "search-1", "final", "plan"]
+    stages = ["supernet-1", "singles-1", "search-1", "final", "plan"]
     print("| stage | " + " | ".join(f"{n} process{'es' * (n > 1)}" for n in found) + " |")
     print("|---|" + "---|" * len(found))
     groups = {**{s: [s] for s in stages}, "singles + search": ["singles-1", "search-1"], "all": stages}
