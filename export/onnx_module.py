@@ -67,9 +67,12 @@ def export_module(model: nn.Module, sample: Tensor, names: Sequence[str], folder
 
 
 def _write(module: nn.Module, sample: Tensor, names: list[str], path: Path) -> None:
+    import logging
+
     import onnx_ir as ir
 
     say("tracing the network for ONNX")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages it can do without
     shapes = ({0: torch.export.Dim("batch")},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
