@@ -122,6 +122,8 @@ def prune(
 
 
 def _prune_lines(report: dict[str, Any]) -> list[str]:
+    from compress.report import latency_line, perplexity_lines, run_line
+
     size = report["size"]
     lines = [
         f"removed  {100 * size['backbone_removed']:.2f} % of the backbone, {100 * size['total_removed']:.2f} % of all"
@@ -132,9 +134,7 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
             f"reloaded {layout['layout']} in a clean process: logits differ by {layout['max_logit_difference']:.1e}"
             f" (allowed {layout['tolerance']:.1e})"
         )
-    if "quality" in report:
-        for text in report["quality"]["texts"]:
-            lines.append(f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}")
+    lines += perplexity_lines(report)
     if "recover" in report:
         recovered = report["recover"]
         line = f"recover  {recovered['method']}, {recovered['steps']:,} steps of {recovered['tokens']:,} tokens in all"
@@ -150,15 +150,8 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
             f" {onnx['pruned']['largest_difference']:.1e}"
         )
     if "bench" in report:
-        for key in ("ttft", "tpot"):
-            b, r = report["bench"], report["bench"]["ratios"][key]
-            lines.append(
-                f"{key}     {1000 * b['dense'][key]['median']:.1f} ms -> {1000 * b['pruned'][key]['median']:.1f} ms"
-                f" ({r['median']:.2f}x as fast, 95 %: {r['low']:.2f} to {r['high']:.2f})"
-            )
-    lines.append(
-        f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")
-    )
+        lines += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
+    lines.append(run_line(report))
     return lines
 
 

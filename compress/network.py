@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -22,7 +20,7 @@ from compress import __version__
 from compress.cache import sha256_of
 from compress.distributed import device
 from compress.errors import CompressError, UsageError
-from compress.run import Run, fingerprint, seal_hash
+from compress.run import Run, fingerprint, link, seal_hash
 from compress.sections import DataSpec, NetworkRecipe, TrainSpec
 
 if TYPE_CHECKING:
@@ -456,25 +454,16 @@ def released(
     def build(folder: Path) -> None:
         for path in sorted(model.iterdir()):
             if path.name != "seal.json":
-                _link(path, folder / path.name)
+                link(path, folder / path.name)
         if "export" in report:
             for form, facts in report["export"].items():
                 for name in facts["pruned"]["bytes"]:
-                    _link(run.folder / "export-pruned" / name, folder / form / name)
+                    link(run.folder / "export-pruned" / name, folder / form / name)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         card(report, folder)
 
     sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def tensors_sha(tensors: Mapping[str, Tensor]) -> str:

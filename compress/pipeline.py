@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ from compress.recipes.global_mp import GlobalMPOptions
 from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
-from compress.run import Run, fingerprint, seal_hash
+from compress.run import Run, fingerprint, link, seal_hash
 from compress.sections import NetworkRecipe
 from compress.setup import Setup, Windows, fingerprint_of, read_windows
 from compress.setup import prepare as prepare  # Týr's, by `module_of`
@@ -412,11 +410,11 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
     def build(folder: Path) -> None:
         for path in next(iter(saved.values())).rglob("*"):
             if path.is_file() and path.name != "seal.json":
-                _link(path, folder / path.relative_to(next(iter(saved.values()))))
+                link(path, folder / path.relative_to(next(iter(saved.values()))))
         if "export" in report:
             (folder / "onnx").mkdir()
             for name in report["export"]["onnx"]["pruned"]["bytes"]:
-                _link(run.folder / "export-pruned" / name, folder / "onnx" / name)
+                link(run.folder / "export-pruned" / name, folder / "onnx" / name)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         module_of(report["recipe"]).card(report, folder)
 
@@ -448,12 +446,3 @@ def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, s
             else {}
         ),
     }
-
-
-def _link(source: Path, target: Path) -> None:
-    """A hard link, or a copy where the file system has none."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

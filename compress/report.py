@@ -131,3 +131,25 @@ def describe_plan(
         "reference_token_layers": reference_tokens * g.layers,
     }
     report["stages"] = stages
+
+
+def perplexity_lines(report: dict[str, Any]) -> list[str]:
+    """What the command line says of each text; none where nothing was evaluated."""
+    return [
+        f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}"
+        for text in report.get("quality", {}).get("texts", ())
+    ]
+
+
+def latency_line(label: str, bench: dict[str, Any], key: str, digits: int = 1, where: str = "") -> str:
+    """What the command line says of one latency, dense against pruned."""
+    dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
+    return (
+        f"{label:8} {1000 * dense['median']:.{digits}f} ms -> {1000 * pruned['median']:.{digits}f} ms"
+        f" ({ratio['median']:.2f}x as fast, 95 %: {ratio['low']:.2f} to {ratio['high']:.2f}{where})"
+    )
+
+
+def run_line(report: dict[str, Any]) -> str:
+    """Where the run lies, and its card where it got so far."""
+    return f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")

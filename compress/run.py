@@ -239,6 +239,15 @@ def verify_seal(folder: Path) -> int:
     return len(files)
 
 
+def link(source: Path, target: Path) -> None:
+    """A hard link, or a copy where the file system has none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 class Journal:
     """An append-only file of JSON lines. A last line that a kill cut short is dropped when it is opened again."""
 

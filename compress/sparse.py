@@ -308,6 +308,8 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a run."""
+    from compress.report import latency_line, perplexity_lines, run_line
+
     size = report["size"]
     said = [
         f"pruned   {size['pruned_weights']:,} of {size['prunable_weights']:,} weights of {len(report['layers'])} layers"
@@ -328,22 +330,13 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded in a clean process as {layout['class']}: logits differ by {layout['max_logit_difference']:.1e}"
             f" (allowed {layout['tolerance']:.1e})"
         )
-    if "quality" in report:
-        for text in report["quality"]["texts"]:
-            said.append(f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}")
+    said += perplexity_lines(report)
     if "export" in report:
         pruned = report["export"]["onnx"]["pruned"]
         said.append(f"onnx     outputs agree with torch to {pruned['largest_difference']:.1e}")
     if "bench" in report:
-        for key in ("ttft", "tpot"):
-            b, r = report["bench"], report["bench"]["ratios"][key]
-            said.append(
-                f"{key}     {1000 * b['dense'][key]['median']:.1f} ms -> {1000 * b['pruned'][key]['median']:.1f} ms"
-                f" ({r['median']:.2f}x as fast, 95 %: {r['low']:.2f} to {r['high']:.2f})"
-            )
-    said.append(
-        f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")
-    )
+        said += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
+    said.append(run_line(report))
     return said
 
 

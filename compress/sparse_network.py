@@ -437,6 +437,8 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a finished run."""
+    from compress.report import latency_line, run_line
+
     size = report["size"]
     flops = size["flops"]
     found = [
@@ -472,15 +474,8 @@ def lines(report: dict[str, Any]) -> list[str]:
             off = facts["pruned"]["largest_difference"]
             found.append(f"{form:8} {a:,} -> {b:,} bytes; outputs agree with torch to {off:.1e}")
     for runtime, bench in latencies(report).items():
-        ratio = bench["ratios"]["latency"]
-        found.append(
-            f"latency  {1000 * bench['dense']['latency']['median']:.3f} ms ->"
-            f" {1000 * bench['pruned']['latency']['median']:.3f} ms"
-            f" ({ratio['median']:.2f}x as fast, 95 %: {ratio['low']:.2f} to {ratio['high']:.2f}; {runtime})"
-        )
-    found.append(
-        f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")
-    )
+        found.append(latency_line("latency", bench, "latency", 3, f"; {runtime}"))
+    found.append(run_line(report))
     return found
 
 

@@ -150,3 +150,27 @@ def _rounded_down(part: int, total: int) -> str:
 def _some(names: Sequence[str], limit: int = 4) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+def budget(
+    sizes: Mapping[str, int], sparsity: float, floor: float | int, floors: Mapping[str, float | int]
+) -> tuple[int, dict[str, int]]:
+    """How many weights go in all, and how many every layer keeps at least; checked to be feasible.
+
+    Args:
+        sizes: weights of every layer.
+        floor, floors: as in `layer_floors`.
+
+    Raises:
+        UsageError: the sparsity is less than one weight.
+        CompressError: it cannot be met.
+    """
+    prune, kept = target_count(sparsity, sum(sizes.values())), layer_floors(sizes, floor, floors)
+    if not prune:
+        raise UsageError(
+            f"a sparsity of {sparsity:g} is less than one of {sum(sizes.values()):,} weights",
+            where="sparsity",
+            fix="give a larger one",
+        )
+    check_feasible(sizes, kept, prune)
+    return prune, kept

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
 from compress.flops import COUNTED
-from compress.recipes.global_mp.floors import check_feasible, layer_floors, target_count
+from compress.recipes.global_mp.floors import budget as exact_budget
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.global_mp.schedule import Shape, targets
@@ -65,15 +65,7 @@ def budget(weights: Mapping[str, Any], sparsity: float, options: NetworkOptions)
         UsageError, CompressError: see `floors`; or the sparsity is less than one weight.
     """
     sizes = {name: int(w.numel()) for name, w in weights.items()}
-    prune, floors = target_count(sparsity, sum(sizes.values())), layer_floors(sizes, options.floor, options.floors)
-    if not prune:
-        raise UsageError(
-            f"a sparsity of {sparsity:g} is less than one of {sum(sizes.values()):,} weights",
-            where="sparsity",
-            fix="give a larger one",
-        )
-    check_feasible(sizes, floors, prune)
-    return prune, floors
+    return exact_budget(sizes, sparsity, options.floor, options.floors)
 
 
 def masks_of(model: nn.Module, prune: int, floors: Mapping[str, int], skip: Sequence[str] = ()) -> dict[str, Tensor]:

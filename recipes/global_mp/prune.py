@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 from compress.progress import Progress
 from compress.recipes.global_mp import GlobalMPOptions
-from compress.recipes.global_mp.floors import check_feasible, layer_floors, target_count
+from compress.recipes.global_mp.floors import budget as exact_budget
 from compress.recipes.global_mp.magnitude import Cut, Source, find_cuts, safetensors_source
 from compress.recipes.global_mp.masks import load_masks, masked, save_masks
 from compress.recipes.global_mp.pattern import PATTERN, check_two_four, fits, two_four_mask
@@ -112,15 +112,7 @@ def budget(
                 fix="set sparsity to 0.5, or pattern to unstructured",
             )
         return sum(sizes[name] // 2 for name, shape in shapes.items() if _fours(shape)), dict.fromkeys(sizes, 0)
-    prune, floors = target_count(sparsity, sum(sizes.values())), layer_floors(sizes, options.floor, options.floors)
-    if not prune:
-        raise UsageError(
-            f"a sparsity of {sparsity:g} is less than one of {sum(sizes.values()):,} weights",
-            where="sparsity",
-            fix="give a larger one",
-        )
-    check_feasible(sizes, floors, prune)
-    return prune, floors
+    return exact_budget(sizes, sparsity, options.floor, options.floors)
 
 
 def cuts_of(files: Sequence[Path], floors: Mapping[str, int], prune: int, label: str) -> dict[str, Cut]:
