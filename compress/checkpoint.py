@@ -269,6 +269,20 @@ def load_config_dict(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(config["model_type"], **plain)
 
 
+def check_code(folder: Path) -> None:
+    """Raises CompressError where the folder holds code other than what `save_model` writes there."""
+    from compress.models.families import family_for
+
+    for path in sorted(folder.glob("*.py")):
+        written = family_for(load_config(folder)).ragged_source()
+        if path.name != f"{REMOTE_FILE}.py" or path.read_text() != written:
+            raise CompressError(
+                "the folder holds code that this version of compress did not write; it was not run",
+                where=str(path),
+                fix="take it out, or prune the model again",
+            )
+
+
 def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
     """Loads the model in a clean process, as a user does, and compares its logits with the fingerprint.
 

@@ -328,13 +328,15 @@ def card(
 
 @app.command(epilog="Example:  compress verify runs/demo")
 def verify(
-    path: Annotated[Path, typer.Argument(help="a run folder, or a model folder")], json_: Json = False
+    path: Annotated[Path, typer.Argument(help="a run folder, or a model folder")],
+    network: Network = None,
+    json_: Json = False,
 ) -> None:
     """Checks a saved model again: hashes, weights, and a reload in a clean process."""
     from compress.verbs import verify as run
 
     _show(
-        run(path),
+        run(path, network),
         json_,
         lambda f: [
             f"sealed   {f['sealed_files']} files are as they were written",

@@ -284,14 +284,19 @@ def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: 
     return found
 
 
-def verify_network(folder: Path) -> dict[str, Any]:
+def verify_network(folder: Path, network: str | None = None) -> dict[str, Any]:
     """Loads a saved network in a clean process and compares its outputs with those that were noted.
+
+    Args:
+        network: FILE.py:FUNCTION that is built in place of what the folder names.
 
     Raises:
         CompressError: it cannot be loaded, or its outputs differ.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "compress.reload_network", str(folder)], capture_output=True, text=True
+        [sys.executable, "-m", "compress.reload_network", str(folder), *([network] if network else [])],
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -441,12 +446,15 @@ def released(
     run: Run, model: Path, report: dict[str, Any], card: Callable[[dict[str, Any], Path], Path]
 ) -> dict[str, Any]:
     """The folder to publish; returns the report as it was sealed, by this run or an earlier one."""
+    from compress.reload_network import read_facts
     from compress.report import finish, read_report
 
     there = shlex.quote(str(run.folder))
+    own = str(read_facts(model)["network"])
+    named = f" --network {shlex.quote(own)}" if ".py:" in own else ""
     report["commands"] = {
         "prune": report["command"],
-        "verify": f"compress verify {there}",
+        "verify": f"compress verify {there}{named}",
         "card": f"compress card {there}",
     }
     finish(report)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
-from compress.reload_network import Reloaded, read_facts
+from compress.reload_network import Reloaded
 from compress.sections import DataSpec, NetworkBench, NetworkExport
 
 if TYPE_CHECKING:
@@ -17,26 +17,14 @@ if TYPE_CHECKING:
 def _load(folder: Path, network: str | None) -> Reloaded:
     """A saved network that gives the outputs that were noted when it was saved.
 
-    Code is run only where a person has named its file: a folder that was fetched from somewhere must not choose it.
-
     Raises:
-        UsageError: the network is a file's, and ``network`` does not name it; or it is none, and one is named.
+        UsageError: see `check_named`.
         CompressError: it cannot be loaded, or gives other outputs.
     """
     from compress.network import same_outputs
-    from compress.reload_network import reload
+    from compress.reload_network import check_named, reload
 
-    own = str(read_facts(folder)["network"])
-    if ".py:" in own and network is None:
-        raise UsageError(
-            f"the network is code of a file: {own}",
-            where=str(folder),
-            fix=f"if you trust that file, name it: --network {own}",
-        )
-    if ".py:" not in own and network is not None:
-        raise UsageError(f"the network is {own}, not a file's", where=str(folder), fix="leave out --network")
-    if network is not None and ".py:" not in network:
-        raise UsageError(f"{network!r} is not FILE.py:FUNCTION", where="--network", fix=f"such as --network {own}")
+    check_named(folder, network)
     loaded = reload(folder, network)
     same_outputs(loaded.found, folder)
     return loaded

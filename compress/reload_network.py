@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +44,25 @@ def read_facts(folder: Path) -> dict[str, Any]:
             "the facts of the network cannot be read", where=str(path), fix="make the model again, or copy it whole"
         )
     return dict(facts)
+
+
+def check_named(folder: Path, network: str | None) -> None:
+    """Code is run only where a person has named its file: a folder that was fetched from somewhere must not choose it.
+
+    Raises:
+        UsageError: the network is a file's, and ``network`` does not name it; or it is none, and one is named.
+    """
+    own = str(read_facts(folder)["network"])
+    if ".py:" in own and network is None:
+        raise UsageError(
+            f"the network is code of a file: {own}",
+            where=str(folder),
+            fix=f"if you trust that file, name it: --network {own}",
+        )
+    if ".py:" not in own and network is not None:
+        raise UsageError(f"the network is {own}, not a file's", where=str(folder), fix="leave out --network")
+    if network is not None and ".py:" not in network:
+        raise UsageError(f"{network!r} is not FILE.py:FUNCTION", where="--network", fix=f"such as --network {own}")
 
 
 def reload(folder: Path, network: str | None = None) -> Reloaded:
@@ -83,6 +102,6 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(reload(Path(sys.argv[1])).found))
+        print(json.dumps(reload(Path(sys.argv[1]), *sys.argv[2:3]).found))
     except CompressError as e:
         sys.exit(f"{e.what} ({e.where})")

@@ -130,9 +130,12 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     return {"card": str(written), "report": report["sha256"]}
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Checks a run folder (every sealed file, the report) or a model folder (weights, a reload in a clean process)."""
-    from compress.checkpoint import check_weights, verify_clean
+def verify(path: Path, network: str | None = None) -> dict[str, Any]:
+    """Checks a run folder (every sealed file, the report) or a model folder (weights, a reload in a clean process).
+
+    Code that lies in a folder is run only where this version would have written it so, or ``network`` names it.
+    """
+    from compress.checkpoint import check_code, check_weights, verify_clean
     from compress.report import read_report
 
     if not path.is_dir():
@@ -147,13 +150,18 @@ def verify(path: Path) -> dict[str, Any]:
         raise CompressError(
             "there is no model here", where=str(path), fix="name a model folder or a finished run folder"
         )
+    if models and network is not None:
+        raise UsageError("this is a language model", where=str(path), fix="leave out --network")
     for folder in models:
+        check_code(folder)
         check_weights(folder)
         found["models"][str(folder)] = verify_clean(folder)
     for folder in networks:
         from compress.network import verify_network
+        from compress.reload_network import check_named
 
-        found["models"][str(folder)] = verify_network(folder)
+        check_named(folder, network)
+        found["models"][str(folder)] = verify_network(folder, network)
     if (path / "release" / "report.json").exists() or (path / "report.json").exists():
         found["report"] = read_report(path)["sha256"]
     return found

@@ -159,7 +159,11 @@ def test_the_same_command_does_nothing_again_and_verify_finds_it_whole(
     again = prune(place, run, "--sweep", "0.5,0.95", "--json")
     assert json.loads(again.out)["sha256"] == report["sha256"]
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert compress("verify", run).code == 0
+    # A folder must not choose the code that is run: the person names it, as the report's own command does.
+    own = json.loads((run / "model" / "network.json").read_text())["network"]
+    one_error(compress("verify", run), 2, "the network is code of a file", f"--network {own}")
+    assert compress("verify", run, "--network", own).code == 0
+    assert report["commands"]["verify"].endswith(f" --network {own}")
     assert compress("card", run, "--out", run.parent / "card").code == 0
     changed = prune(place, run, "--sparsity", "0.8")
     one_error(changed, 1, "made from other inputs", "sparsity")
@@ -169,7 +173,7 @@ def test_the_same_command_does_nothing_again_and_verify_finds_it_whole(
         (lie / path.name).write_bytes(path.read_bytes())
     state = load_file(lie / "model.safetensors")
     save_file({**state, "classifier.bias": state["classifier.bias"] + 1}, lie / "model.safetensors")
-    one_error(compress("verify", lie), 1, "other outputs")
+    one_error(compress("verify", lie, "--network", own), 1, "other outputs")
 
 
 def test_gradual_pruning_starts_from_an_untrained_network_and_ends_at_the_same_count(

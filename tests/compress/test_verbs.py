@@ -78,6 +78,18 @@ def test_verify_counts_every_sealed_file_and_loads_every_layout(finished: Path) 
     assert classes == {"model": "CompressedLlamaForCausalLM", "model-padded": "LlamaForCausalLM"}
 
 
+def test_verify_runs_no_code_that_compress_did_not_write(finished: Path, tmp_path: Path) -> None:
+    copy, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(finished / "model", copy)
+    (copy / "seal.json").unlink()
+    one_error(compress("verify", copy, "--network", "a.py:b"), 2, "language model")
+    assert compress("verify", copy).code == 0
+    code = copy / "modeling_compress.py"
+    code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
+    one_error(compress("verify", copy), 1, "did not write", str(code))
+    assert not ran.exists()
+
+
 def test_verify_finds_one_changed_byte(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
