@@ -6,11 +6,11 @@ files its range needs, so that three processes go on where two have stopped.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.distributed import rank
+from compress.run import sync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,11 +51,7 @@ def save_part(folder: Path, windows: range, tensors: dict[str, Tensor]) -> None:
     path = folder / f"{windows.start:08d}-{windows.stop:08d}.safetensors"
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(partial)
     partial.replace(path)
 
 

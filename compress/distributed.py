@@ -554,22 +554,16 @@ def launch(count: int, words: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         children = []
-        port = _free_port()
         threads = max(1, len(os.sched_getaffinity(0)) // count)
-        for number in range(count):
-            environment = {
-                **os.environ,
-                "RANK": str(number),
-                "LOCAL_RANK": str(number),
-                "WORLD_SIZE": str(count),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": os.environ.get("COMPRESS_THREADS", str(threads)),
-                REPORTS: folder,
-                # What gloo logs of a lost process we say ourselves.
-                "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL"),
-            }
+        surroundings = {
+            "OMP_NUM_THREADS": str(threads),
+            # What gloo logs of a lost process we say ourselves.
+            "TORCH_CPP_LOG_LEVEL": "FATAL",
+            **os.environ,
+            REPORTS: folder,
+        }
+        for number, place in enumerate(places(count)):
+            environment = {**surroundings, **place}
             with (Path(folder) / f"{number}.stderr").open("w") as err:
                 children.append(
                     subprocess.Popen(
@@ -595,6 +589,24 @@ def launch(count: int, words: Sequence[str]) -> int:
         before = [c.poll() for c in children]
         _end(children, signal.SIGTERM, 3.0)
         return _explain(Path(folder), before)
+
+
+def places(count: int) -> list[dict[str, str]]:
+    """The environment of each of ``count`` processes on this machine, by which they find one another."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [
+        {
+            "RANK": str(number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        for number in range(count)
+    ]
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]], how: signal.Signals, patience: float) -> None:
@@ -663,12 +675,6 @@ def report(error: BaseException, code: int, debug: bool = False) -> bool:
     partial.write_text(json.dumps(left))
     partial.replace(path)
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def _die_with_parent() -> None:

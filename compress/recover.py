@@ -43,7 +43,7 @@ from compress.errors import CompressError, UsageError
 from compress.plan import Plan
 from compress.progress import Progress
 from compress.recipe import Recipe, RecoverSection, nearest
-from compress.run import Run, fingerprint, seal_hash
+from compress.run import Run, fingerprint, seal_hash, sync
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -512,10 +512,10 @@ class Checkpoints:
 
     def _finish(self, step: int, partial: Path, log: list[dict[str, Any]]) -> None:
         (partial / "state.json").write_text(json.dumps({"step": step, "log": log}))
-        _sync(partial / "state.json")
-        _sync(partial)
+        sync(partial / "state.json")
+        sync(partial)
         partial.rename(self._at(step))
-        _sync(self.folder)
+        sync(self.folder)
         for older in self.folder.glob("step-*"):
             if older != self._at(step):
                 shutil.rmtree(older)
@@ -575,15 +575,7 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

@@ -144,9 +144,9 @@ class Run:
             }
             (partial / SEAL).write_text(json.dumps(seal, indent=1) + "\n")
             for path in (*files, partial / SEAL, *(p for p in partial.rglob("*") if p.is_dir()), partial):
-                _sync(path)
+                sync(path)
             partial.rename(folder)
-            _sync(folder.parent)
+            sync(folder.parent)
 
     def is_sealed(self, name: str) -> bool:
         return distributed.main_says(lambda: (self.folder / name / SEAL).exists())
@@ -350,7 +350,8 @@ def _full(folder: Path) -> CompressError:
     )
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from compress.distributed import from_main, is_main, meet, rank, sum_floats, wor
 from compress.errors import CompressError
 from compress.images import FolderImages, Split, Splits, Task, batches
 from compress.progress import Progress
-from compress.run import fingerprint
+from compress.run import fingerprint, sync
 from compress.sections import TrainSpec
 
 # --- masks ----------------------------------------------------------------------------------------------------------
@@ -475,8 +474,7 @@ class _State:
         facts = {"mark": mark, "step": step, "total": total, "rows": rows, "scalars": scalars}
         partial_file = path.with_name(f".{path.name}.partial")
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial_file, {"training": json.dumps(facts)})
-        with partial_file.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(partial_file)
         partial_file.replace(path)
 
     @torch.no_grad()

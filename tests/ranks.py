@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from compress import distributed
 
 # A server that has torch loaded already forks every process.
 Process = multiprocessing.process.BaseProcess
@@ -21,21 +22,10 @@ def start(
     count: int, function: Callable[..., Any], *arguments: Any, **environment: str
 ) -> tuple[list[Process], Any]:
     """Starts ``function(*arguments)`` in ``count`` processes that have joined; what each gives goes into the queue."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     results = server.Queue()
     processes = []
-    for number in range(count):
-        surroundings = {
-            **environment,
-            "RANK": str(number),
-            "LOCAL_RANK": str(number),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
+    for place in distributed.places(count):
+        surroundings = {**environment, **place}
         process = server.Process(target=_work, args=(surroundings, results, function, arguments))
         process.start()
         processes.append(process)
@@ -56,8 +46,6 @@ def run(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
 def _work(surroundings: dict[str, str], results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(surroundings)
     import torch
-
-    from compress import distributed
 
     torch.set_num_threads(1)
     rank = int(surroundings["RANK"])

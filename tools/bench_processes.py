@@ -37,7 +37,7 @@ def main() -> None:
             [sys.executable, "-m", "compress", "prune", given.model, "--recipe", given.recipe, "--out", str(out),
              "--until", "plan", "--fresh", "--processes", str(count), *words],
             check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "COMPRESS_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         seconds: dict[str, float] = {}

@@ -159,7 +159,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     make(case, folder)
     words = ["prune", "model", "--recipe", "recipe.yaml", "--out", "run", "--until", "plan", "-n", str(case.processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COMPRESS_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     began = time.monotonic()
     with (folder / "log").open("w") as log:
         child = subprocess.Popen(

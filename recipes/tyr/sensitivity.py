@@ -150,15 +150,15 @@ def _backward(
     metrics = {}
     for kind, parts in seen.items():
         # One grid for all windows, however unlike they are.
-        largest = max((float(g.double().pow(2).sum(0).max()) for g in parts), default=0.0)
-        if not math.isfinite(largest):
+        sizes = [float(g.double().pow(2).sum(0).max()) for g in parts]
+        if not all(map(math.isfinite, sizes)):
             raise CompressError(
                 "the gradients hold NaN or infinity",
                 where=f"block {index}, {kind}",
                 fix="check the model's weights (`compress verify`), or set tyr.metric=none",
             )
         total = ExactSum(width, width, device=runner.device)
-        total.set_grid(max(gather([largest])))
+        total.set_grid(max(gather(sizes)))
         for g in parts:
             total.add(g.T @ g)
         metrics[kind] = _scaled(total.total()).cpu()

@@ -108,7 +108,7 @@ def _dies(folder: Path, moment: str) -> None:
     elif moment == "before the rename":
         Path.rename = die  # type: ignore[assignment,method-assign]
     else:
-        sync = module._sync
-        module._sync = lambda path: die() if path == folder else sync(path)
+        sync = module.sync
+        module.sync = lambda path: die() if path == folder else sync(path)
     with module.Run.open(folder) as run:
         run.stage("plan", {"k": 1}, lambda f: (f / "a").write_text("a"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
+from compress.recipes.tyr import sensitivity
 from compress.recipes.tyr.sensitivity import RIDGE, output_metrics
 from tests.tiny import tiny, tokens
 
@@ -127,6 +130,23 @@ def test_the_mean_diagonal_is_one_and_no_direction_is_without_weight() -> None:
         values = torch.linalg.eigvalsh(metric.double())
         assert float(values[0]) == pytest.approx(RIDGE, rel=0.05)  # three tokens reach three directions
         assert float(values[-4]) == pytest.approx(RIDGE, rel=0.05) and float(values[-3]) > 10 * RIDGE
+
+
+def test_one_window_may_dwarf_the_first_by_any_measure() -> None:
+    model = made("llama")
+    runner = BlockRunner(model, family_for(model.config), 5)
+    stream = runner.embed(tokens(2, 5))
+    gradient = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(0))
+
+    def metrics(*sizes: float) -> dict[str, Tensor]:
+        return sensitivity._backward(
+            runner, 0, stream.split(1), [g * size for g, size in zip(gradient.split(1), sizes, strict=True)]
+        )[0]
+
+    for kind, alone in metrics(0.0, 1.0).items():
+        torch.testing.assert_close(metrics(1e-9, 1.0)[kind], alone, rtol=1e-5, atol=1e-6)
+    with pytest.raises(CompressError, match="the gradients hold NaN"):
+        metrics(1.0, math.inf)
 
 
 def test_labels_are_drawn_from_the_predictions_of_the_model(drawn: list[list[int]]) -> None:

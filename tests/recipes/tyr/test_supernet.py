@@ -337,6 +337,30 @@ def test_levels_are_fitted_to_the_target_on_inputs_from_the_pruned_attention(
     assert not torch.allclose(ffn[1].weight, wrong[24][1].T.float(), rtol=1e-2, atol=1e-2)
 
 
+def test_inputs_made_again_are_those_that_were_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for room in (supernet.KEEP_BYTES, 0):
+        monkeypatch.setattr(supernet, "KEEP_BYTES", room)
+        world = World("llama")
+        calls: list[int] = []
+        plain = world.runner.activation
+
+        def counted(index: int, middle: Tensor, plain: Any = plain, calls: list[int] = calls) -> Tensor:
+            calls.append(index)
+            made: Tensor = plain(index, middle)
+            return made
+
+        monkeypatch.setattr(world.runner, "activation", counted)
+        attention, ffn = pruned_block(world.runner, world.job, 1, world.streams, world.menu)
+        found.append((attention, ffn, world.streams, len(calls)))
+    (a, f, streams, few), (b, g, again, many) = found
+    assert torch.equal(streams.pruned, again.pruned) and torch.equal(streams.dense, again.dense)
+    for one, other in zip((*a, *f), (*b, *g), strict=True):
+        assert one.units == other.units
+        assert one.weight is other.weight is None or torch.equal(one.weight, other.weight)
+    assert many == few * 3 // 2  # the pruned stream's once more
+
+
 def test_savings_and_sparsities_are_the_costs_of_what_is_kept() -> None:
     world = World("llama with biases")
     attention, ffn = pruned_block(world.runner, world.job, 1, world.streams, world.menu)
