@@ -294,6 +294,7 @@ class ExactSum:
     """
 
     FINE, COARSE = 44, 62
+    ROWS = 1024  # rows of the total that are made at once
 
     def __init__(self, *shape: int, device: Any = None) -> None:
         import torch
@@ -330,10 +331,17 @@ class ExactSum:
         self._sum[rows] += scaled.round_().to(torch.int64)
 
     def total(self) -> Tensor:
-        """The sum over all processes, float64."""
-        assert self._grid is not None, "nothing was added"
+        """The sum over all processes, float64, in the place of the integers: nothing can be added any more."""
+        import torch
+
+        assert self._grid is not None, "nothing was added, or the total was taken"
         add_up(self._sum)
-        return self._sum.double() * self._grid
+        made = self._sum.view(torch.float64)
+        for first in range(0, len(made), self.ROWS):
+            rows = slice(first, first + self.ROWS)
+            made[rows] = self._sum[rows].double() * self._grid
+        self._grid = None
+        return made
 
 
 def agree(sizes: Sequence[float]) -> list[float]:

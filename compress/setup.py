@@ -120,6 +120,12 @@ class Setup(Generic[AnyText]):
 def quiet() -> None:
     """Stills the bars and warnings of the libraries: what a user should know is said by compress itself."""
     import logging
+    import os
+
+    # torchao, where it is installed, is imported by transformers whether it is used or not, and talks about it.
+    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     from transformers.utils import logging as transformers_logging
 

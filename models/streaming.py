@@ -9,6 +9,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +136,25 @@ class Weights:
 def is_streamed(model: Any) -> bool:
     """Whether a model's blocks are read from disk when they are run."""
     return isinstance(model.model.layers, StreamedBlocks)
+
+
+@contextmanager
+def only_blocks(model: Any, device: torch.device) -> Iterator[None]:
+    """While it is open, all that a streamed model holds beside its blocks lies in memory, not on ``device``: a walk
+    over the blocks needs neither embeddings nor head, and at 70B they take 8 GB."""
+    parked = is_streamed(model) and device.type != "cpu"
+    blocks = model.model.layers
+    try:
+        if parked:
+            model.model.layers = nn.ModuleList()
+            model.to("cpu")
+            model.model.layers = blocks
+        yield
+    finally:
+        if parked:
+            model.model.layers = nn.ModuleList()
+            model.to(device)
+            model.model.layers = blocks
 
 
 def stream_model(folder: Path, family: Family, cache: int, device: torch.device) -> Any:

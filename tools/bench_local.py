@@ -3,17 +3,35 @@
     python tools/bench_local.py
 
 Both are timed in turn, in one process; the ratio of the medians is what counts. Goal: at most 1.5.
+
+    python tools/bench_local.py --memory --neurons 6144 --hidden 1536
+
+prints instead the most memory that one pass takes, from the sums to a level, in float64 matrices of the size of H.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import time
 from statistics import median
 
 import torch
 
-from compress.recipes.tyr.local import Moments, damp, prune_neurons
+from compress.recipes.tyr.local import Moments, damp, neuron_levels, prune_neurons
+
+
+def memory(n: int, hidden: int) -> None:
+    x, w = torch.randn(256, n), torch.randn(n, hidden)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    moments = Moments(n, hidden)
+    moments.add(x, x @ w)
+    problem = damp(moments, w, 0.01)
+    # Two removals after the first level: the matrices are shrunk once, and the rest of a pass holds less.
+    for count, _, _ in neuron_levels(problem, (n, n - n // 5), n // 10, last=True):
+        print(f"level of {count} neurons")
+    most = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+    print(f"peak {most / 1e9:.2f} GB, {most / (8 * n * n):.2f} matrices of {n} x {n} ({8e-9 * n * n:.2f} GB each)")
 
 
 def main() -> None:
@@ -23,7 +41,11 @@ def main() -> None:
     parser.add_argument("--levels", type=int, default=9)
     parser.add_argument("--step", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true")
     given = parser.parse_args()
+    if given.memory:
+        memory(given.neurons, given.hidden)
+        return
     n, step = given.neurons, given.step
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * n, n, generator=generator) @ (torch.eye(n) + 0.05 * torch.randn(n, n, generator=generator))

@@ -243,7 +243,7 @@ def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
 def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: bool, final: bool) -> Stage:
     """A pass over all blocks that makes candidates: a supernet, or the final weights."""
     g, h, n, q = shape.geometry, shape.geometry.hidden, shape.geometry.ffn, shape.inputs
-    length = shape.length
+    layers, length = g.layers, shape.length
     windows, batches, batch = _own(total, length, shape.world)
     tokens = windows * length
     streams = 1 if alone else 2
@@ -257,7 +257,7 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
             flops += shape.forward(tokens, length) / 2  # the inputs are made again
     touched = batches * (q * q + q * h + n * n + n * h) * SUMMED + streams * tokens * (4 * n + 3 * q + 12 * h) * 8
 
-    solved = thin = thin_flops = kept = levels64 = levels32 = 0.0
+    solved = thin = thin_flops = kept = levels32 = 0.0
     for menu in menus:
         if menu.neurons != (g.ffn,):
             least = min(menu.neurons)
@@ -272,7 +272,6 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
             thin += moved
         channels = sum(m for m in menu.neurons if m < n)
         heads = sum(a * b * g.head_dim for a, b in menu.heads if a * b < g.heads)
-        levels64 = max(levels64, 8.0 * channels * h)
         levels32 = max(levels32, 4.0 * (channels + heads) * h)
         plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + g.heads)
         kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, g))
@@ -281,20 +280,24 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
     # Inputs of a sublayer that are kept for the pruned stream lie on the device.
     hold = 0.0 if alone else max((4.0 * tokens * w for w in (n, q) if 4 * tokens * w <= KEEP_BYTES), default=0.0)
     adding = Moments.ROWS * n * ADDING
-    # int64 sums, the same as float64, damped; the factor, the inverse, and the copy its making takes.
+    # int64 sums, float64 in their place, the factor in H's and the inverse in the factor's. Solving takes a copy of the
+    # factor beside G and W*; later, with the matrix shrunk, a level is copied.
     sums = (n * n + n * h) * 8
-    solver = 8.0 * (6 * n * n + 7 * n * h)
+    solver = 8.0 * (2 * n * n + 2 * n * h)
+    aims = 8.0 * n * h  # G, in memory
     # Matrices shrink step by step; what is freed below this size the C library keeps.
     freed = min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2)
     device |= {
         "a batch": _passing(shape, batch, length) * (1 if alone else 1.3),
         "kept inputs": hold,
-        "statistics and solver": max(2.0 * sums + adding, solver),
-        "levels in float64": levels64,
+        "statistics and solver": max(sums + adding, solver),
     }
-    ram |= {"streams": stream, "levels": levels32, "freed, not given back": freed}
+    if shape.streamed:  # embeddings and head lie in memory meanwhile
+        rest = 4.0 * (shape.costs.total - layers * shape.block)
+        device["model"] -= rest
+        ram["embeddings and head"] = rest
+    ram |= {"streams": stream, "levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
     whole = 4.0 * total * length * h * streams
-    layers = g.layers
     return Stage(
         name,
         work={
@@ -374,14 +377,6 @@ def _under_way(shape: Shape, count: float, tokens: float) -> float:
     return each * min(max(1, activation_bytes(shape.streamed) // each), math.ceil(count / shape.world))
 
 
-def _variants(shape: Shape, windows: int, kept: float) -> float:
-    """Bytes of the variants of one block that a chunk of candidates holds at once."""
-    tokens = windows * (shape.options.search.length or shape.length)
-    chunk = max(1, activation_bytes(shape.streamed) // (4 * tokens * shape.geometry.hidden))
-    most = min(chunk, -(-shape.options.search.offspring // shape.world))
-    return 4.0 * shape.block * kept * (1 + DIFFERENT * (most - 1))
-
-
 def _added(*parts: Mapping[str, float]) -> dict[str, float]:
     return {kind: sum(part.get(kind, 0.0) for part in parts) for kind in {k for part in parts for k in part}}
 
@@ -404,7 +399,7 @@ def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
         # The parent is the solution so far: its streams are made once.
         again = layers * shape.forward(tokens / shape.world, length, kept)
         parts.append({"gemm32": again, "make": 6.0 * layers * shape.block * kept})
-    device = {**device, "variants of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
+    device = {**device, "a variant of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
     rows = count * (160 + 4 * layers)
     return Stage(
         f"singles-{number}",
@@ -454,8 +449,7 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     cells, capacity = _knapsack(job, menus)
     parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
     work = _added(*parts)
-    variety = max(_variants(shape, max(1, round(s * search.windows)), kept) for s, _ in shares)
-    device = {**device, "variants of a block": variety}
+    device = {**device, "a variant of a block": 4.0 * shape.block * kept}
     tokens = search.windows * length
     ram = {
         **ram,

@@ -7,7 +7,7 @@ least-squares optimum W* = H^-1 X^T T takes W's place, and everything after it i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,13 +67,19 @@ class Moments:
             ) from None
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """(H, G) over all processes, float64."""
+        """(H, G) over all processes, float64. Nothing can be added any more."""
         if self._sums is None:
             self._sums = self._H.total(), self._G.total()
         return self._sums
 
+    def taken(self) -> tuple[Tensor, Tensor]:
+        """The same, for the caller to change and to let go: they are not held here any longer."""
+        sums = self.sums()
+        self._sums = None
+        return sums
 
-@dataclass(frozen=True)
+
+@dataclass
 class Problem:
     """The damped quadratic: minimise tr((W - W*)^T H (W - W*)) over the kept rows of W.
 
@@ -83,10 +89,20 @@ class Problem:
     H: Tensor
     G: Tensor
 
+    def factor(self, last: bool) -> Tensor:
+        """The lower Cholesky factor of H (in, in). With ``last`` it takes H's place, and H is gone: at 70B either of
+        them takes 6.6 GB."""
+        # H is symmetric, and its transpose lies in memory as LAPACK wants it.
+        H = self.H.mT if last else self.H
+        if last:
+            self.H = torch.empty(0)
+        factor: Tensor = torch.linalg.cholesky(H, out=H if last else None)
+        return factor
+
     def loss(self, keep: Tensor, refitted: Tensor) -> float:
         """Loss of the best weights ``refitted`` (len(keep), out) on the rows ``keep``, up to a constant:
         -tr(G_K^T H_KK^-1 G_K)."""
-        return -float((refitted * self.G[keep]).sum())
+        return -float((refitted.to(self.G.device) * self.G[keep]).sum())
 
     def refit(self, keep: Tensor) -> Tensor:
         """The exact least-squares weights (len(keep), out) float64 when only the rows ``keep`` may stay."""
@@ -98,21 +114,22 @@ class Problem:
 
 def damp(moments: Moments, W: Tensor, damping: float) -> Problem:
     """Adds the ridge lambda ||W' - W||^2, lambda = damping * mean(diag H): it holds the refit to the original ``W``.
+    In place: the moments are spent.
 
     Args:
         W: the dense projection (in, out).
     """
-    H, G = moments.sums()
+    H, G = moments.taken()
     scale = float(H.diagonal().mean())
     ridge = damping * (scale if scale > 0 else 1.0)
-    H = H.clone()
     H.diagonal().add_(ridge)
-    return Problem(H, G + ridge * W.double())
+    return Problem(H, G.add_(W, alpha=ridge))
 
 
-def _block_losses(inverse: Tensor, w: Tensor, units: Tensor, score: Score, G: Tensor) -> Tensor:
+def _block_losses(inverse: Tensor, w: Tensor, units: Tensor, score: Score, G: Tensor | None) -> Tensor:
     """Score of removing each unit. ``units`` (u, c) are the rows of each of u units of c channels; returns (u,)."""
     if score == "tyr":
+        assert G is not None
         # The paper's eq. for one channel: |G_p W_p^T| + ||W_p||^2 / (2 [H^-1]_pp); a head's is the mean of its own.
         rows = units.reshape(-1)
         channel = (G[rows] * w[rows]).sum(1).abs() + (w[rows] ** 2).sum(1) / (2 * inverse.diagonal()[rows])
@@ -138,19 +155,25 @@ class Eliminator:
     Args:
         metric: (out, out) positive definite; errors are measured as e^T metric e. The optimum does not depend on it,
             the scores do. None is the identity.
+        last: the problem's H is not needed afterwards; it makes room.
     """
 
-    def __init__(self, problem: Problem, score: Score = "obs", metric: Tensor | None = None) -> None:
+    def __init__(
+        self, problem: Problem, score: Score = "obs", metric: Tensor | None = None, last: bool = False
+    ) -> None:
         self.score: Score = score
-        self.alive = torch.arange(problem.H.shape[0])  # on the CPU, whatever the matrices lie on
-        factor = torch.linalg.cholesky(problem.H)
-        self._inverse = torch.cholesky_inverse(factor)
+        self.alive = torch.arange(len(problem.G))  # on the CPU, whatever the matrices lie on
+        factor = problem.factor(last)
         self._w = torch.cholesky_solve(problem.G, factor)
-        self._G = problem.G
-        self._root = None if metric is None else torch.linalg.cholesky(metric.to(problem.H))
+        self._G = problem.G if score == "tyr" else None  # this score alone asks for it
+        if last:
+            problem.G = problem.G.cpu()  # the losses of a few levels are all it is needed for
+        self._inverse = torch.cholesky_inverse(factor, out=factor)
+        self._root = None if metric is None else torch.linalg.cholesky(metric.to(problem.G))
         if self._root is not None:
             # Every update is linear in the outputs: in the metric's own coordinates it is the plain problem again.
-            self._w, self._G = self._w @ self._root, self._G @ self._root
+            self._w = self._w @ self._root
+            self._G = None if self._G is None else self._G @ self._root
         self._at = self.alive  # where the alive rows stand in the matrices
 
     @property
@@ -178,8 +201,13 @@ class Eliminator:
             self._shrink()
 
     def _shrink(self) -> None:
-        self._inverse = self._inverse[self._at][:, self._at]
-        self._w, self._G = self._w[self._at], self._G[self._at]
+        made = self._inverse.new_empty(len(self._at), len(self._at))
+        for first in range(0, len(made), Moments.ROWS):
+            rows = self._at[first : first + Moments.ROWS]
+            made[first : first + len(rows)] = self._inverse[rows][:, self._at]
+        self._inverse = made
+        self._w = self._w[self._at]
+        self._G = None if self._G is None else self._G[self._at]
         self._at = torch.arange(len(self.alive))
 
     def copy(self) -> Eliminator:
@@ -190,26 +218,31 @@ class Eliminator:
         return twin
 
 
-def prune_neurons(
-    problem: Problem, counts: Iterable[int], step: int, score: Score = "obs", metric: Tensor | None = None
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """One greedy pass over FFN neurons that emits every level in ``counts``.
+def neuron_levels(
+    problem: Problem,
+    counts: Iterable[int],
+    step: int,
+    score: Score = "obs",
+    metric: Tensor | None = None,
+    last: bool = False,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """One greedy pass over FFN neurons that emits every level in ``counts``, most first.
 
     Args:
         counts: numbers of neurons to keep (0 to n).
         step: neurons removed together between two updates (fewer where a level comes first).
+        last: the problem's H is not needed afterwards; it makes room.
 
-    Returns:
-        ``{count: (kept indices (count,) int64 sorted, their exact least-squares weights (count, out) float64)}``.
+    Yields:
+        count, kept indices (count,) int64 sorted, their exact least-squares weights (count, out) float64.
         Levels are nested: each is a subset of the one above.
     """
-    n = problem.H.shape[0]
+    n = len(problem.G)
     wanted = sorted(set(counts), reverse=True)
-    levels: dict[int, tuple[Tensor, Tensor]] = {}
-    eliminator = Eliminator(problem, score, metric)
+    if wanted and not (wanted[-1] >= 0 and wanted[0] <= n):
+        raise ValueError(f"levels of {wanted[-1]} to {wanted[0]} neurons in a layer of {n}")
+    eliminator = Eliminator(problem, score, metric, last)
     for count in wanted:
-        if not 0 <= count <= n:
-            raise ValueError(f"a level of {count} neurons in a layer of {n}")
         while len(eliminator.alive) > count:
             alive = len(eliminator.alive)
             # A step ends on a multiple of `step`, so that levels which are multiples do not change one another.
@@ -217,8 +250,14 @@ def prune_neurons(
             scores = eliminator.scores(torch.arange(alive)[:, None])
             order = torch.argsort(scores, stable=True)
             eliminator.remove(order[:size].sort().values)
-        levels[count] = eliminator.alive, eliminator.weights
-    return levels
+        yield count, eliminator.alive, eliminator.weights
+
+
+def prune_neurons(
+    problem: Problem, counts: Iterable[int], step: int, score: Score = "obs", metric: Tensor | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """All of `neuron_levels` together: ``{count: (kept indices, weights)}``."""
+    return {count: (kept, w) for count, kept, w in neuron_levels(problem, counts, step, score, metric)}
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from compress.activations import Room, is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.distributed import is_main, main_says, meet
 from compress.models.blocks import BlockRunner
+from compress.models.streaming import only_blocks
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
@@ -171,7 +172,7 @@ def _walk(
         streams, start = Streams.load(kept, calibration, _room(run, job, name)), sealed
     else:
         streams, start = Streams.start(runner, calibration, accumulation, _room(run, job, name)), 0
-    with Progress(layers, f"{name}: blocks", start=start) as bar:
+    with only_blocks(job.model, runner.device), Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
             began = time.monotonic()
             attention, ffn = prune_block(

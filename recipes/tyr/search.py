@@ -253,17 +253,19 @@ class Evaluator:
         parts = self._grouped(at)
         hidden: list[Tensor] = [torch.empty(0)] * len(genomes)
         for index in range(min(firsts, default=self.layers), self.layers):
-            made: dict[tuple[int, int], torch.nn.Module] = {}
+            alike: dict[tuple[int, int], list[int]] = {}
             for k, genome in enumerate(genomes):
                 if index < firsts[k]:
                     continue
                 if index == firsts[k]:
                     hidden[k] = self._states[index][list(at)]
-                a, f = genome[2 * index], genome[2 * index + 1]
-                if (a, f) not in made:
-                    made[a, f] = self._block(index, a, f)
-                for part in parts:
-                    hidden[k][part] = self.runner.run(index, hidden[k][part], made[a, f]).cpu()
+                alike.setdefault((genome[2 * index], genome[2 * index + 1]), []).append(k)
+            for (a, f), those in alike.items():
+                block = self._block(index, a, f)  # one variant at a time: a large model's are gigabytes each
+                for k in those:
+                    for part in parts:
+                        hidden[k][part] = self.runner.run(index, hidden[k][part], block).cpu()
+                del block
         return [
             self._kl_of(hidden[k] if firsts[k] < self.layers else self._states[-1][list(at)], at)
             for k in range(len(genomes))

@@ -22,7 +22,7 @@ from compress.activations import Room, load_part, save_part
 from compress.distributed import from_main, is_main, main_says, share, world
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
-from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, prune_heads, prune_neurons
+from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, neuron_levels, prune_heads
 
 if TYPE_CHECKING:
     from compress.models.families.base import Costs, Geometry
@@ -312,6 +312,8 @@ def _in_main(
 ) -> list[Level]:
     """The levels in the main process, from all processes' sums; none in the others."""
     moments.sums()
+    if not is_main():
+        moments.taken()
     found: list[Level] = []
     main_says(lambda: found.extend(levels(damp(moments, W, damping))))
     return found
@@ -351,13 +353,12 @@ def _attention_levels(
 def _ffn_levels(
     problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, metric: Tensor | None
 ) -> list[Level]:
-    emitted = prune_neurons(problem, menu.neurons, step, score, metric)
     whole = costs.ffn(geometry.ffn)
-    levels = []
-    for count, (keep, refitted) in sorted(emitted.items(), reverse=True):
-        saving = whole - costs.ffn(count)
-        levels.append(_level(tuple(keep.tolist()), keep, saving, whole, problem, refitted, count == geometry.ffn))
-    return levels
+    # Taken to the CPU as they come: together they may be larger than the matrices they come from.
+    return [
+        _level(tuple(keep.tolist()), keep, whole - costs.ffn(count), whole, problem, refitted, count == geometry.ffn)
+        for count, keep, refitted in neuron_levels(problem, menu.neurons, step, score, metric, last=True)
+    ]
 
 
 def _level(

@@ -134,8 +134,9 @@ def test_depth_costs_a_streamed_supernet_no_memory() -> None:
         next(s for s in foreseen(replace(BASE, streamed=True, layers=n)) if s.name == "supernet-1") for n in (8, 80)
     )
     # All but the norms, which are held.
-    assert sum(deep.device.values()) == pytest.approx(sum(shallow.device.values()), rel=0.01)
-    assert deep.ram == shallow.ram and deep.kept > 9 * shallow.kept
+    for kind in ("device", "ram"):
+        assert sum(getattr(deep, kind).values()) == pytest.approx(sum(getattr(shallow, kind).values()), rel=0.02)
+    assert deep.kept > 9 * shallow.kept
 
 
 def test_one_of_everything_is_no_fault() -> None:

@@ -14,8 +14,10 @@ from compress.recipes.tyr.local import (
     Eliminator,
     Moments,
     Problem,
+    Score,
     channels,
     damp,
+    neuron_levels,
     prune_heads,
     prune_neurons,
 )
@@ -120,13 +122,28 @@ def test_huge_damping_gives_the_dense_rows_back() -> None:
     torch.testing.assert_close(p.refit(keep), W[keep], rtol=1e-5, atol=1e-5)
 
 
-def test_damping_leaves_the_statistics_as_they_were() -> None:
+def test_damping_adds_a_ridge_that_is_aimed_at_the_dense_weights() -> None:
     X, W = correlated(5, 2, seed=0)
     moments = Moments(5, 2)
     moments.add(X, X @ W)
-    before = [m.clone() for m in moments.sums()]
-    damp(moments, W, 0.1)
-    assert all(torch.equal(m, b) for m, b in zip(moments.sums(), before, strict=True))
+    H, G = (m.clone() for m in moments.sums())
+    p = damp(moments, W, 0.1)
+    ridge = 0.1 * float(H.diagonal().mean())
+    assert torch.equal(p.H, H + ridge * torch.eye(5, dtype=torch.float64))
+    torch.testing.assert_close(p.G, G + ridge * W, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("score", ["obs", "tyr"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_levels_made_in_the_place_of_the_matrix_are_the_same(score: Score, weighted: bool) -> None:
+    made = []
+    for last in (False, True):
+        p, _ = problem(40, 6, seed=5)
+        made.append(list(neuron_levels(p, (40, 30, 12, 3), 4, score, metric_of(6, 1, weighted), last)))
+        assert len(p.H) == (0 if last else 40)
+    for (count, keep, w), (again, keep_last, w_last) in zip(*made, strict=True):
+        assert count == again and torch.equal(keep, keep_last)
+        torch.testing.assert_close(w, w_last, rtol=1e-9, atol=1e-11)
 
 
 def test_a_channel_that_never_fires_is_no_obstacle() -> None:
