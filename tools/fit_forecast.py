@@ -61,6 +61,7 @@ class Case:
     metric: str = "fisher"
     round_to: int = 16
     sparsity: float = 0.4
+    recover: dict[str, Any] | None = None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -71,6 +72,7 @@ class Case:
             "calibration": {"sources": [text], "windows": self.windows, "length": self.length},
             "evaluation": {"texts": [{"name": "none", "source": {"files": ["other.txt"]}}], "windows": 1, "length": 16},
             "memory": {"stream": self.streamed},
+            "recover": self.recover,
             "tyr": {
                 "levels": self.levels,
                 "interval": 1 / (self.levels - 1),
@@ -158,7 +160,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     make(case, folder)
-    words = ["prune", "model", "--recipe", "recipe.yaml", "--out", "run", "--until", "plan", "-n", str(case.processes)]
+    words = ["prune", "model", "--recipe", "recipe.yaml", "--out", "run", "-n", str(case.processes)]
+    words += ["--until", "recover" if case.recover else "plan"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     began = time.monotonic()
     with (folder / "log").open("w") as log:

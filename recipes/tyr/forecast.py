@@ -20,9 +20,11 @@ from compress.recipes.tyr.prune import REFERENCE_TOKENS
 from compress.recipes.tyr.rescale import SCALES
 from compress.recipes.tyr.search import activation_bytes
 from compress.recipes.tyr.supernet import BATCH_TOKENS, BATCHES, KEEP_BYTES, Menu, predicted_bytes
+from compress.recover_forecast import recover_stage
 
 if TYPE_CHECKING:
     from compress.models.families.base import Costs, Geometry
+    from compress.recipe import RecoverSection
 
 # Bytes moved for an element that `ExactSum.add` takes: to double, divided, its size, rounded, to int64, added.
 SUMMED = 116
@@ -52,6 +54,7 @@ class Shape:
     cache_blocks: int
     world: int
     layouts: int = 1
+    recover: RecoverSection | None = None
 
     @property
     def inputs(self) -> int:
@@ -91,7 +94,7 @@ def menus_of(job: Job) -> list[list[Menu]]:
 
 
 def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> list[Stage]:
-    """All stages up to the plan, and the saved model, in their order.
+    """All stages up to the plan, recovery where it is asked for, and the saved model, in their order.
 
     Work is that of the process which has the most of it, the main one.
 
@@ -114,6 +117,19 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
     single = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in chosen]
     made.append(_walk(shape, "final", single, shape.windows, alone=not accumulates, final=True))
     made.append(_plan(shape, chosen))
+    if shape.recover is not None:
+        made.append(
+            recover_stage(
+                shape.recover,
+                shape.geometry,
+                shape.costs,
+                length=shape.length,
+                kept=1 - shape.sparsity,
+                dtype_bytes=shape.dtype_bytes,
+                world=shape.world,
+                streamed=shape.streamed,
+            )
+        )
     made.append(_model(shape, chosen))
     return made
 
@@ -558,4 +574,5 @@ def shape_of(setup: Any, world: int, streamed: bool) -> Shape:
         recipe.memory.cache_blocks,
         world,
         len(recipe.layouts),
+        recipe.recover,
     )

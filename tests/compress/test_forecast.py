@@ -49,6 +49,32 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return measure(request.param, tmp_path_factory.mktemp("fresh") / "run")
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_recovery_is_foretold(method: str, tmp_path: Path) -> None:
+    if method == "lora":
+        pytest.importorskip("peft")
+    recover = {"method": method, "steps": 10, "batch": 4, "micro": 2}
+    case = Case(
+        "trained", 256, 768, 4, 4, 2, 4000, 16, 96, 3, 32, offspring=4, generations=1, metric="none", recover=recover
+    )
+    reckoned = pairs(measure(case, tmp_path / "run"), knowing=True)
+    (stage, row) = next((s, r) for s, r in reckoned if s.name == "recover")
+    highest = max(held(s, load_fit()) for s, _ in reckoned)
+    assert highest == pytest.approx(row["peak_rss_bytes"], rel=0.2)
+    assert stage.kept == pytest.approx(row["bytes"], rel=0.05)
+
+
+def test_twice_the_steps_take_twice_the_time_and_a_low_rank_holds_less() -> None:
+    def of(**recover: Any) -> Stage:
+        case = Case("x", 256, 768, 4, 4, 2, 4000, 16, 96, 3, 32, recover={"steps": 10, **recover})
+        return next(s for s in foreseen(case) if s.name == "recover")
+
+    small, large = of(method="full"), of(method="full", steps=20)
+    assert large.work["gemm32"] == 2 * small.work["gemm32"] and large.device == small.device
+    low = of(method="lora")
+    assert sum(low.device.values()) < sum(small.device.values()) and low.scratch < small.scratch
+
+
 def test_memory_of_a_fresh_run_is_foretold_within_a_fifth(ran: dict[str, Any]) -> None:
     highest = 0.0
     for stage, row in pairs(ran):
