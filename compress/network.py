@@ -229,10 +229,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def loaded(setup: NetworkSetup, folder: Path, **changes: Any) -> nn.Module:
-    """The network of a stage, in evaluation mode."""
+    """The network of a stage, in evaluation mode; where channels are gone, without them."""
     from compress.models.zoo import load_weights
+    from compress.reload_network import read_facts
+    from compress.surgery import resize
 
-    model = setup.build(**changes)
+    model = resize(setup.build(**changes), read_facts(folder).get("widths", {}))
     load_weights(model, folder / WEIGHTS)
     return model.eval()
 
@@ -250,11 +252,13 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     import torch
     from safetensors.torch import save_file
 
+    from compress.surgery import changed_widths
     from compress.train import by_task
 
     model = model.cpu().eval()
     save_weights(model, folder / WEIGHTS)
     data = setup.data
+    cut = changed_widths(setup.build(**changes), model)
     facts = {
         "network": setup.network,
         "arguments": {**setup.arguments, **changes},
@@ -262,6 +266,8 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
         "tasks": [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks],
+        # Layers that are narrower than the function makes them.
+        **({"widths": cut} if cut else {}),
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     x = real_inputs(setup, 4)

@@ -76,6 +76,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
     from safetensors.torch import load_file
 
     from compress.models.zoo import build, load_weights
+    from compress.surgery import resize
 
     facts = read_facts(folder)
     try:
@@ -84,7 +85,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
         raise CompressError(
             f"the fingerprint cannot be read: {e}", where=str(folder), fix="make the model again, or copy it whole"
         ) from e
-    model = build(network or facts["network"], facts["arguments"]).eval()
+    model = resize(build(network or facts["network"], facts["arguments"]).eval(), facts.get("widths", {}))
     load_weights(model, folder / "model.safetensors")
     with torch.no_grad():
         out = model(kept["input"])

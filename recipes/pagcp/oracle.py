@@ -1,0 +1,274 @@
+"""The oracle: how much worse each task is on the calibration split, in units of the tolerance that the task was given.
+
+A reading of 0 is the dense network's value and 1 the worst that is allowed. With a tolerance tau relative to a loss it is
+log(loss / base) / log(1 + tau), so that readings of groups add up where the paper's factors multiply; the other kinds
+are alike (`used`). What is measured is the sliced network itself, the one that would be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.distributed import gather, rank, world
+from compress.heads import heads
+from compress.images import FolderImages, Split, Splits, Task, batches
+from compress.errors import CompressError, UsageError
+from compress.recipe import nearest
+from compress.recipes.pagcp.options import PAGCPOptions, Tolerance
+from compress.recipes.pagcp.replay import Replay
+from compress.run import Journal, Notes
+from compress.train import task_loss
+
+Readings = dict[str, float]  # task -> share of its tolerance
+
+
+# --- tolerances -------------------------------------------------------------------------------------------------------
+
+
+def tolerances(options: PAGCPOptions, tasks: Sequence[str]) -> dict[str, Tolerance]:
+    """Every task's tolerance.
+
+    Raises:
+        UsageError: one is named that is no task, or some are named and a task is left without.
+    """
+    for name in options.tolerances:
+        if name not in tasks:
+            raise UsageError(f"there is no task {name!r}", where="pagcp.tolerances", fix=nearest(name, list(tasks)))
+    default = options.tolerance
+    if default is None and not options.tolerances:
+        default = Tolerance(measure="loss", relative=options.total - 1)
+    found = {}
+    for name in tasks:
+        own = options.tolerances.get(name, default)
+        if own is None:
+            raise UsageError(
+                f"the task {name!r} has no tolerance",
+                where="pagcp.tolerances",
+                fix=f"give it one (pagcp.tolerances.{name}), or pagcp.tolerance for every task not named",
+            )
+        found[name] = own
+    return found
+
+
+def used(tolerance: Tolerance, base: float, value: float, rising: bool) -> float:
+    """The share of a tolerance that ``value`` uses up; negative where it is better than ``base``.
+
+    Args:
+        rising: whether more is better.
+    """
+    tau = tolerance.absolute
+    if tau is not None:
+        return (base - value) / tau if rising else (value - base) / tau
+    assert tolerance.relative is not None  # one of the two is given
+    worse = math.log1p(-tolerance.relative) if rising else math.log1p(tolerance.relative)
+    if base <= 0:
+        raise CompressError(
+            f"a relative tolerance of a value that is {base:g}",
+            where="pagcp.tolerances",
+            fix="give that task an absolute tolerance",
+        )
+    if value <= 0:
+        return math.inf if rising else -math.inf
+    return math.log(value / base) / worse
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+def calibration(data: Splits, samples: int | None) -> Split:
+    """The samples that are looked at: ``samples`` of the calibration split, spread over it.
+
+    Raises:
+        CompressError: one of them is in the test split too.
+    """
+    split = data.calibration
+    if samples is not None and samples < len(split):
+        split = split.take(torch.arange(samples) * len(split) // samples)
+    both = _prints(split) & _prints(data.test)
+    if both:
+        raise CompressError(
+            f"{len(both)} samples are in the calibration split and in the test split",
+            where="data",
+            fix="keep them apart: what decides must not be what is reported",
+        )
+    return split
+
+
+def _prints(split: Split) -> set[bytes]:
+    import hashlib
+
+    if isinstance(split.inputs, FolderImages):
+        return {hashlib.sha256(path.read_bytes()).digest() for path in split.inputs.paths}
+    return {hashlib.sha256(x.contiguous().numpy().tobytes()).digest() for x in split.inputs}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the oracle says of one network: values by task where it was measured whole, else how bad it is at least."""
+
+    values: dict[str, dict[str, float]] | None
+    least: Readings  # readings, or lower bounds of them
+
+
+class Oracle:
+    """Measures networks on one split and remembers them.
+
+    Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as one
+    that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole split.
+    """
+
+    def __init__(
+        self, data: Splits, split: Split, limits: Mapping[str, Tolerance], batch: int, journal: Journal | Notes, of: str
+    ) -> None:
+        self.data, self.split, self.limits, self.batch = data, split, limits, batch
+        self.journal, self.of = journal, of
+        self.base: dict[str, dict[str, float]] | None = None
+        self.known: dict[str, dict[str, Any]] = {}
+        for row in journal.rows():
+            if row["of"] == of:
+                self._learn(row)
+
+    def _learn(self, row: dict[str, Any]) -> None:
+        self.known[row["key"]] = row
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of the dense network over the split that all measurements so far amount to."""
+        return sum(row["work"] for row in self.journal.rows() if row["of"] == self.of)
+
+    @property
+    def measurements(self) -> int:
+        return sum(row["of"] == self.of for row in self.journal.rows())
+
+    def measure(
+        self,
+        key: str,
+        model: Any,
+        share: float,
+        *,
+        bound: Readings | None = None,
+        replay: Replay | None = None,
+        replayed_share: float = 0.0,
+    ) -> Found:
+        """Measures a network, or tells what was found before.
+
+        Args:
+            key: what tells it from others.
+            model: the network in evaluation mode, or a function that makes it.
+            share: its FLOPs over the dense network's.
+            bound: readings above which it is of no interest: it is given up as soon as one is certain to be.
+            replay: runs it; ``replayed_share`` is ``share`` less what is not run again.
+        """
+        row = self.known.get(key)
+        if row is not None:
+            whole = row["values"] is not None
+            if whole or (bound is not None and any(row["least"][t] > bound[t] for t in bound)):
+                return self._found(row)
+        net = model() if not isinstance(model, nn.Module) else model
+        sums, seen, work = self._sums(net, share, bound, replay, replayed_share)
+        if seen == len(self.split):
+            values = {t.name: self._values(t, s, seen) for t, s in zip(self.data.tasks, sums, strict=True)}
+            row = {"of": self.of, "key": key, "values": values, "least": {}, "work": work}
+        else:
+            row = {"of": self.of, "key": key, "values": None, "least": self._least(sums, seen), "work": work}
+        self.journal.append(row)
+        self._learn(row)
+        return self._found(row)
+
+    def _found(self, row: Mapping[str, Any]) -> Found:
+        if row["values"] is None:
+            return Found(None, dict(row["least"]))
+        return Found(row["values"], self.readings(row["values"]))
+
+    def readings(self, values: Mapping[str, Mapping[str, float]]) -> Readings:
+        """Shares of the tolerances; 0 for every task until there is a base."""
+        if self.base is None:
+            return {name: 0.0 for name in values}
+        found = {}
+        for name, own in values.items():
+            limit = self.limits[name]
+            key, rising = measure_of(own, limit)
+            found[name] = used(limit, self.base[name][key], own[key], rising)
+        return found
+
+    def _values(self, task: Task, sums: Sequence[float], count: int) -> dict[str, float]:
+        loss, hits, of = sums
+        return {"loss": loss / count, "accuracy" if task.kind == "classes" else "iou": hits / max(of, 1.0)}
+
+    def _least(self, sums: Sequence[Sequence[float]], seen: int) -> Readings:
+        """Readings that the whole split cannot fall below, whatever is still to come."""
+        found = {}
+        for task, (loss, hits, _) in zip(self.data.tasks, sums, strict=True):
+            limit = self.limits[task.name]
+            at_best = -math.inf
+            assert self.base is not None  # nothing is given up before there is one
+            if limit.measure == "loss":
+                value = loss / len(self.split)
+                at_best = used(limit, self.base[task.name]["loss"], value, False) if value > 0 else -math.inf
+            elif task.kind == "classes":
+                value = (hits + len(self.split) - seen) / len(self.split)
+                at_best = used(limit, self.base[task.name]["accuracy"], value, True)
+            found[task.name] = at_best
+        return found
+
+    @torch.no_grad()
+    def _sums(
+        self, model: nn.Module, share: float, bound: Readings | None, replay: Replay | None, replayed_share: float
+    ) -> tuple[list[list[float]], int, float]:
+        """Sums by task (loss, hits, of), samples seen, and the work.
+
+        Processes take batches in turn, and what each gives is added in the order of the batches, up to the batch behind
+        which the network is given up: so one process and several find the same, to the last bit.
+        """
+        model.eval()
+        place = next(model.parameters()).device
+        total = [[0.0, 0.0, 0.0] for _ in self.data.tasks]
+        seen, work = 0, 0.0
+        parts = list(enumerate(batches(len(self.split), self.batch)))
+        for start in range(0, len(parts), world()):
+            mine = [self._batch(model, n, at, place, replay) for n, at in parts[start : start + world()][rank() :][:1]]
+            for count, sums, kept in gather(mine):
+                for own, more in zip(total, sums, strict=True):
+                    for i, value in enumerate(more):
+                        own[i] += value
+                seen += count
+                work += count / len(self.split) * (replayed_share if kept else share)
+                if bound is not None and self.base is not None and seen < len(self.split):
+                    least = self._least(total, seen)
+                    if any(least[t] > bound[t] for t in bound):
+                        return total, seen, work
+        return total, seen, work
+
+    def _batch(
+        self, model: nn.Module, number: int, at: Tensor, place: torch.device, replay: Replay | None
+    ) -> tuple[int, list[list[float]], bool]:
+        x = self.data.prepare(self.split.inputs[at].to(place))
+        raw, kept = replay.run(model, number, x) if replay is not None else (model(x), False)
+        outputs = heads(raw, [t.name for t in self.data.tasks])
+        found = []
+        for task in self.data.tasks:
+            target, output = self.split.targets[task.name][at].to(place), outputs[task.name]
+            loss = float(task_loss(task, output, target))
+            if task.kind == "classes":
+                hits, of = int((output.argmax(1) == target).sum()), len(at)
+            else:
+                said, is_in = output[:, 0] > 0, target > 127
+                hits, of = int((said & is_in).sum()), int((said | is_in).sum())
+            found.append([loss if math.isfinite(loss) else math.inf, float(hits), float(of)])
+        return len(at), found, kept
+
+
+def measure_of(values: Mapping[str, float], limit: Tolerance) -> tuple[str, bool]:
+    """Which figure a tolerance is about, and whether more of it is better."""
+    if limit.measure == "loss":
+        return "loss", False
+    return next((k, True) for k in values if k not in ("loss", "samples"))
