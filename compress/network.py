@@ -250,7 +250,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     import torch
     from safetensors.torch import save_file
 
-    from compress.train import by_task
+    from compress.tasks import by_task
 
     model = model.cpu().eval()
     save_weights(model, folder / WEIGHTS)
@@ -261,7 +261,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
         "input": list(data.input_shape),
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
-        "tasks": [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks],
+        "tasks": [t.facts() for t in data.tasks],
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     x = real_inputs(setup, 4)
@@ -435,7 +435,16 @@ def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
         "sha256": data.sha256,
         "input": list(data.input_shape),
         "samples": {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)},
-        "tasks": [{"name": t.name, "kind": t.kind, "outputs": t.outputs} for t in data.tasks],
+        "tasks": [
+            {
+                "name": t.name,
+                "kind": t.kind,
+                "outputs": t.outputs,
+                "metric": t.metric,
+                "higher_is_better": t.higher_is_better,
+            }
+            for t in data.tasks
+        ],
     }
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command
