@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,24 +29,11 @@ from compress.data import fetch
 from compress.errors import CompressError
 from compress.progress import Progress, say
 from compress.sections import DataSpec
+from compress.tasks import Task
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 NAME_FOLDER = "name a folder of your own: --set data.folder=PATH"
 HELD_OUT = 0.1  # share of the training part that becomes a split the source does not have
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one head is to say: one of ``classes``, or a share per pixel (``mask``)."""
-
-    name: str
-    kind: Literal["classes", "mask"]
-    classes: tuple[str, ...] = ()
-
-    @property
-    def outputs(self) -> int:
-        """Numbers a head gives: one a class, or one a pixel."""
-        return len(self.classes) if self.kind == "classes" else 1
 
 
 @dataclass(frozen=True)

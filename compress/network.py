@@ -253,7 +253,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     from safetensors.torch import save_file
 
     from compress.surgery import changed_widths
-    from compress.train import by_task
+    from compress.tasks import by_task
 
     model = model.cpu().eval()
     save_weights(model, folder / WEIGHTS)
@@ -265,7 +265,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
         "input": list(data.input_shape),
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
-        "tasks": [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks],
+        "tasks": [t.facts() for t in data.tasks],
         # Layers that are narrower than the function makes them.
         **({"widths": cut} if cut else {}),
     }
@@ -441,7 +441,16 @@ def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
         "sha256": data.sha256,
         "input": list(data.input_shape),
         "samples": {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)},
-        "tasks": [{"name": t.name, "kind": t.kind, "outputs": t.outputs} for t in data.tasks],
+        "tasks": [
+            {
+                "name": t.name,
+                "kind": t.kind,
+                "outputs": t.outputs,
+                "metric": t.metric,
+                "higher_is_better": t.higher_is_better,
+            }
+            for t in data.tasks
+        ],
     }
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command

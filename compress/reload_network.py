@@ -77,6 +77,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
 
     from compress.models.zoo import build, load_weights
     from compress.surgery import resize
+    from compress.tasks import named
 
     facts = read_facts(folder)
     try:
@@ -90,7 +91,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
     with torch.no_grad():
         out = model(kept["input"])
     names = [task["name"] for task in facts["tasks"]]
-    outputs = {names[0]: out} if isinstance(out, torch.Tensor) else out
+    outputs = named(out, names)
     differences = [float((outputs[name] - kept[f"output.{name}"]).abs().max()) for name in names]
     found = {
         "max_abs_difference": max(differences),

@@ -117,7 +117,7 @@ def _check(setup: NetworkSetup) -> None:
     from compress.network import real_inputs
     from compress.recipes.global_mp.fastgrnn import kept_columns
     from compress.recipes.global_mp.network import budget, prunable
-    from compress.train import by_task
+    from compress.tasks import by_task
 
     model, options = setup.build(), setup.recipe.options
     if options.ranks is not None:

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compress.distributed import from_main, is_main, meet, rank, sum_floats, world
+from compress.distributed import from_main, gather, is_main, meet, rank, sum_floats, world
 from compress.errors import CompressError
-from compress.images import FolderImages, Split, Splits, Task, batches
+from compress.images import FolderImages, Split, Splits, batches
 from compress.progress import Progress
 from compress.run import fingerprint, sync
 from compress.sections import TrainSpec
+from compress.tasks import KINDS, Counts, Task, by_task, exact, loss_sum, task_loss, together, wide
 
 # --- masks ----------------------------------------------------------------------------------------------------------
 
@@ -72,11 +72,6 @@ def mask_gradients(model: nn.Module, masks: Masks) -> None:
 
 
 # --- several processes, one batch ------------------------------------------------------------------------------------
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32 in place of a half type: what is summed up must not lose its small parts."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _Sum(torch.autograd.Function):
@@ -136,94 +131,43 @@ def _broadcast(model: nn.Module) -> None:
         from_main(tensor)
 
 
-# --- heads ----------------------------------------------------------------------------------------------------------
-
-
-def by_task(outputs: Tensor | Mapping[str, Tensor], tasks: tuple[Task, ...]) -> dict[str, Tensor]:
-    """A model's outputs by task; a model with one head may give a bare tensor.
-
-    Raises:
-        CompressError: heads and tasks do not fit.
-    """
-    if isinstance(outputs, Tensor):
-        if len(tasks) != 1:
-            raise CompressError(
-                f"the model has one output, the data {len(tasks)} tasks",
-                where="model",
-                fix="return a dict with one entry a task, or name one task (data.tasks)",
-            )
-        outputs = {tasks[0].name: outputs}
-    missing = [t.name for t in tasks if t.name not in outputs]
-    if missing:
-        raise CompressError(
-            f"the model has no head {missing[0]!r}", where="model", fix=f"its heads are: {', '.join(outputs)}"
-        )
-    for task in tasks:
-        found = outputs[task.name]
-        if found.dim() < 2 or found.shape[1] != task.outputs:
-            raise CompressError(
-                f"the head {task.name!r} gives {tuple(found.shape[1:])}, {task.outputs} are needed",
-                where="model",
-                fix="set the model's number of classes",
-            )
-    return {t.name: outputs[t.name] for t in tasks}
-
-
-def task_loss(task: Task, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum over samples of cross-entropy; of a mask (b, 1, h, w) the mean over pixels of each sample's."""
-    if task.kind == "classes":
-        return functional.cross_entropy(wide(output), target, reduction="sum", label_smoothing=smoothing)
-    share = target.to(wide(output).dtype) / 255
-    pixels = functional.binary_cross_entropy_with_logits(wide(output[:, 0]), share, reduction="none")
-    return pixels.flatten(1).mean(1).sum()
-
-
-def loss_sum(
-    model: nn.Module, x: Tensor, targets: Mapping[str, Tensor], tasks: tuple[Task, ...], smoothing: float = 0.0
-) -> Tensor:
-    """The sum over samples and tasks of the losses of prepared inputs."""
-    outputs = by_task(model(x), tasks)
-    return torch.stack([task_loss(t, outputs[t.name], targets[t.name], smoothing) for t in tasks]).sum()
+# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 256) -> dict[str, dict[str, float]]:
-    """Loss and quality of every task, in evaluation mode: accuracy of classes, IoU of a mask (at one half).
+def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 128) -> dict[str, dict[str, float]]:
+    """Loss and quality of every task, in evaluation mode.
 
-    The samples are shared among the processes; counts are summed, so the figures are the same on any number of them.
+    Whole batches are shared among the processes and all sums are exact, so the figures are the same, to the bit, on any
+    number of them.
 
     Returns:
-        ``{task: {"loss", "accuracy" or "iou", "samples"}}``.
+        ``{task: {"loss", its metric, what its kind measures beside it, "samples"}}``; ``Task.higher_is_better`` says
+        which way the metric is better.
     """
     was = model.training
     model.eval()
     place = next(model.parameters()).device
-    # Per task: loss, hits or intersection, samples or union.
-    sums = torch.zeros(len(data.tasks), 3, dtype=torch.float64)
-    for at in batches(len(split), batch):
-        mine = at[rank() :: world()]
-        if not len(mine):
+    losses = torch.zeros(len(data.tasks), dtype=torch.float64)
+    mine: list[tuple[int, list[Counts]]] = []
+    for number, at in enumerate(batches(len(split), batch)):
+        if number % world() != rank():
             continue
-        x = data.prepare(split.inputs[mine].to(place))
-        outputs = by_task(model(x), data.tasks)
-        for i, task in enumerate(data.tasks):
-            target, output = split.targets[task.name][mine].to(place), outputs[task.name]
-            sums[i, 0] += float(task_loss(task, output, target))
-            if task.kind == "classes":
-                sums[i, 1] += int((output.argmax(1) == target).sum())
-                sums[i, 2] += len(mine)
-            else:
-                said, is_in = output[:, 0] > 0, target > 127
-                sums[i, 1] += int((said & is_in).sum())
-                sums[i, 2] += int((said | is_in).sum())
-    sums = sum_floats(sums.to(place)).cpu()
+        outputs = by_task(model(data.prepare(split.inputs[at].to(place))), data.tasks)
+        targets = {t.name: split.targets[t.name][at].to(place) for t in data.tasks}
+        losses += torch.stack([exact(task_loss(t, outputs[t.name], targets[t.name])) for t in data.tasks])
+        mine.append((number, [KINDS[t.kind].count(t, outputs[t.name], targets[t.name]) for t in data.tasks]))
+    losses = sum_floats(losses.to(place)).cpu()
     model.train(was)
-    found = {}
-    for i, task in enumerate(data.tasks):
-        loss, hits, of = sums[i].tolist()
-        quality = "accuracy" if task.kind == "classes" else "iou"
-        found[task.name] = {"loss": loss / len(split), quality: hits / max(of, 1.0), "samples": float(len(split))}
-    return found
+    counts = [found for _, found in sorted(gather(mine), key=lambda part: part[0])]
+    return {
+        task.name: {
+            "loss": float(losses[i]) / len(split),
+            **KINDS[task.kind].measure(task, together([c[i] for c in counts])),
+            "samples": float(len(split)),
+        }
+        for i, task in enumerate(data.tasks)
+    }
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------

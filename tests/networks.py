@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.images import Split, Splits, Task
+from compress.images import Split, Splits
+from compress.tasks import Task
 
 
 def shapes(count: int, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,8 @@ NETWORKS = {
     "mobilenet-v2": "mobilenet_v2:mobilenet_v2",
     "fastgrnn": "fastgrnn:fastgrnn",
     "resnet50": "resnet50:resnet50",
+    "multitask-resnet": "multitask:multitask_resnet",
+    "multitask-mobilenet": "multitask:multitask_mobilenet",
 }
 
 

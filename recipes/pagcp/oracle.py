@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.distributed import gather, rank, world
-from compress.heads import heads
-from compress.images import FolderImages, Split, Splits, Task, batches
 from compress.errors import CompressError, UsageError
+from compress.images import FolderImages, Split, Splits, batches
 from compress.recipe import nearest
 from compress.recipes.pagcp.options import PAGCPOptions, Tolerance
 from compress.recipes.pagcp.replay import Replay
 from compress.run import Journal, Notes
-from compress.train import task_loss
+from compress.tasks import KINDS, Counts, Task, by_task, exact, task_loss, together
 
 Readings = dict[str, float]  # task -> share of its tolerance
 
@@ -174,12 +173,15 @@ class Oracle:
             if whole or (bound is not None and any(row["least"][t] > bound[t] for t in bound)):
                 return self._found(row)
         net = model() if not isinstance(model, nn.Module) else model
-        sums, seen, work = self._sums(net, share, bound, replay, replayed_share)
+        losses, counts, seen, work = self._sums(net, share, bound, replay, replayed_share)
+        row = {"of": self.of, "key": key, "values": None, "least": {}, "work": work}
         if seen == len(self.split):
-            values = {t.name: self._values(t, s, seen) for t, s in zip(self.data.tasks, sums, strict=True)}
-            row = {"of": self.of, "key": key, "values": values, "least": {}, "work": work}
+            row["values"] = {
+                task.name: {"loss": loss / seen, **KINDS[task.kind].measure(task, together(own))}
+                for task, loss, own in zip(self.data.tasks, losses, counts, strict=True)
+            }
         else:
-            row = {"of": self.of, "key": key, "values": None, "least": self._least(sums, seen), "work": work}
+            row["least"] = self._least(losses, counts, seen)
         self.journal.append(row)
         self._learn(row)
         return self._found(row)
@@ -194,81 +196,73 @@ class Oracle:
         if self.base is None:
             return {name: 0.0 for name in values}
         found = {}
-        for name, own in values.items():
-            limit = self.limits[name]
-            key, rising = measure_of(own, limit)
-            found[name] = used(limit, self.base[name][key], own[key], rising)
+        for task in self.data.tasks:
+            key, rising = measure_of(task, self.limits[task.name])
+            found[task.name] = used(
+                self.limits[task.name], self.base[task.name][key], values[task.name][key], rising
+            )
         return found
 
-    def _values(self, task: Task, sums: Sequence[float], count: int) -> dict[str, float]:
-        loss, hits, of = sums
-        return {"loss": loss / count, "accuracy" if task.kind == "classes" else "iou": hits / max(of, 1.0)}
-
-    def _least(self, sums: Sequence[Sequence[float]], seen: int) -> Readings:
+    def _least(self, losses: Sequence[float], counts: Sequence[Sequence[Counts]], seen: int) -> Readings:
         """Readings that the whole split cannot fall below, whatever is still to come."""
         found = {}
-        for task, (loss, hits, _) in zip(self.data.tasks, sums, strict=True):
-            limit = self.limits[task.name]
+        assert self.base is not None  # nothing is given up before there is one
+        for task, loss, own in zip(self.data.tasks, losses, counts, strict=True):
+            limit, base = self.limits[task.name], self.base[task.name]
             at_best = -math.inf
-            assert self.base is not None  # nothing is given up before there is one
             if limit.measure == "loss":
-                value = loss / len(self.split)
-                at_best = used(limit, self.base[task.name]["loss"], value, False) if value > 0 else -math.inf
+                at_best = used(limit, base["loss"], loss / len(self.split), False)
             elif task.kind == "classes":
-                value = (hits + len(self.split) - seen) / len(self.split)
-                at_best = used(limit, self.base[task.name]["accuracy"], value, True)
+                # All that is still to come may be right.
+                hits, left = sum(float(c.sums[0]) for c in own), len(self.split) - seen
+                at_best = used(limit, base["accuracy"], (hits + left) / len(self.split), True)
             found[task.name] = at_best
         return found
 
     @torch.no_grad()
     def _sums(
         self, model: nn.Module, share: float, bound: Readings | None, replay: Replay | None, replayed_share: float
-    ) -> tuple[list[list[float]], int, float]:
-        """Sums by task (loss, hits, of), samples seen, and the work.
+    ) -> tuple[list[float], list[list[Counts]], int, float]:
+        """Losses summed and counts by task, samples seen, and the work.
 
         Processes take batches in turn, and what each gives is added in the order of the batches, up to the batch behind
         which the network is given up: so one process and several find the same, to the last bit.
         """
         model.eval()
         place = next(model.parameters()).device
-        total = [[0.0, 0.0, 0.0] for _ in self.data.tasks]
+        losses = [0.0 for _ in self.data.tasks]
+        counts: list[list[Counts]] = [[] for _ in self.data.tasks]
         seen, work = 0, 0.0
         parts = list(enumerate(batches(len(self.split), self.batch)))
         for start in range(0, len(parts), world()):
             mine = [self._batch(model, n, at, place, replay) for n, at in parts[start : start + world()][rank() :][:1]]
-            for count, sums, kept in gather(mine):
-                for own, more in zip(total, sums, strict=True):
-                    for i, value in enumerate(more):
-                        own[i] += value
+            for count, more, own, kept in gather(mine):
+                losses = [a + b for a, b in zip(losses, more, strict=True)]
+                for found, one in zip(counts, own, strict=True):
+                    found.append(one)
                 seen += count
                 work += count / len(self.split) * (replayed_share if kept else share)
                 if bound is not None and self.base is not None and seen < len(self.split):
-                    least = self._least(total, seen)
+                    least = self._least(losses, counts, seen)
                     if any(least[t] > bound[t] for t in bound):
-                        return total, seen, work
-        return total, seen, work
+                        return losses, counts, seen, work
+        return losses, counts, seen, work
 
     def _batch(
         self, model: nn.Module, number: int, at: Tensor, place: torch.device, replay: Replay | None
-    ) -> tuple[int, list[list[float]], bool]:
+    ) -> tuple[int, list[float], list[Counts], bool]:
         x = self.data.prepare(self.split.inputs[at].to(place))
         raw, kept = replay.run(model, number, x) if replay is not None else (model(x), False)
-        outputs = heads(raw, [t.name for t in self.data.tasks])
-        found = []
+        outputs = by_task(raw, self.data.tasks)
+        losses, counts = [], []
         for task in self.data.tasks:
             target, output = self.split.targets[task.name][at].to(place), outputs[task.name]
-            loss = float(task_loss(task, output, target))
-            if task.kind == "classes":
-                hits, of = int((output.argmax(1) == target).sum()), len(at)
-            else:
-                said, is_in = output[:, 0] > 0, target > 127
-                hits, of = int((said & is_in).sum()), int((said | is_in).sum())
-            found.append([loss if math.isfinite(loss) else math.inf, float(hits), float(of)])
-        return len(at), found, kept
+            loss = float(exact(task_loss(task, output, target)))
+            losses.append(loss if math.isfinite(loss) else math.inf)
+            counts.append(KINDS[task.kind].count(task, output, target))
+        return len(at), losses, counts, kept
 
 
-def measure_of(values: Mapping[str, float], limit: Tolerance) -> tuple[str, bool]:
-    """Which figure a tolerance is about, and whether more of it is better."""
-    if limit.measure == "loss":
-        return "loss", False
-    return next((k, True) for k in values if k not in ("loss", "samples"))
+def measure_of(task: Task, limit: Tolerance) -> tuple[str, bool]:
+    """Which of a task's figures a tolerance is about, and whether more of it is better."""
+    return ("loss", False) if limit.measure == "loss" else (task.metric, task.higher_is_better)

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.distributed import gather, rank, world
-from compress.heads import heads
 from compress.images import Split, Splits, batches
 from compress.recipes.pagcp.groups import Group
 from compress.surgery import CHANNELWISE, TRANSPOSED
-from compress.train import task_loss
+from compress.tasks import by_task, task_loss
 
 BATCH = 32  # samples of one gradient: their squares are what is averaged
 
@@ -63,7 +62,7 @@ def taylor_scores(
             continue
         x = data.prepare(split.inputs[at].to(place))
         with torch.enable_grad():
-            outputs = heads(model(x), [t.name for t in data.tasks])
+            outputs = by_task(model(x), data.tasks)
             rows = []
             for i, task in enumerate(data.tasks):
                 model.zero_grad()

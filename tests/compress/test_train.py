@@ -23,7 +23,8 @@ from compress.errors import CompressError
 from compress.images import Splits
 from compress.models.zoo import build
 from compress.sections import TrainSpec
-from compress.train import Moment, apply_masks, evaluate, loss_sum, rate, train
+from compress.tasks import loss_sum
+from compress.train import Moment, apply_masks, evaluate, rate, train
 from tests import ranks
 from tests.networks import shape_data
 
