@@ -205,6 +205,8 @@ def _group(name: str, root: nn.Module, items: Any, graph: Any, names: Mapping[An
     import torch_pruning as tp
 
     count = width(root, "out")
+    if count == 1:
+        raise _Unfit("it has one channel")
     ties = _Ties(count)
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     chunked, divided = False, 1

@@ -8,7 +8,7 @@ are alike (`used`). What is measured is the sliced network itself, the one that 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,7 +146,15 @@ class Oracle:
 
     @property
     def measurements(self) -> int:
-        return sum(row["of"] == self.of for row in self.journal.rows())
+        return sum(row["of"] == self.of and row["work"] > 0 for row in self.journal.rows())
+
+    def noted(self, key: str, measure: Callable[[], float]) -> float:
+        """Another figure that is measured once and remembered, such as a latency."""
+        if key not in self.known:
+            row = {"of": self.of, "key": key, "values": measure(), "least": {}, "work": 0.0}
+            self.journal.append(row)
+            self._learn(row)
+        return float(self.known[key]["values"])
 
     def measure(
         self,
