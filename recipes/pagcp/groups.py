@@ -158,12 +158,14 @@ def _propose(model: nn.Module, sample: Tensor, round_to: int) -> tuple[list[Grou
         parameter.requires_grad_(True)
     names = {m: n for n, m in traced.named_modules()}
     graph: Any = tp.DependencyGraph()
+    seen = _Traced()
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             graph.build_dependency(
-                traced, sample, forward_fn=lambda m, x: m(x), output_transform=_traceable, verbose=False
+                traced, sample, forward_fn=seen.forward, output_transform=_traceable, verbose=False
             )
+            seen.tell(graph)
     except Exception as e:  # whatever the network's own code or the tracer says, it is the network that cannot be traced
         raise CompressError(
             f"the network cannot be traced: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}",
@@ -197,6 +199,47 @@ def _traceable(outputs: Any) -> list[Tensor]:
     return found
 
 
+class _Traced(torch.overrides.TorchFunctionMode):
+    """What the tracer does not see for itself, seen while the network runs.
+
+    `chunk` and `split` give slices: the tracer takes the parts of a split in the order in which it meets them on its way
+    back, while a slice says itself where it begins. And it cannot tell how many channels a slice brings to a `cat`.
+    """
+
+    SPLITS = (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes)
+    CATS = (torch.cat, torch.concat, torch.concatenate)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[Any, list[int]] = {}  # what a `cat` along the channels was made of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in self.CATS and out.grad_fn is not None:
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            if dim in (1, 1 - out.dim()):
+                self.sizes[out.grad_fn] = [t.shape[1] for t in (args[0] if args else kwargs["tensors"])]
+        if func not in self.SPLITS:
+            return out
+        x, dim = args[0], kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        sizes = [part.shape[dim] for part in out]
+        return tuple(x.narrow(dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
+
+    def forward(self, model: nn.Module, x: Tensor) -> Any:
+        # Times one: the tracer drops a leaf, and with it the place that the input takes in a `cat`.
+        x = x.clone().requires_grad_() * 1.0
+        with self:
+            return model(x)
+
+    def tell(self, graph: Any) -> None:
+        """Lets the graph know how long the parts of every `cat` are."""
+        for node in graph.module2node.values():
+            sizes = self.sizes.get(node.grad_fn)
+            if sizes is not None and len(sizes) == len(node.inputs):
+                node.module.concat_sizes = sizes
+
+
 class _Unfit(Exception):
     """Why a layer makes no group."""
 
@@ -209,12 +252,16 @@ def _group(name: str, root: nn.Module, items: Any, graph: Any, names: Mapping[An
         raise _Unfit("it has one channel")
     ties = _Ties(count)
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    chunked, divided = False, 1
+    parts: dict[Any, list[tuple[int, int, list[int], list[int]]]] = {}
+    divided = 1
     for item in items:
         dep, plain, roots = item.dep, list(item.idxs), list(item.root_idxs)
         module, kind = dep.target.module, dep.target.type
-        if kind == tp.ops.OPTYPE.SPLIT:
-            chunked |= _tie_parts(ties, dep.target.module.offsets, plain, roots)
+        if kind == tp.ops.OPTYPE.SLICE:
+            node = dep.target
+            if graph.is_out_channel_pruning_fn(dep.handler) and node.inputs:
+                # Channels of the part itself, counted from where it begins.
+                parts.setdefault(node.inputs[0], []).append((node.module.start, node.module.end, plain, roots))
             continue
         if isinstance(module, nn.Parameter):
             raise _Unfit("a bare parameter is tied to it")
@@ -237,6 +284,7 @@ def _group(name: str, root: nn.Module, items: Any, graph: Any, names: Mapping[An
             per = width(module, axis) // blocks
             ties.alike([(i % per, r) for i, r in zip(plain, roots, strict=True)])
             divided = max(divided, blocks)
+    chunked = any([_tie_parts(ties, found) for found in parts.values()])
     units = ties.units()
     if len(units) < 2:
         raise _Unfit("all its channels are tied to one another")
@@ -284,15 +332,15 @@ class _Ties:
         return [tuple(v) for _, v in sorted(found.items())]
 
 
-def _tie_parts(ties: _Ties, offsets: Sequence[int] | None, plain: list[int], roots: list[int]) -> bool:
-    """A chunk divides by the number of its parts, so the same place of every part goes at once."""
-    if not offsets:
-        return False
-    sizes = {b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)}
-    if len(sizes) > 1:
+def _tie_parts(ties: _Ties, parts: Sequence[tuple[int, int, list[int], list[int]]]) -> bool:
+    """A chunk divides by the number of its parts, so the same place of every part goes at once.
+
+    Args:
+        parts: of one tensor: where a part begins and ends, its places, and the root's channels there.
+    """
+    if len({end - start for start, end, _, _ in parts}) > 1 or len({start for start, *_ in parts}) < 2:
         return False  # sizes written into the code: the proof will tell
-    size = sizes.pop()
-    ties.alike((i % size, r) for i, r in zip(plain, roots, strict=True))
+    ties.alike((i, r) for _, _, places, roots in parts for i, r in zip(places, roots, strict=True))
     return True
 
 
