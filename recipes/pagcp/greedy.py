@@ -54,6 +54,13 @@ def decay(r0: float, count: int, total: float) -> float:
     return (low + high) / 2
 
 
+def first_rate(r0: float | None, count: int, total: float) -> float:
+    """r0 where none is given: as far above equal parts as the reference's .06 is for 51 groups."""
+    if r0 is not None:
+        return r0
+    return total - 1 if count == 1 else 1.68 * (total ** (1 / count) - 1)
+
+
 def portions(r0: float, count: int, total: float) -> list[float]:
     """The share of every task's tolerance that each of ``count`` groups may use up; they sum to 1."""
     value = decay(r0, count, total)
@@ -253,15 +260,16 @@ class Pruner:
             probes = self.probe(contribution)
             probes, dropped = self._filtered(probes)
             unpruned |= dropped
-            lam = decay(self.options.r0, len(probes), self.options.total)
-            parts = portions(self.options.r0, len(probes), self.options.total)
+            r0 = first_rate(self.options.r0, len(probes), self.options.total)
+            lam = decay(r0, len(probes), self.options.total)
+            parts = portions(r0, len(probes), self.options.total)
             # The group that saves most gets the largest part, which comes last where the parts grow.
             order = [p.group for p in sorted(probes, key=lambda p: (-p.contribution, p.group))][:: 1 if lam <= 1 else -1]
             if target is None:
                 state, found, scale = *self.greedy(order, parts, 1.0, 1.0), 1.0
                 self._refuse_nothing(state, max(parts), probes)
             else:
-                state, found, scale = self._reach(target, order, parts)
+                state, found, scale = self._reach(target, order, parts, self._guess(target, probes))
         self._bar = None
         assert found.values is not None
         return Decision(state, scale, found.least, found.values, tuple(probes), tuple(order), unpruned, lam)
@@ -290,7 +298,17 @@ class Pruner:
             fix="allow more, raise pagcp.r0, or set pagcp.round_to lower; nothing was changed",
         )
 
-    def _reach(self, target: float, order: Sequence[str], parts: Sequence[float]) -> tuple[State, Found, float]:
+    def _guess(self, target: float, probes: Sequence[Probe]) -> float:
+        """The scale to begin with: what all probes together take of the worst-hit task, grown as the square of FLOPs."""
+        gone = self.removal(self.full | {p.group: p.kept for p in probes})
+        tasks = probes[0].rise
+        taken = max(sum(max(0.0, p.rise[t]) for p in probes) for t in tasks)
+        left = max(1e-3, target - self.removal(self.full))
+        return min(8.0, max(0.01, taken * (left / max(1e-3, gone - self.removal(self.full))) ** 2))
+
+    def _reach(
+        self, target: float, order: Sequence[str], parts: Sequence[float], scale: float
+    ) -> tuple[State, Found, float]:
         """The smallest scale of the tolerances at which a greedy pass removes the ``target``, and its overshoot given
         back where that is cheapest for the worst-hit task."""
         least = {name: self.levels(name)[-1] if name in order else self.full[name] for name in self.groups}
@@ -305,7 +323,6 @@ class Pruner:
         low: tuple[float, float] | None = None  # scale, share removed: too little, enough
         high: tuple[float, float] | None = None
         best: tuple[float, State, Found, float] | None = None
-        scale = 0.25
         for _ in range(SCALES):
             state, found = self.greedy(order, parts, scale, math.inf)
             reached = self.removal(state)

@@ -45,7 +45,12 @@ class PAGCPOptions(BaseModel):
     rounds: int = Field(1, ge=1, description="prune and fine-tune so often")
     between: int = Field(0, ge=0, description="epochs of fine-tuning after every round but the last")
     total: float = Field(6.0, gt=1, description="T: a task with no tolerance of its own may have T times its loss")
-    r0: float = Field(0.06, gt=0, description="what the first group may take; those behind it take lambda times less")
+    r0: float | None = Field(
+        None,
+        gt=0,
+        description="what the first group may take; those behind it take lambda times less. By default 1.68 times what"
+        " equal parts would be, as the reference's .06 is with its 51 groups",
+    )
     tolerance: Tolerance | None = Field(None, description="of every task that `tolerances` does not name")
     tolerances: dict[str, Tolerance] = Field({}, description="task -> its own tolerance")
     saliency: Literal["l1", "l2", "taylor"] = Field(
