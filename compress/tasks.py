@@ -204,7 +204,7 @@ def _depth_loss(task: Task, output: Tensor, target: Tensor, smoothing: float) ->
 def _depth_count(task: Task, output: Tensor, target: Tensor) -> Counts:
     valid = target > 0
     metres = wide(output[:, 0]).exp() if task.log else wide(output[:, 0])
-    return sums(((metres.double() - target) ** 2)[valid].sum(), valid.sum())
+    return sums(exact(((metres.double() - target) ** 2)[valid]).sum(), valid.sum())
 
 
 def _rmse(task: Task, counts: Counts) -> dict[str, float]:
@@ -222,7 +222,7 @@ def _normals_count(task: Task, output: Tensor, target: Tensor) -> Counts:
     said, truth = (functional.normalize(wide(x).double(), dim=1) for x in (output, target))
     # atan2 instead of acos, which loses half the digits at small angles.
     angle = torch.atan2(torch.linalg.cross(said, truth, dim=1).norm(dim=1), (said * truth).sum(1))
-    return sums(torch.rad2deg(angle)[valid].sum(), valid.sum())
+    return sums(exact(torch.rad2deg(angle)[valid]).sum(), valid.sum())
 
 
 def _angle(task: Task, counts: Counts) -> dict[str, float]:
