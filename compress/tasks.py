@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress import boxes
 from compress.errors import CompressError
 
-KindName = Literal["classes", "mask", "labels", "depth", "normals", "edges", "attributes"]
+KindName = Literal["classes", "mask", "labels", "depth", "normals", "edges", "attributes", "boxes"]
 IGNORE = 255  # the label of a pixel, and the value of an attribute, of which nothing is known
 
 
@@ -34,6 +35,8 @@ class Task:
             ``normals``: a direction a pixel, target (n, 3, h, w) float32 of unit length, 0 = unknown.
             ``edges``: whether a pixel is an edge, target (n, h, w) uint8, above 127 = it is one.
             ``attributes``: whether each of ``classes`` holds, target (n, classes) uint8 of 0, 1 and 255 = unknown.
+            ``boxes``: objects of ``classes``, target (n, most, 5) float32: label (-1: none), centre x and y, width and
+            height as shares of a square image; the head gives (n, 5 + classes, cells), see `compress.boxes`.
         log: depth: the head gives the logarithm, and the loss is its L1.
         positive: edges: the weight of an edge's pixel; another pixel has 1 less it.
     """
@@ -47,7 +50,8 @@ class Task:
     @property
     def outputs(self) -> int:
         """Numbers that a head gives of a sample, or of a pixel."""
-        return KINDS[self.kind].outputs or len(self.classes)
+        kind = KINDS[self.kind]
+        return kind.outputs + (len(self.classes) if kind.per_class else 0)
 
     @property
     def metric(self) -> str:
@@ -79,7 +83,8 @@ class Kind:
     """How one kind of task is checked, trained and measured.
 
     Args:
-        outputs: channels of a head; 0 = one a class.
+        outputs: channels of a head; with ``per_class`` one more a class.
+        dims: dimensions of a head's output.
         hub: the hub's name of such a task, for cards.
         dense: the target has pixels, which move with the image; ``outside`` stands where an image was moved from.
         loss: (task, output, target, smoothing) -> the sum over samples; of pixels, each sample's mean over valid ones.
@@ -91,11 +96,14 @@ class Kind:
     higher_is_better: bool
     hub: str
     outputs: int
+    per_class: bool
+    dims: int
     dense: bool
     loss: Callable[[Task, Tensor, Tensor, float], Tensor]
     count: Callable[[Task, Tensor, Tensor], Counts]
     measure: Callable[[Task, Counts], dict[str, float]]
     outside: int = 0
+    regression: bool = False
 
 
 def wide(x: Tensor) -> Tensor:
@@ -196,7 +204,7 @@ def _depth_loss(task: Task, output: Tensor, target: Tensor, smoothing: float) ->
 def _depth_count(task: Task, output: Tensor, target: Tensor) -> Counts:
     valid = target > 0
     metres = wide(output[:, 0]).exp() if task.log else wide(output[:, 0])
-    return sums(((metres.double() - target) ** 2)[valid].sum(), valid.sum())
+    return sums(exact(((metres.double() - target) ** 2)[valid]).sum(), valid.sum())
 
 
 def _rmse(task: Task, counts: Counts) -> dict[str, float]:
@@ -214,7 +222,7 @@ def _normals_count(task: Task, output: Tensor, target: Tensor) -> Counts:
     said, truth = (functional.normalize(wide(x).double(), dim=1) for x in (output, target))
     # atan2 instead of acos, which loses half the digits at small angles.
     angle = torch.atan2(torch.linalg.cross(said, truth, dim=1).norm(dim=1), (said * truth).sum(1))
-    return sums(torch.rad2deg(angle)[valid].sum(), valid.sum())
+    return sums(exact(torch.rad2deg(angle)[valid]).sum(), valid.sum())
 
 
 def _angle(task: Task, counts: Counts) -> dict[str, float]:
@@ -290,14 +298,51 @@ def average_precision(scores: Tensor, right: Tensor, positives: int) -> float:
     return float((gained * precision).sum())
 
 
+def _boxes_loss(task: Task, output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    return boxes.loss(wide(output), target).sum()
+
+
+def _boxes_count(task: Task, output: Tensor, target: Tensor) -> Counts:
+    parts = boxes.losses(wide(output), target).sum(0)
+    there = target[..., 0][target[..., 0] >= 0].long()
+    objects = torch.bincount(there, minlength=len(task.classes))
+    rows = boxes.detections(wide(output), target)
+    return Counts(sums(parts, torch.tensor([float(len(target))]), objects).sums, rows)
+
+
+def _mean_average_precision(task: Task, counts: Counts) -> dict[str, float]:
+    """The mean over the classes that are there of average precision at an IoU of one half; the parts of the loss."""
+    parts, samples, objects = counts.sums[:3], counts.sums[3], counts.sums[4:]
+    found = []
+    for label in (objects > 0).nonzero()[:, 0].tolist():
+        own = counts.rows[counts.rows[:, 0] == label]
+        found.append(average_precision(own[:, 1], own[:, 2] > 0, int(objects[label])))
+    figures = {"map50": sum(found) / len(found) if found else 0.0}
+    names = ("box_loss", "objectness_loss", "class_loss")
+    return figures | {name: _ratio(part, samples) for name, part in zip(names, parts, strict=True)}
+
+
 KINDS: dict[str, Kind] = {
-    "classes": Kind("accuracy", True, "image-classification", 0, False, _classes_loss, _classes_count, _accuracy),
-    "mask": Kind("iou", True, "mask-generation", 1, True, _mask_loss, _mask_count, _iou),
-    "labels": Kind("miou", True, "image-segmentation", 0, True, _labels_loss, _labels_count, _mean_iou, outside=IGNORE),
-    "depth": Kind("rmse", False, "depth-estimation", 1, True, _depth_loss, _depth_count, _rmse),
-    "normals": Kind("degrees", False, "image-to-image", 3, True, _normals_loss, _normals_count, _angle),
-    "edges": Kind("f1", True, "image-to-image", 1, True, _edges_loss, _edges_count, _f1),
-    "attributes": Kind("map", True, "image-classification", 0, False, _attributes_loss, _attributes_count, _attributes),
+    "classes": Kind(
+        "accuracy", True, "image-classification", 0, True, 2, False, _classes_loss, _classes_count, _accuracy
+    ),
+    "mask": Kind("iou", True, "mask-generation", 1, False, 4, True, _mask_loss, _mask_count, _iou),
+    "labels": Kind(
+        "miou", True, "image-segmentation", 0, True, 4, True, _labels_loss, _labels_count, _mean_iou, outside=IGNORE
+    ),
+    "depth": Kind(
+        "rmse", False, "depth-estimation", 1, False, 4, True, _depth_loss, _depth_count, _rmse, regression=True
+    ),
+    "normals": Kind(
+        "degrees", False, "image-to-image", 3, False, 4, True, _normals_loss, _normals_count, _angle, regression=True
+    ),
+    "edges": Kind("f1", True, "image-to-image", 1, False, 4, True, _edges_loss, _edges_count, _f1),
+    "attributes": Kind(
+        "map", True, "image-classification", 0, True, 2, False, _attributes_loss, _attributes_count, _attributes
+    ),
+    "boxes": Kind(
+        "map50", True, "object-detection", 5, True, 3, False, _boxes_loss, _boxes_count, _mean_average_precision
+    ),
 }
 
 
@@ -355,9 +400,9 @@ def by_task(outputs: Any, tasks: Sequence[Task]) -> dict[str, Tensor]:
     """
     found = named(outputs, [t.name for t in tasks])
     for task in tasks:
-        output, dims = found[task.name], 4 if KINDS[task.kind].dense else 2
+        output, dims = found[task.name], KINDS[task.kind].dims
         if output.dim() != dims or output.shape[1] != task.outputs:
-            shape = f"(batch, {task.outputs}{', h, w' if dims == 4 else ''})"
+            shape = f"(batch, {task.outputs}{', h, w' if dims == 4 else ', cells' if dims == 3 else ''})"
             raise CompressError(
                 f"the head {task.name!r} gives (batch, {', '.join(map(str, output.shape[1:]))}), {task.outputs} are"
                 f" needed: {shape}",
@@ -389,6 +434,48 @@ def task_losses(
     """The sum over samples of every task's loss (tasks,), of prepared inputs."""
     outputs = by_task(model(x), tasks)
     return torch.stack([task_loss(t, outputs[t.name], targets[t.name], smoothing) for t in tasks])
+
+
+class Weights:
+    """How the tasks' losses are weighed: by fixed numbers, or by variances that are learnt along.
+
+    The latter as Kendall et al. (2018) have it: exp(-s) L + s / 2 a sample with s = log variance, L halved where it is
+    a regression.
+
+    Raises:
+        CompressError: a weight names no task, or all are 0.
+    """
+
+    def __init__(
+        self, given: Mapping[str, float] | Literal["uncertainty"], tasks: Sequence[Task], like: Tensor
+    ) -> None:
+        self.names, self.learnt = [t.name for t in tasks], given == "uncertainty"
+        factors = [0.5 if KINDS[t.kind].regression else 1.0 for t in tasks]
+        if not isinstance(given, str):
+            strange = sorted(set(given) - set(self.names))
+            if strange:
+                raise CompressError(
+                    f"a weight is given for {strange[0]!r}, which is no task of the data",
+                    where="train.weights",
+                    fix=f"one of: {', '.join(self.names)}",
+                )
+            factors = [given.get(name, 1.0) for name in self.names]
+        if not any(factors):
+            raise CompressError("all tasks have weight 0", where="train.weights", fix="give one of them a weight")
+        self.factors = torch.tensor(factors, dtype=like.dtype, device=like.device)
+        self.log_variances = nn.Parameter(torch.zeros_like(self.factors), requires_grad=self.learnt)
+
+    def __call__(self, losses: Tensor, samples: int) -> Tensor:
+        """One loss of every task's sum over ``samples`` (tasks,)."""
+        weighed = self.factors * losses
+        if not self.learnt:
+            return weighed.sum()
+        return (torch.exp(-self.log_variances) * weighed + samples * self.log_variances / 2).sum()
+
+    def now(self) -> dict[str, float]:
+        """Each task's weight."""
+        found = self.factors * torch.exp(-self.log_variances.detach())
+        return dict(zip(self.names, found.tolist(), strict=True))
 
 
 def loss_sum(

@@ -24,6 +24,7 @@ NETWORKS = {
     "resnet50": "resnet50:resnet50",
     "multitask-resnet": "multitask:multitask_resnet",
     "multitask-mobilenet": "multitask:multitask_mobilenet",
+    "detector": "detector:detector",
 }
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import images
+from compress import packaged
 from compress.errors import CompressError
-from compress.images import FolderImages, load, over_background
+from compress.images import FolderImages, load
+from compress.layouts import HAR_SIGNALS
+from compress.packaged import over_background
 from compress.sections import DataSpec
 from tests.networks import write_cifar10, write_class_folders, write_har
 
@@ -87,7 +89,7 @@ def test_har_splits_calibration_by_person_and_halves_its_classes(tmp_path: Path)
     assert torch.equal(found.train.targets["binary"], (found.train.targets["class"] < 3).long())
     whole = np.loadtxt(folder / "train" / "Inertial Signals" / "body_gyro_y_train.txt", dtype=np.float32)
     assert isinstance(found.train.inputs, torch.Tensor)
-    channel = images.HAR_SIGNALS.index("body_gyro_y")
+    channel = HAR_SIGNALS.index("body_gyro_y")
     every = torch.cat([found.train.inputs, found.calibration.inputs])[:, channel]  # type: ignore[list-item]
     torch.testing.assert_close(every.sort(0).values, torch.from_numpy(whole).sort(0).values)
     # One person is held out whole: five rows in a run of the file.
@@ -105,11 +107,13 @@ def emoji_rows(monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, to
         "emoji": emoji,
         "category": emoji % 9,
         "vendor": torch.arange(4 * count) // (2 * count),
-        "toned": (torch.arange(4 * count) // count) % 2 == 1,
+        "subcategory": emoji % 99,
+        "tone": (torch.arange(4 * count) // count) % 2,
+        "words": (emoji[:, None] % torch.arange(2, 18) == 0).to(torch.uint8),
     }
     held["rgba"][:, 0, 0, 0] = emoji.to(torch.uint8)
     held["rgba"][:, 3, 0, 0] = 255  # opaque there: the emoji's number survives any background
-    monkeypatch.setattr(images, "_kept", lambda name, make: held)
+    monkeypatch.setattr(packaged, "_kept", lambda name, make: held)
     return held
 
 
@@ -147,7 +151,7 @@ def test_watch_series_are_read_without_any_code_and_split_by_person(monkeypatch:
         "exercise": torch.arange(30) % 7,
         "person": torch.arange(10).repeat_interleave(3),
     }
-    monkeypatch.setattr(images, "_kept", lambda name, make: held)
+    monkeypatch.setattr(packaged, "_kept", lambda name, make: held)
     found = load(DataSpec(package="watch"))
     people = [set(s.inputs[:, 0, 0].tolist()) for s in (found.train, found.calibration, found.test)]  # type: ignore[index,call-overload,union-attr]
     assert [len(p) for p in people] == [6, 2, 2] and len(set.union(*people)) == 10
@@ -160,7 +164,7 @@ def test_the_reader_of_object_arrays_builds_arrays_and_refuses_all_else(tmp_path
     good[0], good[1] = np.arange(3.0), np.arange(4)
     # Protocol 3 spells the module's name as numpy 1 did, as the file in the package has it.
     stream = pickle.dumps(good, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    got = images._ArraysOnly(io.BytesIO(stream), encoding="latin1").load()
+    got = packaged._ArraysOnly(io.BytesIO(stream), encoding="latin1").load()
     assert got[0].tolist() == [0.0, 1.0, 2.0] and got[1].tolist() == [0, 1, 2, 3]
 
     class Bomb:
@@ -168,7 +172,7 @@ def test_the_reader_of_object_arrays_builds_arrays_and_refuses_all_else(tmp_path
             return Path.touch, (tmp_path / "ran",)
 
     with pytest.raises(CompressError, match="no array needs"):
-        images._ArraysOnly(io.BytesIO(pickle.dumps(Bomb()))).load()
+        packaged._ArraysOnly(io.BytesIO(pickle.dumps(Bomb()))).load()
     assert not (tmp_path / "ran").exists()
 
 

@@ -23,7 +23,7 @@ from compress.errors import CompressError
 from compress.images import Splits
 from compress.models.zoo import build
 from compress.sections import TrainSpec
-from compress.tasks import loss_sum
+from compress.tasks import Weights, loss_sum
 from compress.train import Moment, apply_masks, evaluate, rate, train
 from tests import ranks
 from tests.networks import shape_data
@@ -92,8 +92,8 @@ def test_masked_weights_gradients_and_momentum_are_exactly_zero(name: str, monke
     made: list[torch.optim.Optimizer] = []
     make = module._optimizer
 
-    def watched(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-        optimizer = make(model, spec)
+    def watched(model: nn.Module, spec: TrainSpec, weights: Weights) -> torch.optim.Optimizer:
+        optimizer = make(model, spec, weights)
         step = optimizer.step
 
         def checked(*args: Any) -> Any:
