@@ -23,10 +23,11 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[int, ...]]] = {
     "resnet, padded shortcuts": ("resnet", {"depth": 14, "width": 8}, IMAGES),
     "resnet, 1x1 shortcuts": ("resnet", {"depth": 14, "width": 8, "shortcut": "conv"}, IMAGES),
     "wrn": ("wrn", {"depth": 10, "widen": 1}, IMAGES),
-    "mobilenet-v1": ("mobilenet-v1", {"width": 0.25, "stem": "cifar", "classes": 7}, (2, 3, 32, 32)),
-    "mobilenet-v2": ("mobilenet-v2", {"width": 0.25, "stem": "cifar", "classes": 7}, (2, 3, 32, 32)),
+    "mobilenet-v1": ("mobilenet-v1", {"width": 0.25, "stem": "cifar", "classes": 7}, IMAGES),
+    "mobilenet-v2": ("mobilenet-v2", {"width": 0.25, "stem": "cifar", "classes": 7}, IMAGES),
     "fastgrnn": ("fastgrnn", {}, (2, 9, 12)),
     "multitask-resnet": ("multitask-resnet", {"widths": [8, 16, 16], "blocks": [1, 2, 1], "decoder": 16, **MULTI}, IMAGES),
+    "detector": ("detector", {"widths": [8, 16, 16, 16], "classes": 3}, IMAGES),
     "multitask-mobilenet": (
         "multitask-mobilenet",
         {"widths": [8, 16, 16], "blocks": [1, 2, 1], "expansion": 2, "decoder": 16, **MULTI},
@@ -91,6 +92,18 @@ def test_masked_is_sliced_on_every_group_of_every_zoo_network(name: str) -> None
 @pytest.mark.parametrize("name", SMALL)
 def test_masked_is_sliced_on_every_group_of_small_networks(name: str) -> None:
     same_on_every_group(awake(SMALL[name]()), torch.randn(IMAGES, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_masked_is_sliced_on_every_group_of_resnet50() -> None:
+    model = awake(build("resnet50", {"classes": 7}))
+    assert len(same_on_every_group(model, torch.randn(2, 3, 64, 64, dtype=torch.float64)).groups) == 37
+
+
+def test_a_detectors_chunked_blocks_are_all_pruned() -> None:
+    found = find_groups(build("detector", {"widths": [16, 32, 32, 32]}), torch.randn(2, 3, 32, 32))
+    entered = {g.name: g for g in found.groups if g.name.endswith("enter.0")}
+    assert len(entered) == 5 and all(g.channels == 2 for g in entered.values())
 
 
 def test_a_chunk_loses_the_same_place_of_every_part() -> None:
