@@ -1,7 +1,7 @@
 """A plain network under PAGCP: the stages from the dense training to the card.
 
 Whole channels go, so what is saved is a smaller dense network that every runtime runs faster. Round by round: channel
-groups, an order of their units, the oracle's greedy pass on the calibration split, the cut, and training on what is left.
+groups, an order of their units, the oracle's greedy pass on the calibration split, the cut, and training of the rest.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.recipes.pagcp.greedy import Pruner
-    from compress.recipes.pagcp.groups import Groups
-    from compress.recipes.pagcp.plan import Plan
 
 __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
@@ -134,7 +132,7 @@ def _check(setup: NetworkSetup) -> None:
 
 
 def _check_batch(model: nn.Module, x: Tensor, name: str, batch: int, count: int) -> None:
-    """Raises UsageError where the smallest batch of a training is one sample and a norm has one value a channel of it."""
+    """Raises UsageError where a training's smallest batch is one sample and a norm has one value a channel of it."""
     import copy
 
     import torch
@@ -257,9 +255,7 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
         oracle = Oracle(data, split, limits, options.batch, journal, fingerprint(asked)[:16])
         whole = loaded(setup, dense)
         oracle.base = oracle.measure("dense", whole, 1.0).values
-        pruner = Pruner(
-            model, found.groups, order, oracle, options, x, _flops(whole, x), f"{name}: the oracle's pass"
-        )
+        pruner = Pruner(model, found.groups, order, oracle, options, x, _flops(whole, x), f"{name}: the oracle's pass")
         worth = _latency_of(pruner, x, oracle) if options.contribution == "latency" else None
         decision = pruner.decide(target, worth)
         if folder is None:
@@ -443,9 +439,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
                     "samples": int(before[task.name]["samples"]),
                     "dense": value,
                     "pruned": last["trained"][task.name][metric],
-                    "before_training": last["cut"][task.name][metric]
-                    if rounds[-1].trained != rounds[-1].cut
-                    else None,
+                    "before_training": last["cut"][task.name][metric] if rounds[-1].trained != rounds[-1].cut else None,
                 }
             )
     report["quality"] = {"tasks": rows, "curve": curve}
@@ -474,7 +468,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         found.append(f"{name:8} {a:,} -> {b:,}{unit} ({100 * (1 - b / a):.1f} % fewer)")
     for number, one in enumerate(report["rounds"], 1):
         found.append(
-            f"round {number}  {100 * one['removed']:.1f} % of the FLOPs gone in all; {one['measurements']} measurements,"
+            f"round {number}  {100 * one['removed']:.1f} % of the FLOPs gone; {one['measurements']} measurements,"
             f" {one['passes']:.1f} passes over the calibration split (trying {one['reference_passes'] // one['groups']}"
             f" ratios of every group: {one['reference_passes']})"
         )
@@ -593,7 +587,8 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
             for g in facts["groups"]
         ),
         *(f"dense    {v['layer']}: {v['reason']}" for v in facts["left"]),
-        f"oracle   {low} measurements a round" + (f", up to {high} with the search for the scale" if high > low else "")
+        f"oracle   {low} measurements a round"
+        + (f", up to {high} with the search for the scale" if high > low else "")
         + f"; trying 19 ratios of every group takes {facts['reference_passes']} passes",
         f"data     {facts['data']}",
         f"train    {epochs['dense']} epochs dense, {epochs['between']} between {facts['rounds']} rounds,"

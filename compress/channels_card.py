@@ -52,8 +52,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines = [
         f"# {escape(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
         "",
-        f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`: group"
-        f" after group, as many as the worst-hit task tolerates on a calibration split; {count}"
+        f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
+        f" group after group, as many as the worst-hit task tolerates on a calibration split; {count}"
         f" round{'s' if count > 1 else ''}"
         + (
             f", {options['between'] * (count - 1) + trained['epochs']} epochs of training after the first cut."
@@ -61,7 +61,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             else ", nothing trained afterwards."
         )
         + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
-        f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out, no sample in two of them."
+        f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
         f" Weights: {escape(model['source'])}.",
         "",
         "## What was won and what was lost",
@@ -103,15 +103,15 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" (allowed {layout['tolerance']:.1e})."
         )
     lines += [
-        f"- Each of the {len(report['groups'])} channel groups: what is cut gives the same outputs as zeros in its place"
+        f"- Each of the {len(report['groups'])} channel groups: cut, it gives the same outputs as zeros in its place"
         " (float64, random weights); so did each round's network.",
-        "- The network that each round saved is the one that the oracle measured: its figures were taken again from disk.",
+        "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
     ]
     for form, both in report.get("export", {}).items():
         facts = both["pruned"]
         lines.append(
-            f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']} outputs"
-            f" differ by at most {facts['largest_difference']:.1e} of their largest value."
+            f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
+            f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value."
         )
     return "\n".join([*lines, "", *again(report)])
 
@@ -143,7 +143,7 @@ def _oracle(report: dict[str, Any]) -> list[str]:
         "",
         f"Tolerances: {said}."
         + (
-            f" They were scaled (by {report['rounds'][-1]['scale']:.2f} in the last round) to reach the FLOPs asked for."
+            f" They were scaled (by {report['rounds'][-1]['scale']:.2f} in the last round) to reach the FLOPs asked."
             if report["size"]["asked"]
             else ""
         )
@@ -237,7 +237,9 @@ def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             dark = shown[i][j] > 0.6
-            axis.annotate(f"{value:.2g}", (j, i), ha="center", va="center", fontsize=6, color="white" if dark else "black")
+            axis.annotate(
+                f"{value:.2g}", (j, i), ha="center", va="center", fontsize=6, color="white" if dark else "black"
+            )
     axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
     axis.set_xticks(range(len(groups)), groups, rotation=60, fontsize=6, ha="right")
     axis.grid(False)

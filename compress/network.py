@@ -259,7 +259,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     save_weights(model, folder / WEIGHTS)
     data = setup.data
     cut = changed_widths(setup.build(**changes), model)
-    facts = {
+    facts: dict[str, Any] = {
         "network": setup.network,
         "arguments": {**setup.arguments, **changes},
         "input": list(data.input_shape),

@@ -1,7 +1,7 @@
 """Channels cut out of a module's layers: really (`cut`), or as zeros at full shape (`zeroed`); and what shape is left.
 
-An axis of a layer is ``out`` or ``in``; a norm or any other layer with one number a channel has ``out`` alone, and so has
-a depthwise convolution, whose two sides are one. Nothing here knows why a channel goes.
+An axis of a layer is ``out`` or ``in``; a norm or any other layer with one number a channel has ``out`` alone, as has a
+depthwise convolution, whose two sides are one. Nothing here knows why a channel goes.
 
 Both make a copy that shares every tensor they do not change, so a trial of one group costs that group's memory alone.
 """
@@ -92,8 +92,7 @@ def _cut(module: Any, name: str, out: list[int], into: list[int]) -> None:
         rows, columns = (ins, outs) if transposed else (outs, ins)
         per = module.weight.shape[0] // module.groups
         blocks = [
-            module.weight[[g * per + i for i in r]][:, c]
-            for g, (r, c) in enumerate(zip(rows, columns, strict=True))
+            module.weight[[g * per + i for i in r]][:, c] for g, (r, c) in enumerate(zip(rows, columns, strict=True))
         ]
         _set(module, "weight", torch.cat(blocks))
         module.out_channels, module.in_channels = len(out), len(into)
@@ -122,8 +121,9 @@ def zeroed(model: nn.Module, removed: Channels) -> nn.Module:
         at = list(gone)
         if isinstance(module, CHANNELWISE):
             for key in ("weight", "bias"):
-                if module._parameters.get(key) is not None:
-                    _set(module, key, module._parameters[key].index_fill(0, torch.tensor(at, device=_place(module)), 0))
+                held = module._parameters.get(key)
+                if held is not None:
+                    _set(module, key, held.index_fill(0, torch.tensor(at, device=held.device), 0))
             continue
         weight = module.weight.detach().clone()
         if isinstance(module, nn.Linear) or is_depthwise(module):
@@ -144,12 +144,8 @@ def zeroed(model: nn.Module, removed: Channels) -> nn.Module:
                 weight[at] = 0
         _set(module, "weight", weight)
         if axis == "out" and module.bias is not None:
-            _set(module, "bias", module.bias.index_fill(0, torch.tensor(at, device=_place(module)), 0))
+            _set(module, "bias", module.bias.index_fill(0, torch.tensor(at, device=weight.device), 0))
     return model
-
-
-def _place(module: nn.Module) -> Any:
-    return next(module.parameters()).device
 
 
 def _set(module: nn.Module, key: str, tensor: Tensor) -> None:

@@ -2,11 +2,11 @@
 
     python tools/compare_pagcp.py --out runs/compare-pagcp --seeds 0 1 2
 
-Every row is one pruned and fine-tuned network; it is noted in OUT/results.jsonl, and the same command goes on behind the
-last whole row. Per seed one dense network is trained (kept in OUT), and every row cuts a copy of it at the same channel
+Every row is one pruned and fine-tuned network; it is noted in OUT/results.jsonl, and the same command goes on behind
+the last whole row. Per seed one dense network is trained (kept in OUT), and every row cuts a copy of it at the same channel
 groups, in the same steps of 8 channels, until at least the target's share of FLOPs is gone, and then trains it for the
-same epochs at the same rate. Decisions see the calibration split alone; what is told was measured on the test split. The
-seed decides weights, order, backgrounds, and which emoji are held out.
+same epochs at the same rate. Decisions see the calibration split alone; what is told was measured on the test split.
+The seed decides weights, order, backgrounds, and which emoji are held out.
 
     uniform L1               every group keeps the same share of its channels, those with the largest mean |W|
     global L1                the smallest of all channels of all groups go, whatever the tasks say
@@ -81,12 +81,17 @@ def first_enough(states: Iterator[State], pruner: Pruner, target: float) -> Stat
 
 
 def uniform(pruner: Pruner) -> Iterator[State]:
-    """Every group at the level nearest to one share, which falls."""
-    for share in range(1000, 0, -2):
-        yield {
-            name: min(pruner.levels(name), key=lambda n: abs(n - group.units * share / 1000))  # noqa: B023
-            for name, group in pruner.groups.items()
-        }
+    """Every group at one share of its channels: the widest by share loses a step, the dearest of equals first."""
+    state = dict(pruner.full)
+    saves = {name: pruner.flops(state) - pruner.flops(state | {name: pruner.levels(name)[-1]}) for name in state}
+    while True:
+        yield dict(state)
+        left = [n for n in state if state[n] > pruner.levels(n)[-1]]
+        if not left:
+            return
+        name = max(left, key=lambda n: (state[n] / pruner.full[n], saves[n]))
+        levels = pruner.levels(name)
+        state[name] = levels[levels.index(state[name]) + 1]
 
 
 def global_l1(pruner: Pruner) -> Iterator[State]:
@@ -261,13 +266,14 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     speeds = [r["speed"] for r in rows if "speed" in r]
     for batch in ("1", "16"):
         if speeds:
-            said = ", ".join(f"{s[batch]['median']:.2f} [{s[batch]['low']:.2f}, {s[batch]['high']:.2f}]" for s in speeds)
+            of = [s[batch] for s in speeds]
+            said = ", ".join(f"{s['median']:.2f} [{s['low']:.2f}, {s['high']:.2f}]" for s in of)
             lines.append(f"ONNX Runtime, batch {batch}, {100 * max(TARGETS):g} %: {said} times as fast")
     counted = [r for r in rows if r["method"] == DEFAULT]
     if counted:
         lines.append(
-            f"oracle: {mean(r['passes'] for r in counted):.0f} passes over the calibration split; 19 ratios of every group"
-            f" take {mean(r['reference'] for r in counted):.0f}"
+            f"oracle: {mean(r['passes'] for r in counted):.0f} passes over the calibration split; 19 ratios of every"
+            f" group take {mean(r['reference'] for r in counted):.0f}"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""FLOPs and parameters of a network with channels gone, reckoned from the dense one: exactly what counting would give."""
+"""FLOPs and parameters of a network with channels gone, reckoned from the dense one: what counting would give."""
 
 from __future__ import annotations
 

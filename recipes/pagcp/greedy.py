@@ -41,7 +41,9 @@ def decay(r0: float, count: int, total: float) -> float:
 
     if math.log1p(r0) > math.log(total):
         raise CompressError(
-            f"r0 = {r0:g} alone is more than T = {total:g} allows", where="pagcp.r0", fix="lower r0 or raise pagcp.total"
+            f"r0 = {r0:g} alone is more than T = {total:g} allows",
+            where="pagcp.r0",
+            fix="lower r0 or raise pagcp.total",
         )
     low, high = 0.0, 1.0
     while log_product(high) < math.log(total):
@@ -178,7 +180,7 @@ class Pruner:
     # --- the parts of the algorithm ---
 
     def probe(self, contribution: Callable[[str, State], float] | None) -> list[Probe]:
-        """Every group cut alone; ``contribution`` (of a state with one group cut) is in place of FLOPs or parameters."""
+        """Every group cut alone; ``contribution`` (of a state with one group cut) replaces FLOPs and parameters."""
         start = self.measure(self.full)
         assert start.values is not None
         found = []
@@ -264,7 +266,9 @@ class Pruner:
             lam = decay(r0, len(probes), self.options.total)
             parts = portions(r0, len(probes), self.options.total)
             # The group that saves most gets the largest part, which comes last where the parts grow.
-            order = [p.group for p in sorted(probes, key=lambda p: (-p.contribution, p.group))][:: 1 if lam <= 1 else -1]
+            order = [p.group for p in sorted(probes, key=lambda p: (-p.contribution, p.group))][
+                :: 1 if lam <= 1 else -1
+            ]
             if target is None:
                 state, found, scale = *self.greedy(order, parts, 1.0, 1.0), 1.0
                 self._refuse_nothing(state, max(parts), probes)
@@ -292,14 +296,14 @@ class Pruner:
         task = max(cheapest.rise, key=lambda t: cheapest.rise[t])
         raise CompressError(
             f"no group can lose a step of channels within the tolerances: the least harm ({cheapest.group} alone, to"
-            f" {cheapest.kept} of {self.full[cheapest.group]}) takes {100 * cheapest.rise[task]:.3g} % of the tolerance of"
-            f" {task!r}, and the largest part of a group is {100 * part:.3g} %",
+            f" {cheapest.kept} of {self.full[cheapest.group]}) takes {100 * cheapest.rise[task]:.3g} % of the tolerance"
+            f" of {task!r}, and the largest part of a group is {100 * part:.3g} %",
             where="pagcp.tolerances",
             fix="allow more, raise pagcp.r0, or set pagcp.round_to lower; nothing was changed",
         )
 
     def _guess(self, target: float, probes: Sequence[Probe]) -> float:
-        """The scale to begin with: what all probes together take of the worst-hit task, grown as the square of FLOPs."""
+        """The scale to begin with: what all probes take of the worst-hit task, grown as the square of FLOPs."""
         gone = self.removal(self.full | {p.group: p.kept for p in probes})
         tasks = probes[0].rise
         taken = max(sum(max(0.0, p.rise[t]) for p in probes) for t in tasks)

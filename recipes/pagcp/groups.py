@@ -162,11 +162,11 @@ def _propose(model: nn.Module, sample: Tensor, round_to: int) -> tuple[list[Grou
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            graph.build_dependency(
-                traced, sample, forward_fn=seen.forward, output_transform=_traceable, verbose=False
-            )
+            graph.build_dependency(traced, sample, forward_fn=seen.forward, output_transform=_traceable, verbose=False)
             seen.tell(graph)
-    except Exception as e:  # whatever the network's own code or the tracer says, it is the network that cannot be traced
+    except (
+        Exception
+    ) as e:  # whatever the network's own code or the tracer says, it is the network that cannot be traced
         raise CompressError(
             f"the network cannot be traced: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}",
             where="channel groups",
@@ -202,8 +202,8 @@ def _traceable(outputs: Any) -> list[Tensor]:
 class _Traced(torch.overrides.TorchFunctionMode):
     """What the tracer does not see for itself, seen while the network runs.
 
-    `chunk` and `split` give slices: the tracer takes the parts of a split in the order in which it meets them on its way
-    back, while a slice says itself where it begins. And it cannot tell how many channels a slice brings to a `cat`.
+    `chunk` and `split` give slices: the tracer takes the parts of a split in the order in which it meets them on the
+    way back, while a slice says itself where it begins. And it cannot tell how many channels a slice brings to a `cat`.
     """
 
     SPLITS = (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes)

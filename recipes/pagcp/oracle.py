@@ -1,7 +1,7 @@
 """The oracle: how much worse each task is on the calibration split, in units of the tolerance that the task was given.
 
-A reading of 0 is the dense network's value and 1 the worst that is allowed. With a tolerance tau relative to a loss it is
-log(loss / base) / log(1 + tau), so that readings of groups add up where the paper's factors multiply; the other kinds
+A reading of 0 is the dense network's value and 1 the worst that is allowed. With a tolerance tau relative to a loss it
+is log(loss / base) / log(1 + tau), so that readings of groups add up where the paper's factors multiply; the other kinds
 are alike (`used`). What is measured is the sliced network itself, the one that would be saved.
 """
 
@@ -121,8 +121,8 @@ class Found:
 class Oracle:
     """Measures networks on one split and remembers them.
 
-    Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as one
-    that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole split.
+    Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as
+    one that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole split.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ class Oracle:
             row = {"of": self.of, "key": key, "values": measure(), "least": {}, "work": 0.0}
             self.journal.append(row)
             self._learn(row)
-        return float(self.known[key]["values"])
+        value: float = self.known[key]["values"]
+        return value
 
     def measure(
         self,
@@ -206,9 +207,7 @@ class Oracle:
         found = {}
         for task in self.data.tasks:
             key, rising = measure_of(task, self.limits[task.name])
-            found[task.name] = used(
-                self.limits[task.name], self.base[task.name][key], values[task.name][key], rising
-            )
+            found[task.name] = used(self.limits[task.name], self.base[task.name][key], values[task.name][key], rising)
         return found
 
     def _least(self, losses: Sequence[float], counts: Sequence[Sequence[Counts]], seen: int) -> Readings:

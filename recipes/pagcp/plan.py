@@ -19,7 +19,7 @@ FILE, INDICES = "plan.json", "plan.safetensors"
 
 @dataclass(frozen=True)
 class Plan:
-    """``removed``: (layer, axis) -> rising channel indices; ``dense``: channels on every axis of the network it is for."""
+    """``removed``: (layer, axis) -> rising channel indices; ``dense``: channels on every axis of its network."""
 
     removed: Mapping[tuple[str, str], tuple[int, ...]]
     dense: Mapping[tuple[str, str], int]
@@ -79,7 +79,9 @@ class Plan:
     def save(self, folder: Path) -> None:
         from safetensors.torch import save_file
 
-        save_file({" ".join(at): torch.tensor(gone) for at, gone in self.removed.items()} or _nothing(), folder / INDICES)
+        save_file(
+            {" ".join(at): torch.tensor(gone) for at, gone in self.removed.items()} or _nothing(), folder / INDICES
+        )
         layers = [
             {"layer": name, "axis": axis, "channels": count, "kept": count - len(self.removed.get((name, axis), ()))}
             for (name, axis), count in self.dense.items()

@@ -1,4 +1,4 @@
-"""PAGCP as a user calls it: the saved network is smaller, loads, evaluates, exports; what cannot be done is one error."""
+"""PAGCP as a user calls it: the saved network is smaller, loads, evaluates, exports; what cannot be is one error."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path)
     assert ran.code == 0, ran.err
     facts = json.loads(ran.out)
     assert 0.4 < facts["most"] < 1 and facts["reference_passes"] == 19 * len(facts["groups"])
-    assert facts["measurements"][0] * 5 < facts["reference_passes"]
+    assert facts["measurements"][0] * 4 < facts["reference_passes"]
     told = compress("plan", named(place), "-r", place / "mine.yaml")
     assert "at least" in told.out and "classifier: it is an output of the network" in told.out
 
@@ -217,7 +217,7 @@ def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path)
         ("small", ("--set", "pagcp.flops=0.99", "--set", "pagcp.keep=0.5"), 1, ("cannot go", "at most")),
         (
             "small",
-            ("--set", "pagcp.flops=null", "--set", "pagcp.tolerance={relative: 1.0e-9}"),
+            ("--set", "pagcp.flops=null", "--set", "pagcp.tolerance={relative: 1.0e-9}", "--set", "train.epochs=9"),
             1,
             ("no group can lose a step", "nothing was changed"),
         ),
@@ -229,7 +229,8 @@ def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path)
 def test_what_cannot_be_done_is_one_clear_error(
     network: str, words: tuple[str, ...], code: int, parts: tuple[str, ...], place: Path, tmp_path: Path
 ) -> None:
-    words = (*words, "--set", "train.epochs=1") if "train.batch=1" not in words else words
+    if not any(w.startswith("train.") for w in words):
+        words = (*words, "--set", "train.epochs=1")
     one_error(prune(place, tmp_path / "run", *words, network=network), code, *parts)
     assert not (tmp_path / "run" / "plan").exists() and not (tmp_path / "run" / "round-1" / "plan").exists()
 

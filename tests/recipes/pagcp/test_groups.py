@@ -26,7 +26,11 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[int, ...]]] = {
     "mobilenet-v1": ("mobilenet-v1", {"width": 0.25, "stem": "cifar", "classes": 7}, IMAGES),
     "mobilenet-v2": ("mobilenet-v2", {"width": 0.25, "stem": "cifar", "classes": 7}, IMAGES),
     "fastgrnn": ("fastgrnn", {}, (2, 9, 12)),
-    "multitask-resnet": ("multitask-resnet", {"widths": [8, 16, 16], "blocks": [1, 2, 1], "decoder": 16, **MULTI}, IMAGES),
+    "multitask-resnet": (
+        "multitask-resnet",
+        {"widths": [8, 16, 16], "blocks": [1, 2, 1], "decoder": 16, **MULTI},
+        IMAGES,
+    ),
     "detector": ("detector", {"widths": [8, 16, 16, 16], "classes": 3}, IMAGES),
     "multitask-mobilenet": (
         "multitask-mobilenet",
