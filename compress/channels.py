@@ -191,6 +191,7 @@ def _cut(setup: NetworkSetup, plan: Path, start: Path) -> nn.Module:
     import torch
 
     from compress.recipes.pagcp.groups import tensors
+    from compress.recipes.pagcp.norms import Settle
     from compress.recipes.pagcp.plan import Plan
 
     model, held = loaded(setup, start), Plan.load(plan)
@@ -206,7 +207,7 @@ def _cut(setup: NetworkSetup, plan: Path, start: Path) -> nn.Module:
             where=str(plan),
             fix="leave the groups at fault dense (pagcp.skip), and report it with the network's name",
         )
-    return sliced
+    return Settle(setup.data, setup.recipe.options.settle)(sliced)
 
 
 def _same_as_measured(setup: NetworkSetup, plan: Path, cut: Path) -> None:
@@ -230,6 +231,7 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
     """The sealed plan of a round: groups, what the oracle decided, and the channels that go."""
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, Pruner
     from compress.recipes.pagcp.groups import find_groups
+    from compress.recipes.pagcp.norms import Settle
     from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
     from compress.recipes.pagcp.plan import Plan
     from compress.recipes.pagcp.saliency import rankings
@@ -255,7 +257,17 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
         oracle = Oracle(data, split, limits, options.batch, journal, fingerprint(asked)[:16])
         whole = loaded(setup, dense)
         oracle.base = oracle.measure("dense", whole, 1.0).values
-        pruner = Pruner(model, found.groups, order, oracle, options, x, _flops(whole, x), f"{name}: the oracle's pass")
+        pruner = Pruner(
+            model,
+            found.groups,
+            order,
+            oracle,
+            options,
+            x,
+            _flops(whole, x),
+            f"{name}: the oracle's pass",
+            Settle(data, options.settle),
+        )
         worth = _latency_of(pruner, x, oracle) if options.contribution == "latency" else None
         decision = pruner.decide(target, worth)
         if folder is None:

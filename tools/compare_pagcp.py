@@ -3,10 +3,10 @@
     python tools/compare_pagcp.py --out runs/compare-pagcp --seeds 0 1 2
 
 Every row is one pruned and fine-tuned network; it is noted in OUT/results.jsonl, and the same command goes on behind
-the last whole row. Per seed one dense network is trained (kept in OUT), and every row cuts a copy of it at the same channel
-groups, in the same steps of 8 channels, until at least the target's share of FLOPs is gone, and then trains it for the
-same epochs at the same rate. Decisions see the calibration split alone; what is told was measured on the test split.
-The seed decides weights, order, backgrounds, and which emoji are held out.
+the last whole row. Per seed one dense network is trained (kept in OUT), and every row cuts a copy of it at the same
+channel groups, in the same steps of 8 channels, until at least the target's share of FLOPs is gone, and then trains it
+for the same epochs at the same rate. Decisions see the calibration split alone; what is told was measured on the test
+split. The seed decides weights, order, backgrounds, and which emoji are held out.
 
     uniform L1               every group keeps the same share of its channels, those with the largest mean |W|
     global L1                the smallest of all channels of all groups go, whatever the tasks say
@@ -36,6 +36,7 @@ from compress.models.zoo import build
 from compress.progress import say
 from compress.recipes.pagcp.greedy import Pruner, State
 from compress.recipes.pagcp.groups import Group, find_groups
+from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
 from compress.recipes.pagcp.saliency import rankings, weight_scores
@@ -143,7 +144,8 @@ def prepared(
     order = rankings(model, groups, data, split, saliency)
     oracle = Oracle(data, split, tolerances(options, TASKS), options.batch, journal, "compare")
     oracle.base = oracle.measure("dense", dense, 1.0).values
-    return Pruner(model, groups, order, oracle, options, x, total_flops(dense, data))
+    settle = Settle(data, options.settle)
+    return Pruner(model, groups, order, oracle, options, x, total_flops(dense, data), "the oracle", settle)
 
 
 def ours(

@@ -18,6 +18,7 @@ from compress.errors import CompressError
 from compress.progress import Progress
 from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Group
+from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.pagcp.oracle import Found, Oracle, Readings
 from compress.recipes.pagcp.replay import Replay, calls
@@ -111,10 +112,12 @@ class Pruner:
         sample: Tensor,
         dense_flops: int,
         label: str = "pruning",
+        settle: Settle | None = None,
     ) -> None:
         self.model, self.rankings, self.oracle, self.options = model, rankings, oracle, options
         self.groups = {g.name: g for g in groups}
         self.costs, self.dense_flops, self.label = Costs(model, sample), dense_flops, label
+        self.settle = settle
         self.full: State = {g.name: g.units for g in groups}
         self.seen = calls(model, sample)
         self._replays: dict[str, Replay] = {}
@@ -132,7 +135,9 @@ class Pruner:
         return {at: sorted(gone) for at, gone in found.items()}
 
     def cut(self, state: Mapping[str, int]) -> nn.Module:
-        return cut(self.model, self.removed(state)).eval()
+        """The network of a state, its norms settled."""
+        network = cut(self.model, self.removed(state)).eval()
+        return self.settle(network) if self.settle is not None else network
 
     def flops(self, state: Mapping[str, int]) -> int:
         return sum(self.costs.flops(self.removed(state)).values())
@@ -171,11 +176,16 @@ class Pruner:
             bound=bound,
             replay=replay,
             replayed_share=kept_share,
+            extra=self._settling() * sum(flops.values()) / self.dense_flops,
         )
         if self._bar is not None:
             worst = max(found.least.values())
             self._bar.update(1, f"{100 * self.removal(state):.0f} % of FLOPs gone, worst task at {worst:.2f}")
         return found
+
+    def _settling(self) -> float:
+        """Samples that the norms take, over those of the split."""
+        return self.settle.samples / len(self.oracle.split) if self.settle is not None else 0.0
 
     # --- the parts of the algorithm ---
 

@@ -66,6 +66,9 @@ class PAGCPOptions(BaseModel):
     skip: list[str] = Field([], description="patterns of layer names whose groups stay dense")
     samples: int | None = Field(None, ge=1, description="calibration samples that are looked at; all by default")
     batch: Annotated[int, Field(ge=1)] = Field(128, description="calibration samples of one forward pass")
+    settle: int = Field(
+        128, ge=0, description="training samples on which batch norms take their statistics again after a cut; 0: none"
+    )
     cache_bytes: int = Field(1 << 30, ge=0, description="memory for activations in front of the group being tried")
 
     @model_validator(mode="after")

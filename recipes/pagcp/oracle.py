@@ -1,8 +1,8 @@
 """The oracle: how much worse each task is on the calibration split, in units of the tolerance that the task was given.
 
 A reading of 0 is the dense network's value and 1 the worst that is allowed. With a tolerance tau relative to a loss it
-is log(loss / base) / log(1 + tau), so that readings of groups add up where the paper's factors multiply; the other kinds
-are alike (`used`). What is measured is the sliced network itself, the one that would be saved.
+is log(loss / base) / log(1 + tau), so that readings of groups add up where the paper's factors multiply; the other
+kinds are alike (`used`). What is measured is the sliced network itself, the one that would be saved.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ class Oracle:
     """Measures networks on one split and remembers them.
 
     Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as
-    one that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole split.
-    """
+    one that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole
+    split."""
 
     def __init__(
         self, data: Splits, split: Split, limits: Mapping[str, Tolerance], batch: int, journal: Journal | Notes, of: str
@@ -142,7 +142,7 @@ class Oracle:
     @property
     def passes(self) -> float:
         """Forward passes of the dense network over the split that all measurements so far amount to."""
-        return sum(row["work"] for row in self.journal.rows() if row["of"] == self.of)
+        return float(sum(row["work"] for row in self.journal.rows() if row["of"] == self.of))
 
     @property
     def measurements(self) -> int:
@@ -166,6 +166,7 @@ class Oracle:
         bound: Readings | None = None,
         replay: Replay | None = None,
         replayed_share: float = 0.0,
+        extra: float = 0.0,
     ) -> Found:
         """Measures a network, or tells what was found before.
 
@@ -175,6 +176,7 @@ class Oracle:
             share: its FLOPs over the dense network's.
             bound: readings above which it is of no interest: it is given up as soon as one is certain to be.
             replay: runs it; ``replayed_share`` is ``share`` less what is not run again.
+            extra: passes that making it takes.
         """
         row = self.known.get(key)
         if row is not None:
@@ -183,7 +185,7 @@ class Oracle:
                 return self._found(row)
         net = model() if not isinstance(model, nn.Module) else model
         losses, counts, seen, work = self._sums(net, share, bound, replay, replayed_share)
-        row = {"of": self.of, "key": key, "values": None, "least": {}, "work": work}
+        row = {"of": self.of, "key": key, "values": None, "least": {}, "work": work + extra}
         if seen == len(self.split):
             row["values"] = {
                 task.name: {"loss": loss / seen, **KINDS[task.kind].measure(task, together(own))}

@@ -1,8 +1,8 @@
 """Which channels of a group go first: the sum over the group's layers of what each channel is worth there.
 
 ``l1`` is the paper's: the mean |W| of a channel's filter, added up over the layers that the group ties. ``l2`` takes
-the filters' norms. ``taylor`` takes the change of each task's loss to first order (Molchanov et al. 2019): the square of
-sum(w dL/dw) over all that makes the channel, divided by the task's mean over the network, and then the worst task's.
+the filters' norms. ``taylor`` takes the change of each task's loss to first order (Molchanov et al. 2019): the square
+of sum(w dL/dw) over all that makes the channel, divided by the task's mean over the network, and then the worst task's.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from compress.flops import count_flops
 from compress.images import Splits
 from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, Pruner, decay, first_rate, portions
 from compress.recipes.pagcp.groups import find_groups, tensors
+from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions, Tolerance
 from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances, used
 from compress.recipes.pagcp.plan import Plan
@@ -25,12 +26,14 @@ from compress.recipes.pagcp.replay import Replay, before, calls
 from compress.recipes.pagcp.saliency import rankings, taylor_scores, weight_scores
 from compress.run import Journal
 from compress.sections import TrainSpec
+from compress.surgery import cut
 from compress.train import evaluate, train
 from tests import channel_nets as nets
 from tests import ranks
 from tests.networks import shape_data
 
-LOSS = PAGCPOptions(round_to=2, batch=16, keep=0.0, saliency="l1", total=60.0)
+LOSS = PAGCPOptions(round_to=2, batch=16, keep=0.0, saliency="l1", total=60.0, settle=0)
+SETTLED = LOSS.model_copy(update={"settle": 100})
 
 
 class Small(nn.Module):
@@ -72,7 +75,8 @@ def pruner(model: nn.Module, data: Splits, path: Path, options: PAGCPOptions = L
     oracle.base = oracle.measure("dense", model, 1.0).values
     order = rankings(model, groups, data, split, options.saliency)
     dense = sum(f.dense for f in count_flops(model, x[:1]))
-    return Pruner(model, groups, order, oracle, options, x, dense)
+    settle = Settle(data, options.settle)
+    return Pruner(model, groups, order, oracle, options, x, dense, settle=settle)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
@@ -226,11 +230,12 @@ def test_bisection_decides_as_the_exhaustive_scan_with_a_fifth_of_the_passes(
     assert p.oracle.passes * 5 <= REFERENCE_RATIOS * len(p.groups)
 
 
+@pytest.mark.parametrize("own", [LOSS, SETTLED])
 def test_no_task_passes_its_tolerance_and_the_decision_is_the_network_measured(
-    trained: nn.Module, data: Splits, tmp_path: Path
+    trained: nn.Module, data: Splits, tmp_path: Path, own: PAGCPOptions
 ) -> None:
     limits = {"shape": Tolerance(measure="metric", absolute=0.4), "matte": Tolerance(relative=30.0)}
-    p = pruner(trained, data, tmp_path / "j", LOSS.model_copy(update={"tolerances": limits}))
+    p = pruner(trained, data, tmp_path / "j", own.model_copy(update={"tolerances": limits}))
     decision = p.decide(None)
     assert 0 < p.removal(decision.state) < 1
     assert all(v <= 1 + 1e-9 for v in decision.readings.values())
@@ -308,7 +313,7 @@ def _decided(folder: str, saliency: str) -> Any:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
-    options = LOSS.model_copy(update={"saliency": saliency})
+    options = SETTLED.model_copy(update={"saliency": saliency})
     p = pruner(model.eval(), data, Path(folder) / f"{distributed.world()}-{distributed.rank()}.jsonl", options)
     decision = p.decide(0.4)
     return decision.state, decision.values, [json.dumps(row) for row in p.oracle.journal.rows()]
@@ -381,3 +386,24 @@ def test_two_plans_one_after_the_other_are_one_plan(trained: nn.Module, data: Sp
     with torch.no_grad():
         want, got = tensors(second.apply(middle)(x)), tensors(first.then(second).apply(trained)(x))
     assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+def test_settled_norms_have_the_statistics_of_the_samples_and_the_first_network_keeps_its_own(
+    trained: nn.Module, data: Splits, tmp_path: Path
+) -> None:
+    before = copy.deepcopy(trained.state_dict())
+    p = pruner(trained, data, tmp_path / "j")
+    smaller = cut(trained, p.removed(p.full | {"stem.0": 8}))
+    Settle(data, 100, batch=50)(smaller)
+    assert all(torch.equal(v, before[k]) for k, v in trained.state_dict().items())
+    at = torch.arange(100) * len(data.train) // 100
+    with torch.no_grad():
+        seen = [smaller.stem[0](data.prepare(data.train.inputs[part])) for part in at.split(50)]  # type: ignore[index,operator]
+    norm = smaller.stem[1]  # type: ignore[index]
+    torch.testing.assert_close(norm.running_mean, torch.stack([y.mean((0, 2, 3)) for y in seen]).mean(0))  # type: ignore[union-attr]
+    var = torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in seen]).mean(0)
+    torch.testing.assert_close(norm.running_var, var)  # type: ignore[union-attr]
+    assert norm.momentum == 0.1 and not smaller.training  # type: ignore[union-attr]
