@@ -79,7 +79,8 @@ NYUD = ["segmentation", "depth", "normals", "edges"]
 def test_nyud_is_read_pixel_by_pixel_and_what_is_unknown_stays_so(png: bool, tmp_path: Path) -> None:
     held = write_nyud(tmp_path, png=png)
     found = load(DataSpec(folder=tmp_path, tasks=NYUD))
-    assert [t.name for t in found.tasks] == NYUD and found.input_shape == (3, 20, 24) and len(found.tasks[0].classes) == 40
+    assert [t.name for t in found.tasks] == NYUD and len(found.tasks[0].classes) == 40
+    assert found.input_shape == (3, 20, 24)
     assert sorted(by_image(found.test, held)) == VAL
     assert sorted(by_image(found.train, held) + by_image(found.calibration, held)) == TRAIN
     for split in (found.train, found.test):
@@ -112,7 +113,8 @@ def test_images_and_pixels_are_scaled_and_cut_alike(tmp_path: Path) -> None:
         labels = np.ones((40, 56), np.uint8)  # a square somewhere, dark in the image and class 2 in the labels
         y, x = draw.integers(4, 20), draw.integers(12, 28)
         labels[y : y + 12, x : x + 12] = 3
-        put(tmp_path / "images" / f"{name}.png", np.where(labels == 3, 10, 250 - i).astype(np.uint8)[..., None].repeat(3, 2))
+        grey = np.where(labels == 3, 10, 250 - i).astype(np.uint8)
+        put(tmp_path / "images" / f"{name}.png", grey[..., None].repeat(3, 2))
         put(tmp_path / "segmentation" / f"{name}.png", labels)
         put(tmp_path / "depth" / f"{name}.npy", labels.astype(np.float32))
         line = np.zeros((40, 56), np.uint8)
@@ -156,7 +158,8 @@ def test_pascal_context_is_read_with_its_parts_and_its_own_classes(tmp_path: Pat
             np.testing.assert_array_equal(found.test.targets[task][i], held[name][key][:, left : left + 18])
     length = found.test.targets["normals"].norm(dim=1)
     assert bool(((length - 1).abs() < 1e-5).logical_or(length == 0).all()) and float((length > 0).float().mean()) > 0.9
-    put(tmp_path / "semseg" / f"2008_{VAL[0]}.png", np.full((18, held[f"2008_{VAL[0]}"]["labels"].shape[1]), 58, np.uint8))
+    first = f"2008_{VAL[0]}"
+    put(tmp_path / "semseg" / f"{first}.png", np.full_like(held[first]["labels"], 58))
     assert len(load(DataSpec(folder=tmp_path, size=18)).tasks[0].classes) == 59
 
 
