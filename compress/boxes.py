@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from compress.errors import CompressError
 
-TYPICAL = 4.0  # cells: an object's longer side on the grid that is to find it
+TYPICAL = 2.5  # cells: an object's longer side on the grid that is to find it
 KEPT, SCORE, OVERLAP = 100, 0.01, 0.5  # most boxes of an image, least score of a box, IoU above which one goes
 FOUND = 0.5  # IoU at which an object counts as found
 BOX, OBJECTNESS, CLASS = 2.0, 1.0, 1.0  # how the three losses are weighed
@@ -51,7 +51,7 @@ def cells_of(sides: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
 
 def decode(raw: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
     """Four free numbers a cell (b, 4, cells) -> boxes (b, 4, cells): centres up to one cell and a half off, sides of
-    0 to 16 cells, typical ones at 0."""
+    0 to 10 cells, typical ones at 0."""
     share = torch.sigmoid(raw)
     middle = centres.T + (share[:, :2] - 0.5) * 3 * widths
     return torch.cat([middle, (2 * share[:, 2:]) ** 2 * TYPICAL * widths], 1)

@@ -424,6 +424,7 @@ def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
     """Fills in where the network and its data came from, the recipe, the command and the machine."""
     from compress.doctor import environment
+    from compress.tasks import KINDS
 
     data = setup.data
     report["model"] = {
@@ -448,6 +449,7 @@ def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
                 "outputs": t.outputs,
                 "metric": t.metric,
                 "higher_is_better": t.higher_is_better,
+                "type": KINDS[t.kind].hub if len(data.input_shape) == 3 else "time-series",
             }
             for t in data.tasks
         ],

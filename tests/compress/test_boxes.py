@@ -67,14 +67,14 @@ def test_grids_are_told_from_the_number_of_cells() -> None:
 def test_an_undecoded_zero_is_a_typical_object_in_the_middle_of_its_cell() -> None:
     centres, widths = boxes.cells_of([4, 2], torch.device("cpu"))
     out = boxes.decode(torch.zeros(1, 4, 20), centres, widths)[0]
-    assert out[:, 5].tolist() == pytest.approx([0.375, 0.375, 1.0, 1.0])
-    assert out[:, 19].tolist() == pytest.approx([0.75, 0.75, 2.0, 2.0])
+    assert out[:, 5].tolist() == pytest.approx([0.375, 0.375, 0.625, 0.625])
+    assert out[:, 19].tolist() == pytest.approx([0.75, 0.75, 1.25, 1.25])
     far = boxes.decode(torch.full((1, 4, 20), 50.0), centres, widths)[0]
-    assert far[:2, 5].tolist() == pytest.approx([0.375 + 1.5 / 4] * 2) and far[2, 5] == pytest.approx(4.0)
+    assert far[:2, 5].tolist() == pytest.approx([0.375 + 1.5 / 4] * 2) and far[2, 5] == pytest.approx(2.5)
 
 
 def test_an_object_is_claimed_by_the_cells_next_to_its_centre_on_the_grid_of_its_size() -> None:
-    # Grid 8: typical 0.5; grid 4: typical 1. The first belongs to the fine grid, the second to the coarse one.
+    # Grid 8: typical 0.31; grid 4: typical 0.62. The first belongs to the fine grid, the second to the coarse one.
     target = torch.tensor(
         [[[0, 0.30, 0.55, 0.3, 0.2], [1, 0.1, 0.9, 0.9, 0.5]], [[-1, 0, 0, 0, 0], [2, 0.5, 0.5, 0.4, 0.4]]]
     )

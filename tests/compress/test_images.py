@@ -132,6 +132,51 @@ def test_no_emoji_is_in_two_splits_whatever_its_vendor_or_tone(tones: bool, monk
         assert split.targets["matte"].shape == (len(split), 64, 64) and set(split.targets["vendor"].tolist()) == {0, 1}
 
 
+def test_emoji_give_attributes_and_an_outline_beside_the_three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = emoji_rows(monkeypatch)
+    held["rgba"][:, 3] = 0
+    held["rgba"][:, 3, 8:40, 16:48] = 255
+    names = ["category", "vendor", "matte", "outline", "subcategory", "words", "tone"]
+    found = load(DataSpec(package="emoji", size=32, tasks=names, skin_tones=True))
+    assert [t.kind for t in found.tasks] == ["classes", "classes", "mask", "edges", "classes", "attributes", "classes"]
+    # A square of 16 pixels; its outermost pixels are its outline.
+    want = torch.zeros(32, 32)
+    want[4:20, 8:24] = 255
+    want[5:19, 9:23] = 0
+    assert bool((found.test.targets["outline"] == want).all())
+    assert found.test.targets["words"].shape == (16, 16) and found.tasks[5].classes[0] == "flag"
+    assert set(found.test.targets["tone"].tolist()) == {0, 1}
+    with pytest.raises(CompressError, match="no task 'tone'"):
+        load(DataSpec(package="emoji", tasks=["tone"]))
+
+
+def test_words_and_tones_are_read_off_an_emojis_names() -> None:
+    words = packaged._words({"name": "WOMAN: RED HAIR", "short_names": ["red_haired_woman", "person-with_ball"]})
+    assert [w for w, has in zip(packaged.EMOJI_WORDS, words, strict=True) if has] == ["woman", "person", "hair", "ball"]
+    tones = [packaged.EMOJI_TONES[packaged._tone(t)] for t in ("", "1F3FC", "1F3FF-1F3FF", "1F3FB-1F3FF")]
+    assert tones == ["none", "medium-light", "dark", "mixed"]
+
+
+def test_scenes_are_composed_of_emoji_of_their_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = emoji_rows(monkeypatch)
+    held["rgba"][:, 3] = 255
+    held["rgba"][:, :3] = held["emoji"][:, None, None, None].to(torch.uint8) * 5  # the grey tells the emoji
+    monkeypatch.setattr(packaged, "SCENES", (60, 12, 12))
+    found = load(DataSpec(package="emoji-scenes", size=48))
+    assert [len(s) for s in (found.train, found.calibration, found.test)] == [60, 12, 12]
+    shown: list[set[int]] = []
+    for split in (found.train, found.calibration, found.test):
+        shown.append(set())
+        for image, boxes in zip(split.inputs, split.targets["boxes"], strict=True):  # type: ignore[call-overload]
+            for label, x, y, _, _ in boxes[boxes[:, 0] >= 0].tolist():
+                grey = image[:, int(y * 48), int(x * 48)]
+                assert len(set(grey.tolist())) == 1 and int(grey[0]) // 5 % 9 == label
+                shown[-1].add(int(grey[0]) // 5)
+    assert not shown[0] & shown[1] and not shown[0] & shown[2] and not shown[1] & shown[2]
+    with pytest.raises(CompressError, match="50 pixels"):
+        load(DataSpec(package="emoji-scenes", size=50))
+
+
 def test_the_background_shows_where_the_matte_is_clear_and_the_seed_draws_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rgba = torch.zeros(1, 4, 2, 2, dtype=torch.uint8)
     rgba[0, :, 0, 0] = torch.tensor([10, 20, 30, 255])
