@@ -26,8 +26,9 @@ from compress.surgery import cut
 
 State = dict[str, int]  # group -> units kept
 REFERENCE_RATIOS = 19  # the reference tries .05, .10 ... .95 of every group
-SCALES = 8  # greedy passes that look for the scale of the tolerances, at most
-CLOSE = 0.03  # overshoot of the share removed that is given back rather than looked for again
+SCALES = 6  # greedy passes that look for the scale of the tolerances, at most
+CLOSE = 0.04  # overshoot of the share removed that is given back rather than looked for again
+WIDER = 4  # groups that are tried when some is given back: those whose probe was the dearest
 
 
 def decay(r0: float, count: int, total: float) -> float:
@@ -120,6 +121,7 @@ class Pruner:
         self.settle = settle
         self.full: State = {g.name: g.units for g in groups}
         self.seen = calls(model, sample)
+        self.prices: dict[str, float] = {}  # worst rise for FLOPs saved, by group
         self._replays: dict[str, Replay] = {}
         self._bar: Progress | None = None
 
@@ -294,6 +296,7 @@ class Pruner:
         def price(p: Probe) -> float:
             return max(0.0, *p.rise.values()) / max(1, p.saved_flops)
 
+        self.prices = {p.group: price(p) for p in probes}
         keep = max(1, round(self.options.share * len(probes)))
         best = {p.group for p in sorted(probes, key=lambda p: (price(p), p.group))[:keep]}
         reason = f"the layer filter keeps {keep} of {len(probes)} groups"
@@ -363,10 +366,13 @@ class Pruner:
         return *self._given_back(state, found, target), scale
 
     def _given_back(self, state: State, found: Found, target: float) -> tuple[State, Found]:
-        """Widens groups while the target stays reached, each time where it helps the worst-hit task most."""
+        """Widens groups while the target stays reached, each time where it helps the worst-hit task most, of the groups
+        that were the dearest to cut."""
         while True:
-            wider = []
-            for name in self.groups:
+            wider: list[State] = []
+            for name in sorted(self.groups, key=lambda n: (-self.prices.get(n, 0.0), n)):
+                if len(wider) == WIDER:
+                    break
                 levels = self.levels(name)
                 at = levels.index(state[name])
                 if at and self.removal(state | {name: levels[at - 1]}) >= target:
