@@ -12,9 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from compress.channels import GROUPS
+from compress.export.onnx_module import write_checked_module
 from compress.flops import count_flops
+from compress.recipes.pagcp.groups import find_groups
 from compress.recipes.pagcp.plan import Plan
 from compress.reload_network import reload
+from compress.surgery import cut
+from tests import channel_nets as nets
 from tests import ranks
 from tests.command import compress, one_error
 from tests.networks import write_class_folders
@@ -32,14 +36,9 @@ pagcp: {flops: 0.4, rounds: 2, between: 1, round_to: 4, batch: 16}
 """
 
 MINE = """\
-from dataclasses import dataclass
 import torch
 from torch import nn
 from compress.models.zoo.resnet32 import resnet
-
-@dataclass
-class Said:
-    target: torch.Tensor
 
 class Headed(nn.Module):
     def __init__(self, classes, form):
@@ -129,8 +128,8 @@ def test_all_rounds_plans_together_cut_the_dense_network_to_the_saved_shapes(
 ) -> None:
     run, report = finished
     dense, pruned = reload(run / "dense", named(place)).model, reload(run / "model", named(place)).model
-    cut = Plan.load(run / "plan").apply(dense)
-    assert {n: p.shape for n, p in cut.named_parameters()} == {n: p.shape for n, p in pruned.named_parameters()}
+    smaller = Plan.load(run / "plan").apply(dense)
+    assert {n: p.shape for n, p in smaller.named_parameters()} == {n: p.shape for n, p in pruned.named_parameters()}
     assert len(report["rounds"]) == 2 and report["rounds"][0]["removed"] < report["rounds"][1]["removed"]
     assert (run / "round-1" / "plan" / GROUPS).is_file()
 
@@ -194,6 +193,15 @@ def test_heads_in_a_list_or_a_dict_are_pruned_and_exported_by_name(network: str,
 
     graph = onnx.load(tmp_path / "run" / "release" / "onnx" / "model.onnx").graph
     assert [o.name for o in graph.output] == ["class"]
+
+
+@pytest.mark.parametrize("form", ["dict", "dataclass"])
+def test_two_heads_of_a_cut_network_are_exported_by_name(form: str, tmp_path: Path) -> None:
+    model = nets.Heads(form).eval()
+    x = torch.randn(4, 3, 12, 12)
+    group = next(g for g in find_groups(model, x).groups if g.name == "side")
+    facts = write_checked_module(cut(model, group.removed(range(8))), x, ["shape", "matte"], tmp_path, 1e-3)
+    assert set(facts["outputs"]) == {"shape", "matte"}
 
 
 def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path) -> None:
