@@ -269,7 +269,7 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
             Settle(data, options.settle),
         )
         worth = _latency_of(pruner, x, oracle) if options.contribution == "latency" else None
-        decision = pruner.decide(target, worth)
+        decision = pruner.decide(target, worth, must=start == dense)
         if folder is None:
             return
         facts = {

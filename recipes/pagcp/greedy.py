@@ -249,11 +249,17 @@ class Pruner:
                 state[name], now = kept, found
         return state, now
 
-    def decide(self, target: float | None, contribution: Callable[[str, State], float] | None = None) -> Decision:
+    def decide(
+        self,
+        target: float | None,
+        contribution: Callable[[str, State], float] | None = None,
+        must: bool = True,
+    ) -> Decision:
         """The whole round.
 
         Args:
             target: share of the dense network's FLOPs to be gone behind it; None takes the tolerances as they are.
+            must: nothing within the tolerances is an error; in a later round it is not.
 
         Raises:
             CompressError: nothing can be pruned: every task's tolerance, or the network's own shape, forbids it.
@@ -283,7 +289,8 @@ class Pruner:
             ]
             if target is None:
                 state, found, scale = *self.greedy(order, parts, 1.0, 1.0), 1.0
-                self._refuse_nothing(state, max(parts), probes)
+                if must:
+                    self._refuse_nothing(state, max(parts), probes)
             else:
                 state, found, scale = self._reach(target, order, parts, self._guess(target, probes))
         self._bar = None

@@ -272,6 +272,8 @@ def test_a_tolerance_that_no_pruning_meets_says_so(trained: nn.Module, data: Spl
     tight = LOSS.model_copy(update={"tolerance": Tolerance(relative=1e-9)})
     with pytest.raises(CompressError, match="no group can lose a step"):
         pruner(trained, data, tmp_path / "j", tight).decide(None)
+    later = pruner(trained, data, tmp_path / "j", tight)
+    assert later.decide(None, must=False).state == later.full
 
 
 def test_the_layer_filter_leaves_the_dearest_groups_dense(trained: nn.Module, data: Splits, tmp_path: Path) -> None:
