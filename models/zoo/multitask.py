@@ -1,13 +1,15 @@
 """One trunk and a head for each task: a ResNet or MobileNet-V2 trunk, a decoder for pixels, the pooled end for labels.
 
 The decoder is a feature pyramid (Lin et al. 2017): every stage comes to one width by a 1x1 convolution and is added to
-the scaled-up coarser one. A head's outputs have the size of the input.
+the scaled-up coarser one. Or the stages are joined side by side, all scaled up at once, as SegFormer's decoder (Xie et
+al. 2021) has it. A head's outputs have the size of the input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -86,6 +88,29 @@ class Pyramid(nn.Module):
         return y
 
 
+class Joined(nn.Module):
+    """The trunk's stages -> one tensor (b, width, h / 2, w / 2), made of all of them by one 1x1 convolution."""
+
+    def __init__(self, widths: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.sides = nn.ModuleList([nn.Conv2d(w, width, 1) for w in widths])
+        self.fuse = nn.Sequential(
+            nn.Conv2d(width * len(widths), width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        size = stages[0].shape[-2:]
+        parts = [
+            functional.interpolate(side(stage), size, mode="bilinear", align_corners=False)
+            for side, stage in zip(self.sides, stages, strict=True)
+        ]
+        y: Tensor = self.fuse(torch.cat(parts, 1))
+        return y
+
+
+DECODERS = {"pyramid": Pyramid, "joined": Joined}
+
+
 class PixelHead(nn.Module):
     """(b, inside, h / 2, w / 2) -> (b, outputs, h, w)."""
 
@@ -115,13 +140,17 @@ class LabelHead(nn.Module):
 class Multitask(nn.Module):
     """Images (b, channels, h, w) -> {task: (b, outputs, h, w)} of pixels, {task: (b, outputs)} of labels."""
 
-    def __init__(self, trunk: Trunk, widths: Sequence[int], decoder: int, hidden: int, pixels: Sizes, labels: Sizes):
+    def __init__(
+        self, trunk: Trunk, widths: Sequence[int], decoder: int, how: str, hidden: int, pixels: Sizes, labels: Sizes
+    ) -> None:
         super().__init__()
+        if how not in DECODERS:
+            raise ValueError(f"how stages are put together: {' or '.join(DECODERS)}, not {how!r}")
         twice = sorted(set(pixels) & set(labels))
         if twice or (not pixels and not labels):
             raise ValueError(f"{twice[0]!r} is among pixels and labels" if twice else "it has no head")
         self.trunk = trunk
-        self.pyramid = Pyramid(widths, decoder) if pixels else None
+        self.pyramid = DECODERS[how](widths, decoder) if pixels else None
         self.pixels = nn.ModuleDict({name: PixelHead(decoder, count) for name, count in pixels.items()})
         self.labels = nn.ModuleDict({name: LabelHead(widths[-1], hidden, count) for name, count in labels.items()})
         initialise(self)
@@ -145,6 +174,7 @@ def multitask_resnet(
     widths: Sequence[int] = (32, 64, 128, 256),
     blocks: Sequence[int] = (2, 2, 2, 2),
     decoder: int = 64,
+    how: str = "pyramid",
     hidden: int = 128,
     channels: int = 3,
     fine: bool = False,
@@ -155,10 +185,12 @@ def multitask_resnet(
 
     Args:
         pixels, labels: heads by task, with their number of outputs.
+        decoder: channels in which all stages come together for pixels.
+        how: ``pyramid`` or ``joined``.
         fine: the stem looks at the full size first.
     """
     _checked(widths, blocks)
-    return Multitask(resnet_trunk(widths, blocks, channels, fine), widths, decoder, hidden, pixels, labels)
+    return Multitask(resnet_trunk(widths, blocks, channels, fine), widths, decoder, how, hidden, pixels, labels)
 
 
 def multitask_mobilenet(
@@ -166,6 +198,7 @@ def multitask_mobilenet(
     blocks: Sequence[int] = (1, 2, 3, 2),
     expansion: int = 6,
     decoder: int = 64,
+    how: str = "pyramid",
     hidden: int = 128,
     channels: int = 3,
     fine: bool = False,
@@ -175,5 +208,5 @@ def multitask_mobilenet(
     """A MobileNet-V2 trunk with heads, see `multitask_resnet`."""
     _checked(widths, blocks)
     return Multitask(
-        mobilenet_trunk(widths, blocks, channels, fine, expansion), widths, decoder, hidden, pixels, labels
+        mobilenet_trunk(widths, blocks, channels, fine, expansion), widths, decoder, how, hidden, pixels, labels
     )

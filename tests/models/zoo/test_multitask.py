@@ -31,9 +31,10 @@ TASKS = (
 
 
 @pytest.mark.parametrize("name", ["multitask-resnet", "multitask-mobilenet"])
-@pytest.mark.parametrize("size", [(32, 32), (24, 40), (25, 31)])
-def test_pixels_have_the_inputs_size_and_every_task_its_head(name: str, size: tuple[int, int]) -> None:
-    model = build(name, {**SMALL, **HEADS}).eval()
+@pytest.mark.parametrize("how", ["pyramid", "joined"])
+@pytest.mark.parametrize("size", [(32, 32), (25, 31)])
+def test_pixels_have_the_inputs_size_and_every_task_its_head(name: str, how: str, size: tuple[int, int]) -> None:
+    model = build(name, {**SMALL, **HEADS, "how": how}).eval()
     found = by_task(model(torch.randn(2, 3, *size)), TASKS)
     assert all(found[t.name].shape[2:] == size for t in TASKS[:3])
     assert found["kind"].shape == (2, 4) and found["words"].shape == (2, 7)
@@ -66,10 +67,11 @@ def test_every_hidden_width_of_the_named_networks_is_a_multiple_of_8() -> None:
                 assert module.out_channels % 8 == 0, name
 
 
-@pytest.mark.parametrize("name", ["multitask-resnet", "multitask-mobilenet", "detector"])
+@pytest.mark.parametrize("name", ["multitask-mobilenet", "detector"])
 def test_onnx_gives_every_head_under_its_name(name: str, tmp_path: Path) -> None:
     detector = name == "detector"
-    model = build(name, {"widths": [8, 8, 8, 8], "classes": 3} if detector else {**SMALL, **HEADS}).eval()
+    given = {"widths": [8, 8, 8, 8], "classes": 3} if detector else {**SMALL, **HEADS, "how": "joined"}
+    model = build(name, given).eval()
     names = ["boxes"] if detector else [t.name for t in TASKS]
     facts = write_checked_module(model, torch.randn(3, 3, 32, 32), names, tmp_path, 1e-4)
     assert list(facts["outputs"]) == names
@@ -80,6 +82,7 @@ def test_what_cannot_be_built_is_told() -> None:
         ("multitask-resnet", {}, "no head"),
         ("multitask-resnet", {"pixels": {"a": 1}, "labels": {"a": 2}}, "'a' is among pixels and labels"),
         ("multitask-mobilenet", {"widths": [8], "blocks": [1, 1], "pixels": {"a": 1}}, "1 widths and 2 numbers"),
+        ("multitask-resnet", {"how": "beside", "pixels": {"a": 1}}, "pyramid or joined, not 'beside'"),
         ("detector", {"widths": [8, 8, 9, 8]}, "four even widths"),
     ):
         with pytest.raises(UsageError, match=told):
