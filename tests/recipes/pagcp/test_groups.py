@@ -31,6 +31,11 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[int, ...]]] = {
         {"widths": [8, 16, 16], "blocks": [1, 2, 1], "decoder": 16, **MULTI},
         IMAGES,
     ),
+    "multitask-resnet, stages joined": (
+        "multitask-resnet",
+        {"widths": [8, 16, 16], "blocks": [1, 1, 1], "decoder": 16, "how": "joined", **MULTI},
+        IMAGES,
+    ),
     "detector": ("detector", {"widths": [8, 16, 16, 16], "classes": 3}, IMAGES),
     "multitask-mobilenet": (
         "multitask-mobilenet",
