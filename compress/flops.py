@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+COUNTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ def count_flops(model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | 
     Args:
         masks: by parameter name, True = kept; a weight without a mask counts its own zeros.
 
-    Every weight of a convolution is used once a position of its output, also in groups.
+    Every weight of a convolution is used once a position of its output, also in groups; a transposed one's once a
+    position of its input.
     """
     uses: dict[str, int] = {}
     handles = []
@@ -49,8 +51,9 @@ def count_flops(model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | 
     def hook(name: str) -> Any:
         def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
             # (b, c, positions...) of a convolution; (..., features) of a linear layer.
-            channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-            uses[name] = uses.get(name, 0) + output.numel() // channels // len(sample)
+            seen = inputs[0] if isinstance(module, TRANSPOSED) else output
+            channels = seen.shape[-1] if isinstance(module, nn.Linear) else seen.shape[1]
+            uses[name] = uses.get(name, 0) + seen.numel() // channels // len(sample)
 
         return count
 

@@ -229,10 +229,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
 
 
 def loaded(setup: NetworkSetup, folder: Path, **changes: Any) -> nn.Module:
-    """The network of a stage, in evaluation mode."""
+    """The network of a stage, in evaluation mode; where channels are gone, without them."""
     from compress.models.zoo import load_weights
+    from compress.reload_network import read_facts
+    from compress.surgery import resize
 
-    model = setup.build(**changes)
+    model = resize(setup.build(**changes), read_facts(folder).get("widths", {}))
     load_weights(model, folder / WEIGHTS)
     return model.eval()
 
@@ -250,18 +252,22 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     import torch
     from safetensors.torch import save_file
 
-    from compress.train import by_task
+    from compress.surgery import changed_widths
+    from compress.tasks import by_task
 
     model = model.cpu().eval()
     save_weights(model, folder / WEIGHTS)
     data = setup.data
-    facts = {
+    cut = changed_widths(setup.build(**changes), model)
+    facts: dict[str, Any] = {
         "network": setup.network,
         "arguments": {**setup.arguments, **changes},
         "input": list(data.input_shape),
         "mean": data.mean.tolist(),
         "std": data.std.tolist(),
-        "tasks": [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks],
+        "tasks": [t.facts() for t in data.tasks],
+        # Layers that are narrower than the function makes them.
+        **({"widths": cut} if cut else {}),
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     x = real_inputs(setup, 4)
@@ -418,6 +424,7 @@ def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
     """Fills in where the network and its data came from, the recipe, the command and the machine."""
     from compress.doctor import environment
+    from compress.tasks import KINDS
 
     data = setup.data
     report["model"] = {
@@ -435,7 +442,17 @@ def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
         "sha256": data.sha256,
         "input": list(data.input_shape),
         "samples": {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)},
-        "tasks": [{"name": t.name, "kind": t.kind, "outputs": t.outputs} for t in data.tasks],
+        "tasks": [
+            {
+                "name": t.name,
+                "kind": t.kind,
+                "outputs": t.outputs,
+                "metric": t.metric,
+                "higher_is_better": t.higher_is_better,
+                "type": KINDS[t.kind].hub if len(data.input_shape) == 3 else "time-series",
+            }
+            for t in data.tasks
+        ],
     }
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command

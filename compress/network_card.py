@@ -26,16 +26,17 @@ def metadata(report: dict[str, Any]) -> dict[str, Any]:
     if model["base_model"]:
         head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
     kind = "structured-pruning" if size["ranks"] else "unstructured-pruning"
+    types = {task["name"]: task["type"] for task in report["data"]["tasks"]}
     results = [
         {
-            "task": {"type": "image-classification" if len(report["data"]["input"]) == 3 else "time-series"},
+            "task": {"type": types[row["task"]]},
             "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
             "metrics": [
                 {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
             ],
         }
         for row in report["quality"]["tasks"]
-        if row["metric"] != "loss"
+        if row["main"]
     ]
     return head | {
         "library_name": "pytorch",
@@ -75,8 +76,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "|---|---|---|---|",
     ]
     for row in report["quality"]["tasks"]:
+        way = "higher" if row["higher_is_better"] else "lower"
         lines.append(
-            f"| {row['metric']}, {escape(row['task'])} | {row['dense']:.4f} | {row['pruned']:.4f} |"
+            f"| {row['metric']}, {escape(row['task'])} ({way} is better) | {row['dense']:.4f} | {row['pruned']:.4f} |"
             f" {row['pruned'] - row['dense']:+.4f} |"
         )
     lines += [
@@ -223,7 +225,7 @@ def _sparsity(report: dict[str, Any], plt: Any) -> Any:
 def _accuracy(report: dict[str, Any], plt: Any) -> Any:
     figure, axis = plt.subplots(figsize=(7, 3.6))
     for row in report["quality"]["tasks"]:
-        if row["metric"] == "loss":
+        if not row["main"]:
             continue
         points = [(100 * p["sparsity"], p["tasks"][row["task"]][row["metric"]]) for p in report["quality"]["curve"]]
         points.append((100 * report["size"]["pruned_share"], row["pruned"]))

@@ -79,7 +79,7 @@ def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> 
     data = _data(like)
     loaded = _load(folder, network)
     facts = loaded.facts
-    tasks = [{"name": t.name, "kind": t.kind, "classes": list(t.classes)} for t in data.tasks]
+    tasks = [t.facts() for t in data.tasks]
     for what, own, other in (
         ("tasks or classes", facts["tasks"], tasks),
         ("shape of an input", facts["input"], list(data.input_shape)),

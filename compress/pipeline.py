@@ -14,6 +14,7 @@ from compress.errors import CompressError
 from compress.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
 from compress.recipes.global_mp import GlobalMPOptions
 from compress.recipes.global_mp.options import NetworkOptions
+from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
 from compress.run import Run, fingerprint, link, seal_hash
@@ -30,6 +31,7 @@ METHODS: dict[str, dict[str, Task]] = {
         "text": Task(GlobalMPOptions, TextRecipe, "compress.sparse"),
         "network": Task(NetworkOptions, NetworkRecipe, "compress.sparse_network"),
     },
+    "pagcp": {"network": Task(PAGCPOptions, NetworkRecipe, "compress.channels")},
 }
 STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
 

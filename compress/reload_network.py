@@ -76,6 +76,8 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
     from safetensors.torch import load_file
 
     from compress.models.zoo import build, load_weights
+    from compress.surgery import resize
+    from compress.tasks import named
 
     facts = read_facts(folder)
     try:
@@ -84,12 +86,12 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
         raise CompressError(
             f"the fingerprint cannot be read: {e}", where=str(folder), fix="make the model again, or copy it whole"
         ) from e
-    model = build(network or facts["network"], facts["arguments"]).eval()
+    model = resize(build(network or facts["network"], facts["arguments"]).eval(), facts.get("widths", {}))
     load_weights(model, folder / "model.safetensors")
     with torch.no_grad():
         out = model(kept["input"])
     names = [task["name"] for task in facts["tasks"]]
-    outputs = {names[0]: out} if isinstance(out, torch.Tensor) else out
+    outputs = named(out, names)
     differences = [float((outputs[name] - kept[f"output.{name}"]).abs().max()) for name in names]
     found = {
         "max_abs_difference": max(differences),

@@ -13,9 +13,13 @@ from compress.recipe import AnyRecipe, Section
 class DataSpec(Section):
     """Where images or signals come from: one of ``package``, ``folder`` and ``hub``; the model's own by default."""
 
-    package: Literal["emoji", "watch", "mnist"] | None = Field(None, description="data that a package carries")
+    package: Literal["emoji", "emoji-scenes", "watch", "mnist"] | None = Field(
+        None, description="data that a package carries; emoji-scenes: emoji pasted on canvases, for detectors"
+    )
     folder: Path | None = Field(
-        None, description="train/CLASS/*.png (ImageNet), data_batch_1.bin ... (CIFAR-10), train/Inertial Signals (HAR)"
+        None,
+        description="train/CLASS/*.png (ImageNet), data_batch_1.bin ... (CIFAR-10), train/Inertial Signals (HAR),"
+        " gt_sets/*.txt (NYUDv2), JPEGImages/ (PASCAL-Context), images/ and labels/ (YOLO), annotations/*.json (COCO)",
     )
     hub: str | None = Field(None, description="data set id on the Hugging Face hub")
     image_column: str = Field("img", description="the column of images (hub)")
@@ -54,6 +58,9 @@ class TrainSpec(Section):
     warmup_epochs: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights, which are what is kept")
+    weights: dict[str, Annotated[float, Field(ge=0)]] | Literal["uncertainty"] = Field(
+        {}, description="of the tasks' losses, 1 where none is said; uncertainty: learnt along (Kendall et al. 2018)"
+    )
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast in forward passes")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient")
     flip: bool = Field(False, description="images are mirrored half of the time")

@@ -117,7 +117,7 @@ def _check(setup: NetworkSetup) -> None:
     from compress.network import real_inputs
     from compress.recipes.global_mp.fastgrnn import kept_columns
     from compress.recipes.global_mp.network import budget, prunable
-    from compress.train import by_task
+    from compress.tasks import by_task
 
     model, options = setup.build(), setup.recipe.options
     if options.ranks is not None:
@@ -387,11 +387,14 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
     if pruned.untrained is not None and pruned.untrained != pruned.folder:
         there = pruned.untrained
         cut = evaluated(run, setup, "evaluation-cut", there, lambda: loaded(setup, there, **pruned.changes))
+    tasks = {t.name: t for t in setup.data.tasks}
     report["quality"] = {
         "tasks": [
             {
                 "task": task,
                 "metric": metric,
+                "main": metric == tasks[task].metric,
+                "higher_is_better": not metric.endswith("loss") and tasks[task].higher_is_better,
                 "samples": int(figures["samples"]),
                 "dense": figures[metric],
                 "pruned": after[task][metric],

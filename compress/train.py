@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from compress.distributed import from_main, is_main, meet, rank, sum_floats, world
+from compress import boxes
+from compress.distributed import from_main, gather, is_main, meet, rank, sum_floats, world
 from compress.errors import CompressError
-from compress.images import FolderImages, Split, Splits, Task, batches
+from compress.images import FolderImages, Split, Splits, batches
 from compress.progress import Progress
 from compress.run import fingerprint, sync
 from compress.sections import TrainSpec
+from compress.tasks import KINDS, Counts, Task, Weights, by_task, exact, task_loss, task_losses, together, wide
 
 # --- masks ----------------------------------------------------------------------------------------------------------
 
@@ -72,11 +73,6 @@ def mask_gradients(model: nn.Module, masks: Masks) -> None:
 
 
 # --- several processes, one batch ------------------------------------------------------------------------------------
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32 in place of a half type: what is summed up must not lose its small parts."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class _Sum(torch.autograd.Function):
@@ -136,94 +132,43 @@ def _broadcast(model: nn.Module) -> None:
         from_main(tensor)
 
 
-# --- heads ----------------------------------------------------------------------------------------------------------
-
-
-def by_task(outputs: Tensor | Mapping[str, Tensor], tasks: tuple[Task, ...]) -> dict[str, Tensor]:
-    """A model's outputs by task; a model with one head may give a bare tensor.
-
-    Raises:
-        CompressError: heads and tasks do not fit.
-    """
-    if isinstance(outputs, Tensor):
-        if len(tasks) != 1:
-            raise CompressError(
-                f"the model has one output, the data {len(tasks)} tasks",
-                where="model",
-                fix="return a dict with one entry a task, or name one task (data.tasks)",
-            )
-        outputs = {tasks[0].name: outputs}
-    missing = [t.name for t in tasks if t.name not in outputs]
-    if missing:
-        raise CompressError(
-            f"the model has no head {missing[0]!r}", where="model", fix=f"its heads are: {', '.join(outputs)}"
-        )
-    for task in tasks:
-        found = outputs[task.name]
-        if found.dim() < 2 or found.shape[1] != task.outputs:
-            raise CompressError(
-                f"the head {task.name!r} gives {tuple(found.shape[1:])}, {task.outputs} are needed",
-                where="model",
-                fix="set the model's number of classes",
-            )
-    return {t.name: outputs[t.name] for t in tasks}
-
-
-def task_loss(task: Task, output: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """The sum over samples of cross-entropy; of a mask (b, 1, h, w) the mean over pixels of each sample's."""
-    if task.kind == "classes":
-        return functional.cross_entropy(wide(output), target, reduction="sum", label_smoothing=smoothing)
-    share = target.to(wide(output).dtype) / 255
-    pixels = functional.binary_cross_entropy_with_logits(wide(output[:, 0]), share, reduction="none")
-    return pixels.flatten(1).mean(1).sum()
-
-
-def loss_sum(
-    model: nn.Module, x: Tensor, targets: Mapping[str, Tensor], tasks: tuple[Task, ...], smoothing: float = 0.0
-) -> Tensor:
-    """The sum over samples and tasks of the losses of prepared inputs."""
-    outputs = by_task(model(x), tasks)
-    return torch.stack([task_loss(t, outputs[t.name], targets[t.name], smoothing) for t in tasks]).sum()
+# --- evaluation -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 256) -> dict[str, dict[str, float]]:
-    """Loss and quality of every task, in evaluation mode: accuracy of classes, IoU of a mask (at one half).
+def evaluate(model: nn.Module, data: Splits, split: Split, batch: int = 128) -> dict[str, dict[str, float]]:
+    """Loss and quality of every task, in evaluation mode.
 
-    The samples are shared among the processes; counts are summed, so the figures are the same on any number of them.
+    Whole batches are shared among the processes and all sums are exact, so the figures are the same, to the bit, on any
+    number of them.
 
     Returns:
-        ``{task: {"loss", "accuracy" or "iou", "samples"}}``.
+        ``{task: {"loss", its metric, what its kind measures beside it, "samples"}}``; ``Task.higher_is_better`` says
+        which way the metric is better.
     """
     was = model.training
     model.eval()
     place = next(model.parameters()).device
-    # Per task: loss, hits or intersection, samples or union.
-    sums = torch.zeros(len(data.tasks), 3, dtype=torch.float64)
-    for at in batches(len(split), batch):
-        mine = at[rank() :: world()]
-        if not len(mine):
+    losses = torch.zeros(len(data.tasks), dtype=torch.float64)
+    mine: list[tuple[int, list[Counts]]] = []
+    for number, at in enumerate(batches(len(split), batch)):
+        if number % world() != rank():
             continue
-        x = data.prepare(split.inputs[mine].to(place))
-        outputs = by_task(model(x), data.tasks)
-        for i, task in enumerate(data.tasks):
-            target, output = split.targets[task.name][mine].to(place), outputs[task.name]
-            sums[i, 0] += float(task_loss(task, output, target))
-            if task.kind == "classes":
-                sums[i, 1] += int((output.argmax(1) == target).sum())
-                sums[i, 2] += len(mine)
-            else:
-                said, is_in = output[:, 0] > 0, target > 127
-                sums[i, 1] += int((said & is_in).sum())
-                sums[i, 2] += int((said | is_in).sum())
-    sums = sum_floats(sums.to(place)).cpu()
+        outputs = by_task(model(data.prepare(split.inputs[at].to(place))), data.tasks)
+        targets = {t.name: split.targets[t.name][at].to(place) for t in data.tasks}
+        losses += torch.stack([exact(task_loss(t, outputs[t.name], targets[t.name])) for t in data.tasks])
+        mine.append((number, [KINDS[t.kind].count(t, outputs[t.name], targets[t.name]) for t in data.tasks]))
+    losses = sum_floats(losses.to(place)).cpu()
     model.train(was)
-    found = {}
-    for i, task in enumerate(data.tasks):
-        loss, hits, of = sums[i].tolist()
-        quality = "accuracy" if task.kind == "classes" else "iou"
-        found[task.name] = {"loss": loss / len(split), quality: hits / max(of, 1.0), "samples": float(len(split))}
-    return found
+    counts = [found for _, found in sorted(gather(mine), key=lambda part: part[0])]
+    return {
+        task.name: {
+            "loss": float(losses[i]) / len(split),
+            **KINDS[task.kind].measure(task, together([c[i] for c in counts])),
+            "samples": float(len(split)),
+        }
+        for i, task in enumerate(data.tasks)
+    }
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
@@ -237,8 +182,10 @@ def rate(spec: TrainSpec, step: int, per_epoch: int) -> float:
     return spec.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1.0, total - warm)))
 
 
-def _optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def _optimizer(model: nn.Module, spec: TrainSpec, weights: Weights) -> torch.optim.Optimizer:
+    parameters: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    if weights.learnt:
+        parameters.append({"params": [weights.log_variances], "weight_decay": 0.0})
     if spec.optimizer == "adam":
         return torch.optim.Adam(parameters, spec.lr, (spec.momentum, 0.999), weight_decay=spec.weight_decay)
     return torch.optim.SGD(parameters, spec.lr, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.nesterov)
@@ -282,10 +229,12 @@ def train(
         identity: JSON-like facts that a checkpoint must share to be gone on from (the start weights' hash, say).
 
     Returns:
-        The masks at the end, and one row an epoch: epoch, loss (mean over its samples), lr, pruned (weights).
+        The masks at the end, and one row an epoch: epoch, loss (mean over its samples), lr, pruned (weights); where
+        the tasks' weights are learnt, each of them as ``weight TASK``.
 
     Raises:
-        CompressError: the loss is not finite, the masks do not fit, or the checkpoint is of another run.
+        CompressError: the loss is not finite, the masks or weights do not fit, a batch norm would see one sample, or
+            the checkpoint is of another run.
     """
     count = len(data.train)
     per_epoch = math.ceil(count / spec.batch)
@@ -293,8 +242,10 @@ def train(
     place = next(model.parameters()).device
     held = dict(masks or {})
     check_masks(model, held)
+    _check_norms(model, spec.batch)
     _broadcast(model)
-    optimizer = _optimizer(model, spec)
+    weights = Weights(spec.weights, data.tasks, next(model.parameters()))
+    optimizer = _optimizer(model, spec, weights)
     apply_masks(model, held)
     average = _Average(model, spec.ema) if spec.ema is not None else None
     torch.manual_seed(seed)
@@ -303,7 +254,7 @@ def train(
         {"spec": spec.model_dump(mode="json", exclude={"checkpoint_steps"}), "seed": seed, "data": data.sha256}
         | {"identity": dict(identity or {})}
     )
-    state = _State(model, optimizer, average)
+    state = _State(model, optimizer, average, weights)
     start, total = 0, 0.0
     if checkpoint is not None and checkpoint.exists():
         start, total, rows, held = state.read(checkpoint, mark)
@@ -330,7 +281,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = now
             with torch.autocast(place.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
-                loss = loss_sum(model, x, targets, data.tasks, spec.label_smoothing) / len(at)
+                losses = _losses(model, x, targets, data.tasks, spec.label_smoothing)
+                loss = weights(losses, len(mine)) / len(at)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             value = float(sum_floats(loss.detach().clone()))
@@ -338,7 +290,7 @@ def train(
                 raise CompressError(
                     f"the loss is {value} in epoch {epoch + 1}", where=label, fix="lower the learning rate, or clip"
                 )
-            _share_gradients(model)
+            _share_gradients([p for group in optimizer.param_groups for p in group["params"]])
             mask_gradients(model, held)
             if spec.clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
@@ -349,7 +301,9 @@ def train(
             done = step + 1
             if done % per_epoch == 0:
                 pruned = sum(int((~m).sum()) for m in held.values())
-                rows.append({"epoch": epoch + 1, "loss": total / count, "lr": now, "pruned": pruned})
+                row = {"epoch": epoch + 1, "loss": total / count, "lr": now, "pruned": pruned}
+                learnt = {f"weight {name}": value for name, value in weights.now().items()} if weights.learnt else {}
+                rows.append(row | learnt)
             if checkpoint is not None and (done == steps or done % (spec.checkpoint_steps or per_epoch) == 0):
                 if is_main():
                     state.write(checkpoint, mark, done, total, rows, held)
@@ -359,6 +313,33 @@ def train(
         average.give(model)
     model.eval()
     return held, rows
+
+
+def _check_norms(model: nn.Module, batch: int) -> None:
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if batch == 1 and norms:
+        raise CompressError(
+            f"a batch of one sample, and {len(norms)} batch norms (the first: {norms[0]}), which would make every"
+            " sample its own mean",
+            where="train.batch",
+            fix="train on batches of 2 or more, better 16; evaluation takes any batch",
+        )
+
+
+def _losses(
+    model: nn.Module, x: Tensor, targets: Mapping[str, Tensor], tasks: tuple[Task, ...], smoothing: float
+) -> Tensor:
+    try:
+        return task_losses(model, x, targets, tasks, smoothing)
+    except ValueError as e:
+        if "more than 1 value per channel" not in str(e):
+            raise
+        raise CompressError(
+            f"the last batch of an epoch holds {len(x)} sample, and a batch norm behind a mean over all pixels sees"
+            " nothing else",
+            where="train.batch",
+            fix="give a batch that leaves a larger rest",
+        ) from e
 
 
 def _order(count: int, seed: int, epoch: int) -> Tensor:
@@ -390,35 +371,44 @@ def _moved(
     seed: int,
     step: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mirrors and moves images (b, c, h, w) and the masks that belong to them alike."""
+    """Mirrors and moves images (b, c, h, w) and the pixels and boxes that belong to them alike."""
     generator = torch.Generator().manual_seed(seed * 7_368_787 + step)
     draw = torch.rand(3, count, generator=generator)[:, at]
     flip = (draw[0] < 0.5) & spec.flip
     by = ((draw[1:] * (2 * spec.shift + 1)).long() - spec.shift).clamp(-spec.shift, spec.shift)  # (2, b)
 
-    def move(image: Tensor) -> Tensor:
+    def move(image: Tensor, outside: int = 0) -> Tensor:
         b, _, h, w = image.shape
         rows, columns = torch.arange(h)[None] + by[0][:, None], torch.arange(w)[None] + by[1][:, None]
         columns = torch.where(flip[:, None], w - 1 - columns, columns)
         inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
         rows, columns = rows.clamp(0, h - 1), columns.clamp(0, w - 1)
         moved = image[torch.arange(b)[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (b, h, w, c)
-        return (moved * inside[..., None]).permute(0, 3, 1, 2).contiguous()
+        return moved.masked_fill(~inside[..., None], outside).permute(0, 3, 1, 2).contiguous()
 
-    masks = {t.name for t in tasks if t.kind == "mask"}
-    return move(x), {n: move(t[:, None])[:, 0] if n in masks else t for n, t in targets.items()}
+    def moved(task: Task) -> Tensor:
+        target = targets[task.name]
+        if task.kind == "boxes":
+            return boxes.moved(target, flip, by.flip(0).T / torch.tensor([x.shape[3], x.shape[2]]))
+        if not KINDS[task.kind].dense:
+            return target
+        whole = move(target if target.dim() == 4 else target[:, None], KINDS[task.kind].outside)
+        if task.kind == "normals":
+            # In a mirror, what looked to the left looks to the right.
+            whole[:, 0] = torch.where(flip[:, None, None], -whole[:, 0], whole[:, 0])
+        return whole if target.dim() == 4 else whole[:, 0]
+
+    return move(x), {task.name: moved(task) for task in tasks}
 
 
 @torch.no_grad()
-def _share_gradients(model: nn.Module) -> None:
+def _share_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sums the gradients over all processes, in one message; each loss was divided by the whole batch already."""
     if world() == 1:
         return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = sum_floats(torch.cat([g.flatten() for g in gradients]))
-    for parameter, part in zip(
-        (p for p in model.parameters() if p.requires_grad), flat.split([g.numel() for g in gradients]), strict=True
-    ):
+    for parameter, part in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
         parameter.grad = part.view_as(parameter).clone()
 
 
@@ -450,8 +440,10 @@ class _Average:
 class _State:
     """All that a step leaves to the next one, as one safetensors file whose header holds the rest as JSON."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average | None) -> None:
-        self.model, self.optimizer, self.average = model, optimizer, average
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: _Average | None, weights: Weights
+    ) -> None:
+        self.model, self.optimizer, self.average, self.weights = model, optimizer, average, weights
 
     def write(self, path: Path, mark: str, step: int, total: float, rows: list[dict[str, float]], masks: Masks) -> None:
         from safetensors.torch import save_file
@@ -467,6 +459,8 @@ class _State:
                     scalars[f"{i}.{key}"] = value
         if self.average is not None:
             tensors |= {f"average.{n}": t.clone() for n, t in self.average.tensors.items()}
+        if self.weights.learnt:
+            tensors["log_variances"] = self.weights.log_variances.detach().clone()
         tensors |= {f"mask.{n}": m.clone() for n, m in masks.items()}
         tensors["rng"] = torch.get_rng_state()
         if torch.cuda.is_available():
@@ -511,6 +505,8 @@ class _State:
         if self.average is not None:
             for name, tensor in self.average.tensors.items():
                 tensor.copy_(tensors[f"average.{name}"])
+        if self.weights.learnt:
+            self.weights.log_variances.copy_(tensors["log_variances"])
         torch.set_rng_state(tensors["rng"])
         if "rng.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["rng.cuda"])

@@ -21,6 +21,7 @@ from compress.errors import CompressError
 from compress.export.onnx import OPSET, forget_trace
 from compress.export.ort import session
 from compress.progress import say
+from compress.tasks import named
 
 FILE = "model.onnx"
 INPUT = "input"
@@ -43,8 +44,8 @@ class _Outputs(nn.Module):
         out = self.model(x)
         for hook in hooks:
             hook.remove()
-        heads = [out] if isinstance(out, Tensor) else [out[name] for name in self.names]
-        return (*heads, *(seen[name] for name in self.layers))
+        heads = named(out, self.names) if self.names else {}
+        return (*heads.values(), *(seen[name] for name in self.layers))
 
 
 def export_module(model: nn.Module, sample: Tensor, names: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -153,10 +154,10 @@ def first_fault(model: nn.Module, folder: Path, inputs: Tensor, tolerance: float
     once = _Outputs(model, [], layers).eval()
     path = folder / ".layers.onnx"
     try:
-        keys = ["head", *(f"layer {i}" for i in range(len(layers)))]
+        keys = [f"layer {i}" for i in range(len(layers))]
         _write(once, inputs, keys, path)
-        got = session(path, 1).run(keys, {INPUT: inputs.numpy()})[1:]
-        for name, want, found in zip(layers, once(inputs)[1:], got, strict=True):
+        got = session(path, 1).run(keys, {INPUT: inputs.numpy()})
+        for name, want, found in zip(layers, once(inputs), got, strict=True):
             scale = float(want.abs().max()) or 1.0
             if not float(np.abs(want.numpy() - found).max()) / scale <= tolerance:
                 return f"first in the output of {name}"

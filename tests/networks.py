@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.images import Split, Splits, Task
+from compress.images import Split, Splits
+from compress.tasks import Task
 
 
 def shapes(count: int, size: int = 12, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +71,7 @@ def write_cifar10(folder: Path, per_file: int = 7) -> tuple[Path, Tensor, Tensor
 
 def write_har(folder: Path, people: int = 4, windows: int = 5) -> Path:
     """UCI-HAR's text files."""
-    from compress.images import HAR_SIGNALS
+    from compress.layouts import HAR_SIGNALS
 
     draw = np.random.default_rng(0)
     for part, first in (("train", 1), ("test", 1 + people)):

@@ -28,8 +28,9 @@ from compress.recipes.global_mp.floors import layer_floors, target_count
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.network import gradual, masks_of, prunable
 from compress.run import Journal
+from compress.tasks import loss_sum
 from compress.train import TrainSpec as Spec
-from compress.train import apply_masks, evaluate, loss_sum, train
+from compress.train import apply_masks, evaluate, train
 
 SIZE = 24  # pixels
 DENSE, AFTER = 16, 8  # epochs

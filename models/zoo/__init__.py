@@ -22,6 +22,9 @@ NETWORKS = {
     "mobilenet-v2": "mobilenet_v2:mobilenet_v2",
     "fastgrnn": "fastgrnn:fastgrnn",
     "resnet50": "resnet50:resnet50",
+    "multitask-resnet": "multitask:multitask_resnet",
+    "multitask-mobilenet": "multitask:multitask_mobilenet",
+    "detector": "detector:detector",
 }
 
 
@@ -94,9 +97,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise CompressError("there is no such file of weights", where=str(path), fix="check the path")
     with path.open("rb") as file:
-        head = file.read(2)
-    # A zip archive (torch.save), a bare pickle.
-    if head == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    # A zip archive (torch.save), a bare pickle. A safetensors file may begin with that byte too, its header's length.
+    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[8:] != b"{"):
         raise CompressError(
             "the weights are a pickle, which can run code when it is opened; it was not",
             where=str(path),

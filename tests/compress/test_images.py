@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from compress import images
+from compress import packaged
 from compress.errors import CompressError
-from compress.images import FolderImages, load, over_background
+from compress.images import FolderImages, load
+from compress.layouts import HAR_SIGNALS
+from compress.packaged import over_background
 from compress.sections import DataSpec
 from tests.networks import write_cifar10, write_class_folders, write_har
 
@@ -87,7 +89,7 @@ def test_har_splits_calibration_by_person_and_halves_its_classes(tmp_path: Path)
     assert torch.equal(found.train.targets["binary"], (found.train.targets["class"] < 3).long())
     whole = np.loadtxt(folder / "train" / "Inertial Signals" / "body_gyro_y_train.txt", dtype=np.float32)
     assert isinstance(found.train.inputs, torch.Tensor)
-    channel = images.HAR_SIGNALS.index("body_gyro_y")
+    channel = HAR_SIGNALS.index("body_gyro_y")
     every = torch.cat([found.train.inputs, found.calibration.inputs])[:, channel]  # type: ignore[list-item]
     torch.testing.assert_close(every.sort(0).values, torch.from_numpy(whole).sort(0).values)
     # One person is held out whole: five rows in a run of the file.
@@ -105,11 +107,13 @@ def emoji_rows(monkeypatch: pytest.MonkeyPatch, count: int = 40) -> dict[str, to
         "emoji": emoji,
         "category": emoji % 9,
         "vendor": torch.arange(4 * count) // (2 * count),
-        "toned": (torch.arange(4 * count) // count) % 2 == 1,
+        "subcategory": emoji % 99,
+        "tone": (torch.arange(4 * count) // count) % 2,
+        "words": (emoji[:, None] % torch.arange(2, 18) == 0).to(torch.uint8),
     }
     held["rgba"][:, 0, 0, 0] = emoji.to(torch.uint8)
     held["rgba"][:, 3, 0, 0] = 255  # opaque there: the emoji's number survives any background
-    monkeypatch.setattr(images, "_kept", lambda name, make: held)
+    monkeypatch.setattr(packaged, "_kept", lambda name, make: held)
     return held
 
 
@@ -126,6 +130,51 @@ def test_no_emoji_is_in_two_splits_whatever_its_vendor_or_tone(tones: bool, monk
     assert len(found.train) + len(found.calibration) + len(found.test) == (160 if tones else 80)
     for split in (found.train, found.test):
         assert split.targets["matte"].shape == (len(split), 64, 64) and set(split.targets["vendor"].tolist()) == {0, 1}
+
+
+def test_emoji_give_attributes_and_an_outline_beside_the_three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = emoji_rows(monkeypatch)
+    held["rgba"][:, 3] = 0
+    held["rgba"][:, 3, 8:40, 16:48] = 255
+    names = ["category", "vendor", "matte", "outline", "subcategory", "words", "tone"]
+    found = load(DataSpec(package="emoji", size=32, tasks=names, skin_tones=True))
+    assert [t.kind for t in found.tasks] == ["classes", "classes", "mask", "edges", "classes", "attributes", "classes"]
+    # A square of 16 pixels; its outermost pixels are its outline.
+    want = torch.zeros(32, 32)
+    want[4:20, 8:24] = 255
+    want[5:19, 9:23] = 0
+    assert bool((found.test.targets["outline"] == want).all())
+    assert found.test.targets["words"].shape == (16, 16) and found.tasks[5].classes[0] == "flag"
+    assert set(found.test.targets["tone"].tolist()) == {0, 1}
+    with pytest.raises(CompressError, match="no task 'tone'"):
+        load(DataSpec(package="emoji", tasks=["tone"]))
+
+
+def test_words_and_tones_are_read_off_an_emojis_names() -> None:
+    words = packaged._words({"name": "WOMAN: RED HAIR", "short_names": ["red_haired_woman", "person-with_ball"]})
+    assert [w for w, has in zip(packaged.EMOJI_WORDS, words, strict=True) if has] == ["woman", "person", "hair", "ball"]
+    tones = [packaged.EMOJI_TONES[packaged._tone(t)] for t in ("", "1F3FC", "1F3FF-1F3FF", "1F3FB-1F3FF")]
+    assert tones == ["none", "medium-light", "dark", "mixed"]
+
+
+def test_scenes_are_composed_of_emoji_of_their_own_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = emoji_rows(monkeypatch)
+    held["rgba"][:, 3] = 255
+    held["rgba"][:, :3] = held["emoji"][:, None, None, None].to(torch.uint8) * 5  # the grey tells the emoji
+    monkeypatch.setattr(packaged, "SCENES", (60, 12, 12))
+    found = load(DataSpec(package="emoji-scenes", size=48))
+    assert [len(s) for s in (found.train, found.calibration, found.test)] == [60, 12, 12]
+    shown: list[set[int]] = []
+    for split in (found.train, found.calibration, found.test):
+        shown.append(set())
+        for image, boxes in zip(split.inputs, split.targets["boxes"], strict=True):  # type: ignore[call-overload]
+            for label, x, y, _, _ in boxes[boxes[:, 0] >= 0].tolist():
+                grey = image[:, int(y * 48), int(x * 48)]
+                assert len(set(grey.tolist())) == 1 and int(grey[0]) // 5 % 9 == label
+                shown[-1].add(int(grey[0]) // 5)
+    assert not shown[0] & shown[1] and not shown[0] & shown[2] and not shown[1] & shown[2]
+    with pytest.raises(CompressError, match="50 pixels"):
+        load(DataSpec(package="emoji-scenes", size=50))
 
 
 def test_the_background_shows_where_the_matte_is_clear_and_the_seed_draws_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +196,7 @@ def test_watch_series_are_read_without_any_code_and_split_by_person(monkeypatch:
         "exercise": torch.arange(30) % 7,
         "person": torch.arange(10).repeat_interleave(3),
     }
-    monkeypatch.setattr(images, "_kept", lambda name, make: held)
+    monkeypatch.setattr(packaged, "_kept", lambda name, make: held)
     found = load(DataSpec(package="watch"))
     people = [set(s.inputs[:, 0, 0].tolist()) for s in (found.train, found.calibration, found.test)]  # type: ignore[index,call-overload,union-attr]
     assert [len(p) for p in people] == [6, 2, 2] and len(set.union(*people)) == 10
@@ -160,7 +209,7 @@ def test_the_reader_of_object_arrays_builds_arrays_and_refuses_all_else(tmp_path
     good[0], good[1] = np.arange(3.0), np.arange(4)
     # Protocol 3 spells the module's name as numpy 1 did, as the file in the package has it.
     stream = pickle.dumps(good, protocol=2).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
-    got = images._ArraysOnly(io.BytesIO(stream), encoding="latin1").load()
+    got = packaged._ArraysOnly(io.BytesIO(stream), encoding="latin1").load()
     assert got[0].tolist() == [0.0, 1.0, 2.0] and got[1].tolist() == [0, 1, 2, 3]
 
     class Bomb:
@@ -168,7 +217,7 @@ def test_the_reader_of_object_arrays_builds_arrays_and_refuses_all_else(tmp_path
             return Path.touch, (tmp_path / "ran",)
 
     with pytest.raises(CompressError, match="no array needs"):
-        images._ArraysOnly(io.BytesIO(pickle.dumps(Bomb()))).load()
+        packaged._ArraysOnly(io.BytesIO(pickle.dumps(Bomb()))).load()
     assert not (tmp_path / "ran").exists()
 
 

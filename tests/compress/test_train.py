@@ -23,7 +23,8 @@ from compress.errors import CompressError
 from compress.images import Splits
 from compress.models.zoo import build
 from compress.sections import TrainSpec
-from compress.train import Moment, apply_masks, evaluate, loss_sum, rate, train
+from compress.tasks import Weights, loss_sum
+from compress.train import Moment, apply_masks, evaluate, rate, train
 from tests import ranks
 from tests.networks import shape_data
 
@@ -91,8 +92,8 @@ def test_masked_weights_gradients_and_momentum_are_exactly_zero(name: str, monke
     made: list[torch.optim.Optimizer] = []
     make = module._optimizer
 
-    def watched(model: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-        optimizer = make(model, spec)
+    def watched(model: nn.Module, spec: TrainSpec, weights: Weights) -> torch.optim.Optimizer:
+        optimizer = make(model, spec, weights)
         step = optimizer.step
 
         def checked(*args: Any) -> Any:
@@ -260,6 +261,57 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(name: str, tmp_pat
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "stopped").read_bytes()
 
 
+def test_stopped_and_resumed_with_learnt_weights_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    data, start = shape_data(multitask=True), TwoHeads()
+    spec = TrainSpec(epochs=3, batch=32, ema=0.9, weights="uncertainty", checkpoint_steps=4)
+
+    class Stop(Exception):
+        pass
+
+    def remask(last: int) -> Any:
+        def ask(moment: Moment, model: nn.Module) -> None:
+            if moment.step == last:
+                raise Stop
+
+        return ask
+
+    whole = copy.deepcopy(start)
+    _, rows = train(whole, data, spec, checkpoint=tmp_path / "whole")
+    for last in (6, 13):
+        with pytest.raises(Stop):
+            train(copy.deepcopy(start), data, spec, remask=remask(last), checkpoint=tmp_path / "stopped")
+    resumed = copy.deepcopy(start)
+    _, again = train(resumed, data, spec, checkpoint=tmp_path / "stopped")
+    assert same(state(whole), state(resumed)) and again == rows
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "stopped").read_bytes()
+    # They did move, and are said.
+    assert rows[-1]["weight shape"] != rows[0]["weight shape"] != 1 and rows[-1]["weight matte"] != 1
+    with pytest.raises(CompressError, match="other settings"):
+        train(resumed, data, spec.model_copy(update={"weights": {"shape": 2.0}}), checkpoint=tmp_path / "whole")
+
+
+def test_a_task_of_weight_zero_trains_nothing() -> None:
+    data, model = shape_data(multitask=True), TwoHeads()
+    before = state(model)
+    train(model, data, TrainSpec(epochs=1, batch=32, weights={"matte": 0}))
+    assert torch.equal(model.matte.weight, before["matte.weight"])
+    assert not torch.equal(model.shape.weight, before["shape.weight"])
+
+
+def test_one_sample_a_batch_is_refused_under_a_batch_norm_and_evaluation_takes_it() -> None:
+    data, model = shape_data(train=21), small()
+    with pytest.raises(CompressError, match=r"a batch of one sample.*bn") as caught:
+        train(model, data, TrainSpec(epochs=1, batch=1))
+    assert "16" in caught.value.fix
+    end = (nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 3), *end)
+    with pytest.raises(CompressError, match="last batch"):
+        train(pooled, data, TrainSpec(epochs=1, batch=20))
+    figures = evaluate(model, data, data.test, batch=1)["shape"], evaluate(model, data, data.test)["shape"]
+    assert figures[0]["accuracy"] == figures[1]["accuracy"]
+    train(nn.Sequential(nn.Flatten(), nn.Linear(432, 3)), data, TrainSpec(epochs=1, batch=1, lr=1e-3))
+
+
 def in_its_own_process(threads: int, target: Callable[..., None], *words: object) -> Any:
     process = server.Process(target=alone, args=(threads, target, *words))
     process.start()
@@ -334,6 +386,34 @@ def test_processes_train_as_one_does_also_where_the_last_batch_leaves_some_empty
         assert same(found, several[0])  # bit for bit the same on every process
         for name, tensor in one.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def two_heads_training(out: str) -> None:
+    rank = distributed.rank()
+    torch.manual_seed(rank)
+    model, data = TwoHeads().double(), in_double(shape_data(multitask=True))
+    spec = TrainSpec(epochs=3, batch=101, lr=0.05, weights="uncertainty", ema=0.9)
+    _, rows = train(model, data, spec)
+    weights = torch.tensor([[r["weight shape"], r["weight matte"]] for r in rows], dtype=torch.float64)
+    found = evaluate(model, data, data.test, batch=16)
+    # Of one fixed network, to show what the number of processes does to figures, and nothing else.
+    torch.manual_seed(7)
+    fixed = evaluate(TwoHeads(), shape_data(multitask=True), data.test, batch=16)
+    figures = [v for of in (found, fixed) for task in of.values() for v in task.values()]
+    said = {"weights": weights, "figures": torch.tensor(figures, dtype=torch.float64)}
+    save_file({**state(model), **said}, f"{out}-{rank}")
+
+
+def test_processes_learn_the_same_weights_and_figures_are_equal_to_the_bit(tmp_path: Path) -> None:
+    def run(count: int) -> list[dict[str, Tensor]]:
+        ranks.run(count, two_heads_training, str(tmp_path / str(count)))
+        return [load_file(f"{tmp_path / str(count)}-{r}") for r in range(count)]
+
+    (one,), two = run(1), run(2)
+    assert same(two[0], two[1])
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[0][name], tensor, rtol=1e-9, atol=1e-11, msg=name)
+    assert torch.equal(one["figures"][6:], two[0]["figures"][6:])
 
 
 def test_bfloat16_trains_with_weights_in_float32() -> None:

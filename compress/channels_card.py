@@ -1,0 +1,280 @@
+"""The card and the plots of a network with channels gone, every number taken from report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compress.card import again, code, escape, write_readme
+from compress.network import latencies
+from compress.plots import DENSE, PRUNED, QUIET, draw
+
+
+def write_channels_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def metadata(report: dict[str, Any]) -> dict[str, Any]:
+    """The YAML head."""
+    from compress.tasks import KINDS
+
+    model, size = report["model"], report["size"]
+    head: dict[str, Any] = {}
+    if model["license"]:
+        head["license"] = model["license"]
+    if model["base_model"]:
+        head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
+    results = [
+        {
+            "task": {"type": KINDS[row["kind"]].hub},
+            "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
+            "metrics": [
+                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
+            ],
+        }
+        for row in report["quality"]["tasks"]
+        if row["main"]
+    ]
+    return head | {
+        "library_name": "pytorch",
+        "tags": ["pruned", "structured-pruning", report["recipe"]["method"], "onnx"],
+        "model-index": [{"name": f"{model['name']}-pruned-{round(100 * size['flops_removed'])}", "results": results}],
+    }
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    options, trained = recipe[recipe["method"]], recipe.get("finetune")
+    count = len(report["rounds"])
+    lines = [
+        f"# {escape(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
+        "",
+        f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
+        f" group after group, as many as the worst-hit task tolerates on a calibration split; {count}"
+        f" round{'s' if count > 1 else ''}"
+        + (
+            f", {options['between'] * (count - 1) + trained['epochs']} epochs of training after the first cut."
+            if trained
+            else ", nothing trained afterwards."
+        )
+        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
+        f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
+        f" Weights: {escape(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+    ]
+    for row in report["quality"]["tasks"]:
+        better = "" if row["higher_is_better"] else " (lower is better)"
+        lines.append(
+            f"| {escape(row['metric'])}, {escape(row['task'])}{better} | {row['dense']:.4f} | {row['pruned']:.4f} |"
+            f" {row['pruned'] - row['dense']:+.4f} |"
+        )
+    for name, key in (("FLOPs a sample", "flops"), ("parameters", "parameters")):
+        lines.append(_row(name, size[key]["dense"], size[key]["pruned"]))
+    lines.append(_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
+    for runtime, bench in latencies(report).items():
+        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
+        lines.append(
+            f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
+            f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+        )
+    lines += ["", "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.", ""]
+    for name, caption in (
+        ("channels", "Channels that every layer keeps"),
+        ("quality", "Every task against FLOPs"),
+        ("sensitivity", "Which layers each task needs"),
+        ("latency", "Latency, dense and pruned"),
+    ):
+        if name in images:
+            lines += [f"![{caption}]({images[name]})", ""]
+    lines += _oracle(report)
+    lines += _layers(report)
+    lines += _loading(report)
+    lines += ["## Checks", ""]
+    for layout in report["verify"]["layouts"]:
+        lines.append(
+            f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
+            f" (allowed {layout['tolerance']:.1e})."
+        )
+    lines += [
+        f"- Each of the {len(report['groups'])} channel groups: cut, it gives the same outputs as zeros in its place"
+        " (float64, random weights); so did each round's network.",
+        "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
+    ]
+    for form, both in report.get("export", {}).items():
+        facts = both["pruned"]
+        lines.append(
+            f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
+            f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value."
+        )
+    return "\n".join([*lines, "", *again(report)])
+
+
+def _row(name: str, dense: int, pruned: int) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
+
+
+def _oracle(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## What the oracle said",
+        "",
+        "A reading is the share of a task's tolerance that is used up on the calibration split, just cut, before any"
+        " training.",
+        "",
+        "| round | FLOPs gone | " + " | ".join(escape(t) for t in report["rounds"][0]["readings"]) + " | passes |"
+        " reference's passes |",
+        "|---|---|" + "---|" * (len(report["rounds"][0]["readings"]) + 2),
+    ]
+    for number, one in enumerate(report["rounds"], 1):
+        said = " | ".join(f"{100 * v:.1f} %" for v in one["readings"].values())
+        lines.append(
+            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']} |"
+        )
+    limits = report["rounds"][0]["tolerances"]
+    said = "; ".join(f"{escape(t)}: {_tolerance(v)}" for t, v in limits.items())
+    return [
+        *lines,
+        "",
+        f"Tolerances: {said}."
+        + (
+            f" They were scaled (by {report['rounds'][-1]['scale']:.2f} in the last round) to reach the FLOPs asked."
+            if report["size"]["asked"]
+            else ""
+        )
+        + " A pass is one forward run of the dense network over the calibration split; the reference tries 19 ratios of"
+        " every group.",
+        "",
+    ]
+
+
+def _tolerance(value: Mapping[str, Any]) -> str:
+    if "absolute" in value:
+        return f"{value['absolute']:g} of its {value['measure']}"
+    return f"{100 * value['relative']:g} % of its {value['measure']}"
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    lines = ["## Layers", "", "| layer | channels | kept | FLOPs dense | FLOPs pruned |", "|---|---|---|---|---|"]
+    for row in report["layers"]:
+        lines.append(
+            f"| {code(row['name'])} | {row['channels']} | {row['kept']} | {row['flops']['dense']:,} |"
+            f" {row['flops']['pruned']:,} |"
+        )
+    if report["left"]:
+        lines += ["", "Left as they were:", ""]
+        lines += [f"- {code(v['layer'])}: {escape(v['reason'])}" for v in report["left"]]
+    return [*lines, ""]
+
+
+def _loading(report: dict[str, Any]) -> list[str]:
+    name = report["model"]["network"]
+    own = f', "{name}")  # runs the code of that file' if ".py:" in name else ")"
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "from pathlib import Path",
+        "",
+        "from compress.reload_network import reload",
+        "",
+        f'model = reload(Path("model"){own}',
+        "model = model.model  # a torch module in evaluation mode",
+        "```",
+        "",
+        "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
+        " over `std` of that file. `onnx/model.onnx` takes the same and names one output a task.",
+        "",
+    ]
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def draw_channels(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG."""
+    plots: dict[str, Any] = {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality}
+    if "bench" in report:
+        plots["latency"] = _latency
+    return draw({k: v for k, v in report.items() if k != "bench"} | {"latency": report.get("bench")}, folder, plots)
+
+
+def _channels(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    at = range(len(rows))
+    axis.bar(at, [r["channels"] for r in rows], color=QUIET, width=0.8, label="dense")
+    axis.bar(at, [r["kept"] for r in rows], color=PRUNED, width=0.8, label="kept")
+    axis.set_ylabel("output channels")
+    axis.set_xlabel("layer, from the input")
+    if len(rows) <= 40:
+        axis.set_xticks(list(at), [r["name"] for r in rows], rotation=70, fontsize=6, ha="right")
+    axis.set_title("Channels that every layer keeps")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
+    """A row a task, a column a group from the input on: the rise of the loss for each per cent of FLOPs saved."""
+    dense = report["size"]["flops"]["dense"]
+    order = [g["name"] for g in report["groups"]]
+    probes = {p["group"]: p for p in report["rounds"][0]["probes"]}
+    groups = [name for name in order if name in probes]
+    tasks = list(report["rounds"][0]["readings"])
+    values = [
+        [max(0.0, 100 * probes[g]["loss"][t]) / max(1e-9, 100 * probes[g]["saved_flops"] / dense) for g in groups]
+        for t in tasks
+    ]
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(tasks)))
+    # Each task by its own largest: what is compared is which layers it needs.
+    shown = [[v / (max(row) or 1.0) for v in row] for row in values]
+    axis.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = shown[i][j] > 0.6
+            axis.annotate(
+                f"{value:.2g}", (j, i), ha="center", va="center", fontsize=6, color="white" if dark else "black"
+            )
+    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
+    axis.set_xticks(range(len(groups)), groups, rotation=60, fontsize=6, ha="right")
+    axis.grid(False)
+    axis.set_title("Loss rise, % for each % of FLOPs saved; shaded by each task's largest", fontsize=9)
+    return figure
+
+
+def _quality(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    left = [100.0, *(100 * (1 - p["removed"]) for p in report["quality"]["curve"])]
+    for row in report["quality"]["tasks"]:
+        if not row["main"]:
+            continue
+        points = [p["trained"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
+        (line,) = axis.plot(left, [row["dense"], *points], marker="o", label=f"{row['metric']}, {row['task']}")
+        cut = [p["cut"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
+        axis.plot(left[1:], cut, "x", color=line.get_color())
+    axis.plot([], [], "x", color="black", label="just cut")
+    axis.set_xlabel("FLOPs left, %")
+    axis.invert_xaxis()
+    axis.set_title("Every task against FLOPs, round by round (held-out samples)")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _latency(report: dict[str, Any], plt: Any) -> Any:
+    bench = report["latency"]
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
+        medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
+        axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
+        axis.plot([sorted(medians)[len(medians) // 2]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
+    axis.set_yticks([0, 1], ["dense", "pruned"])
+    axis.set_ylim(-0.6, 1.6)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process")
+    axis.set_title("Latency, measured")
+    return figure
