@@ -52,7 +52,7 @@ class Format:
 _FORMATS = (
     Format("onnx", "ONNX", "onnx_file", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
     Format("ort", "ONNX Runtime mobile", "ort_mobile", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
-    Format("mnn", "MNN", "mnn_file", ("fp32",), "MNN", "mnn"),
+    Format("mnn", "MNN", "mnn", ("fp32",), "MNN", "mnn"),
     Format("openvino", "OpenVINO", "openvino", ("fp32", "fp16", "int8"), "openvino", "openvino"),
     Format("executorch", "ExecuTorch (XNNPACK)", "executorch", ("fp32", "fp16"), "executorch", "executorch", True),
     Format("litert", "LiteRT", "litert", ("fp32",), "litert_torch", "litert", True),
@@ -237,9 +237,12 @@ def profiles_of(options: BuildOptions, component: str, graph: Graph) -> list[dic
         UsageError: an axis has no size, or least <= benchmarked <= largest does not hold.
     """
     known = {a for p in graph.inputs for a in p.shape if isinstance(a, str)}
+    # A file from elsewhere calls its batch as it likes: the one axis that varies, in front.
+    batch = next(iter(known)) if len(known) == 1 and all(p.shape[1:] == _fixed(p) for p in graph.inputs) else "batch"
     found = []
-    for given in options.profiles.get(component) or ({},):
-        axes: dict[str, tuple[int, int, int]] = {"batch": (1, 1, 1)} if "batch" in known else {}
+    for said in options.profiles.get(component) or ({},):
+        given = {batch if a == "batch" and a not in known else a: s for a, s in said.items()}
+        axes: dict[str, tuple[int, int, int]] = {batch: (1, 1, 1)} if batch in known else {}
         if component == "prefill":
             axes["sequence"] = (1, 128, 512)
         if component == "decode":
@@ -266,6 +269,10 @@ def profiles_of(options: BuildOptions, component: str, graph: Graph) -> list[dic
             port.at({a: s[1] for a, s in axes.items()})  # names an axis without a size
         found.append({a: s for a, s in axes.items() if a in known})
     return found
+
+
+def _fixed(port: Port) -> tuple[int, ...]:
+    return tuple(a for a in port.shape[1:] if isinstance(a, int))
 
 
 def network_profiles(batch: int = 1, most: int | None = None) -> dict[str, list[Axes]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,13 @@ from numpy.typing import NDArray
 from compress.errors import CompressError
 from compress.export.onnx import cached_layers
 from compress.export.ort import Arrays, OrtLLM
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions, Source
+
+# The largest difference allowed between a built file and the ONNX file it was made of, relative to the largest value of
+# the output: what each precision can hold, times what some tens of layers add up.
+TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1, "int8": 3e-1, "int8-weights": 1e-1}
 
 
 def check_llm(
@@ -145,3 +153,64 @@ def greedy_agrees(
             fix="see the parity of the outputs; a tie between two tokens can be told by another prompt",
         )
     return {"prompt": prompt, "tokens": len(want), "text": tokenizer.decode(got)}
+
+
+def largest_difference(want: NDArray[Any], got: NDArray[Any]) -> float:
+    """The largest difference relative to the largest value of ``want``; inf for another shape, NaN stays NaN."""
+    if want.shape != got.shape:
+        return float("inf")
+    if not want.size:
+        return 0.0
+    scale = float(np.abs(want.astype(np.float64)).max()) or 1.0
+    return float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max() / scale)
+
+
+def check_built(source: Source, folder: Path, options: BuildOptions, suffix: str, **load: Any) -> dict[str, Any]:
+    """Runs what was built and compares every output with the ONNX file in ONNX Runtime, its graph left as it is.
+
+    Args:
+        suffix: of the built files, ``<component><suffix>``.
+        load: more of `runtimes.load`.
+
+    Returns:
+        ``{"outputs": {component.output: largest relative difference}, "tolerance", "samples", "runtime"}``, or
+        ``{"skipped": reason}`` where the runtime or its driver is not here.
+
+    Raises:
+        CompressError: an output differs by more than the tolerance, or the file does not run; the first node at fault
+            is named.
+    """
+    from compress.export import formats, runtimes
+
+    tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
+    worst: dict[str, float] = {}
+    samples, version = 0, ""
+    for name, path in formats.components(source.path).items():
+        feeds = formats.feeds_of(source, options, name, formats.read_graph(path))
+        built = folder / f"{name}{suffix}"
+        try:
+            runner = runtimes.load(options.format, str(built), options.threads, **load)
+            version = runner.version
+            reference = runtimes.load("onnx", str(path), options.threads, optimisation="none")
+            for feed in feeds:
+                want, got = reference.run(feed), runner.run(feed)
+                samples += 1
+                for output, expected in want.items():
+                    difference = largest_difference(expected, got[output])
+                    key = f"{name}.{output}"
+                    worst[key] = float(np.maximum(worst.get(key, 0.0), difference))
+        except runtimes.Missing as e:
+            return {"skipped": e.what}
+        except runtimes.CannotRun as e:
+            raise CompressError(
+                f"what was built for {options.format} does not run: {e}", where=str(built), fix="see `compress doctor`"
+            ) from e
+    bad = {key: value for key, value in worst.items() if not value <= tolerance}
+    if bad:
+        key, value = next(iter(bad.items()))
+        raise CompressError(
+            f"{options.format} differs from the ONNX file: {key} by {value:.2e} (allowed {tolerance:.0e})",
+            where=str(folder),
+            fix="name another --precision or --format",
+        )
+    return {"outputs": worst, "tolerance": tolerance, "samples": samples, "runtime": version}
