@@ -1,10 +1,11 @@
 """What a model can be exported to, and the one way to do it.
 
-Every format is one file with the same three functions::
+Every format is one file with the same functions::
 
     build(source: Source, folder: Path, options: BuildOptions) -> facts     writes into the existing folder
     check(source: Source, folder: Path, options: BuildOptions) -> facts     runs it and compares, output by output
     describe(folder: Path) -> facts                                         of a folder that was built
+    load(folder: Path, component: str, options: BuildOptions) -> Runner     in its runtime
 
 and is called through ``make``, which builds beside the place, checks, writes ``<format>.json`` and renames when all is
 whole. ``source.path`` is a folder or a file with ONNX; ExecuTorch and LiteRT are made of the torch module beside it.
@@ -21,7 +22,7 @@ import importlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ import numpy as np
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
 from compress.export.ort import Arrays
+from compress.export.runtimes import Runner
 
 Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
 
@@ -71,12 +73,14 @@ class Source:
         model: the torch module it was made of, where it is known.
         feeds: real inputs by component, for the comparison; random ones are drawn where there are none.
         calibration: inputs by component for static quantisation: of the calibration split, never of the test split.
+        evaluate: from loaded components to measures, as accuracy; asked of the ONNX file and of what was built.
     """
 
     path: Path
     model: Any = None
     feeds: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
     calibration: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
+    evaluate: Callable[[Mapping[str, Runner]], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -185,8 +189,11 @@ class Graph:
     ops: Mapping[str, int]
 
 
-def read_graph(path: Path) -> Graph:
+def read_graph(path: Path, own_operators: bool = True) -> Graph:
     """Inputs, outputs and operators of an ONNX file, without its weights.
+
+    Args:
+        own_operators: the file holds ONNX's operators alone, so that it can be checked.
 
     Raises:
         CompressError: it is missing, or no valid ONNX.
@@ -198,7 +205,8 @@ def read_graph(path: Path) -> Graph:
         raise CompressError("there is no such ONNX file", where=str(path), fix="export it with `compress export`")
     try:
         model = onnx.load(path, load_external_data=False)
-        onnx.checker.check_model(str(path))
+        if own_operators:
+            onnx.checker.check_model(str(path))
     except (DecodeError, onnx.checker.ValidationError, ValueError) as e:
         said = next((line for line in str(e).splitlines() if line.strip()), "it cannot be read")
         raise CompressError(f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again") from e
@@ -322,7 +330,7 @@ def feeds_of(source: Source, options: BuildOptions, component: str, graph: Graph
 
 
 def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = True) -> dict[str, Any]:
-    """Builds ``folder``, checks what was built, and writes ``folder/<format>.json``; the folder appears when it is whole.
+    """Builds ``folder``, checks it and writes ``folder/<format>.json``; the folder appears when all is whole.
 
     Returns:
         ``{"format", "precision", "components": {component: ...}, "bytes": {file: size}, "sha256": {file: hash},
@@ -353,8 +361,21 @@ def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = T
         facts["sha256"] = {name: sha256_of(partial / name) for name in facts["bytes"]}
         if check:
             facts["parity"] = module.check(source, partial, options)
+            if source.evaluate is not None and "skipped" not in facts["parity"]:
+                facts["measures"] = _measures(source, partial, options, module)
         (partial / f"{form.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def _measures(source: Source, folder: Path, options: BuildOptions, module: Any) -> dict[str, dict[str, float]]:
+    """What the ONNX file and the built one are worth, by the source's own function."""
+    from compress.export import runtimes
+
+    assert source.evaluate is not None  # asked by the caller
+    files = components(source.path)
+    before = {name: runtimes.load("onnx", str(path), options.threads) for name, path in files.items()}
+    after = {name: module.load(folder, name, options) for name in files}
+    return {"before": dict(source.evaluate(before)), "after": dict(source.evaluate(after))}
 
 
 @contextmanager

@@ -51,13 +51,17 @@ class OrtLLM:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         return _run(self.prefill_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
 
-    def decode(self, ids: NDArray[np.int64], present: Arrays, mask: NDArray[np.int64] | None = None) -> Arrays:
+    def decode(
+        self, ids: NDArray[np.int64], present: Arrays, mask: NDArray[np.int64] | None = None
+    ) -> Arrays:
         """ids (b, s) behind the cache ``present`` -> logits (b, s, vocab) and the new cache."""
         past = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in present.items() if k != "logits"}
         length = next(iter(past.values())).shape[2] + ids.shape[1]
         mask = np.ones((len(ids), length), dtype=np.int64) if mask is None else mask
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        return _run(self.decode_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
+        return _run(
+            self.decode_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        )
 
     def empty_cache(self, batch: int) -> Arrays:
         """A cache of length 0: with it `decode` scores whole texts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,9 @@ from compress.export.ort import Arrays, OrtLLM
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
+    from compress.export.runtimes import Runner
+
+    Load = Callable[[Path, str, BuildOptions], Runner]
 
 # The largest difference allowed between a built file and the ONNX file it was made of, relative to the largest value of
 # the output: what each precision can hold, times what some tens of layers add up.
@@ -165,12 +168,11 @@ def largest_difference(want: NDArray[Any], got: NDArray[Any]) -> float:
     return float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max() / scale)
 
 
-def check_built(source: Source, folder: Path, options: BuildOptions, suffix: str, **load: Any) -> dict[str, Any]:
+def check_built(source: Source, folder: Path, options: BuildOptions, load: Load) -> dict[str, Any]:
     """Runs what was built and compares every output with the ONNX file in ONNX Runtime, its graph left as it is.
 
     Args:
-        suffix: of the built files, ``<component><suffix>``.
-        load: more of `runtimes.load`.
+        load: the format's own.
 
     Returns:
         ``{"outputs": {component.output: largest relative difference}, "tolerance", "samples", "runtime"}``, or
@@ -187,9 +189,8 @@ def check_built(source: Source, folder: Path, options: BuildOptions, suffix: str
     samples, version = 0, ""
     for name, path in formats.components(source.path).items():
         feeds = formats.feeds_of(source, options, name, formats.read_graph(path))
-        built = folder / f"{name}{suffix}"
         try:
-            runner = runtimes.load(options.format, str(built), options.threads, **load)
+            runner = load(folder, name, options)
             version = runner.version
             reference = runtimes.load("onnx", str(path), options.threads, optimisation="none")
             for feed in feeds:
@@ -203,7 +204,7 @@ def check_built(source: Source, folder: Path, options: BuildOptions, suffix: str
             return {"skipped": e.what}
         except runtimes.CannotRun as e:
             raise CompressError(
-                f"what was built for {options.format} does not run: {e}", where=str(built), fix="see `compress doctor`"
+                f"what was built for {options.format} does not run: {e}", where=str(folder), fix="see `compress doctor`"
             ) from e
     bad = {key: value for key, value in worst.items() if not value <= tolerance}
     if bad:

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export import formats, parity
+from compress.export import formats, parity, runtimes
 from compress.export.cast import cast_file
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
+    from compress.export.runtimes import Runner
 
 SUFFIX = ".engine"
 
@@ -42,7 +43,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     """
     began = time.monotonic()
     trt = importlib.import_module(options.format)
-    log = _logger(trt)
+    log = runtimes.trt_logger(trt)
     made: dict[str, Any] = {}
     for name, path in formats.components(source.path).items():
         say_what = f"{options.format}: building {name} in {options.precision}"
@@ -206,17 +207,14 @@ def _cache_facts(trt: Any, path: Path | None) -> Mapping[str, str]:
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
     """Runs the engines where there is a CUDA driver, see `parity.check_built`; says why where there is none."""
-    return parity.check_built(source, folder, options, SUFFIX)
+    return parity.check_built(source, folder, options, load)
+
+
+def load(folder: Path, component: str, options: BuildOptions) -> Runner:
+    return runtimes.load(options.format, str(folder / f"{component}{SUFFIX}"), options.threads)
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """Facts of a built folder; the capabilities and the versions tell where the engine loads."""
     form = "tensorrt_rtx" if (folder / "tensorrt_rtx.json").exists() else "tensorrt"
-    facts = formats.describe(folder, form)
-    return facts
-
-
-def _logger(trt: Any) -> Any:
-    from compress.export.runtimes import _trt_logger
-
-    return _trt_logger(trt)
+    return formats.describe(folder, form)

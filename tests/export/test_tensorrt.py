@@ -6,6 +6,7 @@ What an engine computes is compared where a CUDA driver is; that part says here 
 from __future__ import annotations
 
 import ctypes
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_a_narrower_network_is_a_smaller_engine(tmp_path: Path) -> None:
         export_module(model, torch.randn(2, 3, 16, 16), ["y"], folder)
         facts = make(Source(folder), folder / "out", options())
         size.append((facts["bytes"]["model.engine"], (folder / "model.onnx").stat().st_size))
-    for (engine, file), (smaller, smaller_file) in zip(size, size[1:], strict=False):
+    for (engine, file), (smaller, smaller_file) in pairwise(size):
         # What is saved in the file is saved in the engine; beside weights it holds code, which varies little.
         assert 0.9 < (engine - smaller) / (file - smaller_file) < 1.5
 
@@ -155,7 +156,7 @@ def test_an_operator_that_is_not_supported_is_named_with_its_node(tmp_path: Path
 def test_shapes_that_cannot_be_are_refused(cnn: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'batch' are no range: 4, 2, 8"):
         make(Source(cnn), tmp_path / "out", options(profiles={"model": [{"batch": (4, 2, 8)}]}))
-    with pytest.raises(UsageError, match="no axis|no input of the model graph has an axis 'length'"):
+    with pytest.raises(UsageError, match="no input of the model graph has an axis 'length'"):
         make(Source(cnn), tmp_path / "out", options(profiles={"model": [{"length": (1, 2, 3)}]}))
     with pytest.raises(UsageError, match="no compute capability 'sm10'") as caught:
         make(Source(cnn), tmp_path / "out", options(capabilities=("sm10",)))
@@ -190,7 +191,7 @@ def test_a_changed_engine_is_noticed(cnn: Path, tmp_path: Path) -> None:
 
 
 def test_the_form_that_needs_a_gpu_says_so(cnn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tensorrt` cannot be had here: the same module stands in for it, and gives no builder, as it does without a GPU."""
+    """`tensorrt` cannot be had here: the same module stands in for it, and gives no builder, as without a GPU."""
     import sys
 
     import tensorrt_rtx
