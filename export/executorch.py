@@ -1,8 +1,8 @@
 """A torch module to ExecuTorch (.pte), lowered to XNNPACK: for phones and other small devices with a CPU.
 
 A language model becomes one program with the methods ``prefill`` and ``decode``, which share their weights. Their
-inputs and outputs are those of the ONNX files, so one caller serves both; the lengths are fixed at the benchmarked ones.
-A shorter prompt or past is padded on the left and masked, and of the cache that ``decode`` gives, the caller drops the
+inputs and outputs are those of the ONNX files, so one caller serves both; lengths are fixed at the benchmarked ones. A
+shorter prompt or past is padded on the left and masked, and of the cache that ``decode`` gives, the caller drops the
 oldest position. A .pte keeps no names: they are put into it as a constant method ``signature``, JSON as bytes.
 """
 
@@ -142,9 +142,7 @@ def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, in
     module = module.eval()
     if precision == "fp16":
         module = _Lowered(module, torch.float16)
-    sizes = {
-        a: max(2, high) if low < high else opt for a, (low, opt, high) in axes.items()
-    }  # 1 would be taken as fixed
+    sizes = {a: max(2, high) if low < high else opt for a, (low, opt, high) in axes.items()}
     feed = formats.random_feed(graph, sizes)
     given = tuple(torch.from_numpy(feed[p.name] % 2 if p.name == "input_ids" else feed[p.name]) for p in graph.inputs)
     dims = {a: torch.export.Dim(a, min=max(low, 1), max=high) for a, (low, _, high) in axes.items() if low < high}
