@@ -168,7 +168,7 @@ def _signature(graph: Graph, axes: Mapping[str, tuple[int, int, int]]) -> dict[s
 
 def _delegation(program: Any) -> dict[str, Any]:
     """What XNNPACK took and what is left to the portable kernels, by operator."""
-    parts, left = 0, {}
+    parts, left = 0, dict[str, int]()
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue

@@ -86,7 +86,7 @@ def weights_int8(source: Path, target: Path) -> int:
         quantizer = MatMulNBitsQuantizer(model, algo_config=config)
         quantizer.process()
     made: Any = quantizer.model.model
-    count = sum(node.op_type == "MatMulNBits" for node in made.graph.node)
+    count: int = sum(node.op_type == "MatMulNBits" for node in made.graph.node)
     if not count:
         raise UsageError(
             "there is no matrix product with constant weights, so nothing to quantise",
