@@ -107,7 +107,8 @@ def test_fusions_are_written_into_the_file_and_leave_the_outputs(llama: Source, 
     for made in facts["components"].values():
         assert made["nodes"] < 0.8 * made["nodes_before"]
         # ONNX Runtime's own operators: nothing else can read the file any more.
-        assert made["ops"]["SimplifiedLayerNormalization"] == 9
+        assert made["ops"]["SkipSimplifiedLayerNormalization"] == 8
+    assert facts["components"]["decode"]["ops"]["MultiHeadAttention"] == 3
     assert max(facts["parity"]["outputs"].values()) < 1e-4
 
 
