@@ -135,7 +135,7 @@ def bench(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Latency of one call and memory; what is not given is as in a recipe."""
-    from compress.export.bench.module import compare_modules
+    from compress.export.bench.local import compare_modules
     from compress.export.onnx_module import input_shape
 
     shapes = [input_shape(folder) for folder in (dense, pruned)]
