@@ -43,7 +43,8 @@ FAILURES = (
     ("no route to host", "the host cannot be reached", "check the target's host, and that the device is on"),
     ("network is unreachable", "the host cannot be reached", "check this machine's network"),
     ("timed out", "the host does not answer", "check the target's host, and that the device is on"),
-    ("", "the connection failed", "try it with ssh by hand"),
+    *((word, "the connection broke", "try it with ssh by hand") for word in ("connection", "disconnect", "broken pipe",
+                                                                          "timeout", "kex_exchange")),
 )
 
 
@@ -56,8 +57,13 @@ def _broken(complaint: bytes, title: str) -> CompressError:
     for sayings, kind in ((REFUSALS, CompressError), (FAILURES, Lost)):
         for saying, what, fix in sayings:
             if saying in said:
-                return kind(f"{what} ({_last(complaint) or 'ssh did not say why'})", where=title, fix=fix)
-    raise AssertionError("the last saying fits everything")
+                return kind(f"{what} ({_last(complaint)})", where=title, fix=fix)
+    # ssh ends with the same code where the far process was killed, and says nothing of its own.
+    return CompressError(
+        f"the process on the device was killed: {_last(complaint) or 'it did not say why'}",
+        where=title,
+        fix="it may have run out of memory, or its runtime does not fit the device: see the device's log",
+    )
 
 
 @dataclass(frozen=True)
