@@ -207,7 +207,7 @@ def compare(
             "bytes": made[label].bytes,
             "sha256": sha256_of(weights[0] if weights else main),
             "files": made[label].hashes(),
-            "peak_rss": median(r["peak_rss"] for r in measured),
+            "peak_rss": _middle([r["peak_rss"] for r in measured]),
             "peak_rss_samples": [r["peak_rss"] for r in measured],
             **{figure: _figure([r["figures"][figure] for r in measured]) for figure in figures},
         }
@@ -222,9 +222,17 @@ def compare(
         found["ratios"][figure] = paired_ratio(
             found["dense"][figure]["process_medians"], found["pruned"][figure]["process_medians"]
         )
-    found["ratios"]["peak_rss"] = paired_ratio(found["dense"]["peak_rss_samples"], found["pruned"]["peak_rss_samples"])
+    peaks = [found[label]["peak_rss_samples"] for label in ("dense", "pruned")]
+    if None not in (*peaks[0], *peaks[1]):
+        found["ratios"]["peak_rss"] = paired_ratio(*peaks)
     found["throttled"] = any(found[label][f]["throttled"] for label in runs for f in figures)
     return found
+
+
+def _middle(values: Sequence[float | None]) -> float | None:
+    """The median; None where a benchmark program does not tell the value."""
+    told = [v for v in values if v is not None]
+    return median(told) if told else None
 
 
 def _length(row: Mapping[str, Any]) -> dict[str, int]:
@@ -238,8 +246,8 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {
         "median": median(medians),
         "spread_between": (max(medians) - min(medians)) / median(medians),
-        "load": median(r["load"] for r in rows),
-        "first": median(r["first"] for r in rows),
+        "load": _middle([r["load"] for r in rows]),
+        "first": _middle([r["first"] for r in rows]),
         "process_medians": medians,
         "warm": all(r["warm"] for r in rows),
         "throttled": any(r["throttled"] for r in rows),

@@ -162,6 +162,16 @@ def test_a_device_without_the_runtime_says_what_to_install(daemon: Daemon, net: 
     assert "missing" in found and e.value.fix.startswith("on the device: pip install")
 
 
+def test_a_process_that_is_killed_there_is_not_taken_for_a_lost_connection(daemon: Daemon, tmp_path: Path) -> None:
+    die = tmp_path / "die"  # in python's place: ends as one does that has run out of memory
+    die.write_text('#!/bin/sh\ncase "$1" in -c) exec python3 "$@";; esac\necho out of memory >&2\nkill -9 $$\n')
+    die.chmod(0o755)
+    began = time.monotonic()
+    with pytest.raises(CompressError, match="killed.*out of memory"):
+        daemon.host(python=str(die)).run({"do": "look", "format": "onnx", "folder": "/"})
+    assert time.monotonic() - began < 10, "it is not tried again"
+
+
 def test_no_disk_on_the_device_is_said_before_anything_is_sent(daemon: Daemon, tmp_path: Path) -> None:
     disk = daemon.folder / "tiny-disk"
     disk.mkdir()
