@@ -105,6 +105,10 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
             if figure != "peak_rss"
         }
         found["budget"] = {"milliseconds": target.budget, "kept": kept}
+    if target.format == "onnx" and not found["emulated"]:
+        from compress.export.bench.explain import why
+
+        found["why"] = why(dense, pruned, spec, transport, block=target.round_to)
     return found
 
 
@@ -123,6 +127,10 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
         lines.append("mark    emulated: these times are not the device's, and are never gated")
     if found["throttled"]:
         lines.append("mark    throttled: the last quarter of a run is over 5 % slower than its first")
+    for part, explained in found.get("why", {}).items():
+        head, *rest = explained["lines"]
+        lines.append(f"ideal   {part}: {head}")
+        lines += [f"why     {line}" for line in rest]
     for figure, kept in found.get("budget", {}).get("kept", {}).items():
         says = {True: "kept", False: "NOT kept", None: "not judged"}[kept]
         lines.append(f"budget  {figure}: {found['budget']['milliseconds']:g} ms are {says}")

@@ -183,7 +183,7 @@ def run(request: Request) -> dict[str, Any]:
 
 
 def profile(request: Request) -> dict[str, Any]:
-    """ONNX Runtime's own profile, one row a node: seconds a call (the median), operator, shapes."""
+    """ONNX Runtime's own profile, one row a node: seconds a call, operator, shapes."""
     prefix = os.path.join(request["folder"], f"profile-{os.getpid()}")
     runner, _ = _load({**request, "options": {**request.get("options", {}), "profile": prefix}}, request["files"]["model"])
     call = runner.prepare(_feed(runner, request))
@@ -214,8 +214,10 @@ def profile(request: Request) -> dict[str, Any]:
         )
         node["seconds"].append(event["dur"] / 1e6)
     for node in nodes.values():
-        every = sorted(node.pop("seconds"))
-        node["seconds"] = every[len(every) // 2]
+        # The clock ticks in microseconds: the mean of the faster half is finer than any one reading, and free of what
+        # else the machine did.
+        half = sorted(node["seconds"])[: (len(node["seconds"]) + 1) // 2]
+        node["seconds"] = sum(half) / len(half)
     return {"runtime": runner.version, "calls": request["calls"], "nodes": nodes}
 
 

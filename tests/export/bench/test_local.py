@@ -15,7 +15,8 @@ import pytest
 
 from compress.errors import CompressError
 from compress.export.bench import local
-from compress.export.bench.local import compare_llm
+from compress.export.bench.explain import why
+from compress.export.bench.local import LOCAL, compare_llm
 from compress.export.bench.packed import agent_file
 
 SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
@@ -84,3 +85,12 @@ def test_a_measuring_process_that_fails_is_one_error(finished: Path, tmp_path: P
         (tmp_path / name).write_bytes(b"no model")
     with pytest.raises(CompressError, match="ONNX Runtime cannot load prefill.onnx"):
         compare_llm(finished / "export-dense", tmp_path, SPEC, 300)
+
+
+def test_a_language_models_two_graphs_are_explained(finished: Path) -> None:
+    spec = {"threads": 1, "prompt": 16, "context": 16}
+    found = why(finished / "export-dense", finished / "export-pruned", spec, LOCAL)
+    assert set(found) == {"prefill", "decode"}
+    for part in found.values():
+        assert part["ideal"] > 1.05 and sum(bool(r["dense_flops"]) for r in part["layers"]) > 20
+        assert any("nodes take under" in line for line in part["lines"]), "a tiny model is all overhead"
