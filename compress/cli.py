@@ -282,18 +282,47 @@ def eval_(
     _show(facts, json_, partial(lines, "evaluate"))
 
 
-@app.command(epilog="Example:  compress export runs/demo --out demo-onnx")
+@app.command(
+    epilog="Examples:  compress export runs/demo --out demo-onnx   |   "
+    "compress export net.onnx --format tensorrt_rtx --precision fp16 --shape batch=1:8:32 --out net-rtx"
+)
 def export(
-    model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
+    model: Annotated[str, typer.Argument(help="a model folder, a run folder, a model's name, or an ONNX file")],
     out: Annotated[Path, typer.Option(help="the folder to make")],
+    format_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="onnx, ort, openvino, executorch, mnn, litert, tensorrt or tensorrt_rtx; repeatable",
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights")] = "fp32",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=LEAST:BENCHMARKED:LARGEST", help="sizes of an axis that may vary; repeatable"),
+    ] = None,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="CUDA devices that tensorrt_rtx builds for, as sm86; repeatable")
+    ] = None,
+    fusions: Annotated[str, typer.Option(help="written into an ONNX file: none, basic or all")] = "none",
+    like: Annotated[
+        Path | None, typer.Option(help="networks: the run whose data calibrates int8 and judges each format")
+    ] = None,
     network: Network = None,
+    target: TargetName = None,
     json_: Json = False,
 ) -> None:
-    """Exports a model to ONNX (language models: prefill and decode with KV cache) and checks it against torch."""
+    """Exports a model to ONNX (language models: prefill and decode with KV cache) and on; each is checked."""
+    from compress.export.command import builds
     from compress.saved import lines
     from compress.verbs import export as run
 
-    _show(run(model, out, network=network), json_, partial(lines, "export"))
+    asked = builds(format_ or [], precision, shape or [], capability or [], fusions)
+    if target is not None:
+        from compress.export.on_target import build_options
+
+        asked.append(build_options(target))
+    _show(run(model, out, asked, network=network, like=like), json_, partial(lines, "export"))
 
 
 @app.command(

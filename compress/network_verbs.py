@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,11 @@ from compress.reload_network import Reloaded
 from compress.sections import DataSpec, NetworkBench, NetworkExport
 
 if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions
+    from compress.export.runtimes import Runner
     from compress.images import Splits
+
+CALIBRATION = 128  # samples that set the scales of int8
 
 
 def _load(folder: Path, network: str | None) -> Reloaded:
@@ -109,20 +114,81 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def export(folder: Path, out: Path, *, network: str | None = None) -> dict[str, Any]:
-    """model.onnx in the empty folder ``out``, checked against torch on the held-out samples that lie with the model."""
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    network: str | None = None,
+    like: Path | None = None,
+    builds: Sequence[BuildOptions] = (),
+) -> dict[str, Any]:
+    """model.onnx in the empty folder ``out``, checked against torch on the held-out samples that lie with the model.
+
+    Args:
+        like: a run whose calibration split sets the scales of int8, and on whose test split every format is judged.
+        builds: formats to make of it, each in a folder of ``out``.
+    """
+    from compress.export.command import make_all, network_source
     from compress.export.onnx_module import write_checked_module
 
     loaded = _load(folder, network)
     names = [task["name"] for task in loaded.facts["tasks"]]
-    return write_checked_module(loaded.model, loaded.inputs, names, out, NetworkExport().tolerance)
+    facts = write_checked_module(loaded.model, loaded.inputs, names, out, NetworkExport().tolerance)
+    more = _of_run(like, names) if like is not None else {}
+    sources = [(network_source(out, loaded.model, loaded.inputs, o, more), o) for o in builds]
+    return {**facts, "formats": make_all(sources, out)}
+
+
+def _of_run(like: Path, names: list[str]) -> dict[str, Any]:
+    """Calibration inputs and the judge of a run's data, for `compress.export.formats.Source`."""
+    import torch
+    from torch import nn
+
+    from compress import train
+    from compress.export.onnx_module import INPUT
+
+    data = _data(like)
+    x = data.prepare(data.calibration.inputs[torch.arange(min(CALIBRATION, len(data.calibration)))]).numpy()
+
+    class Exported(nn.Module):
+        """What runs in a runtime, as torch's evaluation wants it: one parameter, which tells the device."""
+
+        def __init__(self, runner: Runner) -> None:
+            super().__init__()
+            self.runner, self.place = runner, nn.Parameter(torch.zeros(()))
+            self.batch = runner.inputs[0].shape[0]
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            # A file of one batch size takes its samples so; the last ones are filled up.
+            size = self.batch or len(x)
+            parts = []
+            for i in range(0, len(x), size):
+                part = x[i : i + size]
+                full = torch.cat([part, part[-1:].expand(size - len(part), *part.shape[1:])])
+                found = self.runner.run({INPUT: full.numpy()})
+                parts.append({n: torch.from_numpy(found[n])[: len(part)] for n in names})
+            return {n: torch.cat([p[n] for p in parts]) for n in names}
+
+    def evaluate(runners: Mapping[str, Runner]) -> dict[str, float]:
+        found = train.evaluate(Exported(runners["model"]), data, data.test)
+        return {
+            f"{metric} {task}": value
+            for task, figures in found.items()
+            for metric, value in figures.items()
+            if metric != "samples"
+        }
+
+    return {"calibration": {"model": [{INPUT: x[i : i + 16]} for i in range(0, len(x), 16)]}, "evaluate": evaluate}
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.export.command import lines
+
     return [
         *(f"onnx     {name}: {size:,} bytes" for name, size in facts["bytes"].items()),
         f"parity   {facts['samples']} held-out samples, largest relative difference {facts['largest_difference']:.1e}",
         *(f"agree    {name}: {100 * share:.0f} % of the classes" for name, share in facts["agree"].items()),
+        *lines(facts),
     ]
 
 

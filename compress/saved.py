@@ -135,6 +135,10 @@ def call(kind: str, verb: str, *places: Path | None, **options: Any) -> dict[str
 
 def lines(verb: str, facts: dict[str, Any]) -> list[str]:
     """What the command line says of the facts that `call` returned."""
+    if facts["kind"] == "onnx":  # a file from anywhere: there is no model of ours behind it
+        from compress.export.command import lines as of_formats
+
+        return of_formats(facts)
     module = importlib.import_module(KINDS[facts["kind"]].verbs)
     found: list[str] = getattr(module, f"{verb}_lines")(facts)
     return found

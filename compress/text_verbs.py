@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
 from compress.recipe import TEXT, BenchSection, ExportSection
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
@@ -72,19 +75,30 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def export(folder: Path, out: Path) -> dict[str, Any]:
-    """Prefill and decode into the empty folder ``out``, checked against torch output by output."""
+def export(folder: Path, out: Path, *, builds: Sequence[BuildOptions] = ()) -> dict[str, Any]:
+    """Prefill and decode into the empty folder ``out``, checked against torch output by output.
+
+    Args:
+        builds: formats to make of it, each in a folder of ``out``.
+    """
     from compress.export.check import write_checked
+    from compress.export.command import make_all, text_source
 
     loaded, family, tokenizer = _load(folder)
-    return write_checked(loaded, tokenizer, out, ExportSection(), family.geometry(loaded.config).vocab)
+    spec = ExportSection()
+    facts = write_checked(loaded, tokenizer, out, spec, family.geometry(loaded.config).vocab)
+    ids = tokenizer(spec.prompt, return_tensors="np", add_special_tokens=False)["input_ids"][0]
+    return {**facts, "formats": make_all([(text_source(out, loaded, ids, o), o) for o in builds], out)}
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.export.command import lines
+
     return [
         *(f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in facts["bytes"].items()),
         f"parity   {facts['outputs_compared']} outputs, largest relative difference {facts['largest_difference']:.1e}",
         f"greedy   {facts['greedy']['tokens']} tokens equal torch's",
+        *lines(facts),
     ]
 
 

@@ -89,19 +89,28 @@ def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
     return call(kind, "evaluate", folder, like, **options)
 
 
-def export(model: str, out: Path, **options: Any) -> dict[str, Any]:
-    """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed."""
+def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+    """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed.
+
+    Args:
+        model: or an ONNX file, or a folder with an export.
+        builds: `compress.export.formats.BuildOptions` of the formats to make beside it.
+    """
+    from compress.export.command import export_file, is_onnx
     from compress.saved import call, find
 
     if out.exists() and any(out.iterdir()):
         raise UsageError("the folder is not empty", where=str(out), fix="name another --out folder")
-    kind, folder = find(model)
+    kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
     partial = out.with_name(f".{out.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        facts = call(kind, "export", folder, partial, **options)
+        if kind == "onnx":
+            facts = export_file(folder, partial, builds)
+        else:
+            facts = call(kind, "export", folder, partial, builds=list(builds), **options)
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -192,5 +201,3 @@ def listing(what: str | None) -> dict[str, Any]:
     if not found:
         raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models, targets")
     return found
-
-

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from torch import Tensor, nn
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
 from compress.export.bench.packed import agent_file
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions, Source
+    from compress.export.runtimes import Runner
 
 FILE = "model.mnn"
 INSTALL = "pip install 'compress[mnn]'"
@@ -181,3 +185,45 @@ def write_checked_mnn(
     }
     (folder / "mnn.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    """Writes ``model.mnn``, its zeros left out where there are enough of them.
+
+    Raises:
+        UsageError: it is a language model: MNN's converter has its own exporter for those.
+        CompressError: MNN cannot convert the graph.
+    """
+    from compress.export import formats
+
+    files = formats.components(source.path)
+    if list(files) != ["model"]:
+        raise UsageError(
+            "a language model is not exported to MNN", where=str(source.path), fix="name another --format, as ort"
+        )
+    made = export_mnn(files["model"], folder)
+    from compress.export.runtimes import available
+
+    return {
+        "components": {"model": {"ops": dict(formats.read_graph(files["model"]).ops)}},
+        "versions": {"MNN": available("mnn")},
+        "seconds": made["seconds"],
+    }
+
+
+def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    from compress.export import parity
+
+    return parity.check_built(source, folder, options, load)
+
+
+def load(folder: Path, component: str, options: BuildOptions) -> Runner:
+    from compress.export import runtimes
+
+    return runtimes.load("mnn", str(folder / FILE), options.threads)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    from compress.export import formats
+
+    return formats.describe(folder, "mnn")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.export.bench.transport import Transport, answered, artefact
+from compress.export.bench.transport import answered, artefact
+from compress.export.command import label
+from compress.export.formats import BuildOptions, check_options, network_profiles, text_profiles
 from compress.export.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down
@@ -72,6 +75,48 @@ def _row(part: str, state: str, detail: str, use: str) -> dict[str, str]:
     return {"part": part, "state": state, "detail": detail, "for": use}
 
 
+def build_options(name: str) -> BuildOptions:
+    """How the target's artefact is built: format, precision, shapes and GPUs of its file.
+
+    Raises:
+        UsageError: the target's file is wrong, or what builds its format is not installed.
+    """
+    target = load_target(name)
+    shapes = target.shapes
+    most = max(*shapes.prompts, *shapes.contexts, shapes.max_context or 1)
+    options = BuildOptions(
+        target.format,
+        target.precision,
+        {
+            **network_profiles(shapes.batch),
+            **text_profiles(shapes.prompts[0], shapes.contexts[0], most=most),
+        },
+        threads=target.threads,
+    )
+    if target.compute_capability:
+        named = tuple(f"sm{c.replace('.', '')}" for c in target.compute_capability)
+        options = replace(options, capabilities=named)
+    check_options(options)
+    return options
+
+
+def place(folder: Path, target: Target) -> Path:
+    """Where the target's artefact lies in what `compress export --target` made; the folder itself where it holds it.
+
+    Raises:
+        CompressError: there is none.
+    """
+    built = folder / label(BuildOptions(target.format, target.precision))
+    where = built if built.is_dir() else folder
+    try:
+        artefact(where, target.format)
+    except CompressError as e:
+        raise CompressError(
+            e.what, where=str(folder), fix=f"build it: compress export MODEL --target {target.name} --out FOLDER"
+        ) from e
+    return where
+
+
 def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[str, Any]:
     """Two artefacts in the target's format, measured on it.
 
@@ -86,6 +131,7 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
     from compress.export.bench.local import compare
 
     target = load_target(name)
+    dense, pruned = place(dense, target), place(pruned, target)
     kind = "text" if "prefill" in artefact(dense, target.format).parts else "network"
     strange = {"text": ("batch",), "network": ("prompt", "context")}[kind]
     for option in strange:
@@ -141,6 +187,3 @@ def listing() -> dict[str, str]:
     from compress.export.target import target_names
 
     return {name: load_target(name).description for name in target_names()}
-
-
-__all__ = ["Target", "Transport", "bench", "bench_lines", "doctor", "listing"]

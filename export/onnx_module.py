@@ -92,6 +92,9 @@ def _write(module: nn.Module, sample: Tensor, names: list[str], path: Path) -> N
                 fix="export goes through torch.onnx.export(dynamo=True); rewrite what it names",
             ) from e
     assert program is not None
+    for value in (*program.model.graph.inputs, *program.model.graph.outputs):
+        assert value.shape is not None  # the exporter writes one
+        value.shape = ir.Shape([n if isinstance(n, int) else "batch" for n in value.shape])
     forget_trace(program.model)
     ir.save(program.model, path)
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
+from compress.export.bisect import largest_difference
 from compress.export.onnx import cached_layers
 from compress.export.ort import Arrays, OrtLLM
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions, Source
+    from compress.export.runtimes import Runner
+
+    Load = Callable[[Path, str, BuildOptions], Runner]
+
+# The largest difference allowed between a built file and the ONNX file it was made of, relative to the largest value of
+# the output: what each precision can hold, times what some tens of layers add up.
+TOLERANCE: Mapping[str, float] = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 1e-1, "int8": 3e-1, "int8-weights": 1e-1}
 
 
 def check_llm(
@@ -145,3 +157,138 @@ def greedy_agrees(
             fix="see the parity of the outputs; a tie between two tokens can be told by another prompt",
         )
     return {"prompt": prompt, "tokens": len(want), "text": tokenizer.decode(got)}
+
+
+def check_built(source: Source, folder: Path, options: BuildOptions, load: Load) -> dict[str, Any]:
+    """Runs what was built and compares every output with the ONNX file in ONNX Runtime, its graph left as it is.
+
+    Args:
+        load: the format's own.
+
+    Returns:
+        ``{"outputs": {component.output: largest relative difference}, "tolerance", "samples", "runtime"}``, or
+        ``{"skipped": reason}`` where the runtime or its driver is not here.
+
+    Raises:
+        CompressError: an output differs by more than the tolerance, or the file does not run; the first node at fault
+            is named.
+    """
+    from compress.export import formats, runtimes
+
+    tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
+    worst: dict[str, float] = {}
+    samples, version = 0, ""
+    for name, path in formats.components(source.path).items():
+        try:
+            runner = load(folder, name, options)
+            version = runner.version
+            reference = runtimes.load("onnx", str(path), options.threads, optimisation="none")
+            for feed in formats.feeds_of(source, options, name, formats.read_graph(path)):
+                want, got = reference.run(feed), runner.run(feed)
+                samples += 1
+                for output, expected in want.items():
+                    difference = largest_difference(expected, got[output])
+                    if not difference <= tolerance:
+                        fault = first_fault_built(source, folder, options, name, output, feed)
+                        raise CompressError(
+                            f"{options.format} differs from the ONNX file: {name}.{output} by {difference:.2e} (allowed"
+                            f" {tolerance:.0e}); {fault}",
+                            where=str(source.path),
+                            fix="name another --precision or --format",
+                        )
+                    key = f"{name}.{output}"
+                    worst[key] = max(worst.get(key, 0.0), difference)
+        except runtimes.Missing as e:
+            return {"skipped": e.what}
+        except runtimes.CannotRun as e:
+            raise CompressError(
+                f"what was built for {options.format} does not run: {e}", where=str(folder), fix="see `compress doctor`"
+            ) from e
+    return {"outputs": worst, "tolerance": tolerance, "samples": samples, "runtime": version}
+
+
+def first_fault_built(
+    source: Source, folder: Path, options: BuildOptions, component: str, output: str, feed: Arrays
+) -> str:
+    """Names the first node at fault: by building again what lies before the output, cut shorter and shorter."""
+    from compress.export import bisect, formats
+
+    tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
+    path = formats.components(source.path)[component]
+    if formats.FORMATS[options.format].of_torch:
+        return "the graph is made of the torch module, so the ONNX file tells no node"
+    if options.precision == "int8":
+        return "calibrate on more inputs, or leave the layer with the widest range in float32"
+    if options.format == "onnx" and options.fusions == "none":
+        return bisect.between_onnx(path, folder / f"{component}.onnx", feed, tolerance)
+    return bisect.first_built(path, component, output, feed, tolerance, options)
+
+
+def check_modules(
+    before: Any, after: Any, inputs: torch.Tensor, names: Sequence[str], tolerance: float, seam: str
+) -> dict[str, Any]:
+    """Compares two torch networks output by output, as the masked one and the sliced one.
+
+    Args:
+        inputs: (n, ...) real inputs.
+        names: of the outputs.
+        seam: what lies between the two, for the message.
+
+    Raises:
+        CompressError: an output differs by more than ``tolerance``; the first layer at fault is named.
+    """
+    from compress.export.onnx_module import _Outputs
+
+    with torch.no_grad():
+        pairs = zip(names, _Outputs(before, names).eval()(inputs), _Outputs(after, names).eval()(inputs), strict=True)
+        worst = {name: largest_difference(a.numpy(), b.numpy()) for name, a, b in pairs}
+    bad = {name: value for name, value in worst.items() if not value <= tolerance}
+    if bad:
+        name, value = next(iter(bad.items()))
+        fault = _first_layer(before, after, inputs, tolerance)
+        raise CompressError(
+            f"the network differs after {seam}: {name} by {value:.2e}; {fault}",
+            where=name,
+            fix="make the plan again; where it stays, this is a fault of ours",
+        )
+    return {"outputs": worst, "tolerance": tolerance, "samples": len(inputs)}
+
+
+def _first_layer(before: Any, after: Any, inputs: torch.Tensor, tolerance: float) -> str:
+    """The first layer, in the order they are called, whose output differs; channels that are zero may be gone."""
+    from torch import nn
+
+    def outputs(model: nn.Module) -> dict[str, NDArray[Any]]:
+        seen: dict[str, NDArray[Any]] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_module: Any, _inputs: Any, out: torch.Tensor) -> None:
+                seen.setdefault(name, out.detach().numpy())
+
+            return hook
+
+        hooks = [
+            m.register_forward_hook(keep(name))
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Conv2d | nn.Conv1d | nn.Linear | nn.BatchNorm2d | nn.BatchNorm1d)
+        ]
+        with torch.no_grad():
+            model.eval()(inputs)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    want, got = outputs(before), outputs(after)
+    for name, expected in want.items():
+        if name not in got:
+            return f"{name} is not in the network any more"
+        found = got[name]
+        if expected.shape != found.shape:
+            # What a mask zeroed the slice removed: a channel is constant over the samples where nothing feeds it.
+            live = [c for c in range(expected.shape[1]) if np.ptp(expected[:, c]) > 0]
+            if len(live) != found.shape[1]:
+                continue  # the norm behind it still gives its bias; the layers that follow tell
+            expected = expected[:, live]
+        if not largest_difference(expected, found) <= tolerance:
+            return f"first in the output of {name}, by {largest_difference(expected, found):.2e}"
+    return "every layer agrees, so the fault is behind the last of them"

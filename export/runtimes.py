@@ -117,7 +117,8 @@ def _module(format: str) -> "tuple[Any, str]":
         if name == "openvino":
             # Without this module OpenVINO takes its own stub; with it, it sends usage figures away when it is imported.
             sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-        module = importlib.import_module(name)
+        with stdout_to_stderr() if name == "MNN" else contextlib.nullcontext():
+            module = importlib.import_module(name)
     except ImportError as e:
         raise Missing(f"the format {format} needs {name}, which cannot be imported ({e})", fix) from e
     version = getattr(module, "__version__", "") or _distribution_version(name)
@@ -507,7 +508,7 @@ def _load_tensorrt(
 ) -> Runner:
     trt, version = _module(format)
     cuda = Cuda(device)
-    logger = _trt_logger(trt)
+    logger = trt_logger(trt)
     runtime = trt.Runtime(logger)
     with open(path, "rb") as file:
         engine = runtime.deserialize_cuda_engine(file.read())
@@ -611,7 +612,7 @@ class _OnDevice(NamedTuple):
         return array
 
 
-def _trt_logger(trt: Any) -> Any:
+def trt_logger(trt: Any) -> Any:
     """A logger that keeps the last error for the message to the user."""
 
     class Keep(trt.ILogger):  # type: ignore[misc, name-defined]

@@ -6,7 +6,7 @@ A target may extend another (``extends: raspberry-pi-5``): its values are laid o
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -72,8 +72,10 @@ class Target(Section):
     name: str
     description: str = ""
     format: Literal["onnx", "ort", "executorch", "litert", "openvino", "mnn", "tensorrt", "tensorrt_rtx"] = "onnx"
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    compute_capability: list[str] = Field([], description="GPUs an engine is built for, such as '8.9'")
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int8-weights"] = "fp32"
+    compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = Field(
+        [], description="GPUs an engine is built for, such as '8.9'"
+    )
     options: dict[str, Any] = Field({}, description="options of the runtime when it loads the file")
     transport: TransportSection = TransportSection()
     threads: int = Field(1, ge=1)

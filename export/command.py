@@ -1,0 +1,177 @@
+"""`compress export --format ...`: what the options mean, real inputs for the comparison, and every format asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.errors import UsageError
+from compress.export import formats
+from compress.export.formats import BuildOptions, Source
+from compress.export.ort import Arrays
+
+SAMPLES = 16  # inputs that a network is compared on
+
+
+def builds(
+    names: Sequence[str],
+    precision: str = "fp32",
+    shapes: Sequence[str] = (),
+    capabilities: Sequence[str] = (),
+    fusions: str = "none",
+) -> list[BuildOptions]:
+    """The options of every format asked for.
+
+    Args:
+        shapes: ``[COMPONENT.]AXIS=LEAST:BENCHMARKED:LARGEST`` or ``AXIS=SIZE``.
+
+    Raises:
+        UsageError: a format, precision or shape is wrong, or a package is missing.
+    """
+    profiles = _profiles(shapes)
+    found = []
+    for name in dict.fromkeys(names):
+        options = BuildOptions(name, precision, profiles, fusions=fusions)
+        if capabilities:
+            options = replace(options, capabilities=tuple(capabilities))
+        formats.check_options(options)
+        found.append(options)
+    if fusions not in ("none", "basic", "all"):
+        raise UsageError(f"there are no fusions {fusions!r}", where="--fusions", fix="one of: none, basic, all")
+    return found
+
+
+def _profiles(shapes: Sequence[str]) -> dict[str, list[dict[str, tuple[int, int, int]]]]:
+    axes: dict[str, dict[str, tuple[int, int, int]]] = {"model": {}, "prefill": {}, "decode": {}}
+    for said in shapes:
+        name, _, sizes = said.partition("=")
+        component, _, axis = name.rpartition(".")
+        try:
+            numbers = [int(n) for n in sizes.split(":")]
+            low, opt, high = numbers * 3 if len(numbers) == 1 else numbers
+            targets = [component] if component else list(axes)
+            for target in targets:
+                # One step of decode is one token, whatever the prompt.
+                if not component and target == "decode" and axis == "sequence":
+                    continue
+                if not component and target == "prefill" and axis == "past":
+                    continue
+                axes[target][axis] = (low, opt, high)
+        except (ValueError, KeyError) as e:
+            raise UsageError(
+                f"{said!r} is no shape",
+                where="--shape",
+                fix="such as batch=8, or sequence=1:128:512 or prefill.sequence=64",
+            ) from e
+    return {component: [given] for component, given in axes.items() if given}
+
+
+def network_source(path: Path, model: Any, inputs: Any, options: BuildOptions, more: Mapping[str, Any]) -> Source:
+    """A network with its held-out samples ``inputs`` (n, ...) as feeds, in batches of the benchmarked size."""
+    source = Source(path, model, **more)
+    graph = formats.read_graph(formats.components(path)["model"])
+    (port,) = graph.inputs
+    axes = formats.profiles_of(options, "model", graph)[0]
+    size = next(iter(axes.values()))[1] if axes else int(port.shape[0])
+    values = inputs.numpy()[: max(SAMPLES, size)]
+    whole = [values[i : i + size] for i in range(0, len(values) - size + 1, size)]
+    # A batch larger than the samples there are is filled by repeating them.
+    parts = whole[:SAMPLES] or [np.resize(values, (size, *values.shape[1:]))]
+    return replace(source, feeds={"model": [{port.name: np.ascontiguousarray(part)} for part in parts]})
+
+
+def text_source(path: Path, model: Any, ids: Any, options: BuildOptions) -> Source:
+    """A language model with real text as feeds: a prompt, and a token behind the cache of a context.
+
+    Args:
+        ids: (n,) int64, a text; repeated to the lengths that are benchmarked.
+    """
+    from compress.export.ort import OrtLLM
+
+    runtime = OrtLLM(path, options.threads)
+    feeds: dict[str, list[Arrays]] = {"prefill": [], "decode": []}
+    files = formats.components(path)
+    for component, file in files.items():
+        graph = formats.read_graph(file)
+        for axes in formats.profiles_of(options, component, graph):
+            size = {a: s[1] for a, s in axes.items()}
+            feed = formats.random_feed(graph, size)
+            batch, length, past = size.get("batch", 1), size.get("sequence", 1), size.get("past", 0)
+            text = np.resize(ids, (batch, past + length)).astype(np.int64)
+            feed["input_ids"] = text[:, past:]
+            if component == "decode" and past:
+                present = runtime.prefill(text[:, :past])
+                feed |= {
+                    f"past_key_values.{k.removeprefix('present.')}": v for k, v in present.items() if k != "logits"
+                }
+            feeds[component].append(feed)
+    return Source(path, model, feeds=feeds)
+
+
+def make_all(sources: Sequence[tuple[Source, BuildOptions]], out: Path) -> dict[str, Any]:
+    """Each in a folder of ``out`` under its name: ``<format>``, or ``<format>-<precision>`` where it is not fp32."""
+    found = {}
+    for source, options in sources:
+        plain = options.precision == "fp32" and options.fusions == "none"
+        if options.format == "onnx" and plain and source.path == out:
+            continue  # what the others are made of lies there already
+        found[label(options)] = formats.make(source, out / label(options), options)
+    return found
+
+
+def label(options: BuildOptions) -> str:
+    parts = [options.format]
+    parts += [options.precision] if options.precision != "fp32" else []
+    parts += ["fused"] if options.fusions != "none" else []
+    return "-".join(parts)
+
+
+def is_onnx(model: str) -> bool:
+    """An ONNX file, or a folder with an export and no model of ours."""
+    path = Path(model)
+    if path.is_file():
+        return True
+    if not path.is_dir() or any(
+        (p / f).exists() for p in (path, path / "model") for f in ("config.json", "network.json")
+    ):
+        return False
+    return any(path.glob("*.onnx"))
+
+
+def export_file(path: Path, out: Path, options: Sequence[BuildOptions]) -> dict[str, Any]:
+    """Formats of an ONNX file from anywhere, compared on random inputs.
+
+    Raises:
+        UsageError: no format is asked for.
+        CompressError: the file is no valid ONNX, or a format cannot take it.
+    """
+    if not options:
+        raise UsageError(
+            "this is ONNX already", where=str(path), fix="name what it is to become: --format tensorrt_rtx"
+        )
+    for file in formats.components(path).values():
+        formats.read_graph(file)
+    return {"kind": "onnx", "formats": make_all([(Source(path), o) for o in options], out)}
+
+
+def lines(facts: dict[str, Any]) -> list[str]:
+    """What the command line says of the formats that were built."""
+    found = []
+    for name, made in facts.get("formats", {}).items():
+        sizes = ", ".join(f"{file}: {size:,} bytes" for file, size in made["bytes"].items())
+        found.append(f"{name:8} {sizes}")
+        parity = made["parity"]
+        if "skipped" in parity:
+            found.append(f"         not run here: {parity['skipped']}")
+        else:
+            found.append(
+                f"         {len(parity['outputs'])} outputs agree with ONNX, largest relative difference"
+                f" {max(parity['outputs'].values()):.1e} ({parity['runtime']})"
+            )
+        for measure, before in made.get("measures", {}).get("before", {}).items():
+            found.append(f"         {measure}: {before:.4f} -> {made['measures']['after'][measure]:.4f}")
+    return found

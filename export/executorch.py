@@ -1,0 +1,204 @@
+"""A torch module to ExecuTorch (.pte), lowered to XNNPACK: for phones and other small devices with a CPU.
+
+A language model becomes one program with the methods ``prefill`` and ``decode``, which share their weights. Their
+inputs and outputs are those of the ONNX files, so one caller serves both; lengths are fixed at the benchmarked ones. A
+shorter prompt or past is padded on the left and masked, and of the cache that ``decode`` gives, the caller drops the
+oldest position. A .pte keeps no names: they are put into it as a constant method ``signature``, JSON as bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CompressError
+from compress.export import formats, parity, runtimes
+from compress.progress import say
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions, Graph, Source
+    from compress.export.runtimes import Runner
+
+FILE = "model.pte"
+
+
+class _Lowered(nn.Module):
+    """The module in another float type, float32 outside."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model.to(dtype), dtype
+
+    def forward(self, *given: Any) -> tuple[Tensor, ...]:
+        inside = [x.to(self.dtype) if x.is_floating_point() else x for x in given]
+        return tuple(y.float() for y in self.model(*inside))
+
+
+class _Flat(nn.Module):
+    """A language model whose cache comes as separate tensors."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor) -> Any:
+        return self.inner(input_ids, attention_mask, position_ids, list(past))
+
+
+class _Prefill(nn.Module):
+    """The model without a past: logits (b, 1, vocab) of the last position and the cache it leaves."""
+
+    def __init__(self, model: Any, layers: list[int]) -> None:
+        super().__init__()
+        self.model, self.layers = model, layers
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, ...]:
+        from transformers import DynamicCache
+
+        cache: Any = DynamicCache()
+        logits = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        present = [t for layer in self.layers for t in (cache.layers[layer].keys, cache.layers[layer].values)]
+        return (logits, *present)
+
+
+def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    """Writes ``model.pte``.
+
+    Raises:
+        CompressError: torch cannot trace the module, or ExecuTorch cannot lower it; it says which operator.
+    """
+    import executorch.version
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    began = time.monotonic()
+    files = formats.components(source.path)
+    graphs = {name: formats.read_graph(path) for name, path in files.items()}
+    programs: dict[str, Any] = {}
+    signature: dict[str, Any] = {}
+    say(f"executorch: lowering {', '.join(files)} in {options.precision}")
+    with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
+        try:
+            for name, graph in graphs.items():
+                axes = formats.profiles_of(options, name, graph)[0]
+                if name != "model":
+                    axes = {a: (opt, opt, opt) for a, (_, opt, _) in axes.items()}
+                method = "forward" if name == "model" else name
+                programs[method] = _trace(source.model, name, graph, axes, options.precision)
+                signature[method] = _signature(graph, axes)
+            lowered = to_edge_transform_and_lower(
+                programs,
+                partitioner=[XnnpackPartitioner()],
+                compile_config=EdgeCompileConfig(_check_ir_validity=False),
+                constant_methods={"signature": torch.tensor(list(json.dumps(signature).encode()), dtype=torch.uint8)},
+            )
+            delegated = {m: _delegation(lowered.exported_program(m)) for m in programs}
+            program = lowered.to_executorch()
+        except Exception as e:  # torch.export, the partitioner and the emitter each have their own types
+            lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+            raise CompressError(
+                f"executorch cannot take the model: {lines[0].strip()[:300]}",
+                where=type(source.model).__name__,
+                fix="rewrite what it names, or name another --format",
+            ) from e
+    with (folder / FILE).open("wb") as file:
+        program.write_to_file(file)
+    return {
+        "components": {name: delegated["forward" if name == "model" else name] for name in graphs},
+        "versions": {"executorch": executorch.version.__version__, "torch": torch.__version__},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, int, int]], precision: str) -> Any:
+    """The exported program of a component, its varying axes bounded as the profile says."""
+    import copy
+
+    from compress.export.onnx import _WithCache, cached_layers
+    from compress.export.onnx_module import _Outputs
+
+    if name == "model":
+        module: nn.Module = _Outputs(copy.deepcopy(model), [p.name for p in graph.outputs])
+    else:
+        layers = [i for i, _ in cached_layers(model)]
+        inner = copy.deepcopy(model)
+        module = _Prefill(inner, layers) if name == "prefill" else _Flat(_WithCache(inner, layers))
+    module = module.eval()
+    if precision == "fp16":
+        module = _Lowered(module, torch.float16)
+    sizes = {a: max(2, high) if low < high else opt for a, (low, opt, high) in axes.items()}
+    feed = formats.random_feed(graph, sizes)
+    given = tuple(torch.from_numpy(feed[p.name] % 2 if p.name == "input_ids" else feed[p.name]) for p in graph.inputs)
+    dims = {a: torch.export.Dim(a, min=max(low, 1), max=high) for a, (low, _, high) in axes.items() if low < high}
+    if not dims:
+        return torch.export.export(module, given, strict=False)
+    shapes = tuple({i: dims[a] for i, a in enumerate(p.shape) if a in dims} for p in graph.inputs)
+    # `_Lowered` takes its arguments as one of many parts.
+    return torch.export.export(module, given, dynamic_shapes=(shapes,) if precision == "fp16" else shapes, strict=False)
+
+
+def _signature(graph: Graph, axes: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
+    def shape(port: Any) -> list[int | None]:
+        return [
+            (None if axes.get(a, (0, 0, 1))[0] < axes.get(a, (0, 0, 1))[2] else axes[a][1]) if isinstance(a, str) else a
+            for a in port.shape
+        ]
+
+    return {
+        "inputs": [{"name": p.name, "shape": shape(p)} for p in graph.inputs],
+        "outputs": [{"name": p.name, "shape": shape(p)} for p in graph.outputs],
+    }
+
+
+def _delegation(program: Any) -> dict[str, Any]:
+    """What XNNPACK took and what is left to the portable kernels, by operator."""
+    parts, left = 0, dict[str, int]()
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        name = str(node.target).split("schema = ")[-1].split("(")[0]
+        if "executorch_call_delegate" in name:
+            parts += 1
+        elif "getitem" not in name:
+            left[name] = left.get(name, 0) + 1
+    return {"xnnpack_parts": parts, "left_to_portable": dict(sorted(left.items()))}
+
+
+class _quiet:
+    """ExecuTorch's passes log at INFO and WARNING what no user can act on."""
+
+    def __enter__(self) -> None:
+        self.before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(self.before)
+
+
+def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    return parity.check_built(source, folder, options, load)
+
+
+def load(folder: Path, component: str, options: BuildOptions) -> Runner:
+    method = "forward" if component == "model" else component
+    return runtimes.load("executorch", str(folder / FILE), options.threads, method=method)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    return formats.describe(folder, "executorch")

@@ -1,0 +1,426 @@
+"""What a model can be exported to, and the one way to do it.
+
+Every format is one file with the same functions::
+
+    build(source: Source, folder: Path, options: BuildOptions) -> facts     writes into the existing folder
+    check(source: Source, folder: Path, options: BuildOptions) -> facts     runs it and compares, output by output
+    describe(folder: Path) -> facts                                         of a folder that was built
+    load(folder: Path, component: str, options: BuildOptions) -> Runner     in its runtime
+
+and is called through ``make``, which builds beside the place, checks, writes ``<format>.json`` and renames when all is
+whole. ``source.path`` is a folder or a file with ONNX; ExecuTorch and LiteRT are made of the torch module beside it.
+
+A network has one component, ``model``; a language model two, ``prefill`` and ``decode``. Axes that may vary are said by
+the name they have in the ONNX file: ``profiles={"model": [{"batch": (1, 1, 8)}]}`` gives least, benchmarked and largest
+size; a format that knows no varying axes takes the benchmarked one.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress.cache import sha256_of
+from compress.errors import CompressError, UsageError
+from compress.export.ort import Arrays
+from compress.export.runtimes import Runner
+
+Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: the file that makes it, and what that needs."""
+
+    name: str
+    title: str
+    module: str  # in compress.export
+    precisions: tuple[str, ...]
+    package: str  # that must be importable to build
+    extra: str  # of this package's own extras; empty where it is always there
+    of_torch: bool = False  # made of the torch module, not of the ONNX file
+
+
+_FORMATS = (
+    Format("onnx", "ONNX", "onnx_file", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
+    Format("ort", "ONNX Runtime mobile", "ort_mobile", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
+    Format("mnn", "MNN", "mnn", ("fp32",), "MNN", "mnn"),
+    Format("openvino", "OpenVINO", "openvino", ("fp32", "fp16", "int8"), "openvino", "openvino"),
+    Format("executorch", "ExecuTorch (XNNPACK)", "executorch", ("fp32", "fp16"), "executorch", "executorch", True),
+    Format("litert", "LiteRT", "litert", ("fp32",), "litert_torch", "litert", True),
+    Format("tensorrt", "TensorRT", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt", ""),
+    Format("tensorrt_rtx", "TensorRT-RTX", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt_rtx", "tensorrt"),
+)
+FORMATS: dict[str, Format] = {f.name: f for f in _FORMATS}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported.
+
+    Args:
+        path: a folder with ONNX (``model.onnx``, or ``prefill.onnx`` and ``decode.onnx``), or one ONNX file.
+        model: the torch module it was made of, where it is known.
+        feeds: real inputs by component, for the comparison; random ones are drawn where there are none.
+        calibration: inputs by component for static quantisation: of the calibration split, never of the test split.
+        evaluate: from loaded components to measures, as accuracy; asked of the ONNX file and of what was built.
+    """
+
+    path: Path
+    model: Any = None
+    feeds: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
+    calibration: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
+    evaluate: Callable[[Mapping[str, Runner]], Mapping[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How it is built; what a format has no use for it leaves alone.
+
+    Args:
+        format: a key of ``FORMATS``.
+        precision: one of the format's. Inputs and outputs stay float32 at each, so that any caller can run it.
+        profiles: per component, one or more sets of axes; see above.
+        capabilities: of CUDA devices, as ``sm86``; for tensorrt_rtx, which builds without one.
+        fusions: ``all``, ``basic`` or ``none``: how far ONNX Runtime fuses the graph when the file is made.
+        timing_cache: a file that ``tensorrt`` reads and writes, so that a later build takes the same kernels.
+        tolerance: of the comparison, relative to the largest value; by default the precision's.
+        threads: of the comparison.
+    """
+
+    format: str
+    precision: str = "fp32"
+    profiles: Mapping[str, Sequence[Axes]] = field(default_factory=dict)
+    capabilities: tuple[str, ...] = ("sm80", "sm86", "sm89", "sm120")
+    fusions: str = "none"
+    timing_cache: Path | None = None
+    tolerance: float | None = None
+    threads: int = 1
+
+
+def check_options(options: BuildOptions) -> Format:
+    """The format, if it can be built here.
+
+    Raises:
+        UsageError: there is no such format or precision, or what it needs is not installed.
+    """
+    found = FORMATS.get(options.format)
+    if found is None:
+        raise UsageError(
+            f"there is no format {options.format!r}", where="--format", fix=f"one of: {', '.join(FORMATS)}"
+        )
+    if options.precision not in found.precisions:
+        raise UsageError(
+            f"{found.title} is not built in {options.precision}",
+            where="--precision",
+            fix=f"one of: {', '.join(found.precisions)}",
+        )
+    if importlib.util.find_spec(found.package) is None:
+        how = f"pip install 'compress[{found.extra}]'" if found.extra else f"pip install {found.package}"
+        raise UsageError(
+            f"the format {found.name} needs {found.package}, which is not installed", where="--format", fix=how
+        )
+    return found
+
+
+def module_of(form: Format) -> Any:
+    return importlib.import_module(f"compress.export.{form.module}")
+
+
+def components(path: Path) -> dict[str, Path]:
+    """component -> ONNX file.
+
+    Raises:
+        CompressError: there is no ONNX here.
+    """
+    from compress.export.onnx import DECODE, PREFILL
+    from compress.export.onnx_module import FILE
+
+    if path.is_file():
+        return {"model": path}
+    if (path / FILE).is_file():
+        return {"model": path / FILE}
+    if (path / PREFILL).is_file() and (path / DECODE).is_file():
+        return {"prefill": path / PREFILL, "decode": path / DECODE}
+    raise CompressError(
+        "there is no ONNX file here", where=str(path), fix="name a file, or a folder made by `compress export`"
+    )
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of an ONNX file; an axis that may vary stands in ``shape`` by its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def at(self, axes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where the axes have these sizes.
+
+        Raises:
+            UsageError: an axis has no size.
+        """
+        absent = [a for a in self.shape if isinstance(a, str) and a not in axes]
+        if absent:
+            raise UsageError(
+                f"the input {self.name} has the axis {absent[0]!r}, and no size is given for it",
+                where="shapes",
+                fix=f"give it: {absent[0]}: [least, benchmarked, largest]",
+            )
+        return tuple(axes[a] if isinstance(a, str) else a for a in self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    nodes: int
+    ops: Mapping[str, int]
+
+
+def read_graph(path: Path, own_operators: bool = True) -> Graph:
+    """Inputs, outputs and operators of an ONNX file, without its weights.
+
+    Args:
+        own_operators: the file holds ONNX's operators alone, so that it can be checked.
+
+    Raises:
+        CompressError: it is missing, or no valid ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise CompressError("there is no such ONNX file", where=str(path), fix="export it with `compress export`")
+    try:
+        model = onnx.load(path, load_external_data=False)
+        if own_operators:
+            onnx.checker.check_model(str(path))
+    except (DecodeError, onnx.checker.ValidationError, ValueError) as e:
+        said = next((line for line in str(e).splitlines() if line.strip()), "it cannot be read")
+        raise CompressError(f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again") from e
+    graph = model.graph
+    if not graph.output:
+        raise CompressError("this is no valid ONNX file: it has no output", where=str(path), fix="export it again")
+    given = {i.name for i in graph.initializer}
+    ops: dict[str, int] = {}
+    for node in graph.node:
+        ops[node.op_type] = ops.get(node.op_type, 0) + 1
+
+    def port(value: Any) -> Port:
+        tensor = value.type.tensor_type
+        shape = tuple(
+            d.dim_value if d.HasField("dim_value") else (d.dim_param or f"{value.name}.{n}")
+            for n, d in enumerate(tensor.shape.dim)
+        )
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
+        return Port(value.name, dtype, shape)
+
+    return Graph(
+        tuple(port(v) for v in graph.input if v.name not in given),
+        tuple(port(v) for v in graph.output),
+        len(graph.node),
+        dict(sorted(ops.items())),
+    )
+
+
+def profiles_of(options: BuildOptions, component: str, graph: Graph) -> list[dict[str, tuple[int, int, int]]]:
+    """The profiles of a component, with what follows from the rest filled in.
+
+    A batch is 1 where nothing is said. ``total`` is ``past`` + ``sequence``. Where nothing at all is said of a language
+    model, a prompt of 128 tokens (1 to 512) and a context of 128 (1 to 512) are taken.
+
+    Raises:
+        UsageError: an axis has no size, or least <= benchmarked <= largest does not hold.
+    """
+    known = {a for p in graph.inputs for a in p.shape if isinstance(a, str)}
+    # A file from elsewhere calls its batch as it likes: the one axis that varies, in front.
+    batch = next(iter(known)) if len(known) == 1 and all(p.shape[1:] == _fixed(p) for p in graph.inputs) else "batch"
+    found = []
+    for said in options.profiles.get(component) or ({},):
+        given = {batch if a == "batch" and a not in known else a: s for a, s in said.items()}
+        axes: dict[str, tuple[int, int, int]] = {batch: (1, 1, 1)} if batch in known else {}
+        if component == "prefill":
+            axes["sequence"] = (1, 128, 512)
+        if component == "decode":
+            axes |= {"sequence": (1, 1, 1), "past": (1, 128, 512)}
+        axes |= {a: (int(s[0]), int(s[1]), int(s[2])) for a, s in given.items()}
+        strange = sorted(set(axes) - known - {"past", "sequence"})
+        if strange:
+            raise UsageError(
+                f"no input of the {component} graph has an axis {strange[0]!r}",
+                where="shapes",
+                fix=f"its axes are: {', '.join(sorted(known)) or 'all fixed'}",
+            )
+        for axis, (low, opt, high) in axes.items():
+            if not 0 <= low <= opt <= high:
+                raise UsageError(
+                    f"the sizes of the axis {axis!r} are no range: {low}, {opt}, {high}",
+                    where="shapes",
+                    fix="least <= benchmarked <= largest",
+                )
+        if "total" in known and "total" not in axes and {"past", "sequence"} <= set(axes):
+            (a, b, c), (d, e, f) = axes["past"], axes["sequence"]
+            axes["total"] = (a + d, b + e, c + f)
+        for port in graph.inputs:
+            port.at({a: s[1] for a, s in axes.items()})  # names an axis without a size
+        found.append({a: s for a, s in axes.items() if a in known})
+    return found
+
+
+def _fixed(port: Port) -> tuple[int, ...]:
+    return tuple(a for a in port.shape[1:] if isinstance(a, int))
+
+
+def network_profiles(batch: int = 1, most: int | None = None) -> dict[str, list[Axes]]:
+    """Of a network that is measured at ``batch`` and takes up to ``most``."""
+    return {"model": [{"batch": (1, batch, most or batch)}]}
+
+
+def text_profiles(prompt: int, context: int, *, batch: int = 1, most: int | None = None) -> dict[str, list[Axes]]:
+    """Of a language model that is measured at a prompt and a context (tokens); ``most`` tokens at most."""
+    most = most or max(prompt, context)
+    several = (1, batch, batch)
+    return {
+        "prefill": [{"batch": several, "sequence": (1, prompt, most)}],
+        "decode": [{"batch": several, "sequence": (1, 1, 1), "past": (1, context, most)}],
+    }
+
+
+def random_feed(graph: Graph, axes: Mapping[str, int], seed: int = 0) -> Arrays:
+    """Inputs of the right shapes, for a file that comes without real ones."""
+    draw = np.random.default_rng(seed)
+    feed: Arrays = {}
+    for port in graph.inputs:
+        shape = port.at(axes)
+        if port.name == "attention_mask":
+            feed[port.name] = np.ones(shape, port.dtype)
+        elif port.name == "position_ids":
+            first = axes.get("past", 0) if "past" in {a for p in graph.inputs for a in p.shape} else 0
+            feed[port.name] = np.broadcast_to(np.arange(first, first + shape[1]), shape).astype(port.dtype)
+        elif np.dtype(port.dtype).kind == "f":
+            feed[port.name] = draw.standard_normal(shape).astype(port.dtype)
+        elif port.dtype == "bool":
+            feed[port.name] = np.ones(shape, bool)
+        else:
+            feed[port.name] = draw.integers(0, 100, shape).astype(port.dtype)
+    return feed
+
+
+def feeds_of(source: Source, options: BuildOptions, component: str, graph: Graph) -> list[Arrays]:
+    """What a component is compared on: the source's real inputs, or random ones at each profile."""
+    given = list(source.feeds.get(component, ()))
+    if given:
+        return given
+    return [
+        random_feed(graph, {a: s[1] for a, s in axes.items()}, seed)
+        for seed, axes in enumerate(profiles_of(options, component, graph))
+    ]
+
+
+def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = True) -> dict[str, Any]:
+    """Builds ``folder``, checks it and writes ``folder/<format>.json``; the folder appears when all is whole.
+
+    Returns:
+        ``{"format", "precision", "components": {component: ...}, "bytes": {file: size}, "sha256": {file: hash},
+        "seconds", "versions", "parity"}`` and what the format adds. ``parity`` has ``skipped`` with the reason where
+        the runtime or its driver is not here.
+
+    Raises:
+        UsageError: the format, its precision or the shapes are wrong, or a package is missing.
+        CompressError: it cannot be built, or differs from the ONNX file; the operator, node or layer is named.
+    """
+    form = check_options(options)
+    files = components(source.path)
+    for path in files.values():
+        read_graph(path)
+    if form.of_torch and source.model is None:
+        raise UsageError(
+            f"{form.title} is made of the torch model, and an ONNX file does not hold one",
+            where=str(source.path),
+            fix="name a model that `compress` saved, or another format",
+        )
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError("the folder is not empty", where=str(folder), fix="name another folder")
+    module = module_of(form)
+    with whole(folder) as partial:
+        facts: dict[str, Any] = {"format": form.name, "precision": options.precision}
+        facts |= module.build(source, partial, options)
+        facts["bytes"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
+        facts["sha256"] = {name: sha256_of(partial / name) for name in facts["bytes"]}
+        if check:
+            facts["parity"] = module.check(source, partial, options)
+            if source.evaluate is not None and "skipped" not in facts["parity"]:
+                facts["measures"] = _measures(source, partial, options, module)
+        (partial / f"{form.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _measures(source: Source, folder: Path, options: BuildOptions, module: Any) -> dict[str, dict[str, float]]:
+    """What the ONNX file and the built one are worth, by the source's own function."""
+    from compress.export import runtimes
+
+    assert source.evaluate is not None  # asked by the caller
+    files = components(source.path)
+    before = {name: runtimes.load("onnx", str(path), options.threads) for name, path in files.items()}
+    after = {name: module.load(folder, name, options) for name in files}
+    return {"before": dict(source.evaluate(before)), "after": dict(source.evaluate(after))}
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder beside ``folder`` that becomes it when the block ends well, and is gone otherwise.
+
+    Raises:
+        CompressError: the disk is full, or cannot be written to.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise CompressError(
+            f"the export cannot be written: {e.strerror}", where=str(folder), fix="make room, or name another --out"
+        ) from e
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def describe(folder: Path, form: str) -> dict[str, Any]:
+    """The facts of a built folder, with its files' sizes and hashes as they are now.
+
+    Raises:
+        CompressError: it was not built as this format, or a file has changed since.
+    """
+    path = folder / f"{form}.json"
+    try:
+        facts: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise CompressError(
+            f"this folder was not built as {form}", where=str(folder), fix=f"compress export --format {form}"
+        ) from e
+    for name, size in facts["bytes"].items():
+        if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+            raise CompressError("a file is missing or has another size", where=str(folder / name), fix="export again")
+        if sha256_of(folder / name) != facts["sha256"][name]:
+            raise CompressError("a file has changed since it was built", where=str(folder / name), fix="export again")
+    return facts

@@ -1,0 +1,173 @@
+"""ONNX as a deployed file: as it was exported, in another precision, or with ONNX Runtime's fusions written into it.
+
+Fused files hold operators of ONNX Runtime's own, so nothing else reads them; they load faster and run as fast as what
+ONNX Runtime makes of the plain file when it loads it. prefill and decode share one weights file at every precision.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.export import formats, parity, quantize, runtimes
+from compress.export.cast import cast_file
+from compress.progress import say
+
+if TYPE_CHECKING:
+    from compress.export.formats import BuildOptions, Source
+    from compress.export.runtimes import Runner
+
+SMALL = 1024  # bytes; a tensor below stays inside the graph
+
+
+def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    """Writes ``<component>.onnx``, and ``weights.data`` where the weights stand beside the graph.
+
+    Raises:
+        CompressError: the graph cannot be cast, quantised or fused.
+    """
+    import onnxruntime as ort
+
+    began = time.monotonic()
+    made = {
+        name: convert(path, folder / f"{name}.onnx", source, name, options)
+        for name, path in formats.components(source.path).items()
+    }
+    if len(made) > 1:
+        share_weights(folder, list(made))
+    for name in made:
+        made[name]["ops"] = dict(formats.read_graph(folder / f"{name}.onnx", own_operators=False).ops)
+    return {
+        "components": made,
+        "fusions": options.fusions,
+        "versions": {"onnxruntime": ort.__version__},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def convert(path: Path, target: Path, source: Source, component: str, options: BuildOptions) -> dict[str, Any]:
+    """``target`` from the ONNX file ``path`` in the precision and with the fusions asked for."""
+    say(f"onnx: {component} in {options.precision}")
+    facts: dict[str, Any] = {}
+    first = target if options.fusions == "none" else target.with_name(f"plain.{target.name}")
+    if options.precision in ("fp16", "bf16"):
+        facts |= cast_file(path, first, options.precision)
+    elif options.precision == "int8":
+        quantize.static_int8(path, first, source.calibration.get(component, ()))
+    elif options.precision == "int8-weights":
+        facts["quantised"] = quantize.weights_int8(path, first)
+    else:
+        _copy(path, first)
+    if options.fusions != "none":
+        facts["nodes_before"] = formats.read_graph(first).nodes
+        fuse(first, target, options.fusions)
+        facts["nodes"] = formats.read_graph(target, own_operators=False).nodes
+        for left in (first, first.with_suffix(".data")):
+            left.unlink(missing_ok=True)
+    return facts
+
+
+def _copy(path: Path, target: Path) -> None:
+    """The graph, and the weights files that it names."""
+    import onnx
+
+    shutil.copyfile(path, target)
+    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+        for entry in tensor.external_data:
+            place = target.parent / entry.value
+            if entry.key == "location" and not place.exists():
+                shutil.copyfile(path.parent / entry.value, place)
+
+
+def fuse(path: Path, target: Path, how: str) -> None:
+    """Writes what ONNX Runtime makes of a graph when it loads it: ``basic`` or ``all`` but what fits one CPU only.
+
+    Raises:
+        CompressError: it cannot load it.
+    """
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    levels = ort.GraphOptimizationLevel
+    settings.graph_optimization_level = levels.ORT_ENABLE_BASIC if how == "basic" else levels.ORT_ENABLE_EXTENDED
+    settings.optimized_model_filepath = str(target)
+    if path.stat().st_size < _weights(path):
+        settings.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{target.stem}.data"
+        )
+        settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(SMALL))
+    try:
+        ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except Exception as e:  # its exception types are not public
+        raise CompressError(
+            f"ONNX Runtime cannot fuse the graph: {str(e).splitlines()[0][:300]}", where=str(path), fix="--fusions none"
+        ) from e
+
+
+def _weights(path: Path) -> int:
+    """Bytes of the weights beside a graph."""
+    import onnx
+
+    places = {
+        path.parent / entry.value
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return sum(p.stat().st_size for p in places)
+
+
+def share_weights(folder: Path, names: list[str]) -> None:
+    """Writes the weights of several graphs once, into ``weights.data``: equal bytes are kept one time."""
+    import hashlib
+
+    import onnx
+    from onnx.external_data_helper import load_external_data_for_model
+
+    from compress.export.onnx import WEIGHTS
+
+    models = {}
+    for name in names:
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        load_external_data_for_model(model, str(folder))
+        models[name] = model
+    for left in folder.glob("*.data"):
+        left.unlink()
+    places: dict[str, int] = {}
+    with (folder / WEIGHTS).open("wb") as file:
+        for model in models.values():
+            for tensor in model.graph.initializer:
+                data = onnx.numpy_helper.to_array(tensor).tobytes() if not tensor.raw_data else tensor.raw_data
+                if len(data) < SMALL:
+                    continue
+                digest = hashlib.sha256(data).hexdigest()
+                if digest not in places:
+                    file.write(b"\0" * (-file.tell() % 64))
+                    places[digest] = file.tell()
+                    file.write(data)
+                dims, kind, label = list(tensor.dims), tensor.data_type, tensor.name
+                tensor.Clear()
+                tensor.dims.extend(dims)
+                tensor.data_type, tensor.name = kind, label
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in (("location", WEIGHTS), ("offset", places[digest]), ("length", len(data))):
+                    entry = tensor.external_data.add()
+                    entry.key, entry.value = key, str(value)
+    for name, model in models.items():
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+
+
+def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
+    return parity.check_built(source, folder, options, load)
+
+
+def load(folder: Path, component: str, options: BuildOptions) -> Runner:
+    return runtimes.load("onnx", str(folder / f"{component}.onnx"), options.threads)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    return formats.describe(folder, "onnx")

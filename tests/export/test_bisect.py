@@ -1,0 +1,127 @@
+"""What differs is named: a weight that was changed in the file, a node that a converter gets wrong, a sliced layer."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from compress.errors import CompressError
+from compress.export import bisect, formats, onnx_file, parity
+from compress.export.formats import BuildOptions, Source, make, network_profiles, text_profiles
+from compress.export.onnx import DECODE, export_llm
+from compress.export.onnx_module import INPUT, export_module
+from compress.export.runtimes import load
+from compress.models.zoo import build
+from tests.export.test_onnx import ragged
+from tests.export.test_onnx_module import inputs
+
+
+@pytest.fixture(scope="module")
+def branched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet: two branches meet in every block."""
+    folder = tmp_path_factory.mktemp("resnet")
+    export_module(build("resnet", {"depth": 14, "width": 4, "classes": 3}, seed=0).eval(), inputs(2), ["y"], folder)
+    return folder / "model.onnx"
+
+
+def convolutions(path: Path) -> list[Any]:
+    return [n for n in onnx.load(path).graph.node if n.op_type == "Conv"]
+
+
+def changed(path: Path, target: Path, weight: str, factor: float = 1.5) -> Path:
+    """The file with one number of ``weight`` changed."""
+    model = onnx.load(path)
+    tensor = next(i for i in model.graph.initializer if i.name == weight)
+    values = numpy_helper.to_array(tensor).copy()
+    at = np.unravel_index(np.abs(values).argmax(), values.shape)
+    values[at] *= factor
+    tensor.CopyFrom(numpy_helper.from_array(values, weight))
+    onnx.save(model, target)
+    return target
+
+
+@pytest.mark.parametrize("which", [0, 4, -1])
+def test_a_changed_weight_is_found_among_all_nodes(branched: Path, tmp_path: Path, which: int) -> None:
+    node = convolutions(branched)[which]
+    other = changed(branched, tmp_path / "other.onnx", node.input[1])
+    feed = {INPUT: inputs(2).numpy()}
+    assert bisect.between_onnx(branched, branched, feed, 1e-6) == "no tensor that both files have differs"
+    assert f"first at the node {node.name!r} (Conv)" in bisect.between_onnx(branched, other, feed, 1e-4)
+
+
+@pytest.mark.parametrize("which", [1, 5, 10])
+def test_a_node_that_is_built_wrong_is_found_by_cutting_the_graph(branched: Path, tmp_path: Path, which: int) -> None:
+    """The builder here changes one weight wherever the node is in the cut graph: so would a converter with a fault."""
+    node = convolutions(branched)[which]
+    builds = []
+
+    def run(cut: Path, feed: dict[str, Any]) -> Any:
+        builds.append(cut)
+        if node.input[1] in {i.name for i in onnx.load(cut).graph.initializer}:
+            cut = changed(cut, tmp_path / "built.onnx", node.input[1], 3.0)
+        return next(iter(load("onnx", str(cut)).run(feed).values()))
+
+    found = bisect.first_node(branched, "y", {INPUT: inputs(2).numpy()}, 1e-4, run)
+    assert found == f"first at the node {node.name!r} (Conv), whose inputs agree"
+    assert len(builds) <= 12, "a search, not one build a node"
+
+
+@pytest.mark.parametrize("form", ["openvino", "ort", "mnn"])
+def test_a_wrong_artefact_stops_the_export_and_names_the_node(
+    branched: Path, tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file the format is built from is corrupted on the way, as a faulty converter would; the real one runs it."""
+    pytest.importorskip({"openvino": "openvino", "mnn": "MNN"}.get(form, "onnxruntime"))
+    node = convolutions(branched)[6]
+    module: Any = formats.module_of(formats.FORMATS[form])
+    real = module.build
+
+    def faulty(source: Source, folder: Path, options: BuildOptions) -> Any:
+        path = source.path
+        if node.input[1] in {i.name for i in onnx.load(path).graph.initializer}:
+            path = changed(path, tmp_path / "faulty.onnx", node.input[1], 4.0)
+        return real(Source(path), folder, options)
+
+    monkeypatch.setattr(module, "build", faulty)
+    source = Source(branched, feeds={"model": [{INPUT: inputs(2).numpy()}]})
+    with pytest.raises(
+        CompressError, match=f"first at the node {re.escape(repr(node.name))} .Conv., whose inputs agree"
+    ):
+        make(source, tmp_path / "out", BuildOptions(form, profiles=network_profiles(2)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_weight_of_a_language_model_is_found_in_decode(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    export_llm(ragged("llama"), tmp_path / "a")
+    options = BuildOptions("onnx", profiles=text_profiles(8, 8))
+    make(Source(tmp_path / "a"), tmp_path / "b", options)
+    graph = onnx.load(tmp_path / "b" / DECODE)
+    weights = {i.name for i in graph.graph.initializer}
+    node = [n for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in weights][9]
+    changed(tmp_path / "b" / DECODE, tmp_path / "b" / "changed.onnx", node.input[1], 8.0)
+    (tmp_path / "b" / "changed.onnx").replace(tmp_path / "b" / DECODE)
+    with pytest.raises(CompressError, match=f"decode.*first at the node {re.escape(repr(node.name))} .MatMul."):
+        onnx_file.check(Source(tmp_path / "a"), tmp_path / "b", options)
+
+
+def test_a_sliced_network_that_differs_names_the_layer() -> None:
+    before = build("resnet", {"depth": 8, "width": 4, "classes": 3}, seed=0).eval()
+    after = copy.deepcopy(before)
+    x = inputs(3)
+    assert parity.check_modules(before, after, x, ["y"], 1e-6, "slicing")["outputs"] == {"y": 0.0}
+    layers = [(name, m) for name, m in after.named_modules() if isinstance(m, nn.Conv2d)]
+    name, layer = layers[3]
+    with torch.no_grad():
+        layer.weight[0] *= 3
+    with pytest.raises(CompressError, match=f"differs after slicing: y by .*first in the output of {re.escape(name)},"):
+        parity.check_modules(before, after, x, ["y"], 1e-4, "slicing")
