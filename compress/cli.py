@@ -338,16 +338,19 @@ def bench(
     processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     target: TargetName = None,
+    out: Annotated[Path | None, typer.Option(help="a folder for bench.json and the plots")] = None,
     json_: Json = False,
 ) -> None:
     """Measures latency and memory of two exports, interleaved in fresh processes, here or on a target."""
-    from compress.export.on_target import bench_lines
+    from compress.export.on_target import bench_lines, write
     from compress.saved import lines
     from compress.verbs import bench as run
 
     facts = run(
         dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads, target=target
     )
+    if out is not None:
+        write(facts, out)
     _show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
 
 

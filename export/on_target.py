@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,17 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
         says = {True: "kept", False: "NOT kept", None: "not judged"}[kept]
         lines.append(f"budget  {figure}: {found['budget']['milliseconds']:g} ms are {says}")
     return lines
+
+
+def write(found: dict[str, Any], folder: Path) -> None:
+    """bench.json, with every raw sample, and the plots."""
+    from compress.export.bench.plots import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / ".bench.json.partial"
+    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.replace(folder / "bench.json")
+    draw(found, folder)
 
 
 def listing() -> dict[str, str]:
