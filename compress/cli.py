@@ -392,7 +392,8 @@ def verify(
 
 @app.command("list", epilog="Example:  compress list models")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="recipes, models or targets; all by default")] = None, json_: Json = False
+    what: Annotated[str | None, typer.Argument(help="recipes, models or targets; all by default")] = None,
+    json_: Json = False,
 ) -> None:
     """Lists recipes, models and targets."""
     from compress.verbs import listing

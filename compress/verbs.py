@@ -186,7 +186,6 @@ def listing(what: str | None) -> dict[str, Any]:
     import yaml
 
     from compress.export.on_target import listing as targets
-
     from compress.models.sources import alias_names, describe_alias
 
     found: dict[str, Any] = {}

@@ -109,7 +109,11 @@ def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threa
             "options": {"names": list(names)}, "input": str(given), "outputs": str(found),
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, str(agent_file())], input=json.dumps(request), capture_output=True, text=True, errors="replace"
+            [sys.executable, str(agent_file())],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
         last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
         if not done.returncode:

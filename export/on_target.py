@@ -39,7 +39,9 @@ def doctor(name: str) -> list[dict[str, str]]:
     device, state = found["device"], found["state"]
     cores = device.get("cores_allowed") or device.get("cores") or 1
     what = f"{device['cpu']}, {device['machine']}, {cores} cores, {device['system']}"
-    rows = [_row(transport.title, "ok", what + (f", Python {device['python']}" if "python" in device else ""), "the device")]
+    rows = [
+        _row(transport.title, "ok", what + (f", Python {device['python']}" if "python" in device else ""), "the device")
+    ]
     if "runtime" in found:
         rows.append(_row(target.format, "ok", found["runtime"], f"running {target.format}"))
     else:
@@ -51,7 +53,9 @@ def doctor(name: str) -> list[dict[str, str]]:
         rows.append(_row("processor", "warn", "emulated: its times are not the device's, and never gated", "latency"))
     if "load_average" in state:
         busy = state["load_average"] > BUSY * cores
-        rows.append(_row("load", "warn" if busy else "ok", f"{state['load_average']:.2f} on {cores} cores", "steady times"))
+        rows.append(
+            _row("load", "warn" if busy else "ok", f"{state['load_average']:.2f} on {cores} cores", "steady times")
+        )
     if "governor" in device:
         fast = device["governor"] == "performance"
         how = "" if fast else "; performance keeps the clock still"
@@ -61,7 +65,9 @@ def doctor(name: str) -> list[dict[str, str]]:
         rows.append(_row("heat", "ok" if heat < COOL else "warn", f"{heat:.0f} degrees", "not being throttled"))
     if "thermal_status" in state:
         calm = state["thermal_status"] == 0
-        rows.append(_row("throttling", "ok" if calm else "warn", f"Android's status {state['thermal_status']}", "full clocks"))
+        rows.append(
+            _row("throttling", "ok" if calm else "warn", f"Android's status {state['thermal_status']}", "full clocks")
+        )
     if "battery" in state:
         level = state["battery"].get("level")
         rows.append(_row("battery", "ok" if (level or 0) >= 30 else "warn", f"{level} %", "full clocks"))
@@ -163,11 +169,11 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
     from compress.saved import KINDS
 
     lines: list[str] = importlib.import_module(KINDS[found["kind"]].verbs).bench_lines(found)
-    for label in ("dense", "pruned"):
-        for figure, rows in found[label].get("grid", {}).items():
+    for side in ("dense", "pruned"):
+        for figure, rows in found[side].get("grid", {}).items():
             for row in rows if len(rows) > 1 else ():
                 length = row.get("prompt") or row.get("context")
-                lines.append(f"{figure} {label:7} {1000 * row['median']:8.2f} ms  at {length} tokens")
+                lines.append(f"{figure} {side:7} {1000 * row['median']:8.2f} ms  at {length} tokens")
     machine = found["machine"]
     lines.append(f"target  {found['spec']['target']}: {machine['cpu']}, {found['spec']['runtime']}")
     if found["emulated"]:

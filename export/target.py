@@ -32,7 +32,9 @@ class TransportSection(Section):
     )
     serial: str | None = Field(None, min_length=1, description="adb: which device, where there are several")
     python: str | None = Field(None, description="the interpreter there, with numpy and the runtime")
-    benchmark: str | None = Field(None, description="adb: the runtime's own benchmark program there, in place of Python")
+    benchmark: str | None = Field(
+        None, description="adb: the runtime's own benchmark program there, in place of Python"
+    )
     folder: str | None = Field(None, description="where artefacts are kept there")
 
     @model_validator(mode="after")
@@ -50,7 +52,9 @@ class Shapes(Section):
 
     batch: int = Field(1, ge=1, description="networks: samples of one call")
     inputs: dict[str, list[int]] = Field({}, description="networks: shapes of inputs whose axes the file leaves open")
-    prompts: list[int] = Field([512], min_length=1, description="language models: tokens of the prompt TTFT is measured on")
+    prompts: list[int] = Field(
+        [512], min_length=1, description="language models: tokens of the prompt TTFT is measured on"
+    )
     contexts: list[int] = Field([512], min_length=1, description="language models: tokens in the cache at TPOT")
     max_context: int | None = Field(None, ge=1, description="language models: most tokens an engine must take")
 
@@ -161,7 +165,8 @@ def transport_of(target: Target) -> Transport:
             key=key,
             known_hosts=Path(how.known_hosts).expanduser() if how.known_hosts is not None else None,
             host_key=how.host_key,
-            **{k: v for k, v in (("python", how.python), ("folder", how.folder)) if v is not None},
+            python=how.python or "python3",
+            folder=how.folder or "~/.cache/compress",
         )
     if how.kind == "adb":
         from compress.export.bench.adb import Adb

@@ -57,7 +57,9 @@ def require() -> None:
     missing = [name for name in ("debootstrap", QEMU) if shutil.which(name) is None]
     if missing:
         raise UsageError(
-            f"not installed: {', '.join(missing)}", where="arm64 device", fix="apt-get install debootstrap qemu-user-static"
+            f"not installed: {', '.join(missing)}",
+            where="arm64 device",
+            fix="apt-get install debootstrap qemu-user-static",
         )
     if os.geteuid() != 0:
         raise UsageError("a chroot needs root", where="arm64 device", fix="run it as root")
@@ -74,7 +76,9 @@ def register() -> None:
 
 def mirror() -> tuple[str, str]:
     """(URL, suite) of this system's own Debian mirror."""
-    for line in _run("apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT)", "Created-By: Packages").splitlines():
+    for line in _run(
+        "apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT)", "Created-By: Packages"
+    ).splitlines():
         site, codename, component = line.split()
         if component == "main" and codename == "bookworm":
             return site, codename
@@ -122,7 +126,6 @@ def _unmount_below(folder: Path) -> None:
             _run("umount", "--lazy", place)
 
 
-
 def start(home: Path = HOME, port: int = PORT) -> Path:
     """Starts sshd inside and returns the target file that measures on it.
 
@@ -162,7 +165,9 @@ def start(home: Path = HOME, port: int = PORT) -> Path:
         if sshd.poll() is not None:
             said = (home / "log").read_text().strip().splitlines()
             raise CompressError(
-                f"sshd does not start: {said[-1] if said else sshd.returncode}", where=str(home / "log"), fix="see there"
+                f"sshd does not start: {said[-1] if said else sshd.returncode}",
+                where=str(home / "log"),
+                fix="see there",
             )
         time.sleep(0.1)
     (home / "pid").write_text(str(sshd.pid))

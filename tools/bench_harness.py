@@ -65,7 +65,8 @@ def main() -> None:
         runner = runtimes.load("onnx", str(path), 1)
         draw = np.random.default_rng(0)
         feed = {
-            v.name: draw.standard_normal([1 if n is None else n for n in v.shape]).astype(v.dtype) for v in runner.inputs
+            v.name: draw.standard_normal([1 if n is None else n for n in v.shape]).astype(v.dtype)
+            for v in runner.inputs
         }
         call, session = runner.prepare(feed), runner.native
         for _ in range(10):

@@ -83,7 +83,9 @@ class Adb:
             )  # fmt: skip
         if self.serial is not None and self.serial not in attached:
             raise CompressError(
-                f"there is no device {self.serial}", where=self.title, fix=f"transport.serial: one of {', '.join(attached)}"
+                f"there is no device {self.serial}",
+                where=self.title,
+                fix=f"transport.serial: one of {', '.join(attached)}",
             )
         if self.serial is None and len(attached) > 1:
             raise CompressError(
@@ -136,7 +138,7 @@ class Adb:
         full = "No space left" in said
         raise CompressError(
             f"{'no disk on the device' if full else 'copying failed'}: {said}", where=f"{self.title}, {path.name}",
-            fix="free some, or name another folder in the target" if full else "the same command begins this file again",
+            fix="free some, or name another folder in the target" if full else "give the same command again",
         )  # fmt: skip
 
     def _free(self, folder: str) -> int:
@@ -222,15 +224,19 @@ class Adb:
         try:
             found["runtime"] = f"{Path(benchmark).name} {self._hash(benchmark)}"
         except CompressError as e:
-            found["missing"] = {"what": e.what, "fix": f"push the runtime's benchmark program to {benchmark}, chmod +x it"}
+            found["missing"] = {
+                "what": e.what,
+                "fix": f"push the runtime's benchmark program to {benchmark}, chmod +x it",
+            }
         return found
 
     def _property(self, name: str) -> str:
         return self.shell("getprop", name).strip()
 
     def _device(self) -> dict[str, Any]:
+        chip = self._property("ro.soc.model") or self._property("ro.hardware")
         return {
-            "cpu": f"{self._property('ro.product.model')} ({self._property('ro.soc.model') or self._property('ro.hardware')})",
+            "cpu": f"{self._property('ro.product.model')} ({chip})",
             "machine": self._property("ro.product.cpu.abi"),
             "cores": int(self.shell("nproc").strip() or 0),
             "system": f"Android {self._property('ro.build.version.release')} {self._property('ro.build.id')}",

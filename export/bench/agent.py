@@ -22,7 +22,8 @@ import json
 import os
 import sys
 import time
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 Request = dict[str, Any]
 clock = time.perf_counter
@@ -72,7 +73,7 @@ def _load(request: Request, file: str) -> tuple[Any, float]:
 
 
 def _feed(runner: Any, request: Request) -> dict[str, Any]:
-    """Random values for every input; an axis that the file leaves open is what the request says, the first the batch."""
+    """Random values for every input; an axis that the file leaves open is as the request says, the first the batch."""
     import numpy as np
     import runtimes
 
@@ -144,7 +145,7 @@ def measure_llm(request: Request) -> dict[str, Any]:
         found = runner.run(feed(runner, context, context, {}))
         caches[context] = {"past_key_values." + k[len("present.") :]: v for k, v in found.items() if k != "logits"}
     prefill_peak = environment.peak_memory()
-    call = runner = found = None
+    del call, runner, found
     gc.collect()
     runner, load = _load(request, request["files"]["decode"])
     for context, past in caches.items():
@@ -185,7 +186,9 @@ def run(request: Request) -> dict[str, Any]:
 def profile(request: Request) -> dict[str, Any]:
     """ONNX Runtime's own profile, one row a node: seconds a call, operator, shapes."""
     prefix = os.path.join(request["folder"], f"profile-{os.getpid()}")
-    runner, _ = _load({**request, "options": {**request.get("options", {}), "profile": prefix}}, request["files"]["model"])
+    runner, _ = _load(
+        {**request, "options": {**request.get("options", {}), "profile": prefix}}, request["files"]["model"]
+    )
     call = runner.prepare(_feed(runner, request))
     for _ in range(request["calls"]):
         call()
@@ -206,9 +209,9 @@ def profile(request: Request) -> dict[str, Any]:
             name,
             {
                 "op": said.get("op_name"),
-                "inputs": [list(t.values())[0] for t in said.get("input_type_shape", [])],
-                "outputs": [list(t.values())[0] for t in said.get("output_type_shape", [])],
-                "types": [list(t)[0] for t in said.get("input_type_shape", [])],
+                "inputs": [next(iter(t.values())) for t in said.get("input_type_shape", [])],
+                "outputs": [next(iter(t.values())) for t in said.get("output_type_shape", [])],
+                "types": [next(iter(t)) for t in said.get("input_type_shape", [])],
                 "seconds": [],
             },
         )

@@ -12,13 +12,14 @@ import os
 import platform
 import shutil
 import time
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 CPU = "/sys/devices/system/cpu"
 POWERCAP = "/sys/class/powercap"
 
 
-def read(path: str) -> Optional[str]:
+def read(path: str) -> str | None:
     """The first line of a file of the kernel's, or None where there is none or it may not be read."""
     try:
         with open(path) as file:
@@ -39,7 +40,7 @@ def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
     return read("/proc/device-tree/model") or platform.machine()
 
 
-def emulated(machine: Optional[str] = None, cpuinfo: str = "/proc/cpuinfo") -> bool:
+def emulated(machine: str | None = None, cpuinfo: str = "/proc/cpuinfo") -> bool:
     """Whether this program runs under user-mode emulation: it was built for ARM, and the kernel's processor is x86."""
     if (machine or platform.machine()) not in ("aarch64", "arm64", "armv7l"):
         return False
@@ -50,7 +51,7 @@ def emulated(machine: Optional[str] = None, cpuinfo: str = "/proc/cpuinfo") -> b
         return False
 
 
-def temperature() -> Optional[float]:
+def temperature() -> float | None:
     """The hottest thermal zone, degrees Celsius."""
     zones = (read(path) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp"))
     found = [int(zone) / 1000 for zone in zones if zone and zone.lstrip("-").isdigit()]
@@ -106,7 +107,7 @@ def free_disk(folder: str) -> int:
     return shutil.disk_usage(folder).free
 
 
-def rapl() -> Optional[float]:
+def rapl() -> float | None:
     """Joules that the processor's packages have taken since some moment; None where the kernel does not tell."""
     counters = (read(path) for path in glob.glob(f"{POWERCAP}/intel-rapl:[0-9]*/energy_uj") if path.count(":") == 1)
     found = [int(counter) for counter in counters if counter]
@@ -122,11 +123,11 @@ class _Nvml:
         if self.lib.nvmlInit_v2() or self.lib.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(self.handle)):
             raise OSError("NVML sees no device")
 
-    def number(self, function: str, *before: int, kind: Any = ctypes.c_uint) -> Optional[int]:
+    def number(self, function: str, *before: int, kind: Any = ctypes.c_uint) -> int | None:
         found = kind()
         return None if getattr(self.lib, function)(self.handle, *before, ctypes.byref(found)) else int(found.value)
 
-    def text(self, function: str, of_device: bool) -> Optional[str]:
+    def text(self, function: str, of_device: bool) -> str | None:
         found = ctypes.create_string_buffer(96)
         of = (self.handle,) if of_device else ()
         return None if getattr(self.lib, function)(*of, found, ctypes.c_uint(96)) else found.value.decode()
@@ -135,7 +136,7 @@ class _Nvml:
 _nvml: Any = None
 
 
-def nvml() -> Optional[_Nvml]:
+def nvml() -> _Nvml | None:
     """NVML for the first GPU, or None where there is none."""
     global _nvml
     if _nvml is None:
@@ -163,14 +164,14 @@ def gpu_state() -> dict[str, Any]:
     return {k: v for k, v in found.items() if v is not None}
 
 
-def gpu_joules() -> Optional[float]:
+def gpu_joules() -> float | None:
     """Joules that the first GPU has taken since its driver was loaded."""
     it = nvml()
     used = it.number("nvmlDeviceGetTotalEnergyConsumption", kind=ctypes.c_ulonglong) if it is not None else None
     return used / 1000 if used is not None else None
 
 
-METERS: dict[str, Callable[[], Optional[float]]] = {"rapl": rapl, "nvml": gpu_joules}
+METERS: dict[str, Callable[[], float | None]] = {"rapl": rapl, "nvml": gpu_joules}
 
 
 def meters() -> dict[str, float]:

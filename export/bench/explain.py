@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-
 from compress.export.bench.transport import Transport, answered, artefact
 
 GOAL = 0.8  # of the ideal speed-up; above it there is nothing to explain
@@ -28,7 +27,17 @@ OVERHEAD_SECONDS = 10e-6  # what ONNX Runtime spends on a node that does nothing
 SMALL_SHARE = 0.3  # of the time in nodes that do next to nothing, from which that is said
 BLOCKS = (1, 4, 8, 16, 32)  # channels a kernel computes at a time: a NEON, AVX2, AVX-512 register of float32, or two
 CALLS = 30
-ITEMSIZE = {"float": 4, "float16": 2, "bfloat16": 2, "double": 8, "int8": 1, "uint8": 1, "int32": 4, "int64": 8, "bool": 1}
+ITEMSIZE = {
+    "float": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "double": 8,
+    "int8": 1,
+    "uint8": 1,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+}
 COMPUTE = ("Conv", "Gemm", "MatMul", "ConvTranspose")
 
 
@@ -63,7 +72,9 @@ class Finding:
     fix: str
 
 
-def profile(where: Path, spec: Mapping[str, Any], transport: Transport, calls: int = CALLS) -> dict[str, dict[str, Any]]:
+def profile(
+    where: Path, spec: Mapping[str, Any], transport: Transport, calls: int = CALLS
+) -> dict[str, dict[str, Any]]:
     """ONNX Runtime's profile of every part (``model``, or ``prefill`` and ``decode``), each in a process of its own.
 
     Raises:
@@ -111,11 +122,15 @@ def layers(found: Mapping[str, Any], graph: Path) -> list[Layer]:
     for name, node in found["nodes"].items():
         written = known.get(_plain(name))
         key = written or (re.sub(r"_?\d+$", "", name) if node["op"].startswith("Reorder") else name)
-        row = rows.setdefault(key, {"op": node["op"], "seconds": 0.0, "flops": 0, "bytes": 0, "channels": None, "groups": 1})
+        row = rows.setdefault(
+            key, {"op": node["op"], "seconds": 0.0, "flops": 0, "bytes": 0, "channels": None, "groups": 1}
+        )
         row["seconds"] += node["seconds"]
         sizes = [ITEMSIZE.get(t, 4) for t in node["types"]]
         moved = zip(node["inputs"], sizes, strict=False)
-        row["bytes"] += sum(math.prod(s) * b for s, b in moved) + sum(math.prod(s) for s in node["outputs"]) * (sizes or [4])[0]
+        row["bytes"] += (
+            sum(math.prod(s) * b for s, b in moved) + sum(math.prod(s) for s in node["outputs"]) * (sizes or [4])[0]
+        )
         if not any(op in node["op"] for op in COMPUTE) or not node["outputs"]:
             continue
         out = node["outputs"][0]
@@ -156,7 +171,10 @@ def _written(graph: Path) -> tuple[dict[str, str], dict[str, list[int]], dict[st
     for node in model.node:
         name = node.name or node.output[0]
         before = [owner[i] for i in node.input if i in owner and readers[i] == 1]
-        if node.op_type in ("Relu", "Clip", "Add", "BatchNormalization", "HardSigmoid", "LeakyRelu", "Sigmoid") and before:
+        if (
+            node.op_type in ("Relu", "Clip", "Add", "BatchNormalization", "HardSigmoid", "LeakyRelu", "Sigmoid")
+            and before
+        ):
             name = before[-1]
         if node.op_type in COMPUTE:
             held = [weights[i] for i in node.input[1:2] if i in weights]
@@ -188,7 +206,9 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
     pairs = [(d, after[d.name]) for d in dense if d.name in after]
     totals = [sum(layer.seconds for layer in side) for side in (dense, pruned)]
     flops = [sum(layer.flops for layer in side) for side in (dense, pruned)]
-    fastest = max((x.flops / x.seconds for x in (*dense, *pruned) if x.flops and x.seconds > OVERHEAD_SECONDS), default=0.0)
+    fastest = max(
+        (x.flops / x.seconds for x in (*dense, *pruned) if x.flops and x.seconds > OVERHEAD_SECONDS), default=0.0
+    )
     widest = max((x.bytes / x.seconds for x in (*dense, *pruned) if x.seconds > OVERHEAD_SECONDS), default=math.inf)
     block = block or fitted_block(pairs)
     findings = []
@@ -225,8 +245,10 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
 
 
 def fitted_block(pairs: Sequence[tuple[Layer, Layer]]) -> int:
-    """The number of channels at a time that tells the pruned layers' times from the dense ones' with the least error."""
-    told = [(d, p) for d, p in pairs if d.channels is not None and p.channels is not None and d.seconds > OVERHEAD_SECONDS]
+    """The channels at a time that tell the pruned layers' times from the dense ones' with the least error."""
+    told = [
+        (d, p) for d, p in pairs if d.channels is not None and p.channels is not None and d.seconds > OVERHEAD_SECONDS
+    ]
     return min(BLOCKS, key=lambda b: sum(abs(d.seconds * _padded(d, p, b) - p.seconds) for d, p in told))
 
 
@@ -245,15 +267,17 @@ def _cause(d: Layer, p: Layer, ideal: float, block: int, balance: float) -> tupl
     if p.channels is not None and d.channels is not None and d.flops:
         ragged = [n for n, before in zip(p.channels, d.channels, strict=True) if n % block and n != before]
         if ragged and d.seconds * _padded(d, p, block) - ideal > 0.5 * (p.seconds - ideal):
-            where = " and ".join(f"{n} channels cost as much as {block * math.ceil(n / block)}" for n in dict.fromkeys(ragged))
+            where = " and ".join(
+                f"{n} channels cost as much as {block * math.ceil(n / block)}" for n in dict.fromkeys(ragged)
+            )
             return ("alignment", f"{where} (kernels compute {block} at a time here)", f"prune with round_to: {block}")
     if d.bytes and p.flops / max(p.bytes, 1) < balance:
-        by_bytes = d.seconds * p.bytes / d.bytes
+        by_bytes, share = d.seconds * p.bytes / d.bytes, p.flops / max(d.flops, 1)
         if by_bytes > ideal and p.seconds - by_bytes < 0.5 * (p.seconds - ideal):
             return (
                 "memory",
                 f"does {p.flops / max(p.bytes, 1):.1f} FLOPs a byte, so its time follows the bytes"
-                f" ({100 * p.bytes / d.bytes:.0f} % of before), not the FLOPs ({100 * p.flops / max(d.flops, 1):.0f} %)",
+                f" ({100 * p.bytes / d.bytes:.0f} % of before), not the FLOPs ({100 * share:.0f} %)",
                 "a target with more bandwidth, int8, or pruning of the layers before it, whose outputs it moves",
             )
         if not d.flops:
@@ -261,14 +285,17 @@ def _cause(d: Layer, p: Layer, ideal: float, block: int, balance: float) -> tupl
     rate = (p.flops / p.seconds) / (d.flops / d.seconds) if d.flops and p.flops else 0.0
     return (
         "kernel",
-        f"does {100 * rate:.0f} % of the FLOPs a second it did before; neither alignment nor bytes nor overhead tells why",
+        f"does {100 * rate:.0f} % of the FLOPs a second it did; neither alignment nor bytes nor overhead tells why",
         f"try round_to: {max(16, 2 * block)}, or another target: the runtime's kernel for this shape is slower",
     )
 
 
 def lines(found: Mapping[str, Any], most: int = 6) -> list[str]:
     """For a report or a card: one line a layer, worst first."""
-    said = [f"{found['measured']:.2f}x as fast where the FLOPs promise {found['ideal']:.2f}x ({100 * found['reached']:.0f} %)"]
+    said = [
+        f"{found['measured']:.2f}x as fast where the FLOPs promise {found['ideal']:.2f}x"
+        f" ({100 * found['reached']:.0f} %)"
+    ]
     if found["reached"] >= GOAL:
         return said
     for f in found["findings"][:most]:
@@ -281,15 +308,15 @@ def lines(found: Mapping[str, Any], most: int = 6) -> list[str]:
         said.append(f"and {len(left)} more layers, {1e3 * sum(f['missing'] for f in left):.3f} ms together")
     if found["added_seconds"] > MATTERS * found["pruned_seconds"]:
         said.append(
-            f"{', '.join(found['added'][:4])}: {1e3 * found['added_seconds']:.3f} ms that the dense network does not have"
-            " (the runtime changes the layout between layers): prune with round_to so that all keep one layout"
+            f"{', '.join(found['added'][:4])}: {1e3 * found['added_seconds']:.3f} ms that the dense network does not"
+            " have (the runtime changes the layout between layers): prune with round_to so that all keep one layout"
         )
     small = found["small"]
     if small["share"] > SMALL_SHARE:
         said.append(
             f"overhead: {small['nodes']} of {small['of']} nodes take under {1e6 * OVERHEAD_SECONDS:.0f} us each,"
-            f" {100 * small['share']:.0f} % of the time, most of it for being started at all: measure a larger batch or a"
-            " longer prompt, or remove whole layers"
+            f" {100 * small['share']:.0f} % of the time, most of it for being started at all: measure a larger batch or"
+            " a longer prompt, or remove whole layers"
         )
     if len(said) == 1:
         said.append("no single layer is at fault: each is a little above its share")

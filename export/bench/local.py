@@ -214,7 +214,8 @@ def compare(
         if "grid" in measured[0]:
             found[label]["grid"] = {
                 name: [
-                    {**_length(rows[0]), **_figure(rows)} for rows in zip(*(r["grid"][name] for r in measured), strict=True)
+                    {**_length(rows[0]), **_figure(rows)}
+                    for rows in zip(*(r["grid"][name] for r in measured), strict=True)
                 ]
                 for name in figures
             }

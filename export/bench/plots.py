@@ -39,7 +39,9 @@ def distribution(bench: Mapping[str, Any], plt: Any) -> Any:
             axis.step(every, np.arange(1, len(every) + 1) / len(every), where="post", color=colour, lw=1.8, label=label)
             axis.axvline(1000 * bench[label][name]["median"], color=colour, lw=0.8, ls="--")
         ratio = bench["ratios"][name]
-        axis.set_title(f"{NAMES[name]}\n{ratio['median']:.2f}x as fast ({ratio['low']:.2f} to {ratio['high']:.2f})", loc="left")
+        axis.set_title(
+            f"{NAMES[name]}\n{ratio['median']:.2f}x as fast ({ratio['low']:.2f} to {ratio['high']:.2f})", loc="left"
+        )
         axis.set_xlabel("ms" + (", emulated" if bench.get("emulated") else ""))
         axis.set_ylim(0, 1.02)
         axis.set_xlim(left=0)
@@ -64,7 +66,9 @@ def speed_up(points: Sequence[Mapping[str, Any]], plt: Any) -> Any:
         middle = [p["ratio"]["median"] for p in rows]
         below = [p["ratio"]["median"] - p["ratio"]["low"] for p in rows]
         above = [p["ratio"]["high"] - p["ratio"]["median"] for p in rows]
-        axis.errorbar([100 * p["flops_removed"] for p in rows], middle, [below, above], marker="o", capsize=3, label=runtime)
+        axis.errorbar(
+            [100 * p["flops_removed"] for p in rows], middle, [below, above], marker="o", capsize=3, label=runtime
+        )
     axis.axhline(1, color=DENSE, lw=0.8)
     axis.set_xlabel("FLOPs removed, %")
     axis.set_ylabel("times as fast as dense")
@@ -97,9 +101,7 @@ def layers(explained: Mapping[str, Any], plt: Any, most: int = 18) -> Any:
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.14)
     axis.set_xlabel("ms a call, under ONNX Runtime's profiler")
-    axis.set_title(
-        f"{explained['measured']:.2f}x as fast; the FLOPs promise {explained['ideal']:.2f}x", loc="left"
-    )
+    axis.set_title(f"{explained['measured']:.2f}x as fast; the FLOPs promise {explained['ideal']:.2f}x", loc="left")
     axis.legend(frameon=False, loc="best")
     return figure
 
@@ -114,7 +116,9 @@ def memory(bench: Mapping[str, Any], plt: Any) -> Any:
                 axis.annotate("not told", (x, 0), ha="center")
                 continue
             axis.bar(x, value / 1e6, color=colour, width=0.65)
-            axis.annotate(f"{value / 1e6:.3g}", (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center")
+            axis.annotate(
+                f"{value / 1e6:.3g}", (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center"
+            )
         axis.set_title(title, loc="left")
         axis.set_xticks([0, 1], ["dense", "pruned"])
         axis.margins(y=0.15)

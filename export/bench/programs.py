@@ -61,7 +61,9 @@ def _ort_words(program: str, model: str, request: Mapping[str, Any], raw: str) -
 def read_ort(said: str, raw: str = "") -> Figures:
     """onnxruntime_perf_test; ``raw`` has ``model,seconds,peak memory,CPU,run`` lines."""
     samples = [
-        float(cells[1]) for cells in (line.split(",") for line in raw.splitlines()) if len(cells) == 5 and cells[4].isdigit()
+        float(cells[1])
+        for cells in (line.split(",") for line in raw.splitlines())
+        if len(cells) == 5 and cells[4].isdigit()
     ]
     load = _found(rf"Session creation time cost:\s*{NUMBER}", said)
     first = _found(rf"First inference time cost:\s*{NUMBER}", said)  # whole milliseconds
@@ -95,8 +97,8 @@ def _litert_words(program: str, model: str, request: Mapping[str, Any], raw: str
 
 def read_litert(said: str, raw: str = "") -> Figures:
     """benchmark_model: microseconds; the last ``count=`` line is the steady phase."""
-    phases = rf"Inference timings in us: Init: {NUMBER}, First inference: {NUMBER}, Warmup \(avg\): {NUMBER}, Inference \(avg\): {NUMBER}"
-    match = re.search(phases, said)
+    names = ("Init", "First inference", r"Warmup \(avg\)", r"Inference \(avg\)")
+    match = re.search("Inference timings in us: " + ", ".join(f"{name}: {NUMBER}" for name in names), said)
     counts = re.findall(r"count=\d+ .*", said)
     if match is None or not counts:
         raise _unreadable("benchmark_model", said)
@@ -139,8 +141,8 @@ PROGRAMS = {
 def figure(found: Figures) -> dict[str, Any]:
     """What a program said, as the agent would have said it.
 
-    What it does not tell is None. A program that keeps no raw samples gives one: the median where it tells it, else the mean. Tails, spread and
-    throttling are not told then, and ``of_program`` holds what it says itself.
+    What it does not tell is None. A program that keeps no raw samples gives one: the median where it tells it, else the
+    mean. Tails, spread and throttling are not told then, and ``of_program`` holds what it says itself.
     """
     summary = found.get("summary", {})
     samples = found["samples"] or [summary.get("median", summary.get("mean"))]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, Callable, Optional
+from collections.abc import Callable
+from typing import Any
 
 SAMPLE_SECONDS = 0.1  # a sample lasts at least this long; faster calls are batched
 STEADY = 0.05  # warmed up when a block is not this much better than the one before it
@@ -22,7 +23,7 @@ def steady(
     min_runs: int,
     clock: Callable[[], float] = time.perf_counter,
     sample_seconds: float = SAMPLE_SECONDS,
-    device: Optional[Callable[[], float]] = None,
+    device: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
     """Times ``call()``.
 
@@ -73,7 +74,7 @@ def steady(
     return {**found, "device_samples": on_device} if device is not None else found
 
 
-def throttled(samples: list[float]) -> Optional[bool]:
+def throttled(samples: list[float]) -> bool | None:
     """Whether the last quarter is over 5 % slower than the first; None where a quarter is under two samples."""
     quarter = len(samples) // 4
     if quarter < QUARTER:

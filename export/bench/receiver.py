@@ -70,7 +70,7 @@ def put(head, source):  # type: ignore[no-untyped-def]
 
 
 def main() -> None:
-    source: Any = open(0, "rb", buffering=0)
+    source: Any = open(0, "rb", buffering=0)  # noqa: SIM115 - it ends with the process
     line = b""
     while not line.endswith(b"\n"):
         one = source.read(1)
@@ -88,7 +88,8 @@ def main() -> None:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         fix = "free some, or name another folder in the target" if full else "see the device"
         where = e.filename or head.get("folder")
-        found = {"error": {"what": ("no disk on the device: " if full else "") + "%s: %s" % (e.strerror, where), "fix": fix}}
+        what = ("no disk on the device: " if full else "") + f"{e.strerror}: {where}"
+        found = {"error": {"what": what, "fix": fix}}
     print(json.dumps(found))
 
 

@@ -31,7 +31,7 @@ CHUNK = 1 << 18
 
 # What ssh says -> what it means and how to mend it; the first that fits. Trying again helps against the last ones only.
 REFUSALS = (
-    ("permission denied", "the device refuses the key", "name the right key and user in the target, or add the key there"),
+    ("permission denied", "the device refuses the key", "name its key and user in the target, or add the key there"),
     ("could not resolve", "there is no such host", "check the target's host"),
     ("host key verification failed", "the device's host key is not the one that is known",
      "check it, then add it to known_hosts (ssh-keyscan), or set host_key: accept-new for a first contact"),
@@ -43,8 +43,10 @@ FAILURES = (
     ("no route to host", "the host cannot be reached", "check the target's host, and that the device is on"),
     ("network is unreachable", "the host cannot be reached", "check this machine's network"),
     ("timed out", "the host does not answer", "check the target's host, and that the device is on"),
-    *((word, "the connection broke", "try it with ssh by hand") for word in ("connection", "disconnect", "broken pipe",
-                                                                          "timeout", "kex_exchange")),
+    *(
+        (word, "the connection broke", "try it with ssh by hand")
+        for word in ("connection", "disconnect", "broken pipe", "timeout", "kex_exchange")
+    ),
 )
 
 
@@ -159,14 +161,18 @@ class Ssh:
         return self.command(self.python, "-c", RECEIVER.read_text())
 
     def _look(self, name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        head = json.dumps({"do": "look", "folder": f"{self.folder}/{name}".rstrip("/"), "files": items}).encode() + b"\n"
+        head = (
+            json.dumps({"do": "look", "folder": f"{self.folder}/{name}".rstrip("/"), "files": items}).encode() + b"\n"
+        )
         done = subprocess.run(self._receiver(), input=head, capture_output=True)
         if done.returncode:
             raise self._failed(done.returncode, done.stderr)
         return answered(self._json(done.stdout, done.stderr), self.title)
 
     def _push(self, files: Sequence[Path], name: str) -> dict[str, str]:
-        items = [{"name": p.name, "sha256": sha256_of(p), "size": p.stat().st_size} for p in files]
+        items: list[dict[str, Any]] = [
+            {"name": p.name, "sha256": sha256_of(p), "size": p.stat().st_size} for p in files
+        ]
         stuck, damaged, most = 0, 0, -1
         while True:
             try:
@@ -175,7 +181,7 @@ class Ssh:
                     stuck, most = 0, sum(seen["held"])
                 self._check_room(seen, items)
                 for path, item, have in zip(files, items, seen["held"], strict=True):
-                    if have < item["size"]:
+                    if have < item["size"] or not item["size"]:
                         found = self._put(path, item, seen["folder"], have)
                         damaged += bool(found.get("damaged"))
                         if not found.get("done"):
@@ -254,7 +260,9 @@ class Ssh:
                 where=self.title,
                 fix="it may have run out of memory: see the device's log",
             )
-        return CompressError(f"on the device: {last or f'it ended with {code}'}", where=self.title, fix="see the device")
+        return CompressError(
+            f"on the device: {last or f'it ended with {code}'}", where=self.title, fix="see the device"
+        )
 
 
 def _last(said: bytes) -> str:

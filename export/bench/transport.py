@@ -72,10 +72,14 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
         kind = format or SUFFIXES.get(where.suffix)
         if kind is None:
             raise CompressError(
-                f"a file {where.suffix} is of no format that is known", where=str(where), fix=f"one of: {', '.join(SUFFIXES)}"
+                f"a file {where.suffix} is of no format that is known",
+                where=str(where),
+                fix=f"one of: {', '.join(SUFFIXES)}",
             )
         return Artefact(kind, {"model": where}, (where, *_beside(where.parent)))
-    suffixes = [s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")]
+    suffixes = [
+        s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")
+    ]
     for names in (("prefill", "decode"), ("model",)):
         for suffix in suffixes:
             if file is not None and names == ("model",):

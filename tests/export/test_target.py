@@ -20,9 +20,17 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_every_target_that_comes_along_is_whole() -> None:
-    assert {"this-machine", "cpu-server", "h100", "a100", "l4", "jetson-orin", "raspberry-pi-5", "pixel-8", "galaxy-s24"} == set(
-        target_names()
-    )
+    assert {
+        "this-machine",
+        "cpu-server",
+        "h100",
+        "a100",
+        "l4",
+        "jetson-orin",
+        "raspberry-pi-5",
+        "pixel-8",
+        "galaxy-s24",
+    } == set(target_names())
     for name in target_names():
         target = load_target(name)
         assert target.name == name and target.description
@@ -33,12 +41,14 @@ def test_five_lines_make_a_target(tmp_path: Path) -> None:
     (tmp_path / "key").touch()
     mine = write(
         tmp_path,
-        f"extends: raspberry-pi-5\ntransport: {{host: pi.local, user: me, key: {tmp_path}/key}}\nthreads: 2\nbudget: 40\n"
-        "shapes: {batch: 4}\n",
+        f"extends: raspberry-pi-5\ntransport: {{host: pi.local, user: me, key: {tmp_path}/key}}\nthreads: 2\n"
+        "budget: 40\nshapes: {batch: 4}\n",
     )
     target = load_target(str(mine))
     assert (target.name, target.threads, target.budget, target.cool_down) == ("mine", 2, 40, 10)
-    assert target.shapes.batch == 4 and target.shapes.prompts == [128], "what is not said is as in the target it extends"
+    assert target.shapes.batch == 4 and target.shapes.prompts == [128], (
+        "what is not said is as in the target it extends"
+    )
     way = transport_of(target)
     assert isinstance(way, Ssh) and way.title == "me@pi.local" and way.host_key == "strict"
     assert target.spec(threads=None, batch=8)["batch"] == 8 and target.spec()["threads"] == 2

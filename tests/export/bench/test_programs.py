@@ -25,14 +25,18 @@ Max Latency: 0.101519 s
 P50 Latency: 0.0995086 s
 P90 Latency: 0.101519 s
 """
-ORT_RAW = "net,0.0958204,271122432,11,0\nnet,0.101519,271122432,11,1\nnet,1.5e-3,271122432,11,2\n\nMin Latency: 0.09 s\n"
+ORT_RAW = (
+    "net,0.0958204,271122432,11,0\nnet,0.101519,271122432,11,1\nnet,1.5e-3,271122432,11,2\n\nMin Latency: 0.09 s\n"
+)
 # tensorflow/lite/tools/benchmark.
 LITERT = """\
 INFO: Running benchmark for at least 1 iterations and at least 0.5 seconds but terminate if exceeding 150 seconds.
 INFO: count=1 curr=1357602
 INFO: Running benchmark for at least 50 iterations and at least 1 seconds but terminate if exceeding 150 seconds.
-INFO: count=50 first=1249964 curr=1240143 min=1238588 max=1252566 avg=1.24027e+06 std=2565 p5=1238753 median=1239807 p95=1247415
-INFO: Inference timings in us: Init: 5579, First inference: 1357602, Warmup (avg): 1.3576e+06, Inference (avg): 1.24027e+06
+INFO: count=50 first=1249964 curr=1240143 min=1238588 max=1252566 avg=1.24027e+06 std=2565 p5=1238753\
+ median=1239807 p95=1247415
+INFO: Inference timings in us: Init: 5579, First inference: 1357602, Warmup (avg): 1.3576e+06,\
+ Inference (avg): 1.24027e+06
 INFO: Overall peak memory footprint (MB) via periodic monitoring: 24.5
 """
 # MNN tools/cpp/MNNV2Basic.cpp.
