@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,13 @@ class Artefact:
         return sum(path.stat().st_size for path in self.files)
 
     def hashes(self) -> dict[str, str]:
-        return {path.name: sha256_of(path) for path in self.files}
+        return {path.name: _hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files}
+
+
+@cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """Once while a file stays as it is: a gate asks for it before every process."""
+    return sha256_of(path)
 
 
 def artefact(where: Path, format: str | None = None, file: str | None = None) -> Artefact:
