@@ -1,6 +1,6 @@
 """What pruning brings on each runtime, against what the FLOPs promise: a network at several sparsities.
 
-    python tools/bench_speedup.py --out runs/speedup       # resnet-20 of 64 channels, ONNX Runtime, OpenVINO, ExecuTorch
+    python tools/bench_speedup.py --out runs/speedup     # resnet-20 of 64 channels; ONNX Runtime, OpenVINO, ExecuTorch
 
 Channels go in whole blocks (``--round-to``), by the magnitude pruner of Torch-Pruning: what is asked here is what the
 runtimes make of smaller layers, not which channels may go. Every point is the median of paired ratios over fresh

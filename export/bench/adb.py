@@ -220,7 +220,7 @@ class Adb:
 
     def _look(self, benchmark: str) -> dict[str, Any]:
         found: dict[str, Any] = {"device": self._device(), "state": self.conditions(), "meters": ["battery"]}
-        found["free_disk"] = self._free("/data/local/tmp")
+        found["free_disk"] = self._free(self.room())
         try:
             found["runtime"] = f"{Path(benchmark).name} {self._hash(benchmark)}"
         except CompressError as e:
