@@ -95,6 +95,10 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
         from compress.export.mnn import require_mnn
 
         require_mnn()
+    for form in made_after(recipe):
+        from compress.export.formats import BuildOptions, check_options
+
+        check_options(BuildOptions(form))
     if ".py:" in model:
         path = Path(model.rpartition(":")[0])
         if not path.is_file():
@@ -346,6 +350,11 @@ def evaluated(
     return found
 
 
+def made_after(recipe: NetworkRecipe) -> list[str]:
+    """The formats of a recipe that `compress.export.formats` makes of the checked ONNX file."""
+    return [f for f in recipe.export.formats if f not in ("onnx", "mnn")] if recipe.export is not None else []
+
+
 def exported(
     run: Run, setup: NetworkSetup, models: Mapping[str, tuple[Path, Callable[[], nn.Module]]], report: dict[str, Any]
 ) -> dict[str, Path]:
@@ -365,6 +374,12 @@ def exported(
                 from compress.export.mnn import write_checked_mnn
 
                 write_checked_mnn(model, x, names, folder, spec.tolerance)
+            for form in made_after(setup.recipe):
+                from compress.export.command import network_source
+                from compress.export.formats import BuildOptions, make
+
+                options = BuildOptions(form)
+                make(network_source(folder, model, x, options, {}), folder / form, options)
 
         inputs = {
             "version": __version__,
@@ -375,12 +390,28 @@ def exported(
         folders[label] = run.stage(f"export-{label}", inputs, build)
     report["export"] = {}
     for form in spec.formats:
-        name = "export.json" if form == "onnx" else f"{form}.json"
-        facts: dict[str, Any] = {label: json.loads((f / name).read_text()) for label, f in folders.items()}
+        facts: dict[str, Any] = {label: _export_facts(f, form) for label, f in folders.items()}
         ratio = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
         report["export"][form] = {**facts, "size_ratio": ratio}
     report["stages"] = run.stages()
     return folders
+
+
+def _export_facts(folder: Path, form: str) -> dict[str, Any]:
+    """What an export folder says of a format, in the words of export.json."""
+    if form in ("onnx", "mnn"):
+        facts: dict[str, Any] = json.loads((folder / ("export.json" if form == "onnx" else "mnn.json")).read_text())
+        return facts
+    facts = json.loads((folder / form / f"{form}.json").read_text())
+    parity = facts["parity"]
+    if "skipped" in parity:
+        return {**facts, "skipped": parity["skipped"]}
+    return {
+        **facts,
+        "largest_difference": max(parity["outputs"].values()),
+        "outputs_compared": len(parity["outputs"]),
+        "samples": parity["samples"],
+    }
 
 
 def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
@@ -465,8 +496,9 @@ def released(
                 link(path, folder / path.name)
         if "export" in report:
             for form, facts in report["export"].items():
+                place = run.folder / "export-pruned"
                 for name in facts["pruned"]["bytes"]:
-                    link(run.folder / "export-pruned" / name, folder / form / name)
+                    link(place / form / name if (place / form).is_dir() else place / name, folder / form / name)
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         card(report, folder)
 

@@ -129,13 +129,18 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     if "export" in report:
         for form, both in report["export"].items():
             facts = both["pruned"]
+            if "skipped" in facts:
+                lines.append(f"- {form.upper()}: built, and not run where it was built ({escape(facts['skipped'])}).")
+                continue
             agree = "".join(
                 f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
                 for k, v in facts.get("agree", {}).items()
             )
+            reference = "torch" if form in ("onnx", "mnn") else "ONNX"
             lines.append(
-                f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
-                f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value{agree}."
+                f"- {form.upper()} against {reference} on {facts['samples']} held-out samples:"
+                f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
+                f" largest value{agree}."
             )
     lines += ["", *again(report)]
     return "\n".join(lines)

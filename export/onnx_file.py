@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
     from compress.export.runtimes import Runner
 
+LARGE = 1 << 20  # bytes of weights from which they stand beside the graph
 SMALL = 1024  # bytes; a tensor below stays inside the graph
 
 
@@ -83,13 +84,24 @@ def _copy(path: Path, target: Path) -> None:
 
 
 def fuse(path: Path, target: Path, how: str) -> None:
-    """Writes what ONNX Runtime makes of a graph when it loads it: ``basic`` or ``all`` but what fits one CPU only.
+    """Writes what ONNX Runtime makes of a graph when it loads it: ``basic``, or ``all`` but what fits one CPU only.
+
+    ``all`` comes with onnxscript's patterns of transformers as well (norms, rotary embeddings, attention), which ONNX
+    Runtime finds only in graphs of older exporters.
 
     Raises:
         CompressError: it cannot load it.
     """
+    import onnx_ir as ir
     import onnxruntime as ort
 
+    if how == "all":
+        from onnxscript.rewriter.ort_fusions import optimize_for_ort
+
+        model, _ = optimize_for_ort(ir.load(path))
+        path = path.with_name(f"patterns.{path.name}")
+        large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        ir.save(model, path, external_data=f"{path.stem}.data" if large > LARGE else None)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     levels = ort.GraphOptimizationLevel
@@ -106,6 +118,9 @@ def fuse(path: Path, target: Path, how: str) -> None:
         raise CompressError(
             f"ONNX Runtime cannot fuse the graph: {str(e).splitlines()[0][:300]}", where=str(path), fix="--fusions none"
         ) from e
+    if how == "all":
+        for left in (path, path.with_suffix(".data")):
+            left.unlink(missing_ok=True)
 
 
 def _weights(path: Path) -> int:

@@ -6,10 +6,10 @@ with nothing else must hold. The weights stand inside each file: prefill and dec
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
         CompressError: ONNX Runtime cannot convert the graph.
     """
     import onnxruntime as ort
+    from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
     began = time.monotonic()
     made: dict[str, Any] = {}
@@ -39,24 +40,18 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
             made[name] = onnx_file.convert(
                 path, Path(given) / f"{name}.onnx", source, name, replace(options, fusions="none")
             )
-        # A process of its own: the converter writes to standard output and sets environment variables.
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "onnxruntime.tools.convert_onnx_models_to_ort", given,
-                "--output_dir", beside, "--optimization_style", "Fixed",
-            ],
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-        for name in made:
-            written = Path(beside) / f"{name}.ort"
-            if done.returncode or not written.exists():
-                said = [line for line in done.stderr.splitlines() if line.strip()] or ["it does not say why"]
+        # It prints what it does; where it fails it says so with an exception of any kind.
+        with redirect_stdout(sys.stderr):
+            try:
+                convert_onnx_models_to_ort(Path(given), Path(beside), [OptimizationStyle.Fixed])
+            except Exception as e:
                 raise CompressError(
-                    f"ONNX Runtime cannot convert {name}: {said[-1].strip()[:300]}",
+                    f"ONNX Runtime cannot convert the graph: {(str(e).splitlines() or [type(e).__name__])[0][:300]}",
                     where=str(source.path),
                     fix="name another --format",
-                )
+                ) from e
+        for name in made:
+            written = Path(beside) / f"{name}.ort"
             (folder / written.name).write_bytes(written.read_bytes())
         operators = sorted(Path(beside).glob("*.config"))
         if operators:

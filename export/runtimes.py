@@ -122,7 +122,7 @@ def _module(format: str) -> "tuple[Any, str]":
     except ImportError as e:
         raise Missing(f"the format {format} needs {name}, which cannot be imported ({e})", fix) from e
     version = getattr(module, "__version__", "") or _distribution_version(name)
-    return module, f"{name} {version}"
+    return module, f"{name} {str(version).split('-')[0]}"  # OpenVINO adds the commit and the branch
 
 
 def _distribution_version(name: str) -> str:
@@ -396,22 +396,37 @@ def _load_litert(format: str, path: str, threads: int) -> Runner:
     if key is None:
         raise CannotRun(f"{os.path.basename(path)} has no signature, so its inputs have no names")
     runner = interpreter.get_signature_runner(key)
+    # It names them by their place (args_0, output_0); the real names lie beside the file.
+    beside = os.path.join(os.path.dirname(path), "signature.json")
+    names: Any = {"inputs": [], "outputs": []}
+    if os.path.exists(beside):
+        with open(beside) as file:
+            names = json.load(file)
 
-    def values(details: Any) -> Any:
+    def place(name: str) -> Any:
+        return int(name.rpartition("_")[2]) if name.rpartition("_")[2].isdigit() else 0, name
+
+    taken = sorted(runner.get_input_details(), key=place)
+    given_out = sorted(runner.get_output_details(), key=place)
+
+    def values(kind: str, keys: Any, details: Any) -> Any:
         found = []
-        for name, detail in details.items():
+        for i, key in enumerate(keys):
+            detail = details[key]
+            name = names[kind][i] if i < len(names[kind]) else key
             marks = detail.get("shape_signature", detail["shape"])
             found.append(Value(name, tuple(int(d) if d >= 0 else None for d in marks), np.dtype(detail["dtype"]).name))
         return found
 
-    inputs, outputs = values(runner.get_input_details()), values(runner.get_output_details())
+    inputs = values("inputs", taken, runner.get_input_details())
+    outputs = values("outputs", given_out, runner.get_output_details())
 
     def prepare(feed: Any) -> Any:
-        given = dict(zip([v.name for v in inputs], _ordered(inputs, feed)))
+        given = dict(zip(taken, _ordered(inputs, feed)))
 
         def call() -> Any:
             found = runner(**given)
-            return [found[v.name] for v in outputs]
+            return [found[key] for key in given_out]
 
         return call
 
