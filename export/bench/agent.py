@@ -17,7 +17,9 @@ one to standard output. What fails for a reason the user can mend is ``{"error":
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import json
 import os
 import sys
@@ -63,12 +65,18 @@ def timed(request: Request, call: Callable[[], Any], load: float, device: Any = 
     return {"load": load, "first": first, **found, **({"watts": power} if power else {})}
 
 
-def _load(request: Request, file: str) -> tuple[Any, float]:
+def _load(request: Request, part: str = "model") -> tuple[Any, float]:
     import runtimes
 
     runtimes.available(request["format"])  # importing the library is no part of loading a model
+    if request["format"] == "executorch":
+        with contextlib.suppress(ImportError):  # what is missing is told when the file is loaded
+            importlib.import_module("executorch.runtime")
+    options = dict(request.get("options", {}))
+    if request["format"] == "executorch" and part != "model":
+        options["method"] = part  # both lie in one file
     start = clock()
-    runner = runtimes.load(request["format"], file, request["threads"], **request.get("options", {}))
+    runner = runtimes.load(request["format"], request["files"][part], request["threads"], **options)
     return runner, clock() - start
 
 
@@ -97,7 +105,7 @@ def _feed(runner: Any, request: Request) -> dict[str, Any]:
 
 
 def measure_network(request: Request) -> dict[str, Any]:
-    runner, load = _load(request, request["files"]["model"])
+    runner, load = _load(request)
     feed = _feed(runner, request)
     figure = timed(request, runner.prepare(feed), load, runner.device_seconds)
     return {
@@ -124,6 +132,13 @@ def measure_llm(request: Request) -> dict[str, Any]:
         }
         return {v.name: given[v.name].astype(v.dtype, copy=False) for v in runner.inputs if v.name in given}
 
+    def past_of(runner: Any, context: int) -> dict[str, Any]:
+        """A cache of random values, where prefill is fixed at another length: the time does not depend on them."""
+        shapes = {v.name: list(v.shape) for v in runner.inputs if v.name.startswith("past_key_values.")}
+        for shape in shapes.values():
+            shape[0], shape[2] = shape[0] or 1, shape[2] or context
+        return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
     def token(runner: Any, call: Callable[[], Any]) -> Callable[[], Any]:
         """What a user waits for: the whole call, the token's choice included."""
         at = [v.name for v in runner.outputs].index("logits")
@@ -135,20 +150,24 @@ def measure_llm(request: Request) -> dict[str, Any]:
         return choose
 
     grid: dict[str, list[dict[str, Any]]] = {"ttft": [], "tpot": []}
-    runner, load = _load(request, request["files"]["prefill"])
+    runner, load = _load(request, "prefill")
     version = runner.version
     for prompt in request["prompts"]:
         call = token(runner, runner.prepare(feed(runner, prompt, prompt, {})))
         grid["ttft"].append({"prompt": prompt, **timed(request, call, load, runner.device_seconds)})
-    caches = {}
-    for context in request["contexts"]:
-        found = runner.run(feed(runner, context, context, {}))
-        caches[context] = {"past_key_values." + k[len("present.") :]: v for k, v in found.items() if k != "logits"}
+    caches: dict[int, Any] = dict.fromkeys(request["contexts"])
+    length = next(v.shape[1] for v in runner.inputs if v.name == "input_ids")
+    for context in caches:
+        if length in (None, context):
+            found = runner.run(feed(runner, context, context, {}))
+            caches[context] = {"past_key_values." + k[len("present.") :]: v for k, v in found.items() if k != "logits"}
+            del found
     prefill_peak = environment.peak_memory()
-    del call, runner, found
+    del call, runner
     gc.collect()
-    runner, load = _load(request, request["files"]["decode"])
+    runner, load = _load(request, "decode")
     for context, past in caches.items():
+        past = past or past_of(runner, context)
         call = token(runner, runner.prepare(feed(runner, 1, context + 1, past)))
         grid["tpot"].append({"context": context, **timed(request, call, load, runner.device_seconds)})
     return {
@@ -174,7 +193,7 @@ def measure(request: Request) -> dict[str, Any]:
 def run(request: Request) -> dict[str, Any]:
     import numpy as np
 
-    runner, load = _load(request, request["files"]["model"])
+    runner, load = _load(request)
     held = np.load(request["input"])
     feed = {runner.inputs[0].name: held} if isinstance(held, np.ndarray) else {k: held[k] for k in held.files}
     found = runner.run(feed)

@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.export.bench.packed import agent_file
 from compress.export.bench.stats import paired_ratio, summary
 from compress.export.bench.transport import Artefact, Transport, answered, artefact
+from compress.export.onnx import PREFILL
 from compress.progress import Progress
 
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
@@ -128,16 +129,22 @@ def _measure(
 
 
 def vocab_of(prefill: Path) -> int:
-    """The number of token ids, from the shape of an ONNX graph's logits.
+    """The number of token ids, from the shape of an ONNX graph's logits: the file's own, or that it was made of.
 
     Raises:
-        CompressError: it is no ONNX file.
+        CompressError: there is no ONNX file, here or in the folder above.
     """
     import onnx
 
-    if prefill.suffix != ".onnx":
-        raise CompressError("the vocabulary's size is not known", where=str(prefill), fix="give it as `vocab`")
-    logits = onnx.load(prefill, load_external_data=False).graph.output[0]
+    places = (prefill, prefill.with_name(PREFILL), prefill.parent.parent / PREFILL)
+    graph = next((p for p in places if p.suffix == ".onnx" and p.is_file()), None)
+    if graph is None:
+        raise CompressError(
+            "the vocabulary's size is not known",
+            where=str(prefill),
+            fix=f"keep {PREFILL} where `compress export` put it, in the folder above",
+        )
+    logits = onnx.load(graph, load_external_data=False).graph.output[0]
     return int(logits.type.tensor_type.shape.dim[2].dim_value)
 
 

@@ -96,9 +96,18 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
                 found = {name: where / f"{name}{suffix}" for name in names}
             if all(path.is_file() for path in found.values()):
                 kind = format or SUFFIXES[suffix]
-                return Artefact(kind, found, (*found.values(), *_beside(where)))
+                if kind == "executorch" and "prefill" in _facts(where, kind).get("components", {}):
+                    found = dict.fromkeys(("prefill", "decode"), where / f"model{suffix}")
+                return Artefact(kind, found, (*dict.fromkeys(found.values()), *_beside(where)))
     wanted = file or f"model{suffixes[0]}, and no prefill{suffixes[0]} with decode{suffixes[0]}"
     raise CompressError(f"there is no {wanted}", where=str(where), fix="name a folder made by `compress export`")
+
+
+def _facts(folder: Path, format: str) -> dict[str, Any]:
+    """What `compress export` noted of the format it built here."""
+    path = folder / f"{format}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
 
 
 def _beside(folder: Path) -> list[Path]:
