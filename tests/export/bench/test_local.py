@@ -93,4 +93,6 @@ def test_a_language_models_two_graphs_are_explained(finished: Path) -> None:
     assert set(found) == {"prefill", "decode"}
     for part in found.values():
         assert part["ideal"] > 1.05 and sum(bool(r["dense_flops"]) for r in part["layers"]) > 20
-        assert any("nodes take under" in line for line in part["lines"]), "a tiny model is all overhead"
+        assert part["small"]["nodes"] > 0.8 * part["small"]["of"], "a tiny model is all overhead"
+        if part["reached"] < 0.8:
+            assert any("nodes take under" in line for line in part["lines"])
