@@ -205,9 +205,7 @@ def run(request: Request) -> dict[str, Any]:
 def profile(request: Request) -> dict[str, Any]:
     """ONNX Runtime's own profile, one row a node: seconds a call, operator, shapes."""
     prefix = os.path.join(request["folder"], f"profile-{os.getpid()}")
-    runner, _ = _load(
-        {**request, "options": {**request.get("options", {}), "profile": prefix}}, request["files"]["model"]
-    )
+    runner, _ = _load({**request, "options": {**request.get("options", {}), "profile": prefix}})
     call = runner.prepare(_feed(runner, request))
     for _ in range(request["calls"]):
         call()
