@@ -375,11 +375,11 @@ def exported(
 
                 write_checked_mnn(model, x, names, folder, spec.tolerance)
             for form in made_after(setup.recipe):
+                from compress.export import formats
                 from compress.export.command import network_source
-                from compress.export.formats import BuildOptions, make
 
-                options = BuildOptions(form)
-                make(network_source(folder, model, x, options, {}), folder / form, options)
+                options = formats.BuildOptions(form)
+                formats.make(network_source(folder, model, x, options, {}), folder / form, options)
 
         inputs = {
             "version": __version__,

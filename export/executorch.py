@@ -12,19 +12,20 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.export import formats, parity, runtimes
 from compress.progress import say
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Graph, Source
+    from compress.export.ort import Arrays
     from compress.export.runtimes import Runner
 
 FILE = "model.pte"
@@ -99,8 +100,15 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
                 axes = formats.profiles_of(options, name, graph)[0]
                 if name != "model":
                     axes = {a: (opt, opt, opt) for a, (_, opt, _) in axes.items()}
+                    if options.precision == "int8":
+                        raise UsageError(
+                            "int8 in ExecuTorch is for networks here", where="--precision", fix="use fp32 or fp16"
+                        )
                 method = "forward" if name == "model" else name
                 programs[method] = _trace(source.model, name, graph, axes, options.precision)
+                if options.precision == "int8":
+                    feeds = source.calibration.get(name, ())
+                    programs[method] = _quantised(programs[method], feeds, [p.name for p in graph.inputs], axes)
                 signature[method] = _signature(graph, axes)
             lowered = to_edge_transform_and_lower(
                 programs,
@@ -110,6 +118,8 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
             )
             delegated = {m: _delegation(lowered.exported_program(m)) for m in programs}
             program = lowered.to_executorch()
+        except UsageError:
+            raise
         except Exception as e:  # torch.export, the partitioner and the emitter each have their own types
             lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
             raise CompressError(
@@ -153,6 +163,40 @@ def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, in
     return torch.export.export(module, given, dynamic_shapes=(shapes,) if precision == "fp16" else shapes, strict=False)
 
 
+def _quantised(
+    program: Any, feeds: Sequence[Arrays], names: list[str], axes: Mapping[str, tuple[int, int, int]]
+) -> Any:
+    """The program in int8 by XNNPACK's own quantiser (torchao's PT2E), its scales from ``feeds``.
+
+    Raises:
+        UsageError: there are no calibration inputs.
+    """
+    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+        XNNPACKQuantizer,
+        get_symmetric_quantization_config,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    if not feeds:
+        raise UsageError(
+            "static int8 needs inputs to calibrate on",
+            where="--precision int8",
+            fix="name a model of a run, whose calibration split is known, or another --precision",
+        )
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    prepared = prepare_pt2e(program.module(), quantizer)
+    size = next(iter(axes.values()))[1] if axes else None
+    for feed in feeds:
+        given = [torch.from_numpy(feed[name]) for name in names]
+        # A program of one batch size takes its samples so.
+        for part in zip(*(x.split(size) if size else [x] for x in given), strict=True):
+            if size is None or len(part[0]) == size:
+                prepared(*part)
+    made = convert_pt2e(prepared)
+    sample = tuple(torch.from_numpy(feeds[0][name])[: size or None] for name in names)
+    return torch.export.export(made, sample, strict=False)
+
+
 def _signature(graph: Graph, axes: Mapping[str, tuple[int, int, int]]) -> dict[str, Any]:
     def shape(port: Any) -> list[int | None]:
         return [
@@ -189,6 +233,41 @@ class _quiet:
 
     def __exit__(self, *_: object) -> None:
         logging.disable(self.before)
+
+
+def first_layer(source: Source, options: BuildOptions, feed: Arrays, tolerance: float) -> str:
+    """Names the first layer of a network whose output differs from torch's where all are made outputs."""
+    import tempfile
+
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+    from compress.export.bisect import largest_difference
+    from compress.export.onnx_module import _Outputs
+
+    kinds = nn.Conv2d | nn.Conv1d | nn.Linear
+    layers = [name for name, m in source.model.named_modules() if isinstance(m, kinds)]
+    graph = formats.read_graph(formats.components(source.path)["model"])
+    module = _Outputs(source.model, [p.name for p in graph.outputs], layers).eval()
+    given = tuple(torch.from_numpy(feed[p.name]) for p in graph.inputs)
+    with torch.no_grad(), warnings.catch_warnings(), _quiet(), tempfile.TemporaryDirectory() as beside:
+        warnings.simplefilter("ignore")
+        want = module(*given)
+        lowered = to_edge_transform_and_lower(
+            torch.export.export(module, given, strict=False),
+            partitioner=[XnnpackPartitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+        path = Path(beside) / FILE
+        with path.open("wb") as file:
+            lowered.to_executorch().write_to_file(file)
+        runner = runtimes.load("executorch", str(path), options.threads)
+        got = list(runner.run({v.name: x.numpy() for v, x in zip(runner.inputs, given, strict=True)}).values())
+    heads = len(graph.outputs)
+    for name, a, b in zip(layers, want[heads:], got[heads:], strict=True):
+        if not largest_difference(a.numpy(), b) <= tolerance:
+            return f"first in the output of {name}, by {largest_difference(a.numpy(), b):.2e}"
+    return "every linear and convolutional layer agrees where its output is asked for"
 
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -56,7 +56,7 @@ _FORMATS = (
     Format("ort", "ONNX Runtime mobile", "ort_mobile", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
     Format("mnn", "MNN", "mnn", ("fp32",), "MNN", "mnn"),
     Format("openvino", "OpenVINO", "openvino", ("fp32", "fp16", "int8"), "openvino", "openvino"),
-    Format("executorch", "ExecuTorch (XNNPACK)", "executorch", ("fp32", "fp16"), "executorch", "executorch", True),
+    Format("executorch", "ExecuTorch", "executorch", ("fp32", "fp16", "int8"), "executorch", "executorch", True),
     Format("litert", "LiteRT", "litert", ("fp32",), "litert_torch", "litert", True),
     Format("tensorrt", "TensorRT", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt", ""),
     Format("tensorrt_rtx", "TensorRT-RTX", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt_rtx", "tensorrt"),

@@ -215,10 +215,14 @@ def first_fault_built(
 
     tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
     path = formats.components(source.path)[component]
-    if formats.FORMATS[options.format].of_torch:
-        return "the graph is made of the torch module, so the ONNX file tells no node"
     if options.precision == "int8":
         return "calibrate on more inputs, or leave the layer with the widest range in float32"
+    if options.format == "executorch" and component == "model" and options.precision == "fp32":
+        from compress.export.executorch import first_layer
+
+        return first_layer(source, options, feed, tolerance)
+    if formats.FORMATS[options.format].of_torch:
+        return "the graph is made of the torch module, so the ONNX file tells no node"
     if options.format == "onnx" and options.fusions == "none":
         return bisect.between_onnx(path, folder / f"{component}.onnx", feed, tolerance)
     return bisect.first_built(path, component, output, feed, tolerance, options)

@@ -18,7 +18,7 @@ from compress.errors import CompressError
 from compress.export import bisect, formats, onnx_file, parity
 from compress.export.formats import BuildOptions, Source, make, network_profiles, text_profiles
 from compress.export.onnx import DECODE, export_llm
-from compress.export.onnx_module import INPUT, export_module
+from compress.export.onnx_module import INPUT, _Outputs, export_module
 from compress.export.runtimes import load
 from compress.models.zoo import build
 from tests.export.test_onnx import ragged
@@ -125,3 +125,59 @@ def test_a_sliced_network_that_differs_names_the_layer() -> None:
         layer.weight[0] *= 3
     with pytest.raises(CompressError, match=f"differs after slicing: y by .*first in the output of {re.escape(name)},"):
         parity.check_modules(before, after, x, ["y"], 1e-4, "slicing")
+
+
+def channels(gone: bool) -> nn.Sequential:
+    """Five of eight channels: the other three masked (zero weights, zero norm), or sliced away."""
+    torch.manual_seed(0)
+    first, norm, second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+    kept = [0, 2, 3, 5, 7]
+    with torch.no_grad():
+        dead = [c for c in range(8) if c not in kept]
+        for p in (first.weight, first.bias, norm.weight, norm.bias):
+            p[dead] = 0
+        if gone:
+            sliced, small, last = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 3)
+            sliced.weight.copy_(first.weight[kept])
+            sliced.bias.copy_(first.bias[kept])
+            last.weight.copy_(second.weight[:, kept])
+            last.bias.copy_(second.bias)
+            first, norm, second = sliced, small, last
+    return nn.Sequential(first, norm, nn.ReLU(), second).eval()
+
+
+def test_channels_that_were_sliced_away_are_compared_with_those_that_were_masked() -> None:
+    masked, sliced = channels(False), channels(True)
+    x = inputs(4)
+    assert max(parity.check_modules(masked, sliced, x, ["y"], 1e-5, "slicing")["outputs"].values()) < 1e-6
+    for layer in (0, 3):
+        wrong = copy.deepcopy(sliced)
+        with torch.no_grad():
+            wrong[layer].weight[1] *= -2
+        with pytest.raises(CompressError, match=f"first in the output of {layer},"):
+            parity.check_modules(masked, wrong, x, ["y"], 1e-4, "slicing")
+
+
+def test_executorch_that_lowers_a_layer_wrong_is_found_by_that_layer(
+    branched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault of the lowering cannot be had: the traced program has one weight changed before it is lowered."""
+    pytest.importorskip("executorch")
+    real = torch.export.export
+    model = build("resnet", {"depth": 14, "width": 4, "classes": 3}, seed=0).eval()
+    name = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)][5]
+
+    def faulty(module: Any, *given: Any, **more: Any) -> Any:
+        program = real(module, *given, **more)
+        if not isinstance(module, _Outputs):  # ExecuTorch's own passes trace their patterns
+            return program
+        key = next(k for k in program.state_dict if k.endswith(f"{name}.weight"))
+        changed = program.state_dict[key].detach().clone()
+        changed[0] *= 3
+        program.state_dict[key] = nn.Parameter(changed)
+        return program
+
+    monkeypatch.setattr(torch.export, "export", faulty)
+    source = Source(branched, model, {"model": [{INPUT: inputs(2).numpy()}]})
+    with pytest.raises(CompressError, match=f"first in the output of {re.escape(name)},"):
+        make(source, tmp_path / "out", BuildOptions("executorch", profiles=network_profiles(2)))

@@ -54,6 +54,7 @@ def here(form: str) -> None:
 NETWORK = [
     ("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8"), ("ort", "fp32"), ("ort", "int8"), ("openvino", "fp32"),
     ("openvino", "fp16"), ("openvino", "int8"), ("mnn", "fp32"), ("executorch", "fp32"),
+    ("executorch", "int8"),
 ]  # fmt: skip
 
 
