@@ -1,6 +1,6 @@
 """An emulated arm64 device: a Debian arm64 root under user-mode emulation, with a real sshd on loopback inside it.
 
-    python tools/arm64_device.py build            # once: minutes, about 700 MB under ~/.cache/compress/arm64-device
+    python tools/arm64_device.py build            # once: minutes, about 450 MB under ~/.cache/compress/arm64-device
     python tools/arm64_device.py start            # prints the target file that measures on it
     python tools/arm64_device.py stop
 
