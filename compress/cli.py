@@ -32,6 +32,9 @@ RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `co
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
 Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", "-t", help="a name from `compress list targets`, or a YAML file")
+]
 Network = Annotated[
     str | None, typer.Option(metavar="FILE.py:FUNCTION", help="networks of a file of your own: its code is run")
 ]
@@ -306,6 +309,7 @@ def export(
         Path | None, typer.Option(help="networks: the run whose data calibrates int8 and judges each format")
     ] = None,
     network: Network = None,
+    target: TargetName = None,
     json_: Json = False,
 ) -> None:
     """Exports a model to ONNX (language models: prefill and decode with KV cache) and on; each is checked."""
@@ -314,10 +318,17 @@ def export(
     from compress.verbs import export as run
 
     asked = builds(format_ or [], precision, shape or [], capability or [], fusions)
+    if target is not None:
+        from compress.export.on_target import build_options
+
+        asked.append(build_options(target))
     _show(run(model, out, asked, network=network, like=like), json_, partial(lines, "export"))
 
 
-@app.command(epilog="Example:  compress bench runs/demo/export-dense runs/demo/export-pruned")
+@app.command(
+    epilog="Examples:  compress bench runs/demo/export-dense runs/demo/export-pruned   |   "
+    "compress bench dense-pi pruned-pi --target my-pi.yaml"
+)
 def bench(
     dense: Annotated[Path, typer.Argument(help="export folder of the dense model")],
     pruned: Annotated[Path, typer.Argument(help="export folder of the pruned model")],
@@ -326,14 +337,21 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
+    target: TargetName = None,
+    out: Annotated[Path | None, typer.Option(help="a folder for bench.json and the plots")] = None,
     json_: Json = False,
 ) -> None:
-    """Measures latency and memory of two exports, interleaved in fresh processes."""
+    """Measures latency and memory of two exports, interleaved in fresh processes, here or on a target."""
+    from compress.export.on_target import bench_lines, write
     from compress.saved import lines
     from compress.verbs import bench as run
 
-    facts = run(dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads)
-    _show(facts, json_, partial(lines, "bench"))
+    facts = run(
+        dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads, target=target
+    )
+    if out is not None:
+        write(facts, out)
+    _show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
 
 
 @app.command(epilog="Example:  compress card runs/demo --out card")
@@ -374,9 +392,10 @@ def verify(
 
 @app.command("list", epilog="Example:  compress list models")
 def list_(
-    what: Annotated[str | None, typer.Argument(help="recipes or models; both by default")] = None, json_: Json = False
+    what: Annotated[str | None, typer.Argument(help="recipes, models or targets; all by default")] = None,
+    json_: Json = False,
 ) -> None:
-    """Lists recipes and models."""
+    """Lists recipes, models and targets."""
     from compress.verbs import listing
 
     _show(
@@ -386,12 +405,17 @@ def list_(
     )
 
 
-@app.command(epilog="Example:  compress doctor")
-def doctor(json_: Json = False) -> None:
-    """Says which parts are installed here, and what to do about those that are not."""
-    from compress.doctor import examine
+@app.command(epilog="Examples:  compress doctor   |   compress doctor --target pixel-8")
+def doctor(target: TargetName = None, json_: Json = False) -> None:
+    """Says which parts are installed here, and what to do about those that are not; or how a target is."""
+    if target is None:
+        from compress.doctor import examine
 
-    rows = examine()
+        rows = examine()
+    else:
+        from compress.export.on_target import doctor as examine_target
+
+        rows = examine_target(target)
     _show(
         {"parts": rows},
         json_,

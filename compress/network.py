@@ -422,7 +422,7 @@ def _export_facts(folder: Path, form: str) -> dict[str, Any]:
 
 def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
     """Latency of both exports on this machine, into ``report["bench"]``; MNN's stands in it under ``mnn``."""
-    from compress.export.bench.module import compare_modules
+    from compress.export.bench.local import compare_modules
 
     spec = setup.recipe.bench
     assert spec is not None  # asked by the caller

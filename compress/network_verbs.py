@@ -201,7 +201,7 @@ def bench(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Latency of one call and memory; what is not given is as in a recipe."""
-    from compress.export.bench.module import compare_modules
+    from compress.export.bench.local import compare_modules
     from compress.export.onnx_module import input_shape
 
     shapes = [input_shape(folder) for folder in (dense, pruned)]
@@ -221,15 +221,18 @@ def bench_lines(facts: dict[str, Any]) -> list[str]:
     lines = []
     for label in ("dense", "pruned"):
         m = facts[label]["latency"]
+        phases = [
+            *([f"load {m['load']:.2f} s"] if m["load"] is not None else []),
+            *([f"first {1000 * m['first']:.1f} ms"] if m["first"] is not None else []),
+        ]
         lines.append(
             f"latency {label:7} {1000 * m['median']:8.3f} ms  (between processes {100 * m['spread_between']:.1f} %,"
-            f" within {100 * m['all']['spread_within']:.1f} %;"
-            f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
+            f" within {100 * m['all']['spread_within']:.1f} %; {', '.join(phases) or 'load and first are not told'})"
         )
     ratio = facts["ratios"]["latency"]
     lines.append(f"latency ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
     for label in ("dense", "pruned"):
-        lines.append(
-            f"rss     {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   file {facts[label]['bytes']:,} bytes"
-        )
+        peak = facts[label]["peak_rss"]
+        told = f"{peak / 1e6:8.0f} MB" if peak is not None else "not told   "
+        lines.append(f"rss     {label:7} {told}   file {facts[label]['bytes']:,} bytes")
     return lines

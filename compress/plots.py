@@ -14,11 +14,14 @@ DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
 Plot = Callable[[dict[str, Any], Any], Any]
 
 
-def draw(report: dict[str, Any], folder: Path, plots: Mapping[str, Plot] | None = None) -> dict[str, Path]:
+def draw(
+    report: dict[str, Any], folder: Path, plots: Mapping[str, Plot] | None = None, latency: bool = True
+) -> dict[str, Path]:
     """Draws what the report has figures for; returns name -> PNG.
 
     Args:
         plots: by name, in place of those of a method that removes whole units; latency comes with either.
+        latency: draws the report's own, where it has one.
     """
     import matplotlib
 
@@ -39,7 +42,7 @@ def draw(report: dict[str, Any], folder: Path, plots: Mapping[str, Plot] | None 
     drawn = {}
     with plt.rc_context(style):
         jobs = dict(plots or {"sparsity-per-layer": _layers, "search": _search, "perplexity": perplexity})
-        if "bench" in report:
+        if latency and "bench" in report:
             jobs["latency"] = _latency
         for name, job in jobs.items():
             figure = job(report, plt)

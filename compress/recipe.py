@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -212,7 +212,7 @@ Methods = Mapping[str, Mapping[str, Task]]
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a value was written."""
 
     file: str
@@ -248,8 +248,8 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
     Raises:
         UsageError: anything in it is wrong; file, line, key and the nearest valid name are given.
     """
-    places: dict[Path_, _Place] = {}
-    data = _read(_find(name), places, ())
+    places: dict[Path_, Place] = {}
+    data = read_layers(_find(name), places, _find)
     for text in overrides:
         _override(data, text, places)
     method = data.get("method")
@@ -275,11 +275,11 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
     try:
         options = task.options.model_validate(data.get(method) or {})
     except ValidationError as e:
-        raise _explain(e, task.options, places, (method,), name) from None
+        raise explain(e, task.options, places, (method,), name) from None
     try:
         return task.recipe.model_validate({**own, "options": options})
     except ValidationError as e:
-        raise _explain(e, task.recipe, places, (), name, extra=list(methods)) from None
+        raise explain(e, task.recipe, places, (), name, extra=list(methods)) from None
 
 
 def lock_text(recipe: AnyRecipe, facts: Mapping[str, Any]) -> str:
@@ -299,9 +299,25 @@ def _find(name: str) -> Path:
     raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=nearest(name, list(names)))
 
 
-def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> dict[str, Any]:
+def read_layers(
+    path: Path,
+    places: dict[Path_, Place],
+    find: Callable[[str], Path],
+    noun: str = "recipe",
+    seen: tuple[Path, ...] = (),
+) -> dict[str, Any]:
+    """A YAML file laid over those it extends.
+
+    Args:
+        places: filled with where every value was written.
+        find: the file that is meant by the name behind ``extends``.
+        noun: what such a file is, for messages.
+
+    Raises:
+        UsageError: it cannot be read, or is no map.
+    """
     if path in seen:
-        raise UsageError("a recipe extends itself", where=str(path), fix="break the circle of 'extends'")
+        raise UsageError(f"a {noun} extends itself", where=str(path), fix="break the circle of 'extends'")
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -314,11 +330,11 @@ def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> di
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(
-            f"the recipe cannot be read: {e}", where=str(path), fix="check the path and its rights"
+            f"the {noun} cannot be read: {e}", where=str(path), fix="check the path and its rights"
         ) from None
     if not isinstance(data, dict):
-        raise UsageError("a recipe is a map of keys to values", where=str(path), fix="see `compress list recipes`")
-    mine: dict[Path_, _Place] = {}
+        raise UsageError(f"a {noun} is a map of keys to values", where=str(path), fix=f"see `compress list {noun}s`")
+    mine: dict[Path_, Place] = {}
     for at, place in _marks(node, str(path)):
         if at in mine:
             raise UsageError(f"the key {at[-1]!r} stands twice", where=str(place), fix="keep one of them")
@@ -327,30 +343,30 @@ def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> di
     if "extends" in data:
         parent = str(data.pop("extends"))
         beside = path.parent / parent
-        found = beside if beside.is_file() else _find(parent)
-        base = _read(found, places, (*seen, path))
+        found = beside if beside.is_file() else find(parent)
+        base = read_layers(found, places, find, noun, (*seen, path))
     for at, place in mine.items():
         _forget_below(places, at, unless=mine)
         places[at] = place
     return _merge(base, data)
 
 
-def _forget_below(places: dict[Path_, _Place], at: Path_, unless: Mapping[Path_, _Place]) -> None:
+def _forget_below(places: dict[Path_, Place], at: Path_, unless: Mapping[Path_, Place]) -> None:
     """A list laid over another takes its place whole: where the old one's items stood means nothing any more."""
     for old in [p for p in places if p[: len(at)] == at and len(p) > len(at) and isinstance(p[len(at)], int)]:
         if old not in unless:
             del places[old]
 
 
-def _marks(node: yaml.Node | None, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, _Place]]:
+def _marks(node: yaml.Node | None, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, Place]]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             here = (*at, str(key.value))
-            yield here, _Place(file, key.start_mark.line + 1)
+            yield here, Place(file, key.start_mark.line + 1)
             yield from _marks(value, file, here)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            yield (*at, i), _Place(file, value.start_mark.line + 1)
+            yield (*at, i), Place(file, value.start_mark.line + 1)
             yield from _marks(value, file, (*at, i))
 
 
@@ -362,7 +378,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(data: dict[str, Any], text: str, places: dict[Path_, _Place]) -> None:
+def _override(data: dict[str, Any], text: str, places: dict[Path_, Place]) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"{text!r} is not KEY=VALUE", where="--set", fix="for example: --set sparsity=0.25")
@@ -385,12 +401,12 @@ def _override(data: dict[str, Any], text: str, places: dict[Path_, _Place]) -> N
         inside = inner
     inside[parts[-1]] = parsed
     for i in range(1, len(parts) + 1):
-        places.setdefault(tuple(parts[:i]), _Place(f"--set {text}", None))
+        places.setdefault(tuple(parts[:i]), Place(f"--set {text}", None))
     _forget_below(places, tuple(parts), unless={})
-    places[tuple(parts)] = _Place(f"--set {text}", None)
+    places[tuple(parts)] = Place(f"--set {text}", None)
 
 
-def _where(places: Mapping[Path_, _Place], at: Path_, name: str) -> str:
+def _where(places: Mapping[Path_, Place], at: Path_, name: str) -> str:
     for end in range(len(at), 0, -1):
         if at[:end] in places:
             return str(places[at[:end]])
@@ -404,10 +420,10 @@ def nearest(name: str, valid: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}? ({listed})" if close else f"one of: {listed}"
 
 
-def _explain(
+def explain(
     error: ValidationError,
     model: type[BaseModel],
-    places: Mapping[Path_, _Place],
+    places: Mapping[Path_, Place],
     prefix: Path_,
     name: str,
     extra: Sequence[str] = (),

@@ -120,9 +120,14 @@ def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) ->
     return {"model": str(folder), "out": str(out), **facts}
 
 
-def bench(dense: Path, pruned: Path, **options: Any) -> dict[str, Any]:
-    """Latency of two export folders of one kind, interleaved."""
+def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) -> dict[str, Any]:
+    """Latency of two export folders of one kind, interleaved; on a target, of what it runs."""
     from compress.saved import call, exported_kind
+
+    if target is not None:
+        from compress.export.on_target import bench as on_target
+
+        return on_target(dense, pruned, target, options)
 
     return call(exported_kind((dense, pruned)), "bench", dense, pruned, **options)
 
@@ -177,9 +182,10 @@ def verify(path: Path, network: str | None = None) -> dict[str, Any]:
 
 
 def listing(what: str | None) -> dict[str, Any]:
-    """Recipes, models and families there are."""
+    """Recipes, models and targets there are."""
     import yaml
 
+    from compress.export.on_target import listing as targets
     from compress.models.sources import alias_names, describe_alias
 
     found: dict[str, Any] = {}
@@ -189,6 +195,8 @@ def listing(what: str | None) -> dict[str, Any]:
         }
     if what in (None, "models"):
         found["models"] = {name: describe_alias(name) for name in alias_names()}
+    if what in (None, "targets"):
+        found["targets"] = targets()
     if not found:
-        raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models")
+        raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models, targets")
     return found

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
+from compress.export.bench.packed import agent_file
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 FILE = "model.mnn"
 INSTALL = "pip install 'compress[mnn]'"
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
-AGENT = Path(__file__).parent / "bench" / "module_agent.py"
 
 
 def require_mnn() -> None:
@@ -105,16 +105,23 @@ def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threa
         given, found = Path(beside) / "input.npy", Path(beside) / "outputs.npz"
         np.save(given, inputs)
         request = {
-            "model": str(path), "threads": threads, "names": list(names), "input": str(given), "outputs": str(found)
+            "do": "run", "format": "mnn", "files": {"model": str(path)}, "threads": threads,
+            "options": {"names": list(names)}, "input": str(given), "outputs": str(found),
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, str(AGENT)], input=json.dumps(request), capture_output=True, text=True, errors="replace"
+            [sys.executable, str(agent_file())],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
         )
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        if not done.returncode:
+            last = json.loads(done.stdout).get("error", {}).get("what", "")
+        if last:
             raise CompressError(f"MNN cannot run the network: {last}", where=str(path), fix="export it again")
         with np.load(found) as held:
-            return [held[f"arr_{i}"] for i in range(len(names))]
+            return [held[name] for name in names]
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -76,6 +75,7 @@ def main() -> None:
     found = {name: compare(name, given) for name in ("resnet", "three-heads")}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "formats.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw_speed_up(found, given.out)
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +92,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    from compress.export.bench.explain import why
+    from compress.export.bench.local import LOCAL
     from compress.export.bench.stats import paired_ratio
     from compress.export.command import network_source
     from compress.export.formats import BuildOptions, make
@@ -144,42 +146,28 @@ def compare(name: str, given: argparse.Namespace) -> dict[str, Any]:
                 flush=True,
             )
             if form == "onnx" and ratio["median"] < 0.8 * ideal:
-                for line in slow_layers(folders[1.0], folders[share], shapes[share], ideal):
+                spec = {"threads": 1, "batch": 1}
+                for line in why(folders[1.0], folders[share], spec, LOCAL)["model"]["lines"]:
                     print(f"    {line}", flush=True)
     return found
 
 
-def slow_layers(dense: Path, pruned: Path, shape: Sequence[int], ideal: float) -> list[str]:
-    """The layers that got less faster than the FLOPs say, the costliest first, by ONNX Runtime's profile."""
-    before, after = (profile(folder, shape) for folder in (dense, pruned))
-    rows = []
-    for kind, now in after.items():
-        was = before.get(kind, 0.0)
-        if was and was / now < 0.8 * ideal:
-            rows.append((now - was / ideal, f"{kind}: {1000 * was:.2f} -> {1000 * now:.2f} ms ({was / now:.2f} times)"))
-    return [text for _, text in sorted(rows, reverse=True)[:4]]
+def draw_speed_up(found: dict[str, Any], folder: Path) -> None:
+    """speed-up.png: every point against the ideal."""
+    from compress.export.bench.plots import speed_up
+    from compress.plots import draw
 
-
-def profile(folder: Path, shape: Sequence[int]) -> dict[str, float]:
-    """Seconds a call of every node, the median over 30 calls, by the node's name."""
-    import tempfile
-
-    import numpy as np
-
-    from compress.export.runtimes import load
-
-    with tempfile.TemporaryDirectory() as beside:
-        runner = load("onnx", str(folder / "model.onnx"), 1, profile=f"{beside}/p")
-        call = runner.prepare({"input": np.random.default_rng(0).standard_normal([1, *shape]).astype(np.float32)})
-        for _ in range(30):
-            call()
-        events = json.loads(Path(runner.native.end_profiling()).read_text())
-    times: dict[str, list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            name = f"{event['name'].removesuffix('_kernel_time')} ({event['args']['op_name']})"
-            times.setdefault(name, []).append(event["dur"] / 1e6)
-    return {name: median(values) for name, values in times.items()}
+    points = [
+        {
+            "runtime": f"{name}, {form['runtime'].split()[0]}",
+            "flops_removed": 1 - 1 / form[f"speed-up {share}"]["ideal"],
+            "ratio": form[f"speed-up {share}"],
+        }
+        for name, one in found.items()
+        for form in one["formats"].values()
+        for share in SHARES[1:]
+    ]
+    draw({}, folder, {"speed-up": lambda _, plt: speed_up(points, plt)}, latency=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two exported models against each other on this machine: fresh processes, interleaved ABBA, raw samples kept."""
+"""Artefacts measured: fresh processes, interleaved ABBA, raw samples kept; here, or on a device (see transport.py)."""
 
 from __future__ import annotations
 
@@ -6,105 +6,280 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from compress.cache import sha256_of
 from compress.errors import CompressError
+from compress.export.bench.packed import agent_file
 from compress.export.bench.stats import paired_ratio, summary
-from compress.export.onnx import DECODE, PREFILL, WEIGHTS
+from compress.export.bench.transport import Artefact, Transport, answered, artefact
+from compress.export.onnx import PREFILL
 from compress.progress import Progress
 
-FIGURES = ("ttft", "tpot")
+MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
 
 
-def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> dict[str, Any]:
-    """Measures two export folders.
+@dataclass(frozen=True)
+class Local:
+    """This machine: nothing is copied."""
+
+    title: str = "this-machine"
+
+    def available(self) -> dict[str, Any]:
+        return {}
+
+    def push(self, files: Sequence[Path]) -> dict[str, str]:
+        return {path.name: str(path.resolve()) for path in files}
+
+    def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, str(agent_file())],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+            raise CompressError(
+                f"the measuring process failed: {last}",
+                where=", ".join(request.get("files", {}).values()) or self.title,
+                fix="check the export with `compress verify`, or export it again",
+            )
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def pull(self, there: str, here: Path) -> None:
+        Path(there).replace(here)
+
+    def room(self) -> str:
+        return tempfile.gettempdir()
+
+
+LOCAL = Local()
+
+
+def measure_once(
+    where: Path,
+    spec: Mapping[str, Any],
+    *,
+    vocab: int | None = None,
+    format: str | None = None,
+    file: str | None = None,
+    seed: int = 0,
+    transport: Transport = LOCAL,
+) -> dict[str, Any]:
+    """Measures one artefact in ONE fresh process.
 
     Args:
-        spec: prompt, context (tokens), processes, threads, min_seconds, min_runs.
-        vocab: token ids are drawn below it.
+        where: an export folder (a language model's prefill and decode, or a network's one file), or the file itself.
+        spec: ``threads``, ``min_seconds``, ``min_runs``, ``sample_seconds``, ``options`` of the runtime; of a language
+            model ``prompt`` and ``context``, or ``prompts`` and ``contexts`` for a grid; of a network ``batch`` and
+            ``shapes``. Other keys are not read; those left out are as in `MEASURE`.
+        vocab: token ids are drawn below it (language models; read from the ONNX file where it is left out).
+        format, file: which of several artefacts of a folder.
+        seed: of the input's values; two artefacts measured with one seed read the same.
 
     Returns:
-        Per figure (``ttft``, ``tpot``: seconds; ``peak_rss``: bytes) and model: the median over processes, the spread
-        between processes and within them, and the raw samples; the paired ratio dense / pruned with its 95 % interval.
+        ``figures``: ``latency``, or ``ttft`` and ``tpot`` -> ``load``, ``first``, raw ``samples`` (seconds),
+        ``calls_per_sample``, ``warm_up``, ``warm``, ``throttled``; ``grid`` of a language model; ``peak_rss`` and
+        ``bytes`` (of the files); ``runtime``; ``environment``; ``emulated`` (such a latency is never gated);
+        ``sha256`` by file.
 
     Raises:
-        CompressError: a measuring process failed.
+        CompressError: there is no such artefact, or measuring failed; with the process's own words.
     """
-    folders = {"dense": dense, "pruned": pruned}
-    for folder in folders.values():
-        for name in (PREFILL, DECODE):
-            if not (folder / name).exists():
-                raise CompressError(
-                    f"there is no {name}", where=str(folder), fix="name a folder made by `compress export`"
-                )
+    made = artefact(where, format, file)
+    there = transport.push(made.files)
+    found = _measure(made, there, spec, vocab, seed, transport, where)
+    return {**found, "bytes": made.bytes, "sha256": made.hashes()}
+
+
+def _measure(
+    made: Artefact,
+    there: Mapping[str, str],
+    spec: Mapping[str, Any],
+    vocab: int | None,
+    seed: int,
+    transport: Transport,
+    where: Path,
+) -> dict[str, Any]:
+    request: dict[str, Any] = {
+        "do": "measure",
+        "format": made.format,
+        "files": {part: there[path.name] for part, path in made.parts.items()},
+        "seed": seed,
+        **MEASURE,
+        **{k: v for k, v in spec.items() if k in ("sample_seconds", "options", "batch", "shapes", *MEASURE)},
+    }
+    if "prefill" in made.parts:
+        request["prompts"] = list(spec.get("prompts") or [spec["prompt"]])
+        request["contexts"] = list(spec.get("contexts") or [spec["context"]])
+        request["vocab"] = vocab if vocab is not None else vocab_of(made.parts["prefill"])
+    try:
+        return answered(transport.run(request), transport.title)
+    except CompressError as e:
+        raise CompressError(e.what, where=f"{where} on {transport.title}", fix=e.fix) from e
+
+
+def vocab_of(prefill: Path) -> int:
+    """The number of token ids, from the shape of an ONNX graph's logits: the file's own, or that it was made of.
+
+    Raises:
+        CompressError: there is no ONNX file, here or in the folder above.
+    """
+    import onnx
+
+    places = (prefill, prefill.with_name(PREFILL), prefill.parent.parent / PREFILL)
+    graph = next((p for p in places if p.suffix == ".onnx" and p.is_file()), None)
+    if graph is None:
+        raise CompressError(
+            "the vocabulary's size is not known",
+            where=str(prefill),
+            fix=f"keep {PREFILL} where `compress export` put it, in the folder above",
+        )
+    logits = onnx.load(graph, load_external_data=False).graph.output[0]
+    return int(logits.type.tensor_type.shape.dim[2].dim_value)
+
+
+def compare(
+    dense: Path,
+    pruned: Path,
+    spec: Mapping[str, Any],
+    *,
+    vocab: int | None = None,
+    format: str | None = None,
+    file: str | None = None,
+    transport: Transport = LOCAL,
+    cool_down: float = 0.0,
+) -> dict[str, Any]:
+    """Measures two artefacts of one format, interleaved ABBA.
+
+    Args:
+        spec: as of `measure_once`, and ``processes``: fresh ones for each.
+        cool_down: seconds of rest before every process.
+
+    Returns:
+        Per model and figure (seconds; ``peak_rss``: bytes): the median over processes, the spread between processes and
+        within them, and the raw samples; the paired ratio dense / pruned with its 95 % interval; and what the machine
+        was and did meanwhile.
+
+    Raises:
+        CompressError: an artefact is missing, the device cannot be reached, or a measuring process failed.
+    """
+    places = {"dense": dense, "pruned": pruned}
+    made = {label: artefact(folder, format, file) for label, folder in places.items()}
+    if set(made["dense"].parts) != set(made["pruned"].parts):
+        raise CompressError(
+            "one is a language model, the other is not", where=f"{dense}, {pruned}", fix="name two exports of one kind"
+        )
+    there = {label: transport.push(a.files) for label, a in made.items()}
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
-    rounds = spec["processes"]
     before = machine_state()
-    with Progress(2 * rounds, "measuring in fresh processes") as bar:
-        for i in range(rounds):
+    with Progress(2 * spec["processes"], "measuring in fresh processes") as bar:
+        for i in range(spec["processes"]):
             for label in ("dense", "pruned") if i % 2 == 0 else ("pruned", "dense"):
-                runs[label].append(_agent(folders[label], spec, vocab, seed=i))
+                time.sleep(cool_down)
+                runs[label].append(_measure(made[label], there[label], spec, vocab, i, transport, places[label]))
                 bar.update(1)
+    figures = list(runs["dense"][0]["figures"])
+    environment = [r["environment"] for label in runs for r in runs[label]]
     found: dict[str, Any] = {
-        "spec": {**spec, "order": "ABBA", "runtime": runs["dense"][0]["runtime"], "target": "this-machine"},
-        "machine": {"before": before, "after": machine_state()},
+        "spec": {
+            **spec,
+            "order": "ABBA",
+            "runtime": runs["dense"][0]["runtime"],
+            "target": transport.title,
+            "cool_down": cool_down,
+        },
+        "machine": {
+            "before": before,
+            "after": machine_state(),
+            **{k: v for k, v in environment[0].items() if k not in ("start", "end")},
+            "processes": [{"start": e["start"], "end": e["end"]} for e in environment],
+        },
+        "emulated": any(e["emulated"] for e in environment),
         "ratios": {},
     }
     for label, measured in runs.items():
+        main = next(iter(made[label].parts.values()))
+        weights = [p for p in made[label].files if p.suffix in (".data", ".bin")]
         found[label] = {
-            "bytes": sum((folders[label] / n).stat().st_size for n in (PREFILL, DECODE, WEIGHTS)),
-            "sha256": sha256_of(folders[label] / WEIGHTS),
-            "peak_rss": median(r["peak_rss"] for r in measured),
+            "bytes": made[label].bytes,
+            "sha256": sha256_of(weights[0] if weights else main),
+            "files": made[label].hashes(),
+            "peak_rss": _middle([r["peak_rss"] for r in measured]),
             "peak_rss_samples": [r["peak_rss"] for r in measured],
+            **{figure: _figure([r["figures"][figure] for r in measured]) for figure in figures},
         }
-        for figure in FIGURES:
-            medians = [median(r[figure]["samples"]) for r in measured]
-            every = [s for r in measured for s in r[figure]["samples"]]
-            found[label][figure] = {
-                "median": median(medians),
-                "spread_between": (max(medians) - min(medians)) / median(medians),
-                "load": median(r[figure]["load"] for r in measured),
-                "first": median(r[figure]["first"] for r in measured),
-                "process_medians": medians,
-                "warm": all(r[figure]["warm"] for r in measured),
-                "calls_per_sample": [r[figure]["calls_per_sample"] for r in measured],
-                "all": summary(every),
-                "raw": [r[figure]["samples"] for r in measured],
+        if "grid" in measured[0]:
+            found[label]["grid"] = {
+                name: [
+                    {**_length(rows[0]), **_figure(rows)}
+                    for rows in zip(*(r["grid"][name] for r in measured), strict=True)
+                ]
+                for name in figures
             }
-    for figure in FIGURES:
+    for figure in figures:
         found["ratios"][figure] = paired_ratio(
             found["dense"][figure]["process_medians"], found["pruned"][figure]["process_medians"]
         )
-    found["ratios"]["peak_rss"] = paired_ratio(found["dense"]["peak_rss_samples"], found["pruned"]["peak_rss_samples"])
+    peaks = [found[label]["peak_rss_samples"] for label in ("dense", "pruned")]
+    if None not in (*peaks[0], *peaks[1]):
+        found["ratios"]["peak_rss"] = paired_ratio(*peaks)
+    found["throttled"] = any(found[label][f]["throttled"] for label in runs for f in figures)
     return found
 
 
-def _agent(folder: Path, spec: dict[str, Any], vocab: int, seed: int) -> dict[str, Any]:
-    request = {
-        "prefill": str(folder / PREFILL),
-        "decode": str(folder / DECODE),
-        "vocab": vocab,
-        "seed": seed,
-        **{k: spec[k] for k in ("prompt", "context", "threads", "min_seconds", "min_runs")},
+def _middle(values: Sequence[float | None]) -> float | None:
+    """The median; None where a benchmark program does not tell the value."""
+    told = [v for v in values if v is not None]
+    return median(told) if told else None
+
+
+def _length(row: Mapping[str, Any]) -> dict[str, int]:
+    return {k: row[k] for k in ("prompt", "context") if k in row}
+
+
+def _figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One figure over its processes."""
+    medians = [median(r["samples"]) for r in rows]
+    single = all(r["calls_per_sample"] == 1 for r in rows)
+    found = {
+        "median": median(medians),
+        "spread_between": (max(medians) - min(medians)) / median(medians),
+        "load": _middle([r["load"] for r in rows]),
+        "first": _middle([r["first"] for r in rows]),
+        "process_medians": medians,
+        "warm": all(r["warm"] for r in rows),
+        "throttled": any(r["throttled"] for r in rows),
+        "calls_per_sample": [r["calls_per_sample"] for r in rows],
+        "all": summary([s for r in rows for s in r["samples"]], single),
+        "raw": [r["samples"] for r in rows],
+        "loads": [r["load"] for r in rows],
+        "firsts": [r["first"] for r in rows],
     }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "agent.py")],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        raise CompressError(
-            f"the measuring process failed: {lines[-1]}",
-            where=str(folder),
-            fix="check the export with `compress verify`",
-        )
-    found: dict[str, Any] = json.loads(done.stdout)
+    if all("device_samples" in r for r in rows):
+        found["device"] = summary([s for r in rows for s in r["device_samples"]], single)
+    if all("watts" in r for r in rows):
+        found["watts"] = {name: median(r["watts"][name] for r in rows) for name in rows[0]["watts"]}
     return found
+
+
+def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> dict[str, Any]:
+    """Two export folders of language models on this machine; see `compare`."""
+    return compare(dense, pruned, spec, vocab=vocab)
+
+
+def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any], file: str = "model.onnx") -> dict[str, Any]:
+    """Two export folders of networks on this machine: the file of that name in each; its kind says the runtime."""
+    return compare(dense, pruned, spec, file=file)
 
 
 def machine_state() -> dict[str, Any]:

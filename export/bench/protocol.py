@@ -3,20 +3,40 @@
 Imports nothing but the standard library: it is copied to the device together with the agent.
 """
 
+from __future__ import annotations
+
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 SAMPLE_SECONDS = 0.1  # a sample lasts at least this long; faster calls are batched
 STEADY = 0.05  # warmed up when a block is not this much better than the one before it
 WARM_BLOCK, WARM_CALLS, WARM_SECONDS = 3, 30, 20.0
+THROTTLED = 0.05  # the last quarter's median this much slower than the first's
+QUARTER = 2  # samples a quarter needs before it says anything
 
 
-def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignore[no-untyped-def]
+def steady(
+    call: Callable[[], Any],
+    min_seconds: float,
+    min_runs: int,
+    clock: Callable[[], float] = time.perf_counter,
+    sample_seconds: float = SAMPLE_SECONDS,
+    device: Callable[[], float] | None = None,
+) -> dict[str, Any]:
     """Times ``call()``.
 
+    Args:
+        min_seconds, min_runs: it stops when both are reached.
+        sample_seconds: calls that are faster are batched into samples of this length; 0: every call is a sample, as
+            quantiles need it.
+        device: seconds of the last call by the device's own clock, transfers not counted.
+
     Returns:
-        dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), and
-        ``warm`` (False where a cap ended the warm-up).
+        dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), ``warm``
+        (False where a cap ended the warm-up), ``throttled`` (None where there are too few samples to tell) and, with
+        ``device``, ``device_samples``.
     """
     warm_up: list[float] = []
     best, warm = math.inf, False
@@ -31,12 +51,38 @@ def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignor
             warm = True
             break
         best = min(best, block)
-    calls = max(1, math.ceil(SAMPLE_SECONDS / min(warm_up)))
+    calls = max(1, math.ceil(sample_seconds / max(min(warm_up), 1e-9)))
     samples: list[float] = []
+    on_device: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
-        start = clock()
-        for _ in range(calls):
-            call()
-        samples.append((clock() - start) / calls)
-    return {"samples": samples, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
+        if device is None:
+            start = clock()
+            for _ in range(calls):
+                call()
+            samples.append((clock() - start) / calls)
+        else:
+            there = 0.0
+            start = clock()
+            for _ in range(calls):
+                call()
+                there += device()
+            samples.append((clock() - start) / calls)
+            on_device.append(there / calls)
+    found: dict[str, Any] = {"samples": samples, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
+    found["throttled"] = throttled(samples)
+    return {**found, "device_samples": on_device} if device is not None else found
+
+
+def throttled(samples: list[float]) -> bool | None:
+    """Whether the last quarter is over 5 % slower than the first; None where a quarter is under two samples."""
+    quarter = len(samples) // 4
+    if quarter < QUARTER:
+        return None
+    return _median(samples[-quarter:]) > (1 + THROTTLED) * _median(samples[:quarter])
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    half = len(ordered) // 2
+    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -10,8 +10,12 @@ import numpy as np
 P90_FROM, P99_FROM = 100, 1000  # samples below which a tail quantile says nothing
 
 
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median and spread of samples (any unit); p90 and p99 only where there are enough of them."""
+def summary(samples: Sequence[float], single: bool = True) -> dict[str, Any]:
+    """Median and spread of samples (any unit); p90 and p99 only where there are enough of them.
+
+    Args:
+        single: a sample is one call. The mean of several calls has no slow one any more: no tail is told of it.
+    """
     values = np.asarray(samples, dtype=float)
     quartiles = np.percentile(values, [25, 50, 75])
     found: dict[str, Any] = {
@@ -21,9 +25,9 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
         "max": float(values.max()),
         "spread_within": float((quartiles[2] - quartiles[0]) / quartiles[1]),
     }
-    if len(values) >= P90_FROM:
+    if single and len(values) >= P90_FROM:
         found["p90"] = float(np.percentile(values, 90))
-    if len(values) >= P99_FROM:
+    if single and len(values) >= P99_FROM:
         found["p99"] = float(np.percentile(values, 99))
     return found
 

@@ -17,7 +17,7 @@ pytest.importorskip("MNN", reason="needs the extra [mnn]")
 
 from compress.errors import CompressError, UsageError
 from compress.export import mnn
-from compress.export.bench.module import compare_modules
+from compress.export.bench.local import compare_modules
 from compress.export.mnn import CONVERT, FILE, check_mnn, export_mnn, run_mnn, write_checked_mnn
 from compress.export.onnx_module import export_module
 from compress.models.zoo import build

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.export.bench.module import compare_modules
+from compress.export.bench.local import compare_modules
 from compress.export.onnx_module import FILE, check_module, export_module, input_shape, write_checked_module
 from compress.export.ort import session
 from compress.models.zoo import build

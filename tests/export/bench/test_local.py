@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 
 from compress.errors import CompressError
 from compress.export.bench import local
-from compress.export.bench.local import compare_llm
+from compress.export.bench.explain import why
+from compress.export.bench.local import LOCAL, compare_llm
+from compress.export.bench.packed import agent_file
 
 SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
 
@@ -23,14 +26,14 @@ SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 
 def measured(finished: Path) -> tuple[dict[str, Any], list[tuple[str, int]]]:
     """(record, the order in which processes were started)."""
     order: list[tuple[str, int]] = []
-    real = local._agent
+    real = local.Local.run
 
-    def noted(folder: Path, spec: dict[str, Any], vocab: int, seed: int) -> dict[str, Any]:
-        order.append((folder.name, seed))
-        return real(folder, spec, vocab, seed)
+    def noted(here: local.Local, request: Mapping[str, Any]) -> dict[str, Any]:
+        order.append((Path(request["files"]["prefill"]).parent.name, request["seed"]))
+        return real(here, request)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_agent", noted)
+        patch.setattr(local.Local, "run", noted)
         return compare_llm(finished / "export-dense", finished / "export-pruned", SPEC, 300), order
 
 
@@ -67,9 +70,10 @@ def test_peak_memory_is_the_agents_own_whoever_starts_it(finished: Path) -> None
         "print(json.loads(done.stdout)['peak_rss'])\n"
     )
     folder = finished / "export-pruned"
-    request = {**SPEC, "prefill": str(folder / "prefill.onnx"), "decode": str(folder / "decode.onnx")}
-    request |= {"vocab": 300, "seed": 0}
-    agent = Path(local.__file__).parent / "agent.py"
+    files = {name: str(folder / f"{name}.onnx") for name in ("prefill", "decode")}
+    request = {**SPEC, "do": "measure", "format": "onnx", "files": files, "vocab": 300, "seed": 0}
+    request |= {"prompts": [8], "contexts": [8]}
+    agent = agent_file()
     done = subprocess.run(
         [sys.executable, "-c", script, str(agent), json.dumps(request)], capture_output=True, text=True, check=True
     )
@@ -79,5 +83,16 @@ def test_peak_memory_is_the_agents_own_whoever_starts_it(finished: Path) -> None
 def test_a_measuring_process_that_fails_is_one_error(finished: Path, tmp_path: Path) -> None:
     for name in ("prefill.onnx", "decode.onnx", "weights.data"):
         (tmp_path / name).write_bytes(b"no model")
-    with pytest.raises(CompressError, match="the measuring process failed"):
+    with pytest.raises(CompressError, match=r"ONNX Runtime cannot load prefill\.onnx"):
         compare_llm(finished / "export-dense", tmp_path, SPEC, 300)
+
+
+def test_a_language_models_two_graphs_are_explained(finished: Path) -> None:
+    spec = {"threads": 1, "prompt": 16, "context": 16}
+    found = why(finished / "export-dense", finished / "export-pruned", spec, LOCAL)
+    assert set(found) == {"prefill", "decode"}
+    for part in found.values():
+        assert part["ideal"] > 1.05 and sum(bool(r["dense_flops"]) for r in part["layers"]) > 20
+        assert part["small"]["nodes"] > 0.8 * part["small"]["of"], "a tiny model is all overhead"
+        if part["reached"] < 0.8:
+            assert any("nodes take under" in line for line in part["lines"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from compress.export.bench.protocol import WARM_CALLS, steady
+from compress.export.bench.protocol import WARM_CALLS, steady, throttled
 
 
 class Machine:
@@ -53,3 +53,23 @@ def test_fast_calls_are_batched_so_that_a_sample_lasts_a_tenth_of_a_second() -> 
     found = steady(machine.call, 0.0, 3, machine.clock)
     assert found["calls_per_sample"] == 25
     assert found["samples"] == pytest.approx([0.004] * 3) and machine.calls == len(found["warm_up"]) + 75
+
+
+def test_without_batching_every_call_is_a_sample() -> None:
+    machine = Machine([0.004])
+    found = steady(machine.call, 0.0, 120, machine.clock, sample_seconds=0.0)
+    assert found["calls_per_sample"] == 1 and len(found["samples"]) == 120
+
+
+def test_the_devices_own_clock_is_kept_beside_the_wall_clock() -> None:
+    machine = Machine([0.5])
+    found = steady(machine.call, 0.0, 3, machine.clock, device=lambda: 0.3)
+    assert found["samples"] == pytest.approx([0.5] * 3) and found["device_samples"] == pytest.approx([0.3] * 3)
+
+
+def test_a_last_quarter_that_is_over_five_percent_slower_is_throttled() -> None:
+    assert throttled([1.0] * 6 + [1.06] * 2) is True
+    assert throttled([1.0] * 6 + [1.04] * 2) is False
+    assert throttled([1.0] * 4 + [9.0] * 3) is None, "quarters of one sample say nothing"
+    hot = Machine([0.2] * 15 + [0.3])
+    assert steady(hot.call, 0.0, 16, hot.clock)["throttled"] is True

@@ -1,0 +1,131 @@
+"""What every way to a device has in common, and what an artefact is made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from compress.cache import sha256_of
+from compress.errors import CompressError
+
+# The kind of a file says its format where nobody else does.
+SUFFIXES = {
+    ".onnx": "onnx", ".ort": "ort", ".mnn": "mnn", ".xml": "openvino", ".pte": "executorch", ".tflite": "litert",
+    ".engine": "tensorrt", ".plan": "tensorrt",
+}  # fmt: skip
+BESIDE = (".data", ".bin")  # weights that a graph's file refers to by name
+
+
+class Transport(Protocol):
+    """A way to a device. ``title`` names it in messages."""
+
+    @property
+    def title(self) -> str: ...
+
+    def available(self) -> dict[str, Any]:
+        """What the device is. Raises CompressError: it cannot be reached, or has no Python."""
+
+    def push(self, files: Sequence[Path]) -> dict[str, str]:
+        """Brings files into one folder there, named by what they hold: once; returns name -> path there."""
+
+    def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Runs the agent there in a fresh process and returns what it answers."""
+
+    def pull(self, there: str, here: Path) -> None:
+        """Fetches one file."""
+
+    def room(self) -> str:
+        """A folder there that files may be written to."""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """``parts``: ``model``, or ``prefill`` and ``decode`` -> file; ``files``: all that must be on the device."""
+
+    format: str
+    parts: dict[str, Path]
+    files: tuple[Path, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+    def hashes(self) -> dict[str, str]:
+        return {path.name: _hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files}
+
+
+@cache
+def _hash(path: Path, size: int, changed: int) -> str:
+    """Once while a file stays as it is: a gate asks for it before every process."""
+    return sha256_of(path)
+
+
+def artefact(where: Path, format: str | None = None, file: str | None = None) -> Artefact:
+    """What lies in an export folder, or is one file.
+
+    Args:
+        format: where a folder holds several; ONNX is taken where it is not said.
+        file: the name of the file in the folder.
+
+    Raises:
+        CompressError: there is none, or none of that format.
+    """
+    if where.is_file():
+        kind = format or SUFFIXES.get(where.suffix)
+        if kind is None:
+            raise CompressError(
+                f"a file {where.suffix} is of no format that is known",
+                where=str(where),
+                fix=f"one of: {', '.join(SUFFIXES)}",
+            )
+        return Artefact(kind, {"model": where}, (where, *_beside(where.parent)))
+    suffixes = [
+        s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")
+    ]
+    for names in (("prefill", "decode"), ("model",)):
+        for suffix in suffixes:
+            if file is not None and names == ("model",):
+                found = {"model": where / file}
+                suffix = Path(file).suffix
+            else:
+                found = {name: where / f"{name}{suffix}" for name in names}
+            if all(path.is_file() for path in found.values()):
+                kind = format or SUFFIXES[suffix]
+                if kind == "executorch" and "prefill" in _facts(where, kind).get("components", {}):
+                    found = dict.fromkeys(("prefill", "decode"), where / f"model{suffix}")
+                return Artefact(kind, found, (*dict.fromkeys(found.values()), *_beside(where)))
+    wanted = file or f"model{suffixes[0]}, and no prefill{suffixes[0]} with decode{suffixes[0]}"
+    raise CompressError(f"there is no {wanted}", where=str(where), fix="name a folder made by `compress export`")
+
+
+def _facts(folder: Path, format: str) -> dict[str, Any]:
+    """What `compress export` noted of the format it built here."""
+    path = folder / f"{format}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _beside(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix in BESIDE and not p.name.startswith("."))
+
+
+def folder_name(files: Sequence[Path]) -> str:
+    """Named by contents and names: the same files are never brought twice."""
+    held = json.dumps(sorted((path.name, sha256_of(path)) for path in files))
+    return hashlib.sha256(held.encode()).hexdigest()[:16]
+
+
+def answered(found: dict[str, Any], title: str) -> dict[str, Any]:
+    """What the agent answered; what it reports as an error is raised.
+
+    Raises:
+        CompressError: with the device's own words.
+    """
+    if "error" in found:
+        raise CompressError(found["error"]["what"], where=title, fix=found["error"]["fix"])
+    return found

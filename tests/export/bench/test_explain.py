@@ -1,0 +1,84 @@
+"""Why a pruned network is not faster: each cause told from layers that have it, and from real profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.export.bench.explain import Layer, explain, fitted_block, why
+from compress.export.bench.local import LOCAL
+from tests.export.bench.nets import conv_net
+
+
+def conv(name: str, inside: int, outside: int, seconds: float, pixels: int = 1024) -> Layer:
+    flops, moved = 2 * 9 * inside * outside * pixels, 4 * (inside + outside) * pixels
+    return Layer(name, "Conv", seconds, flops, moved + 36 * inside * outside, (inside, outside))
+
+
+# A layer at full speed, so that the machine's limits are known: 100 GFLOP/s; and a copy: 10 GB/s.
+FULL = conv("full", 256, 256, 2 * 9 * 256 * 256 * 1024 / 100e9)
+COPY = Layer("copy", "Reorder", 1e-3, 0, 10_000_000)
+
+
+def causes(dense: list[Layer], pruned: list[Layer], block: int | None = None) -> dict[str, str]:
+    found = explain([FULL, COPY, *dense], [FULL, COPY, *pruned], block=block)
+    return {f["name"]: f["cause"] for f in found["findings"]}
+
+
+def test_a_layer_that_fell_with_its_work_is_not_named() -> None:
+    assert causes([conv("c", 64, 64, 4e-3)], [conv("c", 32, 32, 1e-3)]) == {}
+
+
+def test_channels_that_fill_no_block_are_named_with_what_they_cost() -> None:
+    found = explain([conv("c", 64, 64, 4e-3)], [conv("c", 36, 36, 4e-3 * (48 / 64) ** 2)])
+    (f,) = found["findings"]
+    assert f["cause"] == "alignment" and found["block"] == 16
+    assert "36 channels cost as much as 48" in f["words"] and f["fix"] == "prune with round_to: 16"
+    assert f["missing"] == pytest.approx(4e-3 * ((48 / 64) ** 2 - (36 / 64) ** 2))
+    assert any(line.startswith("c: 4.000 -> 2.250 ms") for line in found["lines"])
+
+
+def test_the_block_of_the_kernels_is_read_off_the_times() -> None:
+    for block in (4, 8, 16):
+        blocks = [(64, 36), (128, 70), (96, 50)]
+        pairs = [
+            (conv("c", a, a, 1e-3), conv("c", b, b, 1e-3 * (-(-b // block) / (a // block)) ** 2)) for a, b in blocks
+        ]
+        assert fitted_block(pairs) == block
+
+
+def test_a_layer_with_few_flops_a_byte_follows_its_bytes() -> None:
+    # A product of one row: two FLOPs a weight; half its outputs are gone, and the input it reads stays.
+    dense = Layer("fc", "MatMul", 4e-3, 2 * 4096 * 1024, 4 * 10_000_000, (4096, 1024))
+    pruned = Layer("fc", "MatMul", 3e-3, 2 * 4096 * 512, 4 * 7_500_000, (4096, 512))
+    assert causes([dense], [pruned], block=8) == {"fc": "memory"}
+
+
+def test_a_layer_that_does_next_to_nothing_is_overhead() -> None:
+    tiny = [Layer(f"t{i}", "MatMul", 8e-6, 2000, 4000, (10, 100)) for i in range(3)]
+    after = [Layer(t.name, "MatMul", 7e-6, 500, 1000, (10, 25)) for t in tiny]
+    found = explain(tiny, after)
+    assert {f["cause"] for f in found["findings"]} == {"overhead"}
+    assert any("3 of 3 nodes take under 10 us" in line for line in found["lines"])
+
+
+def test_what_nothing_explains_is_not_explained_away() -> None:
+    assert causes([conv("c", 64, 64, 4e-3)], [conv("c", 32, 32, 3e-3)], block=16) == {"c": "kernel"}
+
+
+def test_enough_of_the_ideal_needs_no_explanation() -> None:
+    found = explain([conv("c", 64, 64, 4e-3)], [conv("c", 32, 32, 1.1e-3)])
+    assert found["reached"] > 0.8 and len(found["lines"]) == 1
+
+
+def test_real_profiles_have_every_layer_and_its_work(tmp_path: Path) -> None:
+    dense, pruned = conv_net(tmp_path / "d", channels=32, size=32), conv_net(tmp_path / "p", channels=18, size=32)
+    found = why(dense, pruned, {"threads": 1, "batch": 2}, LOCAL)["model"]
+    rows = {row["name"]: row for row in found["layers"]}
+    for name, at in (("conv0", (3 * 32, 3 * 18)), ("conv1", (32 * 32, 18 * 18))):
+        assert (rows[name]["dense_flops"], rows[name]["pruned_flops"]) == tuple(2 * 9 * n * 2 * 32 * 32 for n in at)
+    assert rows["head"]["dense_flops"] == 2 * 2 * 32 * 5
+    want = sum(r["dense_flops"] for r in rows.values()) / sum(r["pruned_flops"] for r in rows.values())
+    assert found["ideal"] == pytest.approx(want) and found["measured"] > 0
+    assert found["lines"][0].startswith(f"{found['measured']:.2f}x as fast where the FLOPs promise {want:.2f}x")
