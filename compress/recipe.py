@@ -282,6 +282,20 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
         raise _explain(e, task.recipe, places, (), name, extra=list(methods)) from None
 
 
+def load_section(path: Path, model: type[Section], what: str) -> Any:
+    """A YAML file that is one section, checked as recipes are; ``what`` it is, for messages.
+
+    Raises:
+        UsageError: see `load_recipe`.
+    """
+    places: dict[Path_, _Place] = {}
+    data = _read(path, places, (), what)
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        raise _explain(e, model, places, (), str(path)) from None
+
+
 def lock_text(recipe: AnyRecipe, facts: Mapping[str, Any]) -> str:
     """The lock file: every resolved value of the recipe, and ``facts`` (versions, hashes, the model)."""
     return yaml.safe_dump({"recipe": recipe.resolved(), **facts}, sort_keys=False, allow_unicode=True, width=120)
@@ -299,9 +313,11 @@ def _find(name: str) -> Path:
     raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=nearest(name, list(names)))
 
 
-def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(
+    path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...], what: str = "recipe"
+) -> dict[str, Any]:
     if path in seen:
-        raise UsageError("a recipe extends itself", where=str(path), fix="break the circle of 'extends'")
+        raise UsageError(f"a {what} extends itself", where=str(path), fix="break the circle of 'extends'")
     try:
         text = path.read_text()
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -314,10 +330,14 @@ def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> di
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(
-            f"the recipe cannot be read: {e}", where=str(path), fix="check the path and its rights"
+            f"the {what} cannot be read: {e}", where=str(path), fix="check the path and its rights"
         ) from None
     if not isinstance(data, dict):
-        raise UsageError("a recipe is a map of keys to values", where=str(path), fix="see `compress list recipes`")
+        raise UsageError(
+            f"a {what} is a map of keys to values",
+            where=str(path),
+            fix="see `compress list recipes`" if what == "recipe" else "write KEY: VALUE on lines of its own",
+        )
     mine: dict[Path_, _Place] = {}
     for at, place in _marks(node, str(path)):
         if at in mine:
@@ -328,7 +348,7 @@ def _read(path: Path, places: dict[Path_, _Place], seen: tuple[Path, ...]) -> di
         parent = str(data.pop("extends"))
         beside = path.parent / parent
         found = beside if beside.is_file() else _find(parent)
-        base = _read(found, places, (*seen, path))
+        base = _read(found, places, (*seen, path), what)
     for at, place in mine.items():
         _forget_below(places, at, unless=mine)
         places[at] = place

@@ -15,8 +15,8 @@ def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignor
     """Times ``call()``.
 
     Returns:
-        dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), and
-        ``warm`` (False where a cap ended the warm-up).
+        dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``calls_per_sample``,
+        ``warm_up`` (seconds of each warm-up call), and ``warm`` (False where a cap ended the warm-up).
     """
     warm_up: list[float] = []
     best, warm = math.inf, False
@@ -33,10 +33,15 @@ def steady(call, min_seconds, min_runs, clock=time.perf_counter):  # type: ignor
         best = min(best, block)
     calls = max(1, math.ceil(SAMPLE_SECONDS / min(warm_up)))
     samples: list[float] = []
+    fastest: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
-        start = clock()
+        best = math.inf
+        start = before = clock()
         for _ in range(calls):
             call()
-        samples.append((clock() - start) / calls)
-    return {"samples": samples, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
+            after = clock()
+            best, before = min(best, after - before), after
+        samples.append((before - start) / calls)
+        fastest.append(best)
+    return {"samples": samples, "fastest": fastest, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
