@@ -45,8 +45,8 @@ EXIT_CODES: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 TIMES = ("latency", "ttft", "tpot")
 MEASURED = (*TIMES, "memory")
 FIGURES = (*MEASURED, "size", "accuracy", "perplexity")
-# The fastest call of a process is gated unless another is asked for: preemption, a busy sibling core and interrupts only
-# ever add, so it varies least. What it does not show is a candidate that is slow only now and then.
+# The fastest call of a process is gated unless another is asked for: preemption, a busy sibling core and interrupts
+# only ever add, so it varies least. What it does not show is a candidate that is slow only now and then.
 STATISTICS = ("fastest", "median", "p90", "p99")
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -124,7 +124,7 @@ def samples_needed(budgets: Sequence[Budget], first: int = FIRST) -> int:
 
 @cache
 def allowed(pairs: int, tail: float) -> int:
-    """The most heads of so many fair tosses that, or fewer, come with at most the chance ``tail``; -1: not even none."""
+    """The most heads of that many fair tosses that, or fewer, come with at most the chance ``tail``; -1: not even 0."""
     mass, found = 0.0, -1
     for heads in range(pairs + 1):
         mass += math.comb(pairs, heads) / 2**pairs
@@ -213,6 +213,20 @@ def smallest_change(
         if k >= 0:
             best = np.maximum(best, np.partition(gates[:, :pairs], k, axis=1)[:, k])
     return max(0.0, float(np.quantile(-best, POWER)))
+
+
+def judge(
+    ratios: Sequence[float], limit: float, *, first: int = FIRST, last: int = LAST, draws: int = 1000
+) -> tuple[Verdict | None, float | None]:
+    """The verdict on a relative budget so far, and the smallest change that could be detected (where it was needed).
+
+    The spread of the pairs themselves says whether the limit is too tight to be decided here.
+    """
+    verdict = decide(ratios, limit, first=first, last=last)
+    if verdict is None:
+        return None, None
+    smallest = smallest_change(ratios, first=first, last=last, draws=draws)
+    return decide(ratios, limit, first=first, last=last, smallest=smallest), smallest
 
 
 def too_tight(limit: float, smallest: float) -> bool:

@@ -335,9 +335,9 @@ def unmeasured(budget: Budget, baseline: Artefact, candidate: Artefact) -> list[
         UsageError: no report says what is asked for, or the reports were made on different texts or tasks.
     """
     if budget.figure == "size":
-        before, after = baseline.bytes, candidate.bytes
-        value = after / before if budget.kind == "relative" else after
-        return [_row(budget, value, value <= budget.limit, baseline=before, candidate=after)]
+        sizes = baseline.bytes, candidate.bytes
+        value = sizes[1] / sizes[0] if budget.kind == "relative" else sizes[1]
+        return [_row(budget, value, value <= budget.limit, baseline=sizes[0], candidate=sizes[1])]
     known = []
     for artefact in (baseline, candidate):
         quality = (artefact.quality or {}).get(budget.figure)
@@ -348,11 +348,11 @@ def unmeasured(budget: Budget, baseline: Artefact, candidate: Artefact) -> list[
                 fix="name two folders of finished runs (RUN or RUN:dense): their reports say it",
             )
         known.append(quality)
-    if budget.figure == "perplexity":
-        before, after = ({text: (w, n) for text, (_, w, n) in quality.items()} for quality in known)
-    else:
-        before, after = ({task: metric for task, (metric, _) in quality.items()} for quality in known)
-    if before != after:
+    # What was measured, without the values.
+    same = [
+        {k: v[1:] if budget.figure == "perplexity" else v[0] for k, v in quality.items()} for quality in known
+    ]
+    if same[0] != same[1]:
         raise UsageError(
             f"the two reports do not measure {budget.figure} on the same",
             where=f"{baseline.name}, {candidate.name}",
@@ -386,7 +386,7 @@ def _row(budget: Budget, value: float, within: bool, **more: Any) -> dict[str, A
 
 
 def series(budget: Budget, samples: Sequence[Sample]) -> list[float]:
-    """A figure of every process: its fastest call, or the median or tail of its samples (s), or its peak memory (bytes)."""
+    """A figure of every process: its fastest call, or the median or tail of its samples (s); or its memory (bytes)."""
     if budget.figure == "memory":
         return [float(s["peak_rss"]) for s in samples]
     if budget.statistic == "fastest":
@@ -460,13 +460,14 @@ def _rounds(
                 break
 
 
-def _verdict(budget: Budget, runs: Mapping[str, Sequence[Sample]], spec: Measuring) -> tuple[Verdict | None, float]:
+def _verdict(
+    budget: Budget, runs: Mapping[str, Sequence[Sample]], spec: Measuring
+) -> tuple[Verdict | None, float | None]:
     """(the verdict so far, the smallest change that can be detected)."""
     values = values_of(budget, runs)
     if budget.kind == "absolute":
-        return gate.decide(values, budget.limit, first=spec.first, last=spec.last), 0.0
-    smallest = gate.smallest_change(values, first=spec.first, last=spec.last)
-    return gate.decide(values, budget.limit, first=spec.first, last=spec.last, smallest=smallest), smallest
+        return gate.decide(values, budget.limit, first=spec.first, last=spec.last), None
+    return gate.judge(values, budget.limit, first=spec.first, last=spec.last)
 
 
 def _measured_row(
@@ -488,7 +489,7 @@ def _measured_row(
         "high": high,
         # With the tail of a fail there may be no bound yet; JSON has no infinity.
         "low_fail": low_fail if np.isfinite(low_fail) else None,
-        "smallest_change": math.expm1(smallest) if budget.kind == "relative" else None,
+        "smallest_change": math.expm1(smallest) if smallest is not None else None,
         "rounds": len(values),
         "values": values,
     }
@@ -500,11 +501,11 @@ def _why(
     runs: Mapping[str, Sequence[Sample]],
     spec: Measuring,
     machine: Mapping[str, Any],
-    smallest: float,
+    smallest: float | None,
 ) -> str:
     """Why nothing could be decided, and what would help."""
     parts = []
-    if budget.kind == "relative" and gate.too_tight(budget.limit, smallest):
+    if smallest is not None and gate.too_tight(budget.limit, smallest):
         parts.append(
             f"the budget is nearer to 1 than the smallest change that this noise lets see"
             f" ({100 * math.expm1(smallest):.1f} %)"
@@ -574,7 +575,7 @@ def self_test(
                 runs[label].append(measure(baseline, spec, i))
                 bar.update(1)
     machine = {"before": before, "after": machine_state(), "cores": os.cpu_count(), "pinned": None}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for figure in figures:
         budget = gate.parse_budget(f"{figure}<=1x")
         values = values_of(budget, runs)

@@ -1,0 +1,189 @@
+"""How often `compress gate` errs: real A/A gates and real slow-downs on this machine, and simulated ones.
+
+    PYTHONPATH=. python tools/gate_experiment.py --out /tmp/gate-exp --gates 200
+    PYTHONPATH=. python tools/gate_experiment.py --simulate 2000
+
+The first makes two ONNX networks of 3x3 convolutions, one with 10 % more of the same layers, and gates them under
+`latency<=1.05x`: the smaller against itself (a fail is false) and, every third gate, the larger against the smaller (a
+fail is right). Every gate is a line in OUT/gates.jsonl, and the same command again goes on behind the last.
+
+The second draws the times of processes: with slow drift, with bursts of other work, and with two clock rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.export import gate
+from compress.export.gate_run import Measuring, compare, find
+
+LAYERS, MORE, WIDTH, SIZE = 10, 11, 32, 24
+BUDGET = "latency<=1.05x"
+SLOW_EVERY = 3
+
+
+def chain(path: Path, layers: int) -> Path:
+    """A network of ``layers`` equal convolutions, each with its ReLU; input (batch, WIDTH, SIZE, SIZE)."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    draw = np.random.default_rng(0)
+    weights, nodes, last = [], [], "input"
+    for i in range(layers):
+        values = draw.standard_normal((WIDTH, WIDTH, 3, 3)) / np.sqrt(9 * WIDTH)
+        weights.append(numpy_helper.from_array(values.astype(np.float32), f"w{i}"))
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1] * 4))
+        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
+        last = f"r{i}"
+    shape = ["batch", WIDTH, SIZE, SIZE]
+    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("input", last)]
+    graph = helper.make_graph(nodes, "chain", *ends, weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def real(out: Path, gates: int, samples: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    small, large = chain(out / "small.onnx", LAYERS), chain(out / "large.onnx", MORE)
+    journal = out / "gates.jsonl"
+    done = read(journal)
+    budget, spec = gate.parse_budget(BUDGET), Measuring(samples=samples)
+    while sum(r["kind"] == "A/A" for r in done) < gates or sum(r["kind"] == "slow" for r in done) < gates // SLOW_EVERY:
+        slow = len(done) % (SLOW_EVERY + 1) == SLOW_EVERY
+        began = time.monotonic()
+        record = compare(find(str(small)), find(str(large if slow else small)), [budget], spec)
+        (row,) = record["budgets"]
+        keep = ("verdict", "rounds", "value", "low", "high", "smallest_change", "reason", "values")
+        line = {
+            "kind": "slow" if slow else "A/A",
+            "samples": samples,
+            "seconds": round(time.monotonic() - began, 2),
+            "load": record["machine"]["after"]["load_average"],
+            **{k: row[k] for k in keep},
+        }
+        with journal.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        done.append(line)
+    tell(done)
+
+
+def read(journal: Path) -> list[dict[str, Any]]:
+    if not journal.exists():
+        return []
+    lines = journal.read_text().splitlines(keepends=True)
+    # A line without its end was being written when the run was stopped.
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        journal.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def tell(done: list[dict[str, Any]]) -> None:
+    for kind in ("A/A", "slow"):
+        rows = [r for r in done if r["kind"] == kind]
+        if not rows:
+            continue
+        counts = {v: sum(r["verdict"] == v for r in rows) for v in gate.EXIT_CODES}
+        rounds = [r["rounds"] for r in rows]
+        pairs = np.log([v for r in rows for v in r["values"]])
+        print(
+            f"{kind:4} {len(rows)} gates: {', '.join(f'{n} {v}' for v, n in counts.items())};"
+            f" rounds median {median(rounds):g}, most {max(rounds)}; {median(r['seconds'] for r in rows):.1f} s a gate;"
+            f" ratio {np.exp(np.median(pairs)):.3f}; pairs' spread {100 * gate.spread(np.exp(pairs)):.2f} %, outermost"
+            f" {100 * np.abs(np.expm1(pairs - np.median(pairs))).max():.0f} %;"
+            f" load {min(r['load'] for r in rows):.1f} to {max(r['load'] for r in rows):.1f}"
+        )
+
+
+# Figures of the processes of one gate in the order in which they run, (2 * LAST,), all for one and the same model.
+Noise = Callable[[np.random.Generator], NDArray[Any]]
+COUNT = 2 * gate.LAST
+
+
+def calm(rng: np.random.Generator) -> NDArray[Any]:
+    return np.exp(0.01 * rng.standard_normal(COUNT))
+
+
+def drift(rng: np.random.Generator) -> NDArray[Any]:
+    """The machine gets slower (or faster) by up to 40 % over a gate, and wavers."""
+    wave = 0.05 * np.sin(2 * np.pi * (np.arange(COUNT) / rng.uniform(5, 40) + rng.uniform()))
+    return np.exp(0.01 * rng.standard_normal(COUNT) + rng.uniform(-0.35, 0.35) * np.arange(COUNT) / COUNT + wave)
+
+
+def bursts(rng: np.random.Generator) -> NDArray[Any]:
+    """Other work comes and goes: a process in a burst takes 1.1 to 3 times as long."""
+    busy, state = np.zeros(COUNT, bool), False
+    for i in range(COUNT):
+        state = rng.random() < (0.7 if state else 0.12)
+        busy[i] = state
+    return np.exp(0.01 * rng.standard_normal(COUNT)) * np.where(busy, rng.uniform(1.1, 3.0, COUNT), 1.0)
+
+
+def clocks(rng: np.random.Generator) -> NDArray[Any]:
+    """Two clock rates, 25 % apart; every process gets one or the other."""
+    return np.exp(0.01 * rng.standard_normal(COUNT)) * np.where(rng.random(COUNT) < 0.5, 1.0, 1.25)
+
+
+def heavy(rng: np.random.Generator) -> NDArray[Any]:
+    """Cauchy-like tails."""
+    return np.exp(0.02 * np.clip(rng.standard_t(1.5, COUNT), -50, 50))
+
+
+def one(noise: Noise, ratio: float, limit: float, rng: np.random.Generator) -> tuple[str, int]:
+    """One whole gate on drawn times: (verdict, rounds)."""
+    times = noise(rng)
+    values: list[float] = []
+    for i in range(gate.LAST):
+        first, second = times[2 * i], times[2 * i + 1]
+        values.append(ratio * (second / first if i % 2 == 0 else first / second))
+        verdict, _ = gate.judge(values, limit, draws=200)
+        if verdict is not None:
+            return verdict, i + 1
+    raise AssertionError("the last round decides")
+
+
+def simulate(gates: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Rows: noise, case, share of each verdict, rounds."""
+    rows = []
+    for noise in (calm, drift, bursts, clocks, heavy):
+        for case, ratio, limit in (("A/A", 1.0, 1.05), ("at the limit", 1.05, 1.05), ("slow", 1.10, 1.05)):
+            rng = np.random.default_rng(seed)
+            found = [one(noise, ratio, limit, rng) for _ in range(gates)]
+            shares = {v: sum(w == v for w, _ in found) / gates for v in gate.EXIT_CODES}
+            rows.append({"noise": noise.__name__, "case": case, **shares, "rounds": median(n for _, n in found)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the folder of the networks and the journal")
+    parser.add_argument("--gates", type=int, default=200, help="A/A gates; a third as many slow-downs")
+    parser.add_argument("--samples", type=int, default=1, help="of 0.1 s, in one process")
+    parser.add_argument("--simulate", type=int, help="gates of each simulated case")
+    parser.add_argument("--tell", action="store_true", help="only say what the journal holds so far")
+    given = parser.parse_args()
+    if given.simulate:
+        print(f"{given.simulate} gates each, {BUDGET}")
+        for row in simulate(given.simulate):
+            shares = "  ".join(f"{v} {100 * row[v]:6.2f} %" for v in gate.EXIT_CODES)
+            print(f"{row['noise']:7} {row['case']:13} {shares}  rounds {row['rounds']:g}", flush=True)
+    if given.out and given.tell:
+        tell(read(given.out / "gates.jsonl"))
+    elif given.out:
+        real(given.out, given.gates, given.samples)
+
+
+if __name__ == "__main__":
+    main()
