@@ -356,7 +356,8 @@ def gate(
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
-    from compress.gate_verbs import lines, parse_shapes, run
+    from compress.export.gate_outputs import json_text, workflow_commands
+    from compress.gate_verbs import lines, on_github, parse_shapes, run
 
     record = run(
         baseline,
@@ -375,7 +376,9 @@ def gate(
         context=context,
         shapes=parse_shapes(shape or []),
     )
-    _show(record, json_, lines)
+    print(json_text(record) if json_ else "\n".join(lines(record)))
+    if on_github() and not self_test:
+        print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
     if record["exit_code"]:
         raise typer.Exit(record["exit_code"])
 

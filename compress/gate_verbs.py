@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +17,7 @@ from pydantic import Field, model_validator
 
 from compress.errors import CompressError, UsageError
 from compress.export import gate
+from compress.export import gate_outputs as outputs
 from compress.export.gate_run import Artefact, Measuring, compare, find
 from compress.export.gate_run import self_test as against_itself
 from compress.recipe import Section, load_section
@@ -82,8 +87,11 @@ def run(
         options: fields of `Measuring`; None: the gate file's, or the default.
 
     Returns:
-        The record, without raw samples where they are in ``out``; its ``exit_code`` is the command's.
+        The record; its ``exit_code`` is the command's.
     """
+    for folder, option in ((out, "--out"), (summary.parent if summary else None, "--summary")):
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise UsageError("this is no folder", where=f"{option} {folder}", fix="name another")
     gate_file = load_gate(file) if file is not None else None
     texts = list(budgets) or (gate_file.budgets if gate_file else [])
     parsed = [gate.parse_budget(text) for text in texts]
@@ -99,6 +107,7 @@ def run(
     elif not parsed:
         raise UsageError("there is no budget", where="gate", fix=f"--budget, for example: {gate.EXAMPLES}")
     spec = _measuring(gate_file, options)
+    began, at = time.monotonic(), outputs.now()
     with _trees([str(n) for n in names], gate_file, file) as found:
         if self_test:
             record = against_itself(found[0], parsed, spec)
@@ -111,7 +120,25 @@ def run(
                 strict=strict or (gate_file is not None and gate_file.strict),
                 pinned=pinned or (gate_file.pinned if gate_file else None),
             )
+    record |= {
+        "time": at,
+        "seconds": round(time.monotonic() - began, 3),
+        "command": shlex.join(["compress", *sys.argv[1:]]),
+    }
+    if self_test:
+        return record
+    step = os.environ.get("GITHUB_STEP_SUMMARY")
+    to = summary or (Path(step) if step else None)
+    if to is not None:
+        with to.open("a", encoding="utf-8") as file_:
+            file_.write(outputs.markdown(record) + "\n")
+    if out is not None:
+        record["files"] = outputs.write(record, out)
     return record
+
+
+def on_github() -> bool:
+    return os.environ.get("GITHUB_ACTIONS") == "true"
 
 
 def _measuring(gate_file: GateFile | None, options: dict[str, Any]) -> Measuring:
@@ -219,32 +246,13 @@ def lines(record: dict[str, Any]) -> list[str]:
             f" spread between processes {100 * row['spread_between']:.1f} %)"
             for row in record["self_test"]
         ]
-    return [*(row_line(row) for row in record["budgets"]), f"gate      {record['verdict']}"]
-
-
-def quantity(row: dict[str, Any], value: float) -> str:
-    """A value in its budget's unit."""
-    if row["kind"] == "points":
-        return f"{100 * value:+.2f} %"
-    if row["kind"] == "relative":
-        return f"{value:.3f}x"
-    return plain(row["figure"], value)
-
-
-def plain(figure: str, value: float) -> str:
-    """A figure of one model, with its unit."""
-    if figure in gate.TIMES:
-        return f"{1000 * value:.3f} ms"
-    if figure in ("memory", "size"):
-        return f"{value / 1e6:.2f} MB"
-    return f"{value:.4f}" if figure == "accuracy" else f"{value:.3f}"
+    return [
+        *(row_line(row) for row in record["budgets"]),
+        *([f"written      {', '.join(sorted(record['files'].values()))}"] if "files" in record else []),
+        f"gate         {record['verdict']}",
+    ]
 
 
 def row_line(row: dict[str, Any]) -> str:
     """One budget's outcome, on one line."""
-    part = f" ({row['part']})" if "part" in row else ""
-    said = f"{row['verdict']:12} {row['budget']}{part}: {quantity(row, row['value'])}"
-    if "low" in row:
-        said += f", 95 %: {quantity(row, row['low'])} to {quantity(row, row['high'])}, {row['rounds']} rounds"
-    said += f"  ({plain(row['figure'], row['baseline'])} -> {plain(row['figure'], row['candidate'])})"
-    return said + (f"  {row['reason']}" if row["reason"] else "")
+    return f"{row['verdict']:12} {outputs.title(row)}: {outputs.line(row)}"

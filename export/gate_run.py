@@ -78,6 +78,8 @@ def find(name: str, path: Path | None = None) -> Artefact:
         UsageError: there is nothing of that name, or no model in it.
     """
     form = "pruned"
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise UsageError("the name holds control characters", where=repr(name), fix="rename it")
     place = path or Path(name)
     if path is None and not place.exists() and name.rpartition(":")[2] in ("dense", "pruned"):
         head, _, form = name.rpartition(":")

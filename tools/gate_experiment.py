@@ -5,7 +5,8 @@
 
 The first makes two ONNX networks of 3x3 convolutions, one with 10 % more of the same layers, and gates them under
 `latency<=1.05x`: the smaller against itself (a fail is false) and, every third gate, the larger against the smaller (a
-fail is right). Every gate is a line in OUT/gates.jsonl, and the same command again goes on behind the last.
+fail is right). Every gate is a line in OUT/gates.jsonl, and the same command again goes on behind the last; it may be
+started twice at once.
 
 The second draws the times of processes: with slow drift, with bursts of other work, and with two clock rates.
 """
@@ -56,10 +57,13 @@ def real(out: Path, gates: int, samples: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     small, large = chain(out / "small.onnx", LAYERS), chain(out / "large.onnx", MORE)
     journal = out / "gates.jsonl"
-    done = read(journal)
     budget, spec = gate.parse_budget(BUDGET), Measuring(samples=samples)
-    while sum(r["kind"] == "A/A" for r in done) < gates or sum(r["kind"] == "slow" for r in done) < gates // SLOW_EVERY:
-        slow = len(done) % (SLOW_EVERY + 1) == SLOW_EVERY
+    while True:
+        kinds = [row["kind"] for row in read(journal)]
+        alike, slowed = kinds.count("A/A"), kinds.count("slow")
+        if alike >= gates and slowed >= gates // SLOW_EVERY:
+            break
+        slow = slowed < alike // SLOW_EVERY
         began = time.monotonic()
         record = compare(find(str(small)), find(str(large if slow else small)), [budget], spec)
         (row,) = record["budgets"]
@@ -75,19 +79,20 @@ def real(out: Path, gates: int, samples: int) -> None:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        done.append(line)
-    tell(done)
+    tell(read(journal))
 
 
 def read(journal: Path) -> list[dict[str, Any]]:
+    """The whole lines: one without its end was being written when a run was stopped, or is now."""
     if not journal.exists():
         return []
-    lines = journal.read_text().splitlines(keepends=True)
-    # A line without its end was being written when the run was stopped.
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        journal.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
+    found = []
+    for line in journal.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
 
 
 def tell(done: list[dict[str, Any]]) -> None:
