@@ -27,30 +27,11 @@ from numpy.typing import NDArray
 
 from compress.export import gate
 from compress.export.gate_run import Measuring, compare, find
+from tools.ci.models import chain
 
-LAYERS, MORE, WIDTH, SIZE = 10, 11, 32, 24
+LAYERS, MORE = 10, 11  # all alike: a tenth of the time more
 BUDGET = "latency<=1.05x"
 SLOW_EVERY = 3
-
-
-def chain(path: Path, layers: int) -> Path:
-    """A network of ``layers`` equal convolutions, each with its ReLU; input (batch, WIDTH, SIZE, SIZE)."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    draw = np.random.default_rng(0)
-    weights, nodes, last = [], [], "input"
-    for i in range(layers):
-        values = draw.standard_normal((WIDTH, WIDTH, 3, 3)) / np.sqrt(9 * WIDTH)
-        weights.append(numpy_helper.from_array(values.astype(np.float32), f"w{i}"))
-        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1] * 4))
-        nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
-        last = f"r{i}"
-    shape = ["batch", WIDTH, SIZE, SIZE]
-    ends = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)] for name in ("input", last)]
-    graph = helper.make_graph(nodes, "chain", *ends, weights)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
 
 
 def real(out: Path, gates: int, samples: int) -> None:
