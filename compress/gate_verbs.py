@@ -54,8 +54,10 @@ class GateFile(Section):
 
 
 def load_gate(path: Path) -> GateFile:
-    """Raises:
-    UsageError: there is none, or anything in it is wrong: line, key and the nearest valid name are given.
+    """Reads and checks a gate file.
+
+    Raises:
+        UsageError: there is none, or anything in it is wrong: line, key and the nearest valid name are given.
     """
     if not path.is_file():
         raise UsageError("there is no such gate file", where=str(path), fix="check the path of --gate")

@@ -188,8 +188,10 @@ def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
 
 
 def check_inputs(baseline: Artefact, candidate: Artefact) -> None:
-    """Raises:
-    UsageError: they take different inputs: which, and how they differ.
+    """Refuses two models that take different inputs.
+
+    Raises:
+        UsageError: which input it is, and how they differ.
     """
     where = f"{baseline.name}, {candidate.name}"
     if baseline.kind != candidate.kind:
@@ -200,7 +202,7 @@ def check_inputs(baseline: Artefact, candidate: Artefact) -> None:
             fix="name two models of one kind",
         )
     fix = "only models that take the same inputs are compared"
-    for name in baseline.inputs.keys() | candidate.inputs.keys():
+    for name in (*baseline.inputs, *(n for n in candidate.inputs if n not in baseline.inputs)):
         if name.startswith("past_key_values."):  # heads and layers are what pruning removes
             continue
         before, after = baseline.inputs.get(name), candidate.inputs.get(name)
