@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.card import code
+from compress.card import code, escape
 from compress.export import gate
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
@@ -151,14 +151,14 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [f"- {_cell(title(row))}: {flat(row['reason'])}." for row in record["budgets"] if row["reason"]]
+    lines += [f"- {code(title(row))}: {escape(flat(row['reason']))}." for row in record["budgets"] if row["reason"]]
     spec, machine = record["spec"], record["machine"]
     if spec["runtime"]:
         where = f"pinned device {code(flat(machine['pinned']))}" if machine["pinned"] else "this machine"
         threads = f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}"
         lines += [
             "",
-            f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {flat(spec['runtime'])},"
+            f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {escape(flat(spec['runtime']))},"
             f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores, load"
             f" {machine['before']['load_average']:.1f} to {machine['after']['load_average']:.1f}. A time is that of a"
             " process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
