@@ -155,10 +155,11 @@ def markdown(record: Mapping[str, Any]) -> str:
     spec, machine = record["spec"], record["machine"]
     if spec["runtime"]:
         where = f"pinned device {code(flat(machine['pinned']))}" if machine["pinned"] else "this machine"
+        runtime = escape(flat(spec["runtime"]))
         threads = f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}"
         lines += [
             "",
-            f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {escape(flat(spec['runtime']))},"
+            f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {runtime},"
             f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores, load"
             f" {machine['before']['load_average']:.1f} to {machine['after']['load_average']:.1f}. A time is that of a"
             " process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",

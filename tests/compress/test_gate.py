@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,7 @@ def test_a_plain_shell_ci_fails_on_a_fail_and_not_on_inconclusive(
     assert done.returncode == expected
     words = (tmp_path / "words").read_text().splitlines()
     assert words[:4] == ["gate", "--out", "compress-gate", "a b.onnx"] and words[4] == "c.onnx"
-    budgets = [w for before, w in zip(words, words[1:], strict=False) if before == "--budget"]
+    budgets = [w for before, w in pairwise(words) if before == "--budget"]
     assert budgets == ["latency<=1.05x", "size<=1x", "memory<=1.1x"]
     assert ("--strict" in words) == (strict == "true")
     assert (tmp_path / "output").read_text().startswith(f"verdict={verdict}\n")
