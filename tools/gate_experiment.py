@@ -2,13 +2,15 @@
 
     PYTHONPATH=. python tools/gate_experiment.py --out /tmp/gate-exp --gates 200
     PYTHONPATH=. python tools/gate_experiment.py --simulate 2000
+    PYTHONPATH=. python tools/gate_experiment.py --out /tmp/gate-exp --spread 40
 
 The first makes two ONNX networks of 3x3 convolutions, one with 10 % more of the same layers, and gates them under
 `latency<=1.05x`: the smaller against itself (a fail is false) and, every third gate, the larger against the smaller (a
 fail is right). Every gate is a line in OUT/gates.jsonl, and the same command again goes on behind the last; it may be
 started twice at once.
 
-The second draws the times of processes: with slow drift, with bursts of other work, and with two clock rates.
+The second draws the times of processes: with slow drift, with bursts of other work, and with two clock rates. The third
+says how far apart pairs of processes lie by their fastest calls and by the medians of their samples.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.export import gate
-from compress.export.gate_run import Measuring, compare, find
+from compress.export.gate_run import Measuring, compare, find, measure
 from tools.ci.models import chain
 
 LAYERS, MORE = 10, 11  # all alike: a tenth of the time more
@@ -61,6 +63,19 @@ def real(out: Path, gates: int, samples: int) -> None:
             file.flush()
             os.fsync(file.fileno())
     tell(read(journal))
+
+
+def pairs_apart(out: Path, processes: int) -> None:
+    """Prints the spread of the ratios of neighbouring processes of the smaller network, by both figures."""
+    model = find(str(chain(out / "small.onnx", LAYERS)))
+    runs = [measure(model, Measuring(), i)["latency"] for i in range(processes)]
+    for name, key, figure in (("fastest call", "fastest", min), ("median of samples", "samples", median)):
+        times = [figure(run[key]) for run in runs]
+        ratios = [b / a for a, b in zip(times[::2], times[1::2], strict=False)]
+        print(
+            f"{name:17} {1000 * median(times):.3f} ms; ratios' spread {100 * gate.spread(ratios):.2f} %, outermost"
+            f" {100 * max(abs(r - 1) for r in ratios):.0f} %; load {os.getloadavg()[0]:.1f}"
+        )
 
 
 def read(journal: Path) -> list[dict[str, Any]]:
@@ -156,6 +171,7 @@ def main() -> None:
     parser.add_argument("--gates", type=int, default=200, help="A/A gates; a third as many slow-downs")
     parser.add_argument("--samples", type=int, default=1, help="of 0.1 s, in one process")
     parser.add_argument("--simulate", type=int, help="gates of each simulated case")
+    parser.add_argument("--spread", type=int, help="processes whose figures are compared")
     parser.add_argument("--tell", action="store_true", help="only say what the journal holds so far")
     given = parser.parse_args()
     if given.simulate:
@@ -163,7 +179,9 @@ def main() -> None:
         for row in simulate(given.simulate):
             shares = "  ".join(f"{v} {100 * row[v]:6.2f} %" for v in gate.EXIT_CODES)
             print(f"{row['noise']:7} {row['case']:13} {shares}  rounds {row['rounds']:g}", flush=True)
-    if given.out and given.tell:
+    if given.out and given.spread:
+        pairs_apart(given.out, given.spread)
+    elif given.out and given.tell:
         tell(read(given.out / "gates.jsonl"))
     elif given.out:
         real(given.out, given.gates, given.samples)
