@@ -1,10 +1,11 @@
-# make demo · make test · make slow · make lint: each sets up .venv by itself.
+# make demo · make test · make slow · make lint · make gate: each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 RUN ?= runs/demo
+GATE ?= build/gate
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lint gate clean
 
 demo: $(READY)
 	$(BIN)/compress prune smollm2-135m --recipe tyr-demo --out $(RUN)
@@ -22,6 +23,12 @@ slow: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Inconclusive (a busy machine) does not fail it, slower does.
+gate: $(READY)
+	PYTHONPATH=. $(BIN)/python tools/ci/models.py $(GATE)
+	GATE_COMPRESS=$(BIN)/compress GATE_BASELINE=$(GATE)/dense.onnx GATE_CANDIDATE=$(GATE)/pruned.onnx GATE_OUT=$(GATE)/out \
+		GATE_BUDGETS='latency<=0.95x,memory<=1.05x,size<=0.7x' OMP_NUM_THREADS=1 tools/ci/gate.sh
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

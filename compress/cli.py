@@ -354,6 +354,75 @@ def bench(
     _show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
 
 
+@app.command(
+    epilog="Examples:  compress gate old.onnx new.onnx --budget 'latency<=1.05x' --budget 'size<=1.0x'   |   "
+    "compress gate runs/demo:dense runs/demo -b 'latency<=0.9x' -b 'perplexity<=1.5x'   |   "
+    "compress gate git:main worktree --gate latency-gate.yaml --out gate   |   "
+    "compress gate old.onnx --self-test.  Exit codes: 0 pass, 1 fail, 3 inconclusive, 2 the command is wrong"
+)
+def gate(
+    baseline: Annotated[
+        str | None, typer.Argument(help="an ONNX file, an export or run folder (RUN or RUN:dense), or git:REV")
+    ] = None,
+    candidate: Annotated[
+        str | None, typer.Argument(help="likewise, or `worktree`: what the gate file builds in the working tree")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="what the candidate may be, such as latency<=1.05x; repeatable"),
+    ] = None,
+    gate_file: Annotated[Path | None, typer.Option("--gate", metavar="FILE", help="a gate file (YAML)")] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="baseline against itself: the smallest change this machine can detect")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="inconclusive fails")] = False,
+    pinned: Annotated[
+        str | None, typer.Option(metavar="NAME", help="this is the pinned device NAME: budgets in ms are allowed")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="a folder for gate.json (raw samples), junit.xml, summary.md and the plot")
+    ] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="append the Markdown summary to it  [default: $GITHUB_STEP_SUMMARY]")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="of 0.1 s or more, in one process")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, help="language models: tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="language models: tokens in the cache")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=1x3x32x32", help="an input's whole shape; repeatable")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
+    from compress.export.gate_outputs import json_text, workflow_commands
+    from compress.gate_verbs import lines, on_github, parse_shapes, run
+
+    record = run(
+        baseline,
+        candidate,
+        budget or [],
+        file=gate_file,
+        self_test=self_test,
+        strict=strict,
+        pinned=pinned,
+        out=out,
+        summary=summary,
+        threads=threads,
+        samples=samples,
+        batch=batch,
+        prompt=prompt,
+        context=context,
+        shapes=parse_shapes(shape or []),
+    )
+    print(json_text(record) if json_ else "\n".join(lines(record)))
+    if on_github() and not self_test:
+        print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
+    if record["exit_code"]:
+        raise typer.Exit(record["exit_code"])
+
+
 @app.command(epilog="Example:  compress card runs/demo --out card")
 def card(
     run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],

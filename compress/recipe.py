@@ -282,6 +282,20 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
         raise explain(e, task.recipe, places, (), name, extra=list(methods)) from None
 
 
+def load_section(path: Path, model: type[Section], what: str) -> Any:
+    """A YAML file that is one section, checked as recipes are; ``what`` it is, for messages.
+
+    Raises:
+        UsageError: see `load_recipe`.
+    """
+    places: dict[Path_, Place] = {}
+    data = read_layers(path, places, lambda parent: path.parent / parent, what)
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        raise explain(e, model, places, (), str(path)) from None
+
+
 def lock_text(recipe: AnyRecipe, facts: Mapping[str, Any]) -> str:
     """The lock file: every resolved value of the recipe, and ``facts`` (versions, hashes, the model)."""
     return yaml.safe_dump({"recipe": recipe.resolved(), **facts}, sort_keys=False, allow_unicode=True, width=120)
@@ -297,6 +311,12 @@ def _find(name: str) -> Path:
     if path.suffix in {".yaml", ".yml"} or "/" in name:
         raise UsageError("there is no such recipe file", where=name, fix="check the path")
     raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=nearest(name, list(names)))
+
+
+LISTED = ("recipe", "target")  # what `compress list` names
+
+
+LISTED = ("recipe", "target")  # what `compress list` names
 
 
 def read_layers(
@@ -333,7 +353,8 @@ def read_layers(
             f"the {noun} cannot be read: {e}", where=str(path), fix="check the path and its rights"
         ) from None
     if not isinstance(data, dict):
-        raise UsageError(f"a {noun} is a map of keys to values", where=str(path), fix=f"see `compress list {noun}s`")
+        listed = f"see `compress list {noun}s`" if noun in LISTED else "write KEY: VALUE on lines of its own"
+        raise UsageError(f"a {noun} is a map of keys to values", where=str(path), fix=listed)
     mine: dict[Path_, Place] = {}
     for at, place in _marks(node, str(path)):
         if at in mine:

@@ -34,9 +34,9 @@ def steady(
         device: seconds of the last call by the device's own clock, transfers not counted.
 
     Returns:
-        dict: ``samples`` (seconds a call), ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), ``warm``
-        (False where a cap ended the warm-up), ``throttled`` (None where there are too few samples to tell) and, with
-        ``device``, ``device_samples``.
+        dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``calls_per_sample``,
+        ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended the warm-up), ``throttled`` (None
+        where there are too few samples to tell) and, with ``device``, ``device_samples``.
     """
     warm_up: list[float] = []
     best, warm = math.inf, False
@@ -53,24 +53,23 @@ def steady(
         best = min(best, block)
     calls = max(1, math.ceil(sample_seconds / max(min(warm_up), 1e-9)))
     samples: list[float] = []
+    fastest: list[float] = []
     on_device: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
-        if device is None:
-            start = clock()
-            for _ in range(calls):
-                call()
-            samples.append((clock() - start) / calls)
-        else:
-            there = 0.0
-            start = clock()
-            for _ in range(calls):
-                call()
+        best, there = math.inf, 0.0
+        start = before = clock()
+        for _ in range(calls):
+            call()
+            after = clock()
+            best, before = min(best, after - before), after
+            if device is not None:
                 there += device()
-            samples.append((clock() - start) / calls)
-            on_device.append(there / calls)
-    found: dict[str, Any] = {"samples": samples, "calls_per_sample": calls, "warm_up": warm_up, "warm": warm}
-    found["throttled"] = throttled(samples)
+        samples.append((before - start) / calls if device is None else (clock() - start) / calls)
+        fastest.append(best)
+        on_device.append(there / calls)
+    found: dict[str, Any] = {"samples": samples, "fastest": fastest, "calls_per_sample": calls, "warm_up": warm_up}
+    found = {**found, "warm": warm, "throttled": throttled(samples)}
     return {**found, "device_samples": on_device} if device is not None else found
 
 

@@ -1,0 +1,217 @@
+"""What a gate leaves behind: JUnit XML, GitHub annotations, a Markdown summary, the record as JSON, and a plot.
+
+Names come from outside (files, tasks, revisions): each form escapes what it quotes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compress.card import code, escape
+from compress.export import gate
+
+LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
+MARKS = {"pass": "✅ pass", "inconclusive": "⚠️ inconclusive", "fail": "❌ fail"}
+
+
+def flat(text: object) -> str:
+    """Text on one line that no CI takes for a command of its own (``##[error]`` counts anywhere in a line)."""
+    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip().replace("##[", "# #[")
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """The record as JSON, which holds no command for a CI either."""
+    return json.dumps(record, indent=1, allow_nan=False).replace("##[", "#\\u0023[")
+
+
+def quantity(row: Mapping[str, Any], value: float) -> str:
+    """A value in its budget's unit."""
+    if row["kind"] == "points":
+        return f"{100 * value:+.2f} %"
+    return f"{value:.3f}x" if row["kind"] == "relative" else plain(row["figure"], value)
+
+
+def plain(figure: str, value: float) -> str:
+    """A figure of one model, with its unit."""
+    if figure in gate.TIMES:
+        return f"{1000 * value:.3f} ms"
+    if figure in ("memory", "size"):
+        return f"{value / 1e6:.2f} MB"
+    return f"{value:.4f}" if figure == "accuracy" else f"{value:.3f}"
+
+
+def title(row: Mapping[str, Any]) -> str:
+    return flat(row["budget"] + (f" ({row['part']})" if "part" in row else ""))
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """One budget's outcome on one line, without its name and verdict."""
+    said = quantity(row, row["value"])
+    if "low" in row:
+        said += f", 95 %: {quantity(row, row['low'])} to {quantity(row, row['high'])}, {row['rounds']} rounds"
+    said += f" ({plain(row['figure'], row['baseline'])} -> {plain(row['figure'], row['candidate'])})"
+    return said + (f"; {flat(row['reason'])}" if row["reason"] else "")
+
+
+def workflow_commands(record: Mapping[str, Any]) -> list[str]:
+    """GitHub workflow commands, one a budget."""
+    found = []
+    for row in record["budgets"]:
+        level = "error" if row["verdict"] == "inconclusive" and record["strict"] else LEVELS[row["verdict"]]
+        head = _property(f"gate: {row['verdict']}: {title(row)}")
+        names = f"{flat(record['baseline']['name'])} -> {flat(record['candidate']['name'])}"
+        found.append(f"::{level} title={head}::{_data(f'{line(row)} [{names}]')}")
+    return found
+
+
+def _data(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _data(text).replace(":", "%3A").replace(",", "%2C")
+
+
+def _xml(text: object) -> str:
+    """Without the characters that XML 1.0 cannot hold; markup is escaped by the writer."""
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", str(text))
+
+
+def junit(record: Mapping[str, Any]) -> bytes:
+    """One test case a budget: a fail is a failure, an inconclusive one is skipped, or a failure where it is strict."""
+    rows = record["budgets"]
+    failed = [r["verdict"] == "fail" or (record["strict"] and r["verdict"] == "inconclusive") for r in rows]
+    skipped = [r["verdict"] == "inconclusive" and not record["strict"] for r in rows]
+    counts = {"tests": len(rows), "failures": sum(failed), "errors": 0}
+    total = {k: str(v) for k, v in counts.items()}
+    root = ET.Element("testsuites", {"name": "compress gate", **total})
+    suite = ET.SubElement(
+        root,
+        "testsuite",
+        {
+            "name": "compress gate",
+            **total,
+            "skipped": str(sum(skipped)),
+            "time": f"{record['seconds']:.3f}",
+            "timestamp": record["time"],
+        },
+    )
+    properties = ET.SubElement(suite, "properties")
+    for label in ("baseline", "candidate"):
+        ET.SubElement(properties, "property", {"name": label, "value": _xml(record[label]["name"])})
+    for row, fails, skips in zip(rows, failed, skipped, strict=True):
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            {"classname": f"gate.{row['figure']}", "name": _xml(title(row)), "time": "0"},
+        )
+        said = _xml(line(row))
+        if fails:
+            element = ET.SubElement(case, "failure", {"message": said, "type": row["verdict"]})
+            element.text = said
+        elif skips:
+            ET.SubElement(case, "skipped", {"message": said})
+        ET.SubElement(case, "system-out").text = said
+    ET.indent(root)
+    return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"
+
+
+def _cell(text: object) -> str:
+    """Inline code in a table: a bar would end the cell even there."""
+    return code(flat(text)).replace("|", "\\|")
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The summary: what was asked, what came out, and under which conditions."""
+    said = MARKS[record["verdict"]] + (" (strict: fails)" if record["strict"] and record["exit_code"] == 1 else "")
+    lines = [
+        f"## compress gate: {said}",
+        "",
+        f"Baseline {code(flat(record['baseline']['name']))}, candidate {code(flat(record['candidate']['name']))}.",
+        "",
+        "| budget | verdict | measured | 95 % interval | baseline | candidate | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in record["budgets"]:
+        interval = f"{quantity(row, row['low'])} to {quantity(row, row['high'])}" if "low" in row else "exact"
+        cells = (
+            _cell(title(row)),
+            MARKS[row["verdict"]],
+            quantity(row, row["value"]),
+            interval,
+            plain(row["figure"], row["baseline"]),
+            plain(row["figure"], row["candidate"]),
+            str(row.get("rounds", "")),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [f"- {code(title(row))}: {escape(flat(row['reason']))}." for row in record["budgets"] if row["reason"]]
+    spec, machine = record["spec"], record["machine"]
+    if spec["runtime"]:
+        where = f"pinned device {code(flat(machine['pinned']))}" if machine["pinned"] else "this machine"
+        runtime = escape(flat(spec["runtime"]))
+        threads = f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}"
+        lines += [
+            "",
+            f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {runtime},"
+            f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores, load"
+            f" {machine['before']['load_average']:.1f} to {machine['after']['load_average']:.1f}. A time is that of a"
+            " process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
+        ]
+    lines += ["", f"Again: {code(flat(record['command']))}", ""]
+    return "\n".join(lines)
+
+
+def plot(record: Mapping[str, Any], plt: Any) -> Any:
+    """The pairs of every measured budget, with interval and limit."""
+    from compress.plots import DENSE, PRUNED, QUIET
+
+    rows = [r for r in record["budgets"] if "values" in r]
+    figure, axes = plt.subplots(1, len(rows), figsize=(1.2 + 3.2 * len(rows), 3.2), squeeze=False)
+    for axis, row in zip(axes[0], rows, strict=True):
+        scale = 1.0 if row["kind"] == "relative" else 1000.0 if row["figure"] in gate.TIMES else 1e-6
+        values = [scale * v for v in row["values"]]
+        axis.axhspan(scale * row["low"], scale * row["high"], color=QUIET, alpha=0.6, lw=0, label="95 % interval")
+        axis.axhline(scale * row["value"], color=PRUNED, lw=1, label="median")
+        axis.plot(range(1, len(values) + 1), values, "o", ms=4, color=PRUNED, label="rounds")
+        axis.axhline(scale * row["limit"], color="#b3261e", lw=1.2, ls="--", label="budget")
+        if row["kind"] == "relative":
+            axis.axhline(1.0, color=DENSE, lw=0.8, ls=":")
+        axis.set_title(f"{row['budget']}: {row['verdict']}", fontsize=9)
+        axis.set_xlabel("round")
+        unit = "ms" if row["figure"] in gate.TIMES else "MB"
+        axis.set_ylabel("candidate / baseline" if row["kind"] == "relative" else unit)
+        axis.margins(y=0.15)
+    axes[0][-1].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def write(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured."""
+    from compress.plots import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "gate.json": (json_text(record) + "\n").encode(),
+        "junit.xml": junit(record),
+        "summary.md": markdown(record).encode(),
+    }
+    for name, text in texts.items():
+        beside = folder / f".{name}.partial"
+        beside.write_bytes(text)
+        beside.replace(folder / name)
+    found = {name: str(folder / name) for name in texts}
+    if any("values" in row for row in record["budgets"]):
+        found |= {path.name: str(path) for path in draw(dict(record), folder, {"gate": plot}).values()}
+    return found
+
+
+def now() -> str:
+    """UTC, to the second, as JUnit wants it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -1,0 +1,619 @@
+"""Baseline and candidate measured in turn until every budget is decided; raw samples kept.
+
+Each round starts both in a fresh process, the first round baseline first, the next candidate first, and so on (ABBA).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from compress.cache import sha256_of
+from compress.errors import CompressError, UsageError
+from compress.export import bench, gate
+from compress.export.bench.local import machine_state
+from compress.export.gate import Budget, Verdict
+from compress.export.onnx import DECODE, PREFILL
+from compress.export.onnx_module import FILE
+from compress.progress import Progress
+
+LABELS = ("baseline", "candidate")
+MODELS = (".onnx", ".mnn")
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How one process measures. ``shapes`` names the inputs' whole shapes where they cannot be told from the file."""
+
+    threads: int = 1
+    samples: int = gate.SAMPLES
+    batch: int = 1
+    prompt: int = 128
+    context: int = 128
+    shapes: Mapping[str, Sequence[int]] | None = None
+    first: int = gate.FIRST
+    last: int = gate.LAST
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """One exported model.
+
+    ``inputs`` is name -> (element type, dimensions; a free one by its name or ``?``), of the decode graph for a
+    language model. ``quality`` is what the run's report says: ``{"perplexity": {text: (value, windows, length)},
+    "accuracy": {task: (metric, value)}}``.
+    """
+
+    name: str
+    kind: str
+    path: Path
+    files: tuple[Path, ...]
+    inputs: dict[str, tuple[str, tuple[int | str, ...]]]
+    quality: dict[str, dict[str, Any]] | None = None
+    vocab: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(f.stat().st_size for f in self.files)
+
+
+def find(name: str, path: Path | None = None) -> Artefact:
+    """What ``name`` says: an ONNX or MNN file, a folder with an export, or a run folder (``RUN`` or ``RUN:dense``).
+
+    Args:
+        path: where it lies, if not where its name says.
+
+    Raises:
+        UsageError: there is nothing of that name, or no model in it.
+    """
+    form = "pruned"
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        raise UsageError("the name holds control characters", where=repr(name), fix="rename it")
+    place = path or Path(name)
+    if path is None and not place.exists() and name.rpartition(":")[2] in ("dense", "pruned"):
+        head, _, form = name.rpartition(":")
+        place = Path(head)
+    if not place.exists():
+        raise UsageError("there is no such file or folder", where=name, fix="name an ONNX file, an export, or a run")
+    if place.is_file():
+        if place.suffix == ".json":
+            raise UsageError(
+                "a stored figure is no baseline: it may come from another machine or another day",
+                where=name,
+                fix="name the model itself; baseline and candidate are measured here, in turn",
+            )
+        if place.suffix not in MODELS:
+            raise UsageError("this is no exported model", where=name, fix=f"name a file that ends in {MODELS[0]}")
+        if place.name in (PREFILL, DECODE):
+            return _text(name, place.parent, None)
+        return _network(name, place, None)
+    run = place
+    if (run / f"export-{form}").is_dir():
+        place, quality = run / f"export-{form}", _quality(run, form)
+    elif form == "dense":
+        raise UsageError("this run has exported no dense model", where=name, fix="finish it, or name an export folder")
+    else:
+        quality = None
+    there = [kind for kind in (PREFILL, FILE) if (place / kind).is_file()]
+    if len(there) > 1:
+        raise UsageError(f"there are both {PREFILL} and {FILE}", where=name, fix="name the file that is meant")
+    if there:
+        return _text(name, place, quality) if there == [PREFILL] else _network(name, place / FILE, quality)
+    files = [p for p in sorted(place.iterdir()) if p.suffix in MODELS]
+    if len(files) == 1:
+        return _network(name, files[0], quality)
+    what = "there is no exported model here" if not files else f"there are {len(files)} models here"
+    raise UsageError(what, where=name, fix=f"name a folder made by `compress export`, or one {MODELS[0]} file")
+
+
+def _graph(path: Path) -> Any:
+    import onnx
+
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except Exception as e:  # protobuf's error types differ from version to version
+        raise CompressError("this is not a readable ONNX file", where=str(path), fix="export it again") from e
+
+
+def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+    import onnx
+
+    weights = {i.name for i in graph.initializer}
+    found: dict[str, tuple[str, tuple[int | str, ...]]] = {}
+    for value in graph.input:
+        if value.name not in weights:
+            tensor = value.type.tensor_type
+            shape = tuple(
+                int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim
+            )
+            found[value.name] = (onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), shape)
+    return found
+
+
+def _stored(path: Path, graph: Any) -> set[Path]:
+    """The graph's file and the files that hold its weights."""
+    outside = {
+        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
+    }
+    return {path, *(path.parent / name for name in outside)}
+
+
+def _network(name: str, path: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:
+    described = path if path.suffix == ".onnx" else path.with_name(FILE)
+    if not described.exists():
+        raise UsageError(f"nothing says what {path.name} takes", where=name, fix=f"keep {FILE} beside it")
+    graph = _graph(described)
+    files = _stored(path, graph) if path == described else {path}
+    return Artefact(name, "network", path, tuple(sorted(files)), _inputs(graph), quality)
+
+
+def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:
+    for part in (PREFILL, DECODE):
+        if not (folder / part).is_file():
+            raise UsageError(f"there is no {part}", where=name, fix="name a folder made by `compress export`")
+    graphs = {part: _graph(folder / part) for part in (PREFILL, DECODE)}
+    files = set().union(*(_stored(folder / part, graph) for part, graph in graphs.items()))
+    logits = graphs[PREFILL].output[0].type.tensor_type.shape.dim[2].dim_value
+    return Artefact(name, "text", folder, tuple(sorted(files)), _inputs(graphs[DECODE]), quality, int(logits))
+
+
+def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
+    """What the run's report says of the dense or the pruned model; None where the run has not got so far."""
+    from compress.report import read_report
+
+    if not (run / "release" / "report.json").is_file():
+        return None
+    quality = read_report(run)["quality"]
+    return {
+        "perplexity": {
+            text["name"]: (text[f"{form}_ppl"], text["windows"], text["length"]) for text in quality.get("texts", ())
+        },
+        "accuracy": {
+            row["task"]: (row["metric"], row[form])
+            for row in quality.get("tasks", ())
+            if re.split(r"[,_ ]", row["metric"].lower())[0] in ("accuracy", "acc", "iou", "miou")
+        },
+    }
+
+
+def check_inputs(baseline: Artefact, candidate: Artefact) -> None:
+    """Refuses two models that take different inputs.
+
+    Raises:
+        UsageError: which input it is, and how they differ.
+    """
+    where = f"{baseline.name}, {candidate.name}"
+    if baseline.kind != candidate.kind:
+        kinds = {"text": "a language model", "network": "a plain network"}
+        raise UsageError(
+            f"the baseline is {kinds[baseline.kind]}, the candidate is {kinds[candidate.kind]}",
+            where=where,
+            fix="name two models of one kind",
+        )
+    fix = "only models that take the same inputs are compared"
+    for name in (*baseline.inputs, *(n for n in candidate.inputs if n not in baseline.inputs)):
+        if name.startswith("past_key_values."):  # heads and layers are what pruning removes
+            continue
+        before, after = baseline.inputs.get(name), candidate.inputs.get(name)
+        for missing, other in ((before, "candidate"), (after, "baseline")):
+            if missing is None:
+                raise UsageError(f"only the {other} takes an input {name!r}", where=where, fix=fix)
+        assert before is not None and after is not None
+        if before[0] != after[0]:
+            raise UsageError(f"input {name!r} is {before[0]} and {after[0]}", where=where, fix=fix)
+        fixed = [[d if isinstance(d, int) else None for d in shape] for shape in (before[1], after[1])]
+        if len(fixed[0]) != len(fixed[1]) or any(
+            a != b for a, b in zip(*fixed, strict=True) if a is not None and b is not None
+        ):
+            shown = " and ".join("x".join(map(str, shape)) or "a scalar" for shape in (before[1], after[1]))
+            raise UsageError(f"the shapes of input {name!r} differ: {shown}", where=where, fix=fix)
+
+
+def whole_shape(artefact: Artefact, spec: Measuring) -> list[int]:
+    """The shape of a network's input with the batch filled in.
+
+    Raises:
+        UsageError: another free dimension is left, or the network takes what cannot be made up for it.
+    """
+    if len(artefact.inputs) != 1:
+        raise UsageError(
+            f"the network takes {len(artefact.inputs)} inputs ({', '.join(artefact.inputs)}); one is measured",
+            where=artefact.name,
+            fix="export it with one input",
+        )
+    ((name, (kind, shape)),) = artefact.inputs.items()
+    if kind != "float":
+        raise UsageError(f"input {name!r} is {kind}; float32 is measured", where=artefact.name, fix="export it so")
+    given = (spec.shapes or {}).get(name)
+    strange = [n for n in spec.shapes or {} if n != name]
+    if strange:
+        raise UsageError(f"there is no input {strange[0]!r}", where="shapes", fix=f"the input is {name!r}")
+    if given is not None:
+        fits = len(given) == len(shape) and all(
+            a == b for a, b in zip(given, shape, strict=True) if isinstance(b, int)
+        )
+        if not fits:
+            raise UsageError(
+                f"the shape {'x'.join(map(str, given))} does not fit {'x'.join(map(str, shape))}",
+                where=f"shapes, input {name!r}",
+                fix="change it",
+            )
+        return list(given)
+    free = [i for i, d in enumerate(shape) if not isinstance(d, int)]
+    if any(i != 0 for i in free):
+        raise UsageError(
+            f"dimension {shape[free[-1]]!r} of input {name!r} is free",
+            where=artefact.name,
+            fix=f"say the whole shape: --shape {name}={'x'.join(str(d) if isinstance(d, int) else '8' for d in shape)}",
+        )
+    return [spec.batch if not isinstance(d, int) else d for d in shape]
+
+
+Sample = dict[str, Any]
+Measure = Callable[[Artefact, Measuring, int], Sample]
+
+
+def measure(artefact: Artefact, spec: Measuring, seed: int) -> Sample:
+    """One fresh process; ``{"runtime", "peak_rss", figure: {"samples", "calls_per_sample", "warm", "load", "first"}}``.
+
+    Raises:
+        CompressError: the process failed.
+    """
+    request: dict[str, Any] = {"threads": spec.threads, "min_seconds": 0.0, "min_runs": spec.samples, "seed": seed}
+    if artefact.kind == "text":
+        folder = artefact.path
+        request |= {"prefill": str(folder / PREFILL), "decode": str(folder / DECODE), "vocab": artefact.vocab}
+        return _process("agent.py", artefact, request | {"prompt": spec.prompt, "context": spec.context})
+    request |= {"model": str(artefact.path), "shape": whole_shape(artefact, spec)}
+    found = _process("module_agent.py", artefact, request)
+    return {"runtime": found.pop("runtime"), "peak_rss": found.pop("peak_rss"), "latency": found}
+
+
+def _process(agent: str, artefact: Artefact, request: dict[str, Any]) -> Sample:
+    done = subprocess.run(
+        [sys.executable, str(Path(bench.__file__).parent / agent)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompressError(f"the measuring process failed: {last}", where=artefact.name, fix="export it again")
+    found: Sample = json.loads(done.stdout)
+    return found
+
+
+def figures_of(kind: str) -> tuple[str, ...]:
+    return ("ttft", "tpot") if kind == "text" else ("latency",)
+
+
+def budgets_for(budgets: Sequence[Budget], kind: str, pinned: str | None) -> list[Budget]:
+    """The budgets with ``latency`` of a language model as its two times, each gated apart.
+
+    Raises:
+        UsageError: none at all, one twice, a figure that this kind of model does not have, or an absolute time where no
+            pinned device is named.
+    """
+    if not budgets:
+        raise UsageError("there is no budget", where="gate", fix=f"--budget, for example: {gate.EXAMPLES}")
+    found: list[Budget] = []
+    for budget in budgets:
+        if budget.figure in gate.TIMES and budget.kind == "absolute" and pinned is None:
+            raise UsageError(
+                "a time in seconds holds on one named, pinned device only",
+                where=f"budget {budget.text!r}",
+                fix=f"name the device (--pinned NAME), or compare with the baseline: {budget.figure}<=1.05x",
+            )
+        if budget.figure == "latency" and kind == "text":
+            for figure in figures_of(kind):
+                text = budget.text.replace("latency", figure, 1)
+                found.append(Budget(text, figure, budget.statistic, budget.kind, budget.limit))
+            continue
+        if budget.figure in gate.TIMES and budget.figure not in figures_of(kind):
+            raise UsageError(
+                f"a plain network has no {budget.figure}", where=f"budget {budget.text!r}", fix="its time is latency"
+            )
+        found.append(budget)
+    keys = [(b.figure, b.statistic, b.kind) for b in found]
+    for i, key in enumerate(keys):
+        if key in keys[:i]:
+            raise UsageError("this figure has two budgets", where=f"budget {found[i].text!r}", fix="keep one of them")
+    return found
+
+
+def unmeasured(budget: Budget, baseline: Artefact, candidate: Artefact) -> list[dict[str, Any]]:
+    """Size and quality: compared as they stand; the rows of the record.
+
+    Raises:
+        UsageError: no report says what is asked for, or the reports were made on different texts or tasks.
+    """
+    if budget.figure == "size":
+        sizes = baseline.bytes, candidate.bytes
+        value = sizes[1] / sizes[0] if budget.kind == "relative" else sizes[1]
+        return [_row(budget, value, value <= budget.limit, baseline=sizes[0], candidate=sizes[1])]
+    known = []
+    for artefact in (baseline, candidate):
+        quality = (artefact.quality or {}).get(budget.figure)
+        if not quality:
+            raise UsageError(
+                f"nothing says what {budget.figure} this model has",
+                where=f"budget {budget.text!r}, {artefact.name}",
+                fix="name two folders of finished runs (RUN or RUN:dense): their reports say it",
+            )
+        known.append(quality)
+    # What was measured, without the values.
+    same = [
+        {k: v[1:] if budget.figure == "perplexity" else v[0] for k, v in quality.items()} for quality in known
+    ]
+    if same[0] != same[1]:
+        raise UsageError(
+            f"the two reports do not measure {budget.figure} on the same",
+            where=f"{baseline.name}, {candidate.name}",
+            fix="name two runs with the same evaluation",
+        )
+    if budget.figure == "perplexity":
+        means = [float(np.exp(np.mean([np.log(v) for v, _, _ in quality.values()]))) for quality in known]
+        value = means[1] / means[0]
+        return [_row(budget, value, value <= budget.limit, baseline=means[0], candidate=means[1])]
+    rows = []
+    for task in known[0]:
+        was, now = (quality[task][1] for quality in known)
+        # A change that is the limit but for the last digit of a float is within it.
+        within = now - was >= budget.limit - 1e-12
+        rows.append(_row(budget, now - was, within, part=task, baseline=was, candidate=now))
+    return rows
+
+
+def _row(budget: Budget, value: float, within: bool, **more: Any) -> dict[str, Any]:
+    return {
+        "budget": budget.text,
+        "figure": budget.figure,
+        "statistic": budget.statistic,
+        "kind": budget.kind,
+        "limit": budget.limit,
+        "value": value,
+        "verdict": "pass" if within else "fail",
+        "reason": "",
+        **more,
+    }
+
+
+def series(budget: Budget, samples: Sequence[Sample]) -> list[float]:
+    """A figure of every process: its fastest call, or the median or tail of its samples (s); or its memory (bytes)."""
+    if budget.figure == "memory":
+        return [float(s["peak_rss"]) for s in samples]
+    if budget.statistic == "fastest":
+        return [float(min(s[budget.figure]["fastest"])) for s in samples]
+    q = {"median": 50, "p90": 90, "p99": 99}[budget.statistic]
+    return [float(np.percentile(s[budget.figure]["samples"], q)) for s in samples]
+
+
+def values_of(budget: Budget, runs: Mapping[str, Sequence[Sample]]) -> list[float]:
+    """What is held against the limit, one a round: candidate / baseline, or the candidate's own figure."""
+    after = series(budget, runs["candidate"])
+    if budget.kind == "absolute":
+        return after
+    return [b / a for a, b in zip(series(budget, runs["baseline"]), after, strict=True)]
+
+
+def compare(
+    baseline: Artefact,
+    candidate: Artefact,
+    budgets: Sequence[Budget],
+    spec: Measuring,
+    *,
+    strict: bool = False,
+    pinned: str | None = None,
+    measure: Measure = measure,
+) -> dict[str, Any]:
+    """Gates ``candidate``: the record, with a row for every budget and every raw sample.
+
+    Raises:
+        UsageError: see `check_inputs`, `budgets_for`, `unmeasured`.
+        CompressError: a measuring process failed.
+    """
+    check_inputs(baseline, candidate)
+    budgets = budgets_for(budgets, baseline.kind, pinned)
+    if baseline.kind == "network" and any(b.figure in gate.MEASURED for b in budgets):
+        whole_shape(candidate, spec)
+    rows = [row for b in budgets if b.figure not in gate.MEASURED for row in unmeasured(b, baseline, candidate)]
+    timed = [b for b in budgets if b.figure in gate.MEASURED]
+    runs: dict[str, list[Sample]] = {label: [] for label in LABELS}
+    before = machine_state()
+    if timed:
+        spec = Measuring(**{**vars(spec), "samples": max(spec.samples, gate.samples_needed(timed, spec.first))})
+        _rounds({"baseline": baseline, "candidate": candidate}, runs, timed, spec, measure)
+    machine = {"before": before, "after": machine_state(), "cores": os.cpu_count(), "pinned": pinned}
+    rows = [*(_measured_row(b, runs, spec, machine) for b in timed), *rows]
+    verdict = gate.overall([row["verdict"] for row in rows])
+    return {
+        **_about(runs, {"baseline": baseline, "candidate": candidate}, spec, machine),
+        "verdict": verdict,
+        "strict": strict,
+        "exit_code": gate.exit_code(verdict, strict),
+        "budgets": rows,
+        "raw": runs,
+    }
+
+
+def _rounds(
+    artefacts: Mapping[str, Artefact],
+    runs: dict[str, list[Sample]],
+    budgets: Sequence[Budget],
+    spec: Measuring,
+    measure: Measure,
+) -> None:
+    """Rounds until every budget is decided."""
+    with Progress(2 * spec.last, "measuring in fresh processes") as bar:
+        for i in range(spec.last):
+            for label in LABELS if i % 2 == 0 else LABELS[::-1]:
+                runs[label].append(measure(artefacts[label], spec, i))
+                bar.update(1)
+            if i + 1 >= spec.first and all(_verdict(b, runs, spec)[0] for b in budgets):
+                break
+
+
+def _verdict(
+    budget: Budget, runs: Mapping[str, Sequence[Sample]], spec: Measuring
+) -> tuple[Verdict | None, float | None]:
+    """(the verdict so far, the smallest change that can be detected)."""
+    values = values_of(budget, runs)
+    if budget.kind == "absolute":
+        return gate.decide(values, budget.limit, first=spec.first, last=spec.last), None
+    return gate.judge(values, budget.limit, first=spec.first, last=spec.last)
+
+
+def _measured_row(
+    budget: Budget, runs: Mapping[str, Sequence[Sample]], spec: Measuring, machine: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = values_of(budget, runs)
+    verdict, smallest = _verdict(budget, runs, spec)
+    verdict = verdict or "inconclusive"
+    low, high = gate.bounds(values, gate.LEVEL_TAIL)
+    tail = gate.fail_tail(spec.first, spec.last)
+    low_fail, _ = gate.bounds(values, tail)
+    reason = _why(budget, values, runs, spec, machine, smallest) if verdict == "inconclusive" else ""
+    figures = {label: median(series(budget, runs[label])) for label in LABELS}
+    return {
+        **_row(budget, median(values), True, **figures),
+        "verdict": verdict,
+        "reason": reason,
+        "low": low,
+        "high": high,
+        # With the tail of a fail there may be no bound yet; JSON has no infinity.
+        "low_fail": low_fail if np.isfinite(low_fail) else None,
+        "smallest_change": math.expm1(smallest) if smallest is not None else None,
+        "rounds": len(values),
+        "values": values,
+    }
+
+
+def _why(
+    budget: Budget,
+    values: Sequence[float],
+    runs: Mapping[str, Sequence[Sample]],
+    spec: Measuring,
+    machine: Mapping[str, Any],
+    smallest: float | None,
+) -> str:
+    """Why nothing could be decided, and what would help."""
+    parts = []
+    if smallest is not None and gate.too_tight(budget.limit, smallest):
+        parts.append(
+            f"the budget is nearer to 1 than the smallest change that this noise lets see"
+            f" ({100 * math.expm1(smallest):.1f} %)"
+        )
+    base = series(budget, runs["baseline"])
+    parts.append(
+        f"too noisy to decide after {len(values)} rounds: spread between processes {100 * gate.spread(base):.1f} %,"
+        f" of the {'ratios' if budget.kind == 'relative' else 'figures'} {100 * gate.spread(values):.1f} %"
+    )
+    load = max(machine["before"]["load_average"], machine["after"]["load_average"])
+    busy = f"load {load:.1f} on {machine['cores']} cores"
+    parts.append(busy + (": other work runs here" if load > spec.threads + 0.5 else ""))
+    if budget.figure in gate.TIMES:
+        slower = gate.throttled(base)
+        if slower is not None:
+            parts.append(f"throttled: the baseline ended {100 * slower:.0f} % slower than it began")
+        cold = sum(not s[budget.figure]["warm"] for label in LABELS for s in runs[label])
+        if cold:
+            parts.append(f"{cold} processes were still getting faster when their warm-up was cut off")
+    return "; ".join(parts)
+
+
+def _about(
+    runs: Mapping[str, Sequence[Sample]],
+    artefacts: Mapping[str, Artefact],
+    spec: Measuring,
+    machine: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "kind": artefacts["baseline"].kind,
+        **{
+            label: {
+                "name": artefact.name,
+                "bytes": artefact.bytes,
+                "sha256": {f.name: sha256_of(f) for f in artefact.files},
+            }
+            for label, artefact in artefacts.items()
+        },
+        "spec": {
+            **{k: v for k, v in vars(spec).items() if k != "shapes"},
+            "shapes": {k: list(v) for k, v in (spec.shapes or {}).items()},
+            "order": "ABBA",
+            "runtime": runs["baseline"][0]["runtime"] if runs["baseline"] else None,
+            "level": 1 - 2 * gate.LEVEL_TAIL,
+            "false_fail": gate.error_over_looks(gate.fail_tail(spec.first, spec.last), spec.first, spec.last),
+        },
+        "machine": dict(machine),
+    }
+
+
+def self_test(
+    baseline: Artefact, budgets: Sequence[Budget], spec: Measuring, *, measure: Measure = measure
+) -> dict[str, Any]:
+    """The baseline against itself, all rounds: the smallest change that this machine can detect, figure by figure.
+
+    Raises:
+        UsageError: a relative budget is nearer to 1 than that.
+    """
+    figures = [*figures_of(baseline.kind), "memory"]
+    if baseline.kind == "network":
+        whole_shape(baseline, spec)
+    runs: dict[str, list[Sample]] = {label: [] for label in LABELS}
+    before = machine_state()
+    with Progress(2 * spec.last, "measuring the baseline against itself") as bar:
+        for i in range(spec.last):
+            for label in LABELS if i % 2 == 0 else LABELS[::-1]:
+                runs[label].append(measure(baseline, spec, i))
+                bar.update(1)
+    machine = {"before": before, "after": machine_state(), "cores": os.cpu_count(), "pinned": None}
+    rows: list[dict[str, Any]] = []
+    for figure in figures:
+        budget = gate.parse_budget(f"{figure}<=1x")
+        values = values_of(budget, runs)
+        low, high = gate.bounds(values, gate.LEVEL_TAIL)
+        smallest = gate.smallest_change(values, first=spec.first, last=spec.last)
+        base = series(budget, runs["baseline"])
+        rows.append(
+            {
+                "figure": figure,
+                "value": median(values),
+                "low": low,
+                "high": high,
+                "smallest_change": math.expm1(smallest),
+                "spread_between": gate.spread(base),
+                "throttled": gate.throttled(base),
+                "median": median(base),
+                "values": values,
+            }
+        )
+    for budget in budgets_for(budgets, baseline.kind, "self-test") if budgets else []:
+        found = next((r for r in rows if r["figure"] == budget.figure), None)
+        if found is None or budget.kind != "relative":
+            continue
+        smallest = math.log1p(found["smallest_change"])
+        if gate.too_tight(budget.limit, smallest):
+            raise UsageError(
+                f"the budget is tighter than the smallest change of {budget.figure} that this machine can detect now"
+                f" ({100 * found['smallest_change']:.1f} %)",
+                where=f"budget {budget.text!r}",
+                fix=f"{budget.figure}<={math.ceil(100 * math.exp(smallest)) / 100:g}x, or a quieter machine",
+            )
+    return {
+        **_about(runs, {"baseline": baseline, "candidate": baseline}, spec, machine),
+        "self_test": rows,
+        "exit_code": 0,
+        "raw": runs,
+    }
