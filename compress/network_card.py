@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.card import again, code, escape, write_readme
+from compress.card import (
+    INHERITED,
+    again,
+    code,
+    conditions,
+    escape,
+    faster,
+    limits,
+    milliseconds,
+    runtimes,
+    targets,
+    write_readme,
+)
+from compress.metadata import card_data, network_results
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, draw
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
@@ -17,31 +33,21 @@ def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str,
     return write_readme(folder, metadata(report), body(report, images))
 
 
-def metadata(report: dict[str, Any]) -> dict[str, Any]:
-    """The YAML head."""
-    model, size = report["model"], report["size"]
-    head: dict[str, Any] = {}
-    if model["license"]:
-        head["license"] = model["license"]
-    if model["base_model"]:
-        head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
-    kind = "structured-pruning" if size["ranks"] else "unstructured-pruning"
-    results = [
-        {
-            "task": {"type": "image-classification" if len(report["data"]["input"]) == 3 else "time-series"},
-            "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
-            "metrics": [
-                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
-            ],
-        }
-        for row in report["quality"]["tasks"]
-        if row["metric"] != "loss"
-    ]
-    return head | {
-        "library_name": "pytorch",
-        "tags": ["pruned", kind, report["recipe"]["method"], "onnx"],
-        "model-index": [{"name": f"{model['name']}-pruned-{round(100 * size['pruned_share'])}", "results": results}],
-    }
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of a network's card."""
+    size = report["size"]
+    return card_data(
+        report,
+        removed=size["pruned_share"],
+        tags=["structured-pruning" if size["ranks"] else "unstructured-pruning"],
+        library="pytorch",
+        results=network_results(report),
+        task="image-classification" if _classifies_images(report["data"]) else None,
+    )
+
+
+def _classifies_images(data: Mapping[str, Any]) -> bool:
+    return len(data["input"]) == 3 and all(task["kind"] == "classes" for task in data["tasks"])
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -89,18 +95,23 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     for runtime, bench in latencies(report).items():
         a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
         lines.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
-            f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
+            f" {milliseconds(b['median'])} | {faster(ratio)} |"
         )
+    measured = latencies(report)
     lines += [
         "",
+        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
+        *([""] if measured else []),
         "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
         "",
     ]
     if not size["ranks"]:
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
-            " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the"
+            " zeros"
+            + (", and the latency above is what was measured, whatever the FLOPs say." if measured else ".")
+            + " What is really won is the"
             " packed size, and the FLOPs on hardware or kernels that skip zeros"
             + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
             "",
@@ -111,6 +122,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
             "",
         ]
+    lines += targets(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("accuracy", "Quality against sparsity"),
@@ -138,6 +150,14 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
                 f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value{agree}."
             )
     lines += ["", *again(report)]
+    lines += limits(
+        report,
+        [
+            f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
+            " data, under noise or another camera or sensor, nothing was measured.",
+            INHERITED,
+        ],
+    )
     return "\n".join(lines)
 
 
@@ -179,9 +199,10 @@ def _loading(report: dict[str, Any]) -> list[str]:
         'load_weights(model, folder / "model.safetensors")',
         "```",
         "",
-        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`."
-        " `onnx/model.onnx` takes the same.",
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`, in every"
+        " runtime.",
         "",
+        *runtimes(report),
     ]
 
 
