@@ -132,7 +132,8 @@ def _removed(report: dict[str, Any]) -> list[str]:
             f"{row[kept]:,} of {row[f'dense_{kept}']:,}" if row[kept] != row[f"dense_{kept}"] else "all"
             for kept in ("kv_heads", "heads", "neurons")
         )
-        shares = (f"-{100 * row[f'{part}_sparsity']:.1f} %" for part in ("attention", "ffn"))
+        gone = (100 * row[f"{part}_sparsity"] for part in ("attention", "ffn"))
+        shares = (f"-{share:.1f} %" if share else "0 %" for share in gone)
         lines.append(f"| {row['layer']} | {' | '.join(counts)} | {' | '.join(shares)} |")
     return [*lines, ""]
 
@@ -323,7 +324,7 @@ def missing(report: Mapping[str, Any]) -> list[str]:
     if not (report.get("quality") or {}).get("texts") and not (report.get("quality") or {}).get("tasks"):
         said.append("Its quality was not measured, so what the pruning cost is not known" + _by(commands.get("eval")))
     if not report["model"]["license"]:
-        said.append("The licence of the dense model is not known here; it decides what may be done with this one")
+        said.append("No licence is stated: none was found with the dense model, and it decides what may be done")
     return said
 
 

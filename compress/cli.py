@@ -326,28 +326,34 @@ def card(
     _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
 
 
-@app.command(epilog="Example:  compress verify runs/demo")
+@app.command(epilog="Example:  compress report runs/demo --out report.html")
+def report(
+    run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("report.html"),
+    json_: Json = False,
+) -> None:
+    """Writes the report of a run as one HTML file with plots that can be asked; it needs no server."""
+    from compress.verbs import report_page
+
+    _show(report_page(run, out), json_, lambda f: [f"report   {f['html']}"])
+
+
+@app.command(epilog="Examples:  compress verify runs/demo --measure   |   compress verify org/name")
 def verify(
-    path: Annotated[Path, typer.Argument(help="a run folder, or a model folder")],
+    model: Annotated[str, typer.Argument(help="a run folder, a release or model folder, or a hub id")],
+    measure: Annotated[bool, typer.Option("--measure", help="measures quality and latency again")] = False,
+    like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
+    dense: Annotated[Path | None, typer.Option(help="an export folder of the dense model, for latency")] = None,
     network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Checks a saved model again: hashes, weights, and a reload in a clean process."""
-    from compress.verbs import verify as run
+    """Checks a model against its own report: hashes, a clean reload, its exports, and what is measured again."""
+    from compress.verification import lines, refuse_failed
+    from compress.verification import verify as run
 
-    _show(
-        run(path, network),
-        json_,
-        lambda f: [
-            f"sealed   {f['sealed_files']} files are as they were written",
-            *(
-                f"reloaded {folder} as {m['class']}: logits differ by {m['max_logit_difference']:.1e}"
-                f" (allowed {m['tolerance']:.1e})"
-                for folder, m in f["models"].items()
-            ),
-            *([f"report   {f['report'][:16]} is unchanged"] if "report" in f else []),
-        ],
-    )
+    facts = run(model, network, measure=measure, like=like, dense=dense)
+    _show(facts, json_, lines)
+    refuse_failed(facts)
 
 
 @app.command("list", epilog="Example:  compress list models")

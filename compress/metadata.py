@@ -91,7 +91,7 @@ def card_data(
 def is_repo(name: object) -> bool:
     """Whether this is a model's or data set's id, as the hub writes them."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     try:
         validate_repo_id(str(name))
@@ -159,6 +159,11 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
+def results(report: Mapping[str, Any]) -> list[EvalResult]:
+    """What a report's card states in its head, of either kind of model."""
+    return network_results(report) if "data" in report else text_results(report)
+
+
 def slug(text: object) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain(text).lower()).strip("-") or "unnamed"
 
@@ -187,7 +192,7 @@ def faults(content: str) -> list[str]:
     from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
     try:
-        data = ModelCard(content).data
+        data: Any = ModelCard(content).data
     except Exception as e:  # yaml's own errors, and huggingface_hub's
         return [f"huggingface_hub cannot read it: {' '.join(str(e).split())}"]
     head = data.to_dict()
@@ -241,7 +246,8 @@ def assemble(data: ModelCardData, text: str) -> str:
 
     content = f"---\n{data.to_yaml()}\n---\n\n{text}"
     wrong = faults(content)
-    kept = len(ModelCard(content).data.eval_results or ()) if not wrong else 0
+    back: Any = ModelCard(content).data if not wrong else None
+    kept = len(back.eval_results or ()) if not wrong else 0
     if not wrong and kept != len(data.eval_results or ()):
         wrong = [f"{len(data.eval_results or ())} results became {kept}"]
     if wrong:
