@@ -314,15 +314,45 @@ def bench(
     _show(facts, json_, partial(lines, "bench"))
 
 
-@app.command(epilog="Example:  compress card runs/demo --out card")
+@app.command(epilog="Examples:  compress card runs/demo --out card   |   compress card runs/demo --push me/my-model")
 def card(
     run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],
     out: Annotated[Path | None, typer.Option(help="the folder to write to  [default: RUN-card]")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="uploads the release (model, card, report) instead")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="a new repository is for all to see")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="what else the repository holds is deleted")] = False,
+    network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Writes the model card and its plots from report.json."""
-    from compress.verbs import card as write
+    """Writes the model card, its plots and the HTML report from report.json; or uploads the release with them.
 
+    A release is uploaded as it was sealed, once it is verified. A new repository is private unless --public is given.
+    """
+    from compress.verbs import card as write
+    from compress.verbs import push as upload
+
+    if push is not None:
+        if out is not None:
+            from compress.errors import UsageError
+
+            raise UsageError("--out and --push do not go together", where="card", fix="the release is what is uploaded")
+        _show(
+            upload(run, push, public=public, replace=replace, network=network),
+            json_,
+            lambda f: [
+                f"there already, the same release: {f['url']}"
+                if f["unchanged"]
+                else f"uploaded {f['files']} files ({_size(f['bytes'])}) to {f['url']}"
+                f" ({'private' if f['private'] else 'public'}), commit {f['commit'][:12]}"
+            ],
+        )
+        return
+    if public or replace:
+        from compress.errors import UsageError
+
+        raise UsageError("--public and --replace are for an upload", where="card", fix="name it: --push ORG/NAME")
     _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
 
 

@@ -188,16 +188,22 @@ def _datasets(rows: Sequence[tuple[str, str, str | None]]) -> list[str]:
 
 def faults(content: str) -> list[str]:
     """What the hub would not take of a card's head, or not show; an empty list where all is well."""
+    import yaml
     from huggingface_hub import ModelCard
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-    try:
-        data: Any = ModelCard(content).data
-    except Exception as e:  # yaml's own errors, and huggingface_hub's
-        return [f"huggingface_hub cannot read it: {' '.join(str(e).split())}"]
-    head = data.to_dict()
-    if not head:
+    block = REGEX_YAML_BLOCK.search(content)
+    if block is None:
         return ["there is no head between two lines of ---"]
+    try:
+        # As it is written: huggingface_hub's reader mends some things that the hub does not.
+        head = yaml.safe_load(block.group(2))
+        ModelCard(content)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as e:
+        return [f"huggingface_hub cannot read it: {' '.join(str(e).split())}"]
+    if not head:
+        return ["the head is empty"]
     found = []
     bases = head.get("base_model")
     for base in bases if isinstance(bases, list) else [bases] if bases is not None else []:

@@ -131,6 +131,13 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     return {"card": str(written), "html": str(page), "report": report["sha256"]}
 
 
+def push(run: Path, repo: str, *, public: bool, replace: bool, network: str | None) -> dict[str, Any]:
+    """Uploads a release with its card and report to the hub."""
+    from compress.hub import push as upload
+
+    return dict(upload(run, repo, public=public, replace=replace, network=network))
+
+
 def report_page(run: Path, out: Path) -> dict[str, Any]:
     """Writes the HTML report of a finished run to the file ``out``."""
     import tempfile
