@@ -13,6 +13,7 @@ from typing import Any
 from compress.card import emulated, figure_name, figures
 
 Chart = dict[str, Any]
+Series = dict[str, Any]
 
 
 def charts(report: Mapping[str, Any]) -> list[Chart]:
@@ -23,7 +24,7 @@ def charts(report: Mapping[str, Any]) -> list[Chart]:
     return [chart for make in makers for chart in make(report)]
 
 
-def _chart(name: str, title: str, kind: str, x: str, y: str, series: list[dict[str, Any]], **more: Any) -> Chart:
+def _chart(name: str, title: str, kind: str, x: str, y: str, series: list[Series], **more: Any) -> Chart:
     axis = more.pop("axis", {})
     return {
         "id": name, "title": title, "kind": kind, "x": {"label": x}, "y": {"label": y, **axis}, "series": series, **more
@@ -35,7 +36,7 @@ def _layers(report: Mapping[str, Any]) -> list[Chart]:
     if not rows:
         return []
     if "attention_sparsity" in rows[0]:
-        series = [
+        series: list[Series] = [
             {"name": title, "points": [{"x": str(r["layer"]), "y": 100 * r[key]} for r in rows]}
             for title, key in (("attention", "attention_sparsity"), ("FFN", "ffn_sparsity"))
         ]
@@ -79,9 +80,9 @@ def _perplexity(report: Mapping[str, Any]) -> list[Chart]:
     share = next((k for k in ("backbone_removed", "pruned_share") if k in size), None)
     if share is None:
         return []
-    series = []
+    series: list[Series] = []
     for text in quality["texts"]:
-        points = [{"x": 0.0, "y": text["dense_ppl"], "label": "dense"}]
+        points: list[dict[str, Any]] = [{"x": 0.0, "y": text["dense_ppl"], "label": "dense"}]
         points += [
             {"x": 100 * p[share], "y": p["texts"][text["name"]], "label": "another sparsity"}
             for p in quality.get("curve", ())
@@ -97,7 +98,7 @@ def _metrics(report: Mapping[str, Any]) -> list[Chart]:
     rows = [r for r in quality.get("tasks") or () if r["metric"] != "loss"]
     if "data" not in report or not rows or "pruned_share" not in size or not quality.get("curve"):
         return []
-    series = []
+    series: list[Series] = []
     for row in rows:
         points = [{"x": 0.0, "y": row["dense"], "label": "dense"}]
         for point in quality.get("curve") or ():
@@ -122,7 +123,7 @@ def _records(report: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _latency(report: Mapping[str, Any]) -> list[Chart]:
-    found = []
+    found: list[Chart] = []
     for number, (where, record) in enumerate(_records(report)):
         for key in figures(record):
             series = []
@@ -155,8 +156,10 @@ def _search(report: Mapping[str, Any]) -> list[Chart]:
     log = [r for r in (report.get("search") or {}).get("log") or () if r.get("phase") != "single"]
     if not log:
         return []
-    offset, best_ever = 0.0, []
-    starts, candidates = [], []
+    offset = 0.0
+    best_ever: list[dict[str, Any]] = []
+    starts: list[dict[str, Any]] = []
+    candidates: list[dict[str, Any]] = []
     for iteration in sorted({r["iteration"] for r in log}):
         rows, best = [r for r in log if r["iteration"] == iteration], float("inf")
         for row in rows:

@@ -179,7 +179,7 @@ def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) ->
     """A row for all files that are as they were named, and one for each that is not."""
     bad = []
     for name, facts in files.items():
-        shown = f"{title}/{name}" if title else name
+        shown = (f"{title}/{name}" if title else name) + (", sealed" if source.endswith(SEAL) else "")
         if not _inside(name):
             bad.append(Claim(shown, "", "", FAILS, f"{source} names a file outside its folder"))
             continue
