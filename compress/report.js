@@ -101,7 +101,8 @@
     const left = flat ? Math.min(width * 0.42, 12 + 6.4 * Math.max(...rows.map((r) => r.length))) : 64;
     const names = chart.kind === "bars" ? [...new Set(chart.series.flatMap((s) => s.points.map((p) => p.x)))] : [];
     const longest = Math.max(0, ...names.map((n) => n.length));
-    const slanted = chart.kind === "bars" && longest > 3 && names.length <= 40;
+    const slanted = chart.kind === "bars" && longest > 3 && names.length <= 16;
+    const every = Math.ceil(names.length / Math.max(4, width / 60)); // longer rows are numbered; pointing at one names it
     const bottom = slanted ? Math.min(110, 26 + 4.4 * longest) + 14 : 42;
     const height = flat ? 34 * rows.length + 52 : 250 + bottom;
     const svg = make(box, "svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-label": chart.title });
@@ -158,7 +159,7 @@
       names.forEach((name, i) => {
         const middle = left + step * (i + 0.5);
         if (slanted) label(name, 0, 0, { transform: `translate(${middle + 3} ${floor + 12}) rotate(-40)`, "text-anchor": "end" });
-        else if (names.length <= 40 || i % 10 === 0) label(name, middle, floor + 16, { "text-anchor": "middle" });
+        else if (i % every === 0) label(longest > 3 ? String(i) : name, middle, floor + 16, { "text-anchor": "middle" });
       });
       for (const series of live) {
         const fill = colour(series, series.index), at = bars.indexOf(series);
