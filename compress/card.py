@@ -7,21 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.metadata import assemble, card_data, text_results
+from compress.metadata import assemble, card_data, plain, text_results
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 
 def escape(text: object) -> str:
-    """Text from outside, made harmless in Markdown: no markup, no links, no new lines."""
-    flat = re.sub(r"\s+", " ", str(text)).strip()
-    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", flat)
+    """Text from outside, made harmless in Markdown: no markup, no links, no new lines, nothing that turns the text."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", plain(text))
 
 
 def code(text: object) -> str:
     """Text from outside as inline code."""
-    return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'") + "`"
+    return "`" + plain(text).replace("`", "'") + "`"
 
 
 def metadata(report: dict[str, Any]) -> ModelCardData:
@@ -246,10 +245,11 @@ def figures(record: Mapping[str, Any]) -> list[str]:
 
 def figure_name(key: str, spec: Mapping[str, Any]) -> str:
     """What a figure of a bench record is, with the shape it was measured at."""
-    if key == "ttft" and "prompt" in spec:
-        return f"TTFT, {spec['prompt']} tokens"
-    if key == "tpot" and "context" in spec:
-        return f"TPOT at {spec['context']} tokens of context"
+    prompt, context = (spec.get(k) or next(iter(spec.get(f"{k}s") or ()), None) for k in ("prompt", "context"))
+    if key == "ttft" and prompt:
+        return f"TTFT, {prompt} tokens"
+    if key == "tpot" and context:
+        return f"TPOT at {context} tokens of context"
     return f"{key}, batch {spec['batch']}" if "batch" in spec else key
 
 
@@ -259,6 +259,8 @@ def conditions(record: Mapping[str, Any]) -> str:
     said = []
     if spec.get("runtime"):
         said.append(escape(spec["runtime"]))
+    if (record.get("machine") or {}).get("cpu"):
+        said.append(f"on {escape(record['machine']['cpu'])}")
     if spec.get("precision"):
         said.append(escape(spec["precision"]))
     if spec.get("threads"):
@@ -269,10 +271,12 @@ def conditions(record: Mapping[str, Any]) -> str:
         said.append(f"interleaved {escape(spec['order'])}")
     between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
     spread = [b for b in between if b is not None]
+    throttled = record.get("throttled") is True
     return (
         f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
         " paired ratio."
         + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
+        + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
         + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
     )
 

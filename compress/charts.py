@@ -19,7 +19,7 @@ Series = dict[str, Any]
 def charts(report: Mapping[str, Any]) -> list[Chart]:
     """Every chart that the report has figures for, in the order of the card's plots."""
     makers: tuple[Callable[[Mapping[str, Any]], list[Chart]], ...] = (
-        _layers, _perplexity, _metrics, _latency, _ratios, _search
+        _layers, _channels, _perplexity, _metrics, _rounds, _latency, _ratios, _search
     )  # fmt: skip
     return [chart for make in makers for chart in make(report)]
 
@@ -70,6 +70,41 @@ def _layers(report: Mapping[str, Any]) -> list[Chart]:
             axis=axis,
         )
     ]  # fmt: skip
+
+
+def _channels(report: Mapping[str, Any]) -> list[Chart]:
+    rows = report.get("layers") or []
+    if not rows or not {"channels", "kept"} <= rows[0].keys():
+        return []
+    series: list[Series] = [
+        {"name": name, "colour": colour, "points": [{"x": r["name"], "y": r[key]} for r in rows]}
+        for name, key, colour in (("dense", "channels", "quiet"), ("kept", "kept", "pruned"))
+    ]
+    title = "Channels that every layer keeps"
+    return [_chart("channels", title, "bars", "layer", "output channels", series, axis={"min": 0})]
+
+
+def _rounds(report: Mapping[str, Any]) -> list[Chart]:
+    """Every task after each round of a network whose channels are cut: just cut, and trained."""
+    quality = report.get("quality") or {}
+    curve = quality.get("curve") or ()
+    if not curve or not {"removed", "trained", "cut"} <= curve[0].keys():
+        return []
+    series: list[Series] = []
+    for row in (r for r in quality["tasks"] if r.get("main")):
+        name = f"{row['metric']}, {row['task']}"
+        points = [{"x": 0.0, "y": row["dense"], "label": "dense"}]
+        for part in ("trained", "cut"):
+            found = [
+                {"x": 100 * p["removed"], "y": p[part][row["task"]][row["metric"]], "label": f"round {i}, {part}"}
+                for i, p in enumerate(curve, 1)
+            ]
+            if part == "trained":
+                series.append({"name": name, "points": [*points, *found]})
+            else:
+                series.append({"name": f"{name}, just cut", "marks": True, "points": found})
+    title = "Every task against FLOPs, round by round"
+    return [_chart("quality", title, "lines", "FLOPs removed, %", "quality", series)] if series else []
 
 
 def _perplexity(report: Mapping[str, Any]) -> list[Chart]:

@@ -129,4 +129,4 @@ def _figure(chart: Chart) -> str:
 
 def _unescaped(markdown: str) -> str:
     """The plain text of a heading that `compress.card.escape` has escaped."""
-    return re.sub(r"\\([\\`*_{}\[\]<>#|!])", r"\1", markdown)
+    return re.sub(r"\\([\\`*_{}\[\]<>#|!~&])", r"\1", markdown)

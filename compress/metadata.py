@@ -140,7 +140,8 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     data = report["data"]
-    rows = [r for r in (report.get("quality") or {}).get("tasks", ()) if r["metric"] != "loss"]
+    # Where a task has several measures, its main one stands in the head.
+    rows = [r for r in (report.get("quality") or {}).get("tasks", ()) if r.get("main", r["metric"] != "loss")]
     name = f"{plain(data['source'])} (held out)"
     kind = "image-classification" if len(data["input"]) == 3 else "time-series-classification"
     kinds = {t["name"]: t["kind"] for t in data["tasks"]}

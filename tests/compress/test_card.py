@@ -194,7 +194,8 @@ def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
     assert "![i](" not in re.sub(r"`[^`\n]*`", "", text)
     (line,) = [line for line in text.splitlines() if line.startswith("| perplexity, \\<script")]
     assert len(re.split(r"(?<!\\)\|", line)) == 6, "five bars: the name has added none"
-    assert escape("a*b_c[d](e)|f#g!h<i>") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>"
+    assert escape("a*b_c[d](e)|f#g!h<i>~&") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>\~\&"
+    assert escape("exe.\u202egnp\x1b[2J") == r"exe. gnp \[2J", "nothing turns the text or speaks to a terminal"
     head = metadata(bad).to_dict()
     assert "base_model" not in head, "it is no id of the hub"
     assert head["model-index"][0]["results"][0]["dataset"]["name"] == evil.replace("\n", " ") + " (held out)"

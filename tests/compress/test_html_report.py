@@ -197,6 +197,31 @@ def test_a_report_without_measurements_has_no_plot_of_them(report: dict[str, Any
     assert "Latency and memory were not measured" in text and "TTFT" not in text
 
 
+def test_channels_and_rounds_of_a_network_are_drawn() -> None:
+    """The report of a method that cuts channels, as far as its plots go."""
+    row = {"task": "depth", "metric": "error", "dense": 0.5, "pruned": 0.6, "main": True}
+    rounds = [
+        {"removed": 0.2, "cut": {"depth": {"error": 0.9}}, "trained": {"depth": {"error": 0.55}}},
+        {"removed": 0.4, "cut": {"depth": {"error": 0.8}}, "trained": {"depth": {"error": 0.6}}},
+    ]
+    found = charts(
+        {
+            "data": {},
+            "size": {"flops_removed": 0.4},
+            "layers": [{"name": "stem", "channels": 16, "kept": 16}, {"name": "conv", "channels": 32, "kept": 12}],
+            "quality": {"tasks": [row, {**row, "metric": "loss", "main": False}], "curve": rounds},
+        }
+    )
+    by_id = {c["id"]: {s["name"]: [(p["x"], p["y"]) for p in s["points"]] for s in c["series"]} for c in found}
+    assert by_id == {
+        "channels": {"dense": [("stem", 16), ("conv", 32)], "kept": [("stem", 16), ("conv", 12)]},
+        "quality": {
+            "error, depth": [(0.0, 0.5), (20.0, 0.55), (40.0, 0.6)],
+            "error, depth, just cut": [(20.0, 0.9), (40.0, 0.8)],
+        },
+    }
+
+
 def test_the_file_to_write_must_be_one(finished: Path, tmp_path: Path) -> None:
     one_error(compress("report", finished, "--out", tmp_path), 2, "this is a folder")
     one_error(compress("report", tmp_path), 1, "no report.json")

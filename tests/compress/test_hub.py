@@ -136,3 +136,7 @@ def test_a_card_that_the_hub_refuses_is_not_uploaded(
     path.write_text(text)
     one_error(compress("card", release, "--push", "me/x"), 1, "refuses the card", "model-index")
     assert not hub.repos["me/x"].commits
+
+
+def test_without_the_hub_a_name_that_is_no_folder_is_told_so() -> None:
+    one_error(compress("verify", "me/nothing-here"), 1, "no folder me/nothing-here, and the hub cannot be reached")
