@@ -94,9 +94,7 @@ def test_a_claim_that_was_made_up_does_not_survive_measuring(release: Path) -> N
     change_report(release, claim_better, stamp=True)
     (release / "seal.json").unlink()
     write_card(json.loads((release / "report.json").read_text()), release, {})
-    assert compress("verify", release).code == 0
-    bad = failed(release, "--measure")
-    assert set(bad) == {"perplexity, first text"}
+    assert set(failed(release, "--measure")) == {"perplexity, first text"}, "every hash fits"
 
 
 def test_one_changed_byte_of_the_weights_is_named_and_nothing_is_loaded(release: Path) -> None:
@@ -149,18 +147,6 @@ def test_other_outputs_in_the_report_than_in_the_fingerprint_are_named(release: 
     assert "other outputs" in failed(release)["fingerprint of the outputs"]["reason"]
 
 
-def test_a_report_of_an_earlier_version_is_checked_as_far_as_it_goes(release: Path) -> None:
-    (release / "seal.json").unlink()
-
-    def earlier(report: dict[str, Any]) -> None:
-        del report["files"], report["fingerprint"]
-
-    change_report(release, earlier, stamp=True)
-    ran = compress("verify", release, "--json")
-    assert ran.code == 0, ran.err
-    assert claims(ran)["files of the model"]["verdict"] == OPEN
-
-
 def test_measuring_again_gives_every_claim_a_verdict(finished: Path) -> None:
     ran = compress("verify", finished, "--measure", "--json")
     found = claims(ran)
@@ -173,8 +159,9 @@ def test_measuring_again_gives_every_claim_a_verdict(finished: Path) -> None:
     assert ran.code == 0, ran.err
 
 
-def test_what_cannot_be_measured_here_is_said_with_its_reason(release: Path) -> None:
+def test_what_cannot_be_checked_here_is_said_with_its_reason(release: Path) -> None:
     def targets(report: dict[str, Any]) -> None:
+        del report["files"], report["fingerprint"]  # as an earlier version wrote it
         report["targets"] = {"pixel-8": report["bench"]}
         report["recipe"]["evaluation"]["texts"][1]["source"] = {"files": ["/nowhere/at/all.txt"]}
 
@@ -182,6 +169,7 @@ def test_what_cannot_be_measured_here_is_said_with_its_reason(release: Path) -> 
     (release / "seal.json").unlink()
     ran = compress("verify", release, "--measure")
     assert ran.code == 0, ran.err
+    assert "the report names no hashes" in ran.out
     assert "the dense model's export is not here" in ran.out
     assert "measured on the target pixel-8" in ran.out
     (line,) = [x for x in ran.out.splitlines() if x.startswith("perplexity, second | text  ")]
