@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # whole are a "finetune" there.
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
+# The hub's words for what an image network does; it has none for a signal's classes.
+PIPELINES = {"image-classification", "image-segmentation", "depth-estimation", "object-detection"}
+
 # The identifiers that the hub lists; another licence is "other" with its name.
 LICENSES = frozenset(
     """
@@ -143,11 +146,10 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
     # Where a task has several measures, its main one stands in the head.
     rows = [r for r in (report.get("quality") or {}).get("tasks", ()) if r.get("main", r["metric"] != "loss")]
     name = f"{plain(data['source'])} (held out)"
-    kind = "image-classification" if len(data["input"]) == 3 else "time-series-classification"
-    kinds = {t["name"]: t["kind"] for t in data["tasks"]}
+    types = {t["name"]: task_type(t, data["input"]) for t in data["tasks"]}
     return [
         EvalResult(
-            task_type=kind if kinds.get(row["task"]) == "classes" else plain(kinds.get(row["task"], kind)),
+            task_type=types[row["task"]],
             task_name=plain(row["task"]),
             dataset_type=slug(data["source"]),
             dataset_name=name,
@@ -158,6 +160,21 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
         )
         for row in rows
     ]
+
+
+def task_type(task: Mapping[str, Any], shape: Sequence[int]) -> str:
+    """The hub's word for a network's task: what the report says, or what its kind and its input's shape come to."""
+    if task.get("type"):
+        return plain(task["type"])
+    if task["kind"] == "classes":
+        return "image-classification" if len(shape) == 3 else "time-series-classification"
+    return plain(task["kind"])
+
+
+def pipeline_tag(data: Mapping[str, Any]) -> str | None:
+    """The one word for what a network does, where all its tasks have one that the hub knows."""
+    found = {task_type(task, data["input"]) for task in data["tasks"]}
+    return found.pop() if len(found) == 1 and found <= PIPELINES else None
 
 
 def results(report: Mapping[str, Any]) -> list[EvalResult]:

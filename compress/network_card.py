@@ -19,7 +19,7 @@ from compress.card import (
     targets,
     write_readme,
 )
-from compress.metadata import card_data, network_results
+from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, draw
 
@@ -42,12 +42,8 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
         tags=["structured-pruning" if size["ranks"] else "unstructured-pruning"],
         library="pytorch",
         results=network_results(report),
-        task="image-classification" if _classifies_images(report["data"]) else None,
+        task=pipeline_tag(report["data"]),
     )
-
-
-def _classifies_images(data: Mapping[str, Any]) -> bool:
-    return len(data["input"]) == 3 and all(task["kind"] == "classes" for task in data["tasks"])
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:

@@ -153,3 +153,35 @@ def test_card_data_takes_the_share_into_the_name() -> None:
     results = text_results(REPORT)
     data = card_data(REPORT, removed=0.506, tags=[], library="transformers", results=results)
     assert data.model_name == "smollm2-135m-pruned-51"
+
+
+def network(tasks: list[dict[str, Any]], rows: list[dict[str, Any]], shape: tuple[int, ...] = (3, 24, 24)) -> Any:
+    return {
+        "model": {"name": "resnet8", "base_model": None, "license": None},
+        "recipe": {"method": "global-mp"},
+        "size": {"ranks": None, "pruned_share": 0.9},
+        "data": {"source": "package emoji", "input": list(shape), "tasks": tasks},
+        "quality": {"tasks": rows},
+    }
+
+
+def test_a_networks_tasks_have_the_hubs_words_and_their_main_measure() -> None:
+    from compress.network_card import metadata
+
+    shape = {"name": "shape", "kind": "classes"}
+    rows = [{"task": "shape", "metric": m, "pruned": v, "dense": 0.6} for m, v in (("loss", 1.5), ("accuracy", 0.5))]
+    one = metadata(network([shape], rows)).to_dict()
+    assert one["pipeline_tag"] == "image-classification"
+    (result,) = one["model-index"][0]["results"]
+    assert [m["value"] for m in result["metrics"]] == [0.5], "the loss is no measure of another's"
+    depth = {"name": "depth", "kind": "depth", "type": "depth-estimation"}
+    more = [
+        {**rows[1], "main": True},
+        {"task": "depth", "metric": "absolute error", "pruned": 0.3, "dense": 0.2, "main": True},
+        {"task": "depth", "metric": "rmse", "pruned": 0.9, "dense": 0.8, "main": False},
+    ]
+    two = metadata(network([shape, depth], more)).to_dict()
+    assert "pipeline_tag" not in two, "there is no one word for both"
+    found = {r["task"]["type"]: [m["type"] for m in r["metrics"]] for r in two["model-index"][0]["results"]}
+    assert found == {"image-classification": ["accuracy"], "depth-estimation": ["absolute error"]}
+    assert "pipeline_tag" not in metadata(network([shape], rows, (9, 128))).to_dict()
