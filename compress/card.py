@@ -5,56 +5,39 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
+from compress.metadata import assemble, card_data, plain, text_results
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 def escape(text: object) -> str:
-    """Text from outside, made harmless in Markdown: no markup, no links, no new lines."""
-    flat = re.sub(r"\s+", " ", str(text)).strip()
-    return re.sub(r"([\\`*_{}\[\]<>#|!])", r"\\\1", flat)
+    """Text from outside, made harmless in Markdown: no markup, no links, no new lines, nothing that turns the text."""
+    return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", plain(text))
 
 
 def code(text: object) -> str:
     """Text from outside as inline code."""
-    return "`" + re.sub(r"\s+", " ", str(text)).replace("`", "'") + "`"
+    return "`" + plain(text).replace("`", "'") + "`"
 
 
-def metadata(report: dict[str, Any]) -> dict[str, Any]:
-    """The YAML head of a card for a model with whole units gone."""
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of a card for a model with whole units gone."""
     return text_metadata(report, report["size"]["backbone_removed"], "structured-pruning")
 
 
-def text_metadata(report: dict[str, Any], removed: float, kind: str) -> dict[str, Any]:
-    """The YAML head of a language model's card; ``removed`` is the share in its name, ``kind`` a tag."""
-    model, quality = report["model"], report["quality"]
-    head: dict[str, Any] = {}
-    if model["license"]:
-        head["license"] = model["license"]
-    if model["base_model"]:
-        head["base_model"] = model["base_model"]
-        head["base_model_relation"] = "finetune"
-    head |= {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["pruned", kind, report["recipe"]["method"], "onnx"],
-    }
-    name = f"{model['name']}-pruned-{round(100 * removed)}"
-    head["model-index"] = [
-        {
-            "name": name,
-            "results": [
-                {
-                    "task": {"type": "text-generation"},
-                    "dataset": {"type": "text", "name": f"{text['name']} (held out)"},
-                    "metrics": [{"type": "perplexity", "value": round(text["pruned_ppl"], 3), "name": "perplexity"}],
-                }
-                for text in quality["texts"]
-            ],
-        }
-    ]
-    return head
+def text_metadata(report: dict[str, Any], removed: float, kind: str) -> ModelCardData:
+    """The head of a language model's card; ``removed`` is the share in its name, ``kind`` a tag."""
+    return card_data(
+        report,
+        removed=removed,
+        tags=[kind],
+        library="transformers",
+        results=text_results(report),
+        task="text-generation",
+    )
 
 
 def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
@@ -63,10 +46,17 @@ def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) 
     return write_readme(folder, metadata(report), body(report, images))
 
 
-def write_readme(folder: Path, head: Mapping[str, Any], text: str) -> Path:
+def write_readme(folder: Path, head: ModelCardData | Mapping[str, Any], text: str) -> Path:
+    """Writes README.md: a head that the hub takes, then the text.
+
+    Raises:
+        CompressError: the hub would not take the head.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(**head) if isinstance(head, Mapping) else head
     path = folder / "README.md"
-    front = yaml.safe_dump(dict(head), sort_keys=False, allow_unicode=True)
-    path.write_text(f"---\n{front}---\n\n{text}", encoding="utf-8")
+    path.write_text(assemble(data, text), encoding="utf-8")
     return path
 
 
@@ -102,6 +92,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "",
     ]
     lines += _recovery(report)
+    lines += targets(report)
+    lines += _removed(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("perplexity", "Perplexity against sparsity"),
@@ -113,16 +105,36 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines += loading(report)
     lines += _checks(report)
     lines += again(report)
-    lines += [
-        "## Limits",
-        "",
-        "The model was calibrated on "
-        + ", ".join(escape(_source(s)) for s in report["recipe"]["calibration"]["sources"])
-        + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and other"
-        " languages was not measured. It inherits the limits and biases of the dense model.",
-        "",
-    ]
+    lines += limits(
+        report,
+        [
+            "The model was calibrated on "
+            + ", ".join(escape(_source(s)) for s in report["recipe"]["calibration"]["sources"])
+            + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and"
+            " other languages was not measured.",
+            INHERITED,
+        ],
+    )
     return "\n".join(lines)
+
+
+def _removed(report: dict[str, Any]) -> list[str]:
+    """What each layer gave up, as counts."""
+    lines = [
+        "## What was removed",
+        "",
+        "| layer | KV groups | query heads | FFN neurons | attention | FFN |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        counts = (
+            f"{row[kept]:,} of {row[f'dense_{kept}']:,}" if row[kept] != row[f"dense_{kept}"] else "all"
+            for kept in ("kv_heads", "heads", "neurons")
+        )
+        gone = (100 * row[f"{part}_sparsity"] for part in ("attention", "ffn"))
+        shares = (f"-{share:.1f} %" if share else "0 %" for share in gone)
+        lines.append(f"| {row['layer']} | {' | '.join(counts)} | {' | '.join(shares)} |")
+    return [*lines, ""]
 
 
 def _training(report: dict[str, Any]) -> str:
@@ -148,6 +160,20 @@ def _recovery(report: dict[str, Any]) -> list[str]:
         f" {code(report['commands']['unrecovered'])}.",
         "",
     ]
+
+
+INHERITED = "It has the limits and biases of the dense model."
+
+
+def milliseconds(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f} ms"
+
+
+def megabytes(count: float) -> str:
+    if count < 1e5:
+        return f"{count:,.0f} bytes"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
 
 
 def quality_rows(quality: dict[str, Any]) -> list[str]:
@@ -183,6 +209,7 @@ def _row(name: str, dense: int, pruned: int, removed: float) -> str:
 
 
 def latency_rows(bench: dict[str, Any]) -> list[str]:
+    """Latency, memory and size of two exports of a language model, as rows of the table, and how they were measured."""
     spec = bench["spec"]
     rows = []
     for key, name in (
@@ -191,26 +218,127 @@ def latency_rows(bench: dict[str, Any]) -> list[str]:
     ):
         dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
         rows.append(
-            f"| {name} | {1000 * dense['median']:.1f} ms | {1000 * pruned['median']:.1f} ms |"
-            f" {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+            f"| {name} | {milliseconds(dense['median'])} | {milliseconds(pruned['median'])} | {faster(ratio)} |"
         )
     dense, pruned = bench["dense"], bench["pruned"]
-    rows.append(
-        f"| peak memory | {dense['peak_rss'] / 1e6:.0f} MB | {pruned['peak_rss'] / 1e6:.0f} MB |"
-        f" {dense['peak_rss'] / pruned['peak_rss']:.2f}x as small |"
+    for name, key in (("peak memory", "peak_rss"), ("ONNX files", "bytes")):
+        rows.append(
+            f"| {name} | {megabytes(dense[key])} | {megabytes(pruned[key])} |"
+            f" {dense[key] / pruned[key]:.2f}x as small |"
+        )
+    return [*rows, "", conditions(bench)]
+
+
+def faster(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def figures(record: Mapping[str, Any]) -> list[str]:
+    """The times that a bench record holds of both models with their ratio: ``ttft``, ``tpot``, ``latency`` ..."""
+    both = (record.get("dense") or {}, record.get("pruned") or {})
+    return [
+        key
+        for key in record.get("ratios") or {}
+        if all(isinstance(m.get(key), Mapping) and "median" in m[key] for m in both)
+    ]
+
+
+def figure_name(key: str, spec: Mapping[str, Any]) -> str:
+    """What a figure of a bench record is, with the shape it was measured at."""
+    prompt, context = (spec.get(k) or next(iter(spec.get(f"{k}s") or ()), None) for k in ("prompt", "context"))
+    if key == "ttft" and prompt:
+        return f"TTFT, {prompt} tokens"
+    if key == "tpot" and context:
+        return f"TPOT at {context} tokens of context"
+    return f"{key}, batch {spec['batch']}" if "batch" in spec else key
+
+
+def conditions(record: Mapping[str, Any]) -> str:
+    """How a latency was measured, as a sentence; no more than the record says."""
+    spec = record["spec"]
+    said = []
+    if spec.get("runtime"):
+        said.append(escape(spec["runtime"]))
+    if (record.get("machine") or {}).get("cpu"):
+        said.append(f"on {escape(record['machine']['cpu'])}")
+    if spec.get("precision"):
+        said.append(escape(spec["precision"]))
+    if spec.get("threads"):
+        said.append(f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}")
+    if spec.get("processes"):
+        said.append(f"{spec['processes']} fresh processes a model")
+    if spec.get("order"):
+        said.append(f"interleaved {escape(spec['order'])}")
+    between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
+    spread = [b for b in between if b is not None]
+    throttled = record.get("throttled") is True
+    return (
+        f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
+        " paired ratio."
+        + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
+        + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
+        + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
     )
-    rows.append(
-        f"| ONNX files | {dense['bytes'] / 1e6:.0f} MB | {pruned['bytes'] / 1e6:.0f} MB |"
-        f" {dense['bytes'] / pruned['bytes']:.2f}x as small |"
-    )
-    between = max(bench[m][k]["spread_between"] for m in ("dense", "pruned") for k in ("ttft", "tpot"))
-    rows.append("")
-    rows.append(
-        f"Latency: {escape(spec['runtime'])} on {spec['threads']} threads, {spec['processes']} fresh processes a model,"
-        f" interleaved {spec['order']}, median of the processes' medians; in brackets the 95 % bootstrap interval of"
-        f" the paired ratio. The processes differ by up to {100 * between:.0f} %."
-    )
-    return rows
+
+
+def emulated(record: Mapping[str, Any]) -> bool:
+    places = (record, record.get("spec") or {}, record.get("machine") or {}, record.get("device") or {})
+    return any(isinstance(place, Mapping) and place.get("emulated") is True for place in places)
+
+
+def targets(report: Mapping[str, Any]) -> list[str]:
+    """What was measured on each target beside this machine; nothing where there was none."""
+    records = report.get("targets") or {}
+    if not records:
+        return []
+    lines = ["## On the targets", "", "| target | | dense | pruned | |", "|---|---|---|---|---|"]
+    notes = []
+    for name, record in records.items():
+        shown = figures(record) if isinstance(record, Mapping) else []
+        mark = " (emulated)" if isinstance(record, Mapping) and emulated(record) else ""
+        for key in shown:
+            dense, pruned = record["dense"][key]["median"], record["pruned"][key]["median"]
+            lines.append(
+                f"| {escape(name)}{mark} | {escape(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
+                f" {milliseconds(pruned)} | {faster(record['ratios'][key])} |"
+            )
+        for title, key in (("peak memory", "peak_rss"), ("files", "bytes")):
+            a, b = ((record[m].get(key) or 0 for m in ("dense", "pruned")) if shown else (0, 0))
+            if a and b:
+                lines.append(
+                    f"| {escape(name)}{mark} | {title} | {megabytes(a)} | {megabytes(b)} | {a / b:.2f}x as small |"
+                )
+        if shown:
+            notes.append(f"- {escape(name)}: {conditions(record)}")
+        else:
+            why = (record.get("reason") or record.get("error")) if isinstance(record, Mapping) else None
+            lines.append(f"| {escape(name)} | not measured | | | {escape(why or '')} |")
+    return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def missing(report: Mapping[str, Any]) -> list[str]:
+    """What a card would say had it been measured; a sentence each."""
+    commands = report.get("commands") or {}
+    said = []
+    if not report.get("export"):
+        said.append("It was not exported: there are no files for other runtimes" + _by(commands.get("export")))
+    if not report.get("bench") and not report.get("targets"):
+        what = "Latency and memory were not measured, so whether it is faster is not known"
+        said.append(what + _by(commands.get("bench")))
+    if not (report.get("quality") or {}).get("texts") and not (report.get("quality") or {}).get("tasks"):
+        said.append("Its quality was not measured, so what the pruning cost is not known" + _by(commands.get("eval")))
+    if not report["model"]["license"]:
+        said.append("No licence is stated: none was found with the dense model, and it decides what may be done")
+    return said
+
+
+def _by(command: str | None) -> str:
+    return f" ({code(command)})" if command else ""
+
+
+def limits(report: Mapping[str, Any], said: list[str]) -> list[str]:
+    """The section of that name: what holds for this model, then what was not measured."""
+    return ["## Limits", "", *(f"- {one}" for one in said), *(f"- {one}." for one in missing(report)), ""]
 
 
 def again(report: dict[str, Any]) -> list[str]:
@@ -221,8 +349,13 @@ def again(report: dict[str, Any]) -> list[str]:
     environment = report["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     lines += [
-        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']}; {versions}."
-        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`.",
+        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']};"
+        f" {escape(versions)}."
+        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`, and `report.html` shows all of"
+        " this in a browser.",
+        "",
+        "`compress verify FOLDER_OR_ID` checks a copy of this model against its report: every file's hash, its outputs,"
+        " and with `--measure` the figures above.",
         "",
     ]
     return lines
@@ -248,12 +381,72 @@ def loading(report: dict[str, Any]) -> list[str]:
             "```",
             "",
         ]
-    if "export" in report:
-        lines += [
-            "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share"
-            " `onnx/weights.data`.",
-            "",
-        ]
+    return [*lines, *runtimes(report)]
+
+
+# How a file of a format is opened: the format's name, what it is called, and code where `folder` is the release.
+_TEXT_ONNX = """\
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+ids = AutoTokenizer.from_pretrained(folder)("Once upon", return_tensors="np")["input_ids"].astype(np.int64)
+session = onnxruntime.InferenceSession(f"{folder}/onnx/prefill.onnx")
+feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+wanted = {i.name for i in session.get_inputs()}
+logits = session.run(["logits"], {k: v for k, v in feed.items() if k in wanted})[0]
+"""
+_ONNX = """\
+import numpy as np
+import onnxruntime
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
+outputs = session.run(None, {"input": np.zeros((1, SHAPE), np.float32)})
+"""
+_MNN = """\
+from MNN import nn
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+module = nn.load_module_from_file(f"{folder}/mnn/model.mnn", [], [])
+"""
+RUNTIMES: dict[str, tuple[str, str]] = {
+    "onnx": ("ONNX Runtime", _ONNX),
+    "mnn": ("MNN", _MNN),
+    "ort": ("ONNX Runtime Mobile", ""),
+    "tensorrt": ("TensorRT", ""),
+    "tensorrt-rtx": ("TensorRT for RTX", ""),
+    "executorch": ("ExecuTorch", ""),
+    "openvino": ("OpenVINO", ""),
+    "litert": ("LiteRT", ""),
+}
+
+
+def runtimes(report: Mapping[str, Any]) -> list[str]:
+    """How the exported files are opened, a format each; a format without code here is named with its files."""
+    lines = []
+    for form, facts in (report.get("export") or {}).items():
+        pruned = facts.get("pruned", facts) if isinstance(facts, Mapping) else {}
+        sizes = pruned.get("bytes") if isinstance(pruned, Mapping) else None
+        names = sizes if isinstance(sizes, Mapping) else {}
+        title, text = RUNTIMES.get(form, (form, ""))
+        lines += [f"### {escape(title)}", ""]
+        if form == "onnx" and "prefill.onnx" in names:
+            text = _TEXT_ONNX
+        if "data" in report:
+            text = text.replace("SHAPE", ", ".join(str(n) for n in report["data"]["input"]))
+        if text:
+            lines += ["```python", *text.strip().splitlines(), "```", ""]
+        listed = ", ".join(f"{code(f'{form}/{name}')} ({megabytes(size)})" for name, size in names.items())
+        if listed:
+            lines += [f"Files: {listed}.", ""]
+        if form == "onnx" and "prefill.onnx" in names:
+            lines += [
+                "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share"
+                " `onnx/weights.data`.",
+                "",
+            ]
     return lines
 
 

@@ -281,6 +281,17 @@ def check_code(folder: Path) -> None:
                 where=str(path),
                 fix="take it out, or prune the model again",
             )
+    for name in ("config.json", "tokenizer_config.json"):
+        path = folder / name
+        named = json.loads(path.read_text()).get("auto_map", {}) if path.exists() else {}
+        for value in named.values() if isinstance(named, dict) else [named]:
+            # "ORG/NAME--file.Class" would be taken from another repository.
+            if not str(value).startswith(f"{REMOTE_FILE}.") or not (folder / f"{REMOTE_FILE}.py").is_file():
+                raise CompressError(
+                    f"the folder names code that this version of compress did not write: {value}; it was not run",
+                    where=str(path),
+                    fix="take it out, or prune the model again",
+                )
 
 
 def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:

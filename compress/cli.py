@@ -423,40 +423,76 @@ def gate(
         raise typer.Exit(record["exit_code"])
 
 
-@app.command(epilog="Example:  compress card runs/demo --out card")
+@app.command(epilog="Examples:  compress card runs/demo --out card   |   compress card runs/demo --push me/my-model")
 def card(
     run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],
     out: Annotated[Path | None, typer.Option(help="the folder to write to  [default: RUN-card]")] = None,
-    json_: Json = False,
-) -> None:
-    """Writes the model card and its plots from report.json."""
-    from compress.verbs import card as write
-
-    _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
-
-
-@app.command(epilog="Example:  compress verify runs/demo")
-def verify(
-    path: Annotated[Path, typer.Argument(help="a run folder, or a model folder")],
+    push: Annotated[
+        str | None, typer.Option(metavar="ORG/NAME", help="uploads the release (model, card, report) instead")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="a new repository is for all to see")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="what else the repository holds is deleted")] = False,
     network: Network = None,
     json_: Json = False,
 ) -> None:
-    """Checks a saved model again: hashes, weights, and a reload in a clean process."""
-    from compress.verbs import verify as run
+    """Writes the model card, its plots and the HTML report from report.json; or uploads the release with them.
 
-    _show(
-        run(path, network),
-        json_,
-        lambda f: [
-            f"sealed   {f['sealed_files']} files are as they were written",
-            *(
-                f"reloaded {folder} as {m['class']}: logits differ by {m['max_logit_difference']:.1e}"
-                f" (allowed {m['tolerance']:.1e})"
-                for folder, m in f["models"].items()
-            ),
-            *([f"report   {f['report'][:16]} is unchanged"] if "report" in f else []),
-        ],
-    )
+    A release is uploaded as it was sealed, once it is verified. A new repository is private unless --public is given.
+    """
+    from compress.verbs import card as write
+    from compress.verbs import push as upload
+
+    if push is not None:
+        if out is not None:
+            from compress.errors import UsageError
+
+            raise UsageError("--out and --push do not go together", where="card", fix="the release is what is uploaded")
+        _show(
+            upload(run, push, public=public, replace=replace, network=network),
+            json_,
+            lambda f: [
+                f"there already, the same release: {f['url']}"
+                if f["unchanged"]
+                else f"uploaded {f['files']} files ({_size(f['bytes'])}) to {f['url']}"
+                f" ({'private' if f['private'] else 'public'}), commit {f['commit'][:12]}"
+            ],
+        )
+        return
+    if public or replace:
+        from compress.errors import UsageError
+
+        raise UsageError("--public and --replace are for an upload", where="card", fix="name it: --push ORG/NAME")
+    _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
+
+
+@app.command(epilog="Example:  compress report runs/demo --out report.html")
+def report(
+    run: Annotated[Path, typer.Argument(help="a finished run folder, or a folder with report.json")],
+    out: Annotated[Path, typer.Option(help="the file to write")] = Path("report.html"),
+    json_: Json = False,
+) -> None:
+    """Writes the report of a run as one HTML file with plots that can be asked; it needs no server."""
+    from compress.verbs import report_page
+
+    _show(report_page(run, out), json_, lambda f: [f"report   {f['html']}"])
+
+
+@app.command(epilog="Examples:  compress verify runs/demo --measure   |   compress verify org/name")
+def verify(
+    model: Annotated[str, typer.Argument(help="a run folder, a release or model folder, or a hub id")],
+    measure: Annotated[bool, typer.Option("--measure", help="measures quality and latency again")] = False,
+    like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
+    dense: Annotated[Path | None, typer.Option(help="an export folder of the dense model, for latency")] = None,
+    network: Network = None,
+    json_: Json = False,
+) -> None:
+    """Checks a model against its own report: hashes, a clean reload, its exports, and what is measured again."""
+    from compress.verification import lines, refuse_failed
+    from compress.verification import verify as run
+
+    facts = run(model, network, measure=measure, like=like, dense=dense)
+    _show(facts, json_, lines)
+    refuse_failed(facts)
 
 
 @app.command("list", epilog="Example:  compress list models")

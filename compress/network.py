@@ -495,7 +495,7 @@ def released(
 ) -> dict[str, Any]:
     """The folder to publish; returns the report as it was sealed, by this run or an earlier one."""
     from compress.reload_network import read_facts
-    from compress.report import finish, read_report
+    from compress.report import finish, read_report, write_release
 
     there = shlex.quote(str(run.folder))
     own = str(read_facts(model)["network"])
@@ -516,8 +516,7 @@ def released(
                 place = run.folder / "export-pruned"
                 for name in facts["pruned"]["bytes"]:
                     link(place / form / name if (place / form).is_dir() else place / name, folder / form / name)
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        card(report, folder)
+        write_release(report, folder, card)
 
     sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))

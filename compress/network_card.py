@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.card import again, code, escape, write_readme
+from compress.card import (
+    INHERITED,
+    again,
+    code,
+    conditions,
+    escape,
+    faster,
+    limits,
+    milliseconds,
+    runtimes,
+    targets,
+    write_readme,
+)
+from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, draw
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
@@ -17,32 +33,17 @@ def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str,
     return write_readme(folder, metadata(report), body(report, images))
 
 
-def metadata(report: dict[str, Any]) -> dict[str, Any]:
-    """The YAML head."""
-    model, size = report["model"], report["size"]
-    head: dict[str, Any] = {}
-    if model["license"]:
-        head["license"] = model["license"]
-    if model["base_model"]:
-        head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
-    kind = "structured-pruning" if size["ranks"] else "unstructured-pruning"
-    types = {task["name"]: task["type"] for task in report["data"]["tasks"]}
-    results = [
-        {
-            "task": {"type": types[row["task"]]},
-            "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
-            "metrics": [
-                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
-            ],
-        }
-        for row in report["quality"]["tasks"]
-        if row["main"]
-    ]
-    return head | {
-        "library_name": "pytorch",
-        "tags": ["pruned", kind, report["recipe"]["method"], "onnx"],
-        "model-index": [{"name": f"{model['name']}-pruned-{round(100 * size['pruned_share'])}", "results": results}],
-    }
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of a network's card."""
+    size = report["size"]
+    return card_data(
+        report,
+        removed=size["pruned_share"],
+        tags=["structured-pruning" if size["ranks"] else "unstructured-pruning"],
+        library="pytorch",
+        results=network_results(report),
+        task=pipeline_tag(report["data"]),
+    )
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -91,18 +92,23 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     for runtime, bench in latencies(report).items():
         a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
         lines.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
-            f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
+            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
+            f" {milliseconds(b['median'])} | {faster(ratio)} |"
         )
+    measured = latencies(report)
     lines += [
         "",
+        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
+        *([""] if measured else []),
         "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
         "",
     ]
     if not size["ranks"]:
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
-            " zeros, and the latency above is what was measured, whatever the FLOPs say. What is really won is the"
+            " zeros"
+            + (", and the latency above is what was measured, whatever the FLOPs say." if measured else ".")
+            + " What is really won is the"
             " packed size, and the FLOPs on hardware or kernels that skip zeros"
             + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
             "",
@@ -113,6 +119,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
             "",
         ]
+    lines += targets(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("accuracy", "Quality against sparsity"),
@@ -145,6 +152,14 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
                 f" largest value{agree}."
             )
     lines += ["", *again(report)]
+    lines += limits(
+        report,
+        [
+            f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
+            " data, under noise or another camera or sensor, nothing was measured.",
+            INHERITED,
+        ],
+    )
     return "\n".join(lines)
 
 
@@ -186,9 +201,10 @@ def _loading(report: dict[str, Any]) -> list[str]:
         'load_weights(model, folder / "model.safetensors")',
         "```",
         "",
-        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`."
-        " `onnx/model.onnx` takes the same.",
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`, in every"
+        " runtime.",
         "",
+        *runtimes(report),
     ]
 
 

@@ -35,7 +35,7 @@ def _load(folder: Path, network: str | None) -> Reloaded:
     return loaded
 
 
-def _data(run: Path) -> Splits:
+def run_data(run: Path) -> Splits:
     """The data that a run was made with, read again.
 
     Raises:
@@ -81,7 +81,7 @@ def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> 
 
     if like is None:
         raise UsageError("name the run whose test data is to be used", where="eval", fix="--like RUN")
-    data = _data(like)
+    data = run_data(like)
     loaded = _load(folder, network)
     facts = loaded.facts
     tasks = [t.facts() for t in data.tasks]

@@ -299,6 +299,7 @@ def evaluate(
                 "name": name,
                 "windows": len(windows.evaluation[name]),
                 "length": windows.evaluation[name].shape[1],
+                "sha256": text_hash(windows.evaluation[name]),
                 "dense_ppl": dense[name]["ppl"],
                 "pruned_ppl": pruned[name]["ppl"],
             }
@@ -320,9 +321,14 @@ def evaluate(
 
 def held_out(windows: Windows) -> dict[str, str]:
     """A hash of every text that is evaluated on."""
+    return {n: text_hash(w) for n, w in windows.evaluation.items()}
+
+
+def text_hash(windows: Tensor) -> str:
+    """The first 16 digits of the SHA-256 of token windows (n, length) int64."""
     import hashlib
 
-    return {n: hashlib.sha256(w.numpy().tobytes()).hexdigest()[:16] for n, w in windows.evaluation.items()}
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
 def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -404,7 +410,7 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
     Returns:
         The report as it was sealed, by this run or an earlier one.
     """
-    from compress.report import finish, read_report
+    from compress.report import finish, read_report, write_release
 
     report["commands"] = commands(setup, run.folder, report["command"])
     finish(report)
@@ -417,8 +423,7 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
             (folder / "onnx").mkdir()
             for name in report["export"]["onnx"]["pruned"]["bytes"]:
                 link(run.folder / "export-pruned" / name, folder / "onnx" / name)
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        module_of(report["recipe"]).card(report, folder)
+        write_release(report, folder, module_of(report["recipe"]).card)
 
     # The stages' clock readings are part of the report, not of what decides whether it is the same release.
     facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}

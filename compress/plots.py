@@ -154,7 +154,7 @@ def _latency(report: dict[str, Any], plt: Any) -> Any:
             middle = 1000 * bench[label][key]["median"]
             axis.bar(x, middle, color=colour, width=0.65)
             axis.errorbar(x, middle, [[middle - min(values)], [max(values) - middle]], color="black", capsize=4, lw=1)
-            axis.annotate(f"{middle:.0f}", (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
+            axis.annotate(f"{middle:.3g}", (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
         ratio = bench["ratios"][key]
         axis.set_title(f"{title}", loc="left")
         axis.set_xticks([0, 1], ["dense", f"pruned\n{ratio['median']:.2f}x"])
@@ -163,7 +163,7 @@ def _latency(report: dict[str, Any], plt: Any) -> Any:
     for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
         size = bench[label]["bytes"] / 1e6
         axis.bar(x, size, color=colour, width=0.65)
-        axis.annotate(f"{size:.0f}", (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
+        axis.annotate(f"{size:.3g}", (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
     axis.set_title("ONNX files\nMB", loc="left")
     axis.set_xticks([0, 1], ["dense", f"pruned\n{bench['dense']['bytes'] / bench['pruned']['bytes']:.2f}x"])
     axis.margins(y=0.15)

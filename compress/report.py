@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.run import fingerprint
+from compress.run import SEAL, fingerprint
 
 if TYPE_CHECKING:
     from compress.setup import Setup
 
+FINGERPRINT = "fingerprint.safetensors"
 REQUIRED = ("model", "recipe", "size", "layers", "verify", "quality", "environment", "commands")
 
 
@@ -28,6 +30,37 @@ def finish(report: dict[str, Any]) -> None:
     report["sha256"] = fingerprint(report)
 
 
+def write_release(report: dict[str, Any], folder: Path, card: Callable[[dict[str, Any], Path], Path]) -> None:
+    """Into a folder that holds the model and its exports: the report with the hash of every file and some of the
+    model's outputs, the card that ``card`` writes, and the HTML report."""
+    from compress.cache import sha256_of
+    from compress.html_report import NAME, write_html
+
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    report["files"] = {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files
+    }
+    if (folder / FINGERPRINT).exists():
+        report["fingerprint"] = output_sample(folder / FINGERPRINT)
+    finish(report)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_html(report, card(report, folder), folder / NAME)
+
+
+def output_sample(path: Path, count: int = 16) -> dict[str, Any]:
+    """``count`` values of every output in a fingerprint's file, evenly spaced, as they stand there."""
+    from safetensors.numpy import load_file
+
+    outputs = {}
+    for name, values in sorted(load_file(path).items()):
+        if name in ("tokens", "input"):
+            continue
+        flat = values.reshape(-1)
+        at = [i * (flat.size - 1) // max(1, count - 1) for i in range(min(count, flat.size))]
+        outputs[name] = {"shape": list(values.shape), "at": at, "values": [float(flat[i]) for i in at]}
+    return {"file": path.name, "outputs": outputs}
+
+
 def read_report(path: Path) -> dict[str, Any]:
     """Reads a report and checks that nothing in it was changed since it was written.
 
@@ -41,7 +74,9 @@ def read_report(path: Path) -> dict[str, Any]:
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
         raise CompressError(
-            "there is no report.json", where=str(path), fix="name a run folder in which `compress prune` has finished"
+            "there is no report.json" + _unfinished(path),
+            where=str(path),
+            fix="name a run folder in which `compress prune` has finished",
         )
     try:
         report = json.loads(found.read_text())
@@ -50,12 +85,30 @@ def read_report(path: Path) -> dict[str, Any]:
         raise CompressError(
             "report.json cannot be read", where=str(found), fix="make it again with `compress prune`"
         ) from e
-    if fingerprint(report) != stamp:
+    content = fingerprint(report)
+    if content != stamp:
         raise CompressError(
-            "report.json was changed since it was written", where=str(found), fix="make it again with `compress prune`"
+            f"report.json was changed since it was written: it says sha256 {str(stamp)[:16]}, its content has"
+            f" {content[:16]}",
+            where=str(found),
+            fix="make it again with `compress prune`",
         )
     report["sha256"] = stamp
     return dict(report)
+
+
+def _unfinished(run: Path) -> str:
+    """What a run that has no report has not measured; nothing where the folder is no run."""
+    if not (run / "recipe.lock.yaml").is_file():
+        return ""
+    stages = {
+        "model": "saved no model",
+        "evaluation-pruned": "measured no quality",
+        "export-pruned": "exported nothing",
+        "bench": "measured no latency",
+    }
+    lacking = [what for stage, what in stages.items() if not (run / stage / SEAL).is_file()]
+    return f": the run is not finished, it has {', '.join(lacking)}" if lacking else ": the run is not finished"
 
 
 def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:

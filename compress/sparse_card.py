@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from compress.card import (
+    INHERITED,
     again,
     code,
     escape,
     latency_rows,
+    limits,
     loading,
     onnx_check,
     quality_rows,
+    targets,
     text_metadata,
     write_readme,
 )
@@ -65,6 +68,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         " calibrated on.",
         "",
     ]
+    lines += targets(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("perplexity", "Perplexity against sparsity"),
@@ -95,13 +99,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "",
     ]
     lines += again(report)
-    lines += [
-        "## Limits",
-        "",
-        "What the model knew of other text, of facts, code and other languages was not measured. It inherits the limits"
-        " and biases of the dense model.",
-        "",
-    ]
+    lines += limits(
+        report, ["What the model knew of other text, of facts, code and other languages was not measured.", INHERITED]
+    )
     return "\n".join(lines)
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.recipe import load_recipe, recipe_names
-from compress.run import SEAL, verify_seal
 
 
 def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this-machine") -> dict[str, Any]:
@@ -134,6 +133,7 @@ def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) 
 
 def card(run: Path, out: Path | None) -> dict[str, Any]:
     """Writes the card and the plots of a finished run again, from its report.json."""
+    from compress.html_report import NAME, write_html
     from compress.pipeline import module_of
     from compress.report import read_report
 
@@ -141,44 +141,33 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     folder = out if out is not None else Path(f"{run}-card")
     folder.mkdir(parents=True, exist_ok=True)
     written = module_of(report["recipe"]).card(report, folder)
-    return {"card": str(written), "report": report["sha256"]}
+    page = write_html(report, written, folder / NAME)
+    return {"card": str(written), "html": str(page), "report": report["sha256"]}
 
 
-def verify(path: Path, network: str | None = None) -> dict[str, Any]:
-    """Checks a run folder (every sealed file, the report) or a model folder (weights, a reload in a clean process).
+def push(run: Path, repo: str, *, public: bool, replace: bool, network: str | None) -> dict[str, Any]:
+    """Uploads a release with its card and report to the hub."""
+    from compress.hub import push as upload
 
-    Code that lies in a folder is run only where this version would have written it so, or ``network`` names it.
-    """
-    from compress.checkpoint import check_code, check_weights, verify_clean
+    return dict(upload(run, repo, public=public, replace=replace, network=network))
+
+
+def report_page(run: Path, out: Path) -> dict[str, Any]:
+    """Writes the HTML report of a finished run to the file ``out``."""
+    import tempfile
+
+    from compress.html_report import write_html
+    from compress.pipeline import module_of
     from compress.report import read_report
 
-    if not path.is_dir():
-        raise UsageError("there is no such folder", where=str(path), fix="name a run folder or a model folder")
-    found: dict[str, Any] = {"path": str(path), "sealed_files": 0, "models": {}}
-    for seal in sorted(path.rglob(SEAL)):
-        found["sealed_files"] += verify_seal(seal.parent)
-    places = (path, path / "model", path / "model-padded")
-    models = [p for p in places if (p / "config.json").exists()]
-    networks = [p for p in places if (p / "network.json").exists()]
-    if not models and not networks:
-        raise CompressError(
-            "there is no model here", where=str(path), fix="name a model folder or a finished run folder"
-        )
-    if models and network is not None:
-        raise UsageError("this is a language model", where=str(path), fix="leave out --network")
-    for folder in models:
-        check_code(folder)
-        check_weights(folder)
-        found["models"][str(folder)] = verify_clean(folder)
-    for folder in networks:
-        from compress.network import verify_network
-        from compress.reload_network import check_named
-
-        check_named(folder, network)
-        found["models"][str(folder)] = verify_network(folder, network)
-    if (path / "release" / "report.json").exists() or (path / "report.json").exists():
-        found["report"] = read_report(path)["sha256"]
-    return found
+    report = read_report(run)
+    if out.is_dir():
+        raise UsageError("this is a folder", where=str(out), fix="name a file, such as report.html")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as beside:
+        written = module_of(report["recipe"]).card(report, Path(beside))
+        write_html(report, written, out)
+    return {"html": str(out), "report": report["sha256"]}
 
 
 def listing(what: str | None) -> dict[str, Any]:

@@ -114,6 +114,70 @@ def test_the_release_loads_as_the_card_says(finished: Path, text: str) -> None:
         assert names["model"](ids).logits.shape == (1, ids.shape[1], 300)
 
 
+def test_the_onnx_file_opens_as_the_card_says(finished: Path, text: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    snippet = text.split("### ONNX Runtime", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    names: dict[str, Any] = {}
+    exec(snippet.replace("PATH", str(finished / "release")), names)
+    model = AutoModelForCausalLM.from_pretrained(finished / "release", trust_remote_code=True)
+    with torch.no_grad():
+        want = model(torch.from_numpy(names["ids"])).logits[:, -1]
+    assert torch.allclose(torch.from_numpy(names["logits"])[:, -1], want, atol=1e-4)
+
+
+def test_every_layer_of_the_card_is_the_reports(text: str, report: dict[str, Any]) -> None:
+    section = text.split("## What was removed", 1)[1].split("##", 1)[0]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(report["layers"])
+    for cells, row in zip(rows, report["layers"], strict=True):
+        left = f"{row['neurons']} of {row['dense_neurons']}" if row["neurons"] != row["dense_neurons"] else "all"
+        assert cells[0] == str(row["layer"]) and cells[3] == left
+        assert cells[5] in (f"-{100 * row['ffn_sparsity']:.1f} %", "0 %")
+
+
+def test_latency_on_each_target_stands_with_its_interval_and_conditions(report: dict[str, Any]) -> None:
+    more = copy.deepcopy(report)
+    board = copy.deepcopy(report["bench"])
+    board["spec"] |= {"runtime": "onnxruntime 1.32.0 on arm64", "threads": 4}
+    board["ratios"]["ttft"] = {"median": 1.5, "low": 1.25, "high": 1.75}
+    module = {
+        "spec": {"runtime": "MNN 3.6", "threads": 1, "processes": 5, "order": "ABBA", "batch": 8},
+        "dense": {"latency": {"median": 0.5, "spread_between": 0.1}, "bytes": 4_000_000},
+        "pruned": {"latency": {"median": 0.0025, "spread_between": 0.2}, "bytes": 2_000_000},
+        "ratios": {"latency": {"median": 200.0, "low": 190.0, "high": 210.0}},
+    }
+    more["targets"] = {"board|x": {**board, "emulated": True}, "phone": module, "jetson": {"reason": "no answer"}}
+    text = body(more, {})
+    assert "1.50x as fast [1.25, 1.75]" in text
+    assert "| board\\|x (emulated) | TTFT, 24 tokens |" in text
+    assert "- board\\|x: Latency: onnxruntime 1.32.0 on arm64, 4 threads" in text and "**Emulated**" in text
+    assert "| phone | latency, batch 8 | 500.0 ms | 2.50 ms | 200.00x as fast [190.00, 210.00] |" in text
+    assert "| phone | files | 4.00 MB | 2.00 MB | 2.00x as small |" in text
+    assert "The processes differ by up to 20 %." in text
+    assert "| jetson | not measured | | | no answer |" in text
+
+
+def test_a_card_says_what_was_not_measured(report: dict[str, Any]) -> None:
+    short = {k: v for k, v in copy.deepcopy(report).items() if k not in ("bench", "export")}
+    limits = body(short, {}).split("## Limits", 1)[1]
+    assert "It was not exported" in limits and "Latency and memory were not measured" in limits
+    assert "No licence is stated" in limits
+    full = copy.deepcopy(report)
+    full["model"]["license"] = "mit"
+    limits = body(full, {}).split("## Limits", 1)[1]
+    assert "not exported" not in limits and "were not measured" not in limits and "licence" not in limits
+
+
+def test_a_card_of_a_run_that_was_stopped_early_says_what_it_lacks(job: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert compress("prune", job.model, "--recipe", job.recipe, "--out", out, "--until", "plan").code == 0
+    ran = compress("card", out)
+    assert ran.code == 1
+    assert "saved no model, measured no quality, exported nothing, measured no latency" in ran.err
+
+
 def test_where_the_users_files_lay_is_not_published_as_their_source(text: str, finished: Path) -> None:
     limits = text.split("## Limits", 1)[1]
     assert "calibration.txt" in limits and str(finished.parent) not in limits
@@ -130,8 +194,11 @@ def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
     assert "![i](" not in re.sub(r"`[^`\n]*`", "", text)
     (line,) = [line for line in text.splitlines() if line.startswith("| perplexity, \\<script")]
     assert len(re.split(r"(?<!\\)\|", line)) == 6, "five bars: the name has added none"
-    assert escape("a*b_c[d](e)|f#g!h<i>") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>"
-    assert metadata(bad)["base_model"] == evil  # YAML quotes it
+    assert escape("a*b_c[d](e)|f#g!h<i>~&") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>\~\&"
+    assert escape("exe.\u202egnp\x1b[2J") == r"exe. gnp \[2J", "nothing turns the text or speaks to a terminal"
+    head = metadata(bad).to_dict()
+    assert "base_model" not in head, "it is no id of the hub"
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == evil.replace("\n", " ") + " (held out)"
 
 
 def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
@@ -153,4 +220,4 @@ def test_a_report_that_lacks_a_section_is_not_finished(report: dict[str, Any]) -
 def test_a_card_without_bench_and_export_says_nothing_of_them(report: dict[str, Any]) -> None:
     short = {k: v for k, v in report.items() if k not in ("bench", "export")}
     text = body(short, {})
-    assert "TTFT" not in text and "onnx/" not in text and "ONNX" not in text
+    assert "TTFT" not in text and "onnx/" not in text and "ONNX" not in text.split("## Limits")[0]

@@ -13,7 +13,7 @@ import pytest
 from compress.progress import Progress
 from tests.command import Job, compress, one_error
 
-VERBS = ("prune", "plan", "eval", "export", "bench", "gate", "card", "verify", "list", "doctor")
+VERBS = ("prune", "plan", "eval", "export", "bench", "gate", "card", "report", "verify", "list", "doctor")
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "safetensors", "matplotlib", "pydantic", "yaml")
 
 
@@ -68,6 +68,7 @@ def test_json_stands_alone_on_standard_output(job: Job, finished: Path, tmp_path
         "bench": (export, export, *small),
         "gate": (export, export, "--budget", "size<=1.0x"),
         "card": (finished, "--out", card),
+        "report": (finished, "--out", card / "page.html"),
         "verify": (finished,),
         "list": (),
         "doctor": (),

@@ -173,7 +173,8 @@ def test_the_same_command_does_nothing_again_and_verify_finds_it_whole(
         (lie / path.name).write_bytes(path.read_bytes())
     state = load_file(lie / "model.safetensors")
     save_file({**state, "classifier.bias": state["classifier.bias"] + 1}, lie / "model.safetensors")
-    one_error(compress("verify", lie, "--network", own), 1, "other outputs")
+    ran = compress("verify", lie, "--network", own)
+    assert ran.code == 1 and "other outputs" in ran.err
 
 
 def test_gradual_pruning_starts_from_an_untrained_network_and_ends_at_the_same_count(
@@ -402,3 +403,20 @@ def test_processes_share_the_training_of_a_whole_run(place: Path, tmp_path: Path
     for task, figures in first.items():
         assert second[task]["samples"] == figures["samples"]
         assert second[task]["loss"] == pytest.approx(figures["loss"], rel=2e-2)
+
+
+def test_verify_measures_a_network_again_and_its_report_is_a_page(finished: tuple[Path, dict[str, Any]]) -> None:
+    run, report = finished
+    own = json.loads((run / "model" / "network.json").read_text())["network"]
+    ran = compress("verify", run, "--network", own, "--measure", "--json")
+    assert ran.code == 0, ran.err
+    found = {c["claim"]: c for c in json.loads(ran.out)["claims"]}
+    (accuracy,) = (r for r in report["quality"]["tasks"] if r["metric"] == "accuracy")
+    assert found[f"accuracy, {accuracy['task']}"]["found"] == f"{accuracy['pruned']:.4f}"
+    assert found[f"accuracy, {accuracy['task']}"]["verdict"] == "holds"
+    assert found["non-zero parameters"]["found"] == f"{report['size']['nonzero_parameters']:,}"
+    assert found["onnx gives what torch gives"]["verdict"] == "holds"
+    assert found["latency, batch 1, onnx"]["found"].endswith("]")
+    page = (run / "release" / "report.html").read_text()
+    for name in ("sparsity-per-layer", "accuracy", "latency", "ratios"):
+        assert page.count(f'id="chart-{name}"') == 1

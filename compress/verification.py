@@ -1,0 +1,623 @@
+"""A saved or published model against its own report: every claim is checked again, or it is said why it cannot be.
+
+What binds what: seal.json holds the hash of every file of a sealed folder, report.json that of every file it was
+written for and of its own content. A hash shows that a file was changed; it does not show who wrote the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from compress.cache import sha256_of
+from compress.errors import CompressError, UsageError
+from compress.run import SEAL, fingerprint, read_seal
+
+Verdict = Literal["holds", "does not hold", "cannot be checked here"]
+HOLDS: Verdict = "holds"
+FAILS: Verdict = "does not hold"
+OPEN: Verdict = "cannot be checked here"
+
+REPORT = "report.json"
+CODE = (".py", ".so", ".pyd", ".dll", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # what could be run when it is loaded
+ENOUGH = 5  # fresh processes a model, for an interval that can contradict another
+SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One thing that the report says, what was found here, and the verdict. ``reason`` stands where it is needed."""
+
+    claim: str
+    said: str
+    found: str
+    verdict: Verdict
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked: the folder that was named, the folder of the model with its report, and the report."""
+
+    folder: Path
+    release: Path
+    report: dict[str, Any] | None
+    network: str | None
+
+
+def verify(
+    where: str,
+    network: str | None = None,
+    *,
+    measure: bool = False,
+    like: Path | None = None,
+    dense: Path | None = None,
+) -> dict[str, Any]:
+    """Checks a run folder, a release or model folder, or a model of the hub.
+
+    Code that lies in a folder is run only where this version would have written it so, or ``network`` names it; and
+    nothing is loaded of a folder whose files are not those that its report and seals name.
+
+    Args:
+        where: a folder, or a hub id.
+        measure: measures quality and latency again too.
+        like: a run folder whose held-out text or data is taken.
+        dense: an export folder of the dense model, for the ratio of latencies.
+
+    Returns:
+        ``claims`` (a dict a `Claim`), how many hold, fail and are open; ``models`` as loaded, ``sealed_files``, and
+        ``report``, its hash, where there is one.
+
+    Raises:
+        UsageError, CompressError: there is nothing to be checked.
+    """
+    folder = located(where)
+    places = (folder, folder / "model", folder / "model-padded")
+    models = [p for p in places if (p / "config.json").exists()]
+    networks = [p for p in places if (p / "network.json").exists()]
+    if not models and not networks:
+        raise CompressError(
+            "there is no model here", where=str(folder), fix="name a model folder or a finished run folder"
+        )
+    if models and network is not None:
+        raise UsageError("this is a language model", where=str(folder), fix="leave out --network")
+    release = folder / "release" if (folder / "release" / REPORT).exists() else folder
+    count, claims = _seals(folder)
+    report, rows = _own_report(release)
+    claims += rows
+    whole = all(c.verdict != FAILS for c in claims)
+    loaded: dict[str, Any] = {}
+    subject = Subject(folder, release, report, network)
+    if whole:
+        for place in (*models, *networks):
+            name = str(place.relative_to(folder)) if place != folder else "the model"
+            loaded[str(place)], row = _load(place, name, network)
+            claims.append(row)
+    else:
+        claims.append(Claim("loads in a clean process", "", "", OPEN, "nothing is loaded of files that were changed"))
+    whole = whole and all(c.verdict != FAILS for c in claims)
+    if whole and report is not None:
+        claims += _counts(subject, loaded)
+        claims += _parity(subject)
+        if measure:
+            claims += _quality(subject, like)
+            claims += _latency(subject, dense)
+    found = {
+        "path": str(folder),
+        "sealed_files": count,
+        "models": {k: v for k, v in loaded.items() if v is not None},
+        "claims": [asdict(c) for c in claims],
+        "hold": sum(c.verdict == HOLDS for c in claims),
+        "fail": sum(c.verdict == FAILS for c in claims),
+        "open": sum(c.verdict == OPEN for c in claims),
+    }
+    return found | ({"report": report["sha256"]} if report is not None else {})
+
+
+def refuse_failed(found: Mapping[str, Any]) -> None:
+    """Raises CompressError where a claim of `verify`'s facts does not hold."""
+    bad = [c for c in found["claims"] if c["verdict"] == FAILS]
+    if bad:
+        first = bad[0]
+        detail = first["reason"] or f"the report says {first['said']}, found: {first['found']}"
+        raise CompressError(
+            f"{len(bad)} of {len(found['claims'])} claims {'does' if len(bad) == 1 else 'do'} not hold:"
+            f" {first['claim']}: {detail}",
+            where=found["path"],
+            fix="fetch or copy it again, or make it again with `compress prune --fresh`",
+        )
+
+
+def lines(found: Mapping[str, Any]) -> list[str]:
+    """What the command line says: the table, and the sum."""
+    said = [f"sealed   {found['sealed_files']} files are named in seals"] if found["sealed_files"] else []
+    for folder, m in found["models"].items():
+        said.append(
+            f"reloaded {folder} as {m['class']}: logits differ by {m['max_logit_difference']:.1e}"
+            f" (allowed {m['tolerance']:.1e})"
+        )
+    if "report" in found:
+        said.append(f"report   {found['report'][:16]}")
+    rows = [("claim", "report says", "found", "verdict")]
+    rows += [(c["claim"], c["said"], c["found"], c["verdict"]) for c in found["claims"]]
+    wide = [max(len(r[i]) for r in rows) for i in range(3)]
+    notes = ["", *(c["reason"] for c in found["claims"])]
+    for row, note in zip(rows, notes, strict=True):
+        cells = "  ".join(f"{cell:{w}}" for cell, w in zip(row[:3], wide, strict=True))
+        said.append(f"{cells}  {row[3]}" + (f": {note}" if note else ""))
+    said.append(f"{found['hold']} hold, {found['fail']} do not hold, {found['open']} cannot be checked here")
+    return said
+
+
+def located(where: str) -> Path:
+    """The folder that is meant; a hub id is fetched.
+
+    Raises:
+        UsageError: there is no such folder.
+        CompressError: the hub cannot be reached, or has no such model.
+    """
+    path = Path(where)
+    if path.is_dir():
+        return path
+    if where.count("/") == 1 and not where.startswith((".", "/", "~")) and not path.exists():
+        from compress.hub import fetch
+
+        return fetch(where)
+    raise UsageError("there is no such folder", where=where, fix="name a run folder, a model folder, or a hub id")
+
+
+def _inside(name: str) -> bool:
+    """Whether a file that a report or a seal names lies in its folder."""
+    path = PurePosixPath(name)
+    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
+
+
+def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) -> list[Claim]:
+    """A row for all files that are as they were named, and one for each that is not."""
+    bad = []
+    for name, facts in files.items():
+        shown = (f"{title}/{name}" if title else name) + (", sealed" if source.endswith(SEAL) else "")
+        if not _inside(name):
+            bad.append(Claim(shown, "", "", FAILS, f"{source} names a file outside its folder"))
+            continue
+        path = folder / name
+        if not path.is_file():
+            bad.append(Claim(shown, f"sha256 {facts['sha256'][:12]}", "missing", FAILS, "the file is missing"))
+            continue
+        sha = sha256_of(path)
+        if path.stat().st_size != facts["bytes"] or sha != facts["sha256"]:
+            bad.append(
+                Claim(
+                    shown,
+                    f"sha256 {facts['sha256'][:12]}",
+                    f"sha256 {sha[:12]}",
+                    FAILS,
+                    f"the file was changed since it was written (by {source})",
+                )
+            )
+    return bad
+
+
+def _seals(folder: Path) -> tuple[int, list[Claim]]:
+    """(how many files seals name, the claims about them)."""
+    count, bad = 0, []
+    for path in sorted(folder.rglob(SEAL)):
+        files = read_seal(path.parent)["files"]
+        count += len(files)
+        title = str(path.parent.relative_to(folder)) if path.parent != folder else ""
+        bad += _compare(path.parent, files, title, str(PurePosixPath(title) / SEAL))
+    if not count:
+        return 0, []
+    return count, bad or [Claim("files named in seals", f"{count} files", "all unchanged", HOLDS)]
+
+
+def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
+    """(the report, where it is believed; the claims about it and the files it names)."""
+    path = folder / REPORT
+    if not path.exists():
+        return None, []
+    try:
+        report = json.loads(path.read_text())
+        stamp = report.pop("sha256")
+        found = fingerprint(report)
+    except (ValueError, KeyError, AttributeError, TypeError):
+        return None, [Claim(REPORT, "", "", FAILS, "it cannot be read, or has no hash of its own")]
+    if found != stamp:
+        reason = "the report was changed since it was written"
+        return None, [Claim(REPORT, f"sha256 {str(stamp)[:12]}", f"sha256 {found[:12]}", FAILS, reason)]
+    report["sha256"] = stamp
+    claims = [Claim(REPORT, f"sha256 {stamp[:12]}", "the same", HOLDS)]
+    files = report.get("files")
+    if not isinstance(files, dict):
+        return report, [*claims, Claim("files of the model", "", "", OPEN, "the report names no hashes")]
+    bad = _compare(folder, files, "", REPORT)
+    for extra in sorted(folder.rglob("*")):
+        name = str(extra.relative_to(folder))
+        if extra.suffix in CODE and extra.is_file() and name not in files:
+            bad.append(Claim(name, "", "a file more", FAILS, "it could be run, and the report does not name it"))
+    claims += bad or [Claim("files of the model", f"{len(files)} files", "all unchanged", HOLDS)]
+    return report, [*claims, *_card(folder, report), *_sample(folder, report)]
+
+
+def _card(folder: Path, report: dict[str, Any]) -> list[Claim]:
+    """The results in the card's head against the report's."""
+    from compress.metadata import results
+
+    path = folder / "README.md"
+    if not path.exists():
+        return []
+    from huggingface_hub import ModelCard
+
+    try:
+        data: Any = ModelCard(path.read_text(encoding="utf-8")).data
+        shown = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results or ()}
+    except ValueError as e:
+        return [Claim("README.md", "", "", FAILS, f"its head cannot be read: {' '.join(str(e).split())}")]
+    said = {(r.dataset_name, r.metric_name): r.metric_value for r in results(report)}
+    if shown == said:
+        return [Claim("results in README.md", f"{len(said)} figures", "the report's", HOLDS)]
+    key = next(k for k in (*said, *shown) if said.get(k) != shown.get(k))
+    return [
+        Claim(
+            f"README.md: {key[1]}, {key[0]}",
+            str(said.get(key, "nothing")),
+            str(shown.get(key, "nothing")),
+            FAILS,
+            "the card does not say what the report does",
+        )
+    ]
+
+
+def _sample(folder: Path, report: dict[str, Any]) -> list[Claim]:
+    """The outputs that the report holds against those of the fingerprint's file."""
+    from compress.report import output_sample
+
+    said = report.get("fingerprint")
+    if said is None:
+        return [Claim("fingerprint of the outputs", "", "", OPEN, "the report holds none")]
+    if not _inside(str(said.get("file", ""))) or not (folder / said["file"]).is_file():
+        return [Claim("fingerprint of the outputs", "", "missing", FAILS, "the file is missing")]
+    same = output_sample(folder / said["file"]) == said
+    count = sum(len(out["values"]) for out in said["outputs"].values())
+    return [
+        Claim(
+            "fingerprint of the outputs",
+            f"{count} values",
+            "the same" if same else "others",
+            HOLDS if same else FAILS,
+            "" if same else f"{said['file']} holds other outputs than the report",
+        )
+    ]
+
+
+def _load(place: Path, name: str, network: str | None) -> tuple[dict[str, Any] | None, Claim]:
+    title = f"{name} loads in a clean process"
+    try:
+        if (place / "config.json").exists():
+            from compress.checkpoint import FINGERPRINT, check_code, check_weights, verify_clean
+
+            check_code(place)
+            check_weights(place)
+            if not (place / FINGERPRINT).exists():
+                verify_clean(place)  # says what is missing
+            found = verify_clean(place)
+        else:
+            from compress.network import verify_network
+            from compress.reload_network import check_named
+
+            check_named(place, network)
+            found = verify_network(place, network)
+    except UsageError:
+        raise
+    except CompressError as e:
+        if "no fingerprint" in e.what or "did not write" in e.what:
+            raise
+        return None, Claim(title, "the outputs it was saved with", "", FAILS, e.what)
+    said = f"outputs within {found['tolerance']:.1e}"
+    return found, Claim(title, said, f"{found['max_logit_difference']:.1e}, as {found['class']}", HOLDS)
+
+
+def _counts(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
+    """How many parameters, or non-zeros, are left."""
+    report = subject.report
+    assert report is not None
+    size = report["size"]
+    if "nonzero_parameters" in size:
+        said, found = size["nonzero_parameters"], _nonzeros(subject)
+        title = "non-zero parameters"
+    elif "total_parameters" in (size.get("pruned") or {}) and report["quality"].get("layout") == "per-layer":
+        place = subject.folder / "model" if (subject.folder / "model").is_dir() else subject.folder
+        said, found = size["pruned"]["total_parameters"], loaded[str(place)]["parameters"]
+        title = "parameters"
+    elif "pruned" in (size.get("parameters") or {}):
+        said, found = size["parameters"]["pruned"], next(iter(loaded.values()))["parameters"]
+        title = "parameters"
+    else:
+        return []
+    return [Claim(title, f"{said:,}", f"{found:,}", HOLDS if said == found else FAILS)]
+
+
+def _nonzeros(subject: Subject) -> int:
+    if (subject.release / "network.json").exists():
+        from compress.reload_network import reload
+
+        model = reload(subject.release, subject.network).model
+        return sum(int((p != 0).sum()) for p in model.parameters())
+    from safetensors import safe_open
+
+    from compress.checkpoint import weight_files
+
+    count = 0
+    for path in weight_files(subject.release):
+        with safe_open(path, "pt") as file:
+            count += sum(int((file.get_tensor(n) != 0).sum()) for n in file.keys())  # noqa: SIM118
+    return count
+
+
+def _parity(subject: Subject) -> list[Claim]:
+    """Every exported format against torch again."""
+    report = subject.report
+    assert report is not None
+    claims = []
+    for form, facts in (report.get("export") or {}).items():
+        title = f"{form} gives what torch gives"
+        pruned = facts.get("pruned", facts) if isinstance(facts, Mapping) else {}
+        folder = subject.release / form
+        check = _checker(subject, form)
+        if not folder.is_dir():
+            claims.append(Claim(title, "", "", OPEN, f"there is no folder {form}"))
+        elif isinstance(check, str):
+            claims.append(Claim(title, "", "", OPEN, check))
+        else:
+            tolerance = float(pruned["tolerance"])
+            said = f"{pruned['largest_difference']:.1e} (allowed {tolerance:.1e})"
+            try:
+                worst = max(check(folder, tolerance).values())
+                claims.append(Claim(title, said, f"{worst:.1e}", HOLDS))
+            except CompressError as e:
+                claims.append(Claim(title, said, "", FAILS, e.what))
+    return claims
+
+
+def _checker(subject: Subject, form: str) -> Callable[[Path, float], dict[str, float]] | str:
+    """The comparison of one format with torch, or why there is none."""
+    release = subject.release
+    if (release / "network.json").exists():
+        from compress.reload_network import reload
+
+        saved = reload(release, subject.network)
+        names = [task["name"] for task in saved.facts["tasks"]]
+        if form == "onnx":
+            from compress.export.onnx_module import check_module
+
+            return lambda f, t: dict(check_module(saved.model, f, saved.inputs, names, tolerance=t)["outputs"])
+        if form == "mnn":
+            from compress.export.mnn import check_mnn, require_mnn
+
+            try:
+                require_mnn()
+            except UsageError as e:
+                return f"{e.what} ({e.fix})"
+            return lambda f, t: dict(check_mnn(saved.model, f, saved.inputs, names, tolerance=t)["outputs"])
+    elif form == "onnx":
+        from compress.checkpoint import load_config, load_model
+        from compress.export.parity import check_llm
+        from compress.models.families import family_for
+        from compress.setup import quiet
+
+        quiet()
+        family = family_for(load_config(release))
+        model = load_model(release, family)
+        vocab = family.geometry(model.config).vocab
+        return lambda f, t: dict(check_llm(model, f, tolerance=t, vocab=vocab)["outputs"])
+    return "this verb has no comparison for the format; its files' hashes were checked"
+
+
+def _quality(subject: Subject, like: Path | None) -> list[Claim]:
+    assert subject.report is not None
+    if "data" in subject.report:
+        return _network_quality(subject, like)
+    return _text_quality(subject, like)
+
+
+def _text_quality(subject: Subject, like: Path | None) -> list[Claim]:
+    """Perplexity again, on the same held-out windows."""
+    from transformers import AutoTokenizer
+
+    from compress.checkpoint import load_config, load_model
+    from compress.evaluate import perplexity
+    from compress.models.families import family_for
+    from compress.pipeline import text_hash
+
+    report = subject.report
+    assert report is not None
+    family = family_for(load_config(subject.release))
+    model, claims = load_model(subject.release, family), []
+    tokenizer = AutoTokenizer.from_pretrained(subject.release)
+    for text in report["quality"]["texts"]:
+        title, said = f"perplexity, {text['name']}", f"{text['pruned_ppl']:.3f}"
+        claims.append(
+            Claim(f"{title}, dense", f"{text['dense_ppl']:.3f}", "", OPEN, "the dense model is not in the release")
+        )
+        try:
+            ids = _windows(subject, report, text, tokenizer, like)
+        except CompressError as e:
+            claims.append(Claim(title, said, "", OPEN, f"the text is not here: {e.what}"))
+            continue
+        if text_hash(ids) != text.get("sha256", text_hash(ids)):
+            claims.append(Claim(title, said, "", OPEN, "the text found here is not the one it was measured on"))
+            continue
+        found = float(perplexity(model, ids, title)["ppl"])
+        same = abs(found / text["pruned_ppl"] - 1) <= SAME_PERPLEXITY
+        reason = "" if same else f"off by more than {SAME_PERPLEXITY:.1%}"
+        claims.append(Claim(title, said, f"{found:.3f}", HOLDS if same else FAILS, reason))
+    for task in report["quality"].get("tasks", ()):
+        claims.append(
+            Claim(
+                f"{task['task']}, {task['metric']}", f"{task['pruned']:.4f}", "", OPEN,
+                f"`compress eval {subject.release} --task {task['task']}` measures it",
+            )
+        )  # fmt: skip
+    return claims
+
+
+def _windows(
+    subject: Subject, report: Mapping[str, Any], text: Mapping[str, Any], tokenizer: Any, like: Path | None
+) -> Any:
+    """The held-out windows of one text: those of a run, or read again from where the recipe has them."""
+    from compress.data import evaluation_windows
+    from compress.recipe import SourceSpec
+
+    texts = report["recipe"]["evaluation"]["texts"]
+    number = next((i for i, t in enumerate(texts) if t["name"] == text["name"]), None)
+    if number is None:
+        raise CompressError("the recipe does not name it", where=REPORT)
+    kept = (like or subject.folder) / "text" / "windows.safetensors"
+    if like is not None and not kept.exists():
+        raise CompressError("this is not a run folder with text in it", where=str(like))
+    if kept.exists():
+        from safetensors.torch import load_file
+
+        found = load_file(kept).get(f"evaluation.{number}")
+        if found is None:
+            raise CompressError("the run holds no such text", where=str(kept))
+        return found
+    source = SourceSpec.model_validate(texts[number]["source"])
+    return evaluation_windows(source, tokenizer, text["windows"], text["length"])
+
+
+def _network_quality(subject: Subject, like: Path | None) -> list[Claim]:
+    """The metrics of every task again, on the same held-out samples."""
+    from dataclasses import replace
+
+    import torch
+
+    from compress import train
+    from compress.distributed import device
+    from compress.images import load
+    from compress.network_verbs import run_data
+    from compress.reload_network import reload
+    from compress.sections import DataSpec
+
+    report = subject.report
+    assert report is not None
+    rows = report["quality"]["tasks"]
+    try:
+        data = run_data(like) if like is not None else load(DataSpec.model_validate(report["recipe"]["data"]))
+    except (CompressError, ValueError) as e:
+        why = f"the data is not here: {e.what if isinstance(e, CompressError) else 'the report does not say which'}"
+        return [Claim(f"{r['metric']}, {r['task']}", f"{r['pruned']:.4f}", "", OPEN, why) for r in rows]
+    if data.sha256 != report["data"]["sha256"]:
+        why = "the data found here is not what it was measured on"
+        return [Claim(f"{r['metric']}, {r['task']}", f"{r['pruned']:.4f}", "", OPEN, why) for r in rows]
+    saved = reload(subject.release, subject.network)
+    data = replace(data, mean=torch.tensor(saved.facts["mean"]), std=torch.tensor(saved.facts["std"]))
+    found = train.evaluate(saved.model.to(device()), data, data.test)
+    claims = []
+    for row in rows:
+        value = found[row["task"]][row["metric"]]
+        # Another order of sums turns a sample or two that stand on the edge.
+        allowed = max(2 / len(data.test), 1e-3 * max(1.0, abs(row["pruned"])))
+        same = abs(value - row["pruned"]) <= allowed
+        claims.append(
+            Claim(
+                f"{row['metric']}, {row['task']}",
+                f"{row['pruned']:.4f}",
+                f"{value:.4f}",
+                HOLDS if same else FAILS,
+                "" if same else f"off by more than {allowed:.4f}",
+            )
+        )
+    return claims
+
+
+def _latency(subject: Subject, dense: Path | None) -> list[Claim]:
+    """The ratio of latencies again, by its interval: times of two machines never compare."""
+    from compress.card import figure_name, figures
+
+    report = subject.report
+    assert report is not None
+    claims = []
+    for name, record in (report.get("targets") or {}).items():
+        for key in figures(record) if isinstance(record, Mapping) else ():
+            title = f"{figure_name(key, record['spec'])} on {name}"
+            why = f"it was measured on the target {name}; `compress bench --target {name}` measures there"
+            claims.append(Claim(title, interval(record["ratios"][key]), "", OPEN, why))
+    bench = report.get("bench")
+    if not bench:
+        return claims
+    records = {"onnx": bench} | {k: v for k, v in bench.items() if isinstance(v, Mapping) and figures(v)}
+    beside = dense if dense is not None else subject.folder / "export-dense"
+    for form, record in records.items():
+        names = {key: f"{figure_name(key, record['spec'])}, {form}" for key in figures(record)}
+        if not beside.is_dir():
+            why = "the dense model's export is not here; name it with --dense FOLDER"
+            claims += [Claim(t, interval(record["ratios"][k]), "", OPEN, why) for k, t in names.items()]
+            continue
+        try:
+            spec = {**record["spec"], "processes": max(ENOUGH, record["spec"]["processes"])}
+            found = _measure(subject, form, beside, spec)
+        except CompressError as e:
+            why = f"{e.what} ({e.where})"
+            claims += [Claim(t, interval(record["ratios"][k]), "", OPEN, why) for k, t in names.items()]
+            continue
+        cpus = _cpus(report)
+        for key, title in names.items():
+            said, now = record["ratios"][key], found["ratios"][key]
+            verdict, reason = judge(said, now, record["spec"]["processes"])
+            claims.append(Claim(title, interval(said), interval(now), verdict, "; ".join(filter(None, (reason, cpus)))))
+    return claims
+
+
+def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
+    pruned = subject.folder / "export-pruned"
+    if not pruned.is_dir():
+        pruned = subject.release / form
+    if (subject.release / "network.json").exists():
+        from compress.export.bench.module import compare_modules
+        from compress.export.onnx_module import FILE
+
+        if form == "mnn":
+            from compress.export.mnn import FILE as MNN_FILE
+
+            if not (pruned / FILE).exists():
+                raise CompressError("MNN is measured beside the ONNX file", where=str(pruned))
+            return compare_modules(dense, pruned, dict(spec), MNN_FILE)
+        return compare_modules(dense, pruned, dict(spec), FILE)
+    from compress.checkpoint import load_config
+    from compress.export.bench.local import compare_llm
+    from compress.models.families import family_for
+
+    config = load_config(subject.release)
+    return compare_llm(dense, pruned, dict(spec), family_for(config).geometry(config).vocab)
+
+
+def judge(said: Mapping[str, float], found: Mapping[str, float], processes: int) -> tuple[Verdict, str]:
+    """Whether a measured ratio (dense / pruned, more is faster) bears out the one in the report, by their intervals.
+
+    Args:
+        processes: of a model, in the measurement that had fewer. Two sets of five from one distribution lie apart, this
+            way round, once in 252 times; of two, once in 6.
+    """
+    if found["high"] < said["low"]:
+        if processes < ENOUGH:
+            return OPEN, f"slower, but {processes} processes are too few for an interval ({ENOUGH} are needed)"
+        return FAILS, "slower here than the report's interval allows"
+    if found["low"] > said["high"]:
+        return HOLDS, "faster here than the report says"
+    return HOLDS, ""
+
+
+def interval(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def _cpus(report: Mapping[str, Any]) -> str:
+    """Says so where the report's machine is another."""
+    from compress.doctor import environment
+
+    here, there = environment()["cpu"], report["environment"]["cpu"]
+    return "" if here == there else f"measured on {here}, the report's on {there}"
