@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.card import again, code, escape, write_readme
+from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, QUIET, draw
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
 def write_channels_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
@@ -17,32 +21,16 @@ def write_channels_card(report: dict[str, Any], folder: Path, plots: Mapping[str
     return write_readme(folder, metadata(report), body(report, images))
 
 
-def metadata(report: dict[str, Any]) -> dict[str, Any]:
-    """The YAML head."""
-    from compress.tasks import KINDS
-
-    model, size = report["model"], report["size"]
-    head: dict[str, Any] = {}
-    if model["license"]:
-        head["license"] = model["license"]
-    if model["base_model"]:
-        head |= {"base_model": model["base_model"], "base_model_relation": "finetune"}
-    results = [
-        {
-            "task": {"type": KINDS[row["kind"]].hub},
-            "dataset": {"type": "other", "name": f"{report['data']['source']} (held out)"},
-            "metrics": [
-                {"type": row["metric"], "value": round(row["pruned"], 4), "name": f"{row['metric']}, {row['task']}"}
-            ],
-        }
-        for row in report["quality"]["tasks"]
-        if row["main"]
-    ]
-    return head | {
-        "library_name": "pytorch",
-        "tags": ["pruned", "structured-pruning", report["recipe"]["method"], "onnx"],
-        "model-index": [{"name": f"{model['name']}-pruned-{round(100 * size['flops_removed'])}", "results": results}],
-    }
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of the card."""
+    return card_data(
+        report,
+        removed=report["size"]["flops_removed"],
+        tags=["structured-pruning"],
+        library="pytorch",
+        results=network_results(report),
+        task=pipeline_tag(report["data"]),
+    )
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:

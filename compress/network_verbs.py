@@ -147,7 +147,7 @@ def _of_run(like: Path, names: list[str]) -> dict[str, Any]:
     from compress import train
     from compress.export.onnx_module import INPUT
 
-    data = _data(like)
+    data = run_data(like)
     x = data.prepare(data.calibration.inputs[torch.arange(min(CALIBRATION, len(data.calibration)))]).numpy()
 
     class Exported(nn.Module):

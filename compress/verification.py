@@ -577,7 +577,7 @@ def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) 
     if not pruned.is_dir():
         pruned = subject.release / form
     if (subject.release / "network.json").exists():
-        from compress.export.bench.module import compare_modules
+        from compress.export.bench.local import compare_modules
         from compress.export.onnx_module import FILE
 
         if form == "mnn":

@@ -5,12 +5,9 @@ Each round starts both in a fresh process, the first round baseline first, the n
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +18,8 @@ import numpy as np
 
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export import bench, gate
-from compress.export.bench.local import machine_state
+from compress.export import gate
+from compress.export.bench.local import machine_state, measure_once
 from compress.export.gate import Budget, Verdict
 from compress.export.onnx import DECODE, PREFILL
 from compress.export.onnx_module import FILE
@@ -270,28 +267,17 @@ def measure(artefact: Artefact, spec: Measuring, seed: int) -> Sample:
     Raises:
         CompressError: the process failed.
     """
-    request: dict[str, Any] = {"threads": spec.threads, "min_seconds": 0.0, "min_runs": spec.samples, "seed": seed}
+    request: dict[str, Any] = {"threads": spec.threads, "min_seconds": 0.0, "min_runs": spec.samples}
     if artefact.kind == "text":
-        folder = artefact.path
-        request |= {"prefill": str(folder / PREFILL), "decode": str(folder / DECODE), "vocab": artefact.vocab}
-        return _process("agent.py", artefact, request | {"prompt": spec.prompt, "context": spec.context})
-    request |= {"model": str(artefact.path), "shape": whole_shape(artefact, spec)}
-    found = _process("module_agent.py", artefact, request)
-    return {"runtime": found.pop("runtime"), "peak_rss": found.pop("peak_rss"), "latency": found}
-
-
-def _process(agent: str, artefact: Artefact, request: dict[str, Any]) -> Sample:
-    done = subprocess.run(
-        [sys.executable, str(Path(bench.__file__).parent / agent)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise CompressError(f"the measuring process failed: {last}", where=artefact.name, fix="export it again")
-    found: Sample = json.loads(done.stdout)
-    return found
+        request |= {"prompt": spec.prompt, "context": spec.context}
+    else:
+        request["shapes"] = {next(iter(artefact.inputs)): whole_shape(artefact, spec)}
+    found = measure_once(artefact.path, request, vocab=artefact.vocab or None, seed=seed)
+    if found["emulated"]:
+        raise CompressError(
+            "this processor is emulated, and an emulated latency says nothing", where="gate", fix="gate on the device"
+        )
+    return {"runtime": found["runtime"], "peak_rss": found["peak_rss"], **found["figures"]}
 
 
 def figures_of(kind: str) -> tuple[str, ...]:

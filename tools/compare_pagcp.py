@@ -208,7 +208,7 @@ def row(method: str, dense: nn.Module, data: Splits, target: float, seed: int, o
 
 def speed(dense: nn.Module, model: nn.Module, data: Splits, place: Path) -> dict[str, Any]:
     """Latency of both in ONNX Runtime, one sample and sixteen, in fresh processes that take turns."""
-    from compress.export.bench.module import compare_modules
+    from compress.export.bench.local import compare_modules
     from compress.export.onnx_module import write_checked_module
 
     x = data.prepare(data.test.inputs[:4])
