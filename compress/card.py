@@ -84,6 +84,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     bench = report.get("bench")
     if bench:
         lines += latency_rows(bench)
+        lines += ["", *why(bench)]
     lines += ["", f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the"]
     lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
@@ -310,10 +311,22 @@ def targets(report: Mapping[str, Any]) -> list[str]:
                 )
         if shown:
             notes.append(f"- {escape(name)}: {conditions(record)}")
+            notes += [f"  {line}" if line else "" for line in why(record)]
         else:
-            why = (record.get("reason") or record.get("error")) if isinstance(record, Mapping) else None
-            lines.append(f"| {escape(name)} | not measured | | | {escape(why or '')} |")
+            reason = (record.get("reason") or record.get("error")) if isinstance(record, Mapping) else None
+            lines.append(f"| {escape(name)} | not measured | | | {escape(reason or '')} |")
     return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def why(record: Mapping[str, Any]) -> list[str]:
+    """What a bench record says of the speed-up that the FLOPs promise, and of the layers that fall short of it."""
+    lines = []
+    for part, found in (record.get("why") or {}).items():
+        head, *rest = found["lines"]
+        where = "" if part == "model" else f"{escape(part)}: "
+        lines.append(f"- {where}{escape(head)}" + (", because" if rest else "."))
+        lines += [f"  - {escape(line)}" for line in rest]
+    return ["Against the ideal, by ONNX Runtime's profile of each layer:", "", *lines, ""] if lines else []
 
 
 def missing(report: Mapping[str, Any]) -> list[str]:

@@ -89,8 +89,8 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
             "pruned": (pruned, lambda: loaded(setup, pruned)),
         }
         folders = exported(run, setup, makers, report)
-        if last >= STAGES.index("bench") and recipe.bench is not None:
-            measured(run, setup, folders, report)
+        if last >= STAGES.index("bench"):
+            measured(run, setup, folders, makers, report)
     if last >= STAGES.index("release"):
         return released(run, saved, report, card)
     return report

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.card import again, code, escape, write_readme
+from compress.card import INHERITED, again, code, conditions, escape, limits, targets, why, write_readme
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, QUIET, draw
@@ -72,7 +72,10 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
             f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
         )
-    lines += ["", "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.", ""]
+    lines += ["", *(f"{runtime}. {conditions(bench)}" for runtime, bench in latencies(report).items()), ""]
+    lines += ["A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.", ""]
+    lines += why(report.get("bench") or {})
+    lines += targets(report)
     for name, caption in (
         ("channels", "Channels that every layer keeps"),
         ("quality", "Every task against FLOPs"),
@@ -101,7 +104,16 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
             f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value."
         )
-    return "\n".join([*lines, "", *again(report)])
+    lines += ["", *again(report)]
+    lines += limits(
+        report,
+        [
+            f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
+            " data, under noise or another camera or sensor, nothing was measured.",
+            INHERITED,
+        ],
+    )
+    return "\n".join(lines)
 
 
 def _row(name: str, dense: int, pruned: int) -> str:

@@ -420,15 +420,34 @@ def _export_facts(folder: Path, form: str) -> dict[str, Any]:
     }
 
 
-def measured(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
-    """Latency of both exports on this machine, into ``report["bench"]``; MNN's stands in it under ``mnn``."""
-    from compress.export.bench.local import compare_modules
+def measured(
+    run: Run,
+    setup: NetworkSetup,
+    folders: Mapping[str, Path],
+    models: Mapping[str, tuple[Path, Callable[[], nn.Module]]],
+    report: dict[str, Any],
+) -> None:
+    """Latency of both exports here and on the recipe's targets; ``models`` as for `exported`."""
+    from compress.on_targets import on_targets
+
+    if setup.recipe.bench is not None:
+        _measured_here(run, setup, folders, report)
+    makers = {label: lambda make=make: make().cpu() for label, (_, make) in models.items()}
+    on_targets(run, setup.recipe.targets, folders, makers, report)
+
+
+def _measured_here(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """Into ``report["bench"]``; MNN's stands in it under ``mnn``."""
+    from compress.export.bench.explain import why
+    from compress.export.bench.local import LOCAL, compare_modules
 
     spec = setup.recipe.bench
     assert spec is not None  # asked by the caller
 
     def build(folder: Path) -> None:
         found = compare_modules(folders["dense"], folders["pruned"], spec.model_dump())
+        if found["dense"]["bytes"] != found["pruned"]["bytes"]:  # zeros alone change no layer's work
+            found["why"] = why(folders["dense"], folders["pruned"], spec.model_dump(), LOCAL)
         if "mnn" in report["export"]:
             from compress.export.mnn import FILE
 

@@ -17,6 +17,7 @@ from compress.card import (
     milliseconds,
     runtimes,
     targets,
+    why,
     write_readme,
 )
 from compress.metadata import card_data, network_results, pipeline_tag
@@ -102,6 +103,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         *([""] if measured else []),
         "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
         "",
+        *why(report.get("bench") or {}),
     ]
     if not size["ranks"]:
         lines += [

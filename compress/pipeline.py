@@ -72,6 +72,12 @@ def prune(
         recipe = load_recipe(recipe_name, METHODS, overrides)
         if getattr(recipe, "bench", None) is not None and recipe.export is None:
             raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
+        if recipe.targets:
+            from compress.on_targets import check
+
+            if getattr(recipe, "export", None) is None:
+                raise CompressError("targets need the exported model", where="export", fix="leave targets out as well")
+            check(recipe.targets)
         module = module_of(recipe)
         return module, module.prepare(model, recipe)
 
@@ -110,9 +116,10 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         if recipe.recover is not None:
             _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
     if last >= STAGES.index("export") and recipe.export is not None:
-        exported = export(run, setup, lambda: setup.pruned(Plan.load(plan_folder))[0], plan_folder, report)
-        if last >= STAGES.index("bench") and recipe.bench is not None:
-            bench(run, setup, exported, report)
+        makers = {"dense": lambda: setup.model, "pruned": lambda: setup.pruned(Plan.load(plan_folder))[0]}
+        exported = export(run, setup, makers["pruned"], plan_folder, report)
+        if last >= STAGES.index("bench"):
+            bench(run, setup, exported, makers, report)
     if last >= STAGES.index("release"):
         return release(run, setup, saved, report)
     return report
@@ -385,8 +392,24 @@ def export(
     return folders
 
 
-def bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: dict[str, Any]) -> None:
-    from compress.export.bench.local import compare_llm
+def bench(
+    run: Run,
+    setup: Setup[Any],
+    exported: Mapping[str, Path],
+    models: Mapping[str, Callable[[], Any]],
+    report: dict[str, Any],
+) -> None:
+    """Latency here and on the recipe's targets; ``models`` make the torch modules of ``exported``."""
+    from compress.on_targets import on_targets
+
+    if setup.recipe.bench is not None:
+        _bench(run, setup, exported, report)
+    on_targets(run, setup.recipe.targets, exported, models, report)
+
+
+def _bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: dict[str, Any]) -> None:
+    from compress.export.bench.explain import why
+    from compress.export.bench.local import LOCAL, compare_llm
 
     spec = setup.recipe.bench
     assert spec is not None  # asked by the caller
@@ -398,6 +421,8 @@ def bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: dic
 
     def build(folder: Path) -> None:
         found = compare_llm(exported["dense"], exported["pruned"], spec.model_dump(), setup.geometry.vocab)
+        if found["dense"]["bytes"] != found["pruned"]["bytes"]:  # zeros alone change no layer's work
+            found["why"] = why(exported["dense"], exported["pruned"], spec.model_dump(), LOCAL)
         (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
 
     report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())

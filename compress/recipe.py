@@ -171,6 +171,9 @@ class AnyRecipe(Section):
     description: str = ""
     sparsity: float = Field(gt=0, lt=1, description="share of the backbone's linear parameters to remove")
     seed: int = Field(0, ge=0)
+    targets: list[str] = Field(
+        [], description="targets (`compress list targets`, or files) that it is built for and measured on, too"
+    )
     options: Any = None
 
     def resolved(self) -> dict[str, Any]:

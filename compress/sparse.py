@@ -46,9 +46,10 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
     if last >= STAGES.index("evaluation"):
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, shapes, windows, common))
     if last >= STAGES.index("export") and recipe.export is not None:
-        exported = export(run, setup, lambda: load_model(saved[LAYOUT], setup.family), plan, report)
-        if last >= STAGES.index("bench") and recipe.bench is not None:
-            bench(run, setup, exported, report)
+        makers = {"dense": lambda: setup.model, "pruned": lambda: load_model(saved[LAYOUT], setup.family)}
+        exported = export(run, setup, makers["pruned"], plan, report)
+        if last >= STAGES.index("bench"):
+            bench(run, setup, exported, makers, report)
     if last >= STAGES.index("release"):
         return release(run, setup, saved, report)
     return report

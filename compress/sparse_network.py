@@ -101,9 +101,10 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
     if last >= STAGES.index("evaluation"):
         _evaluate(run, setup, dense, pruned, report)
     if last >= STAGES.index("export") and recipe.export is not None:
-        folders = exported(run, setup, {"dense": (dense, dense_model), "pruned": (pruned.folder, pruned_model)}, report)
-        if last >= STAGES.index("bench") and recipe.bench is not None:
-            measured(run, setup, folders, report)
+        makers = {"dense": (dense, dense_model), "pruned": (pruned.folder, pruned_model)}
+        folders = exported(run, setup, makers, report)
+        if last >= STAGES.index("bench"):
+            measured(run, setup, folders, makers, report)
     if last >= STAGES.index("release"):
         return released(run, saved, report, card)
     return report

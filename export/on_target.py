@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from typing import Any
 from compress.errors import CompressError, UsageError
 from compress.export.bench.transport import answered, artefact
 from compress.export.command import label
-from compress.export.formats import BuildOptions, check_options, network_profiles, text_profiles
+from compress.export.formats import (
+    FORMATS,
+    BuildOptions,
+    Source,
+    check_options,
+    make,
+    network_profiles,
+    text_profiles,
+)
 from compress.export.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down
@@ -105,6 +114,21 @@ def build_options(name: str) -> BuildOptions:
         options = replace(options, capabilities=named)
     check_options(options)
     return options
+
+
+def built(source: Path, model: Callable[[], Any], folder: Path, options: BuildOptions) -> Path:
+    """The target's artefact of the ONNX export ``source``: that itself where it is what the target takes, else built
+    into ``folder``.
+
+    Args:
+        model: makes the torch module, for formats that are not made of ONNX.
+    """
+    if options.format == "onnx" and options.precision == "fp32":
+        return source
+    made = Source(source, model() if FORMATS[options.format].of_torch else None)
+    where = folder / label(options)
+    make(made, where, options)
+    return where
 
 
 def place(folder: Path, target: Target) -> Path:

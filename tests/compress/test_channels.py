@@ -159,6 +159,37 @@ def test_every_verb_works_on_the_smaller_network(
         assert (tmp_path / "card" / "plots" / f"{plot}.png").stat().st_size > 5000
 
 
+def test_a_run_builds_for_and_measures_on_the_targets_that_its_recipe_names(
+    finished: tuple[Path, dict[str, Any]], place: Path, tmp_path: Path
+) -> None:
+    again, mine = tmp_path / "run", tmp_path / "mine.yaml"
+    shutil.copytree(finished[0], again)
+    shutil.rmtree(again / "release")
+    few = "measure: {processes: 1, min_seconds: 0.1, min_runs: 2}"
+    for form in ("openvino", "onnx"):
+        (tmp_path / f"here-{form}.yaml").write_text(f"extends: this-machine\nformat: {form}\n{few}\n")
+    bench = "{batch: 1, processes: 1, threads: 1, min_seconds: 0.1, min_runs: 2}"
+    named = [str(tmp_path / f"here-{form}.yaml") for form in ("openvino", "onnx")]
+    mine.write_text(f"extends: {place / 'mine.yaml'}\nbench: {bench}\ntargets: {json.dumps(named)}\n")
+    ran = compress("prune", f"{place}/mine.py:small", "-r", mine, "--out", again)
+    assert ran.code == 0, ran.err
+    report = json.loads((again / "release" / "report.json").read_text())
+    assert {n: r["spec"]["runtime"].split()[0] for n, r in report["targets"].items()} == {
+        "here-openvino": "openvino", "here-onnx": "onnxruntime",
+    }  # fmt: skip
+    text = (again / "release" / "README.md").read_text()
+    assert "here-openvino" in text and "x as fast" in text and "where the FLOPs promise" in text
+    assert report["bench"]["why"]["model"]["ideal"] == pytest.approx(
+        report["size"]["flops"]["dense"] / report["size"]["flops"]["pruned"], rel=0.1
+    )
+
+
+def test_a_target_that_is_unknown_is_refused_before_anything_is_trained(place: Path, tmp_path: Path) -> None:
+    ran = prune(place, tmp_path / "run", "--set", 'targets=["this-machin"]')
+    one_error(ran, 2, "this-machine")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_command_goes_on_to_the_same_bytes_from_any_stage(
     finished: tuple[Path, dict[str, Any]], place: Path, tmp_path: Path
 ) -> None:

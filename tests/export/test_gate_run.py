@@ -255,5 +255,5 @@ def test_a_measuring_process_that_fails_is_one_error(tmp_path: Path) -> None:
     path = net(tmp_path / "a.onnx")
     model = find(str(path))
     path.write_bytes(b"gone")
-    with pytest.raises(CompressError, match="cannot load a.onnx"):
+    with pytest.raises(CompressError, match=r"cannot load a\.onnx"):
         really(model, Measuring(), 0)
