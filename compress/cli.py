@@ -524,7 +524,7 @@ def doctor(target: TargetName = None, json_: Json = False) -> None:
     _show(
         {"parts": rows},
         json_,
-        lambda f: [f"{r['state']:8} {r['part']:14} {r['detail']:28} {r['for']}" for r in f["parts"]],
+        lambda f: [f"{r['state']:8} {r['part']:17} {r['detail']:28} {r['for']}" for r in f["parts"]],
     )
     if any(r["state"] == "missing" for r in rows):
         raise typer.Exit(1)

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +34,15 @@ SHARED_SECONDS = 60.0  # how long a shared file system may take to show one node
 def fingerprint(inputs: Mapping[str, Any]) -> str:
     """Hex SHA-256 of JSON-like inputs, independent of key order."""
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def peak_rss() -> int:
+    """Bytes that this process has held at most. Linux's ru_maxrss survives exec: a child of a large process would be
+    told its parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM:" in line)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Run:
@@ -134,8 +144,7 @@ class Run:
                 "stage": name,
                 "inputs": json.loads(json.dumps(inputs)),
                 "seconds": round(time.monotonic() - began, 3),
-                # ru_maxrss is in KiB on Linux: the most this process has held so far.
-                "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_rss_bytes": peak_rss(),
                 # Of this process from its start; the difference of two seals does not mind other work on the machine.
                 "cpu_seconds_so_far": round(time.process_time(), 3),
                 "files": {

@@ -267,7 +267,7 @@ def test_verbs_that_are_given_the_wrong_folder(job: Job, finished: Path, tmp_pat
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
     one_error(compress("export", job.model, "--out", tmp_path / "full"), 2, "not empty")
-    one_error(compress("list", "targets"), 2, "'targets'", "recipes, models")
+    one_error(compress("list", "devices"), 2, "'devices'", "recipes, models, targets")
 
 
 def test_lm_evaluation_harness_says_what_to_install(job: Job, finished: Path) -> None:
