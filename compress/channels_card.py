@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.card import INHERITED, again, code, conditions, escape, limits, targets, why, write_readme
+from compress.card import code, conditions, escape, targets, why, write_readme
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
+from compress.network_card import closing
 from compress.plots import DENSE, PRUNED, QUIET, draw
 
 if TYPE_CHECKING:
@@ -104,16 +105,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
             f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value."
         )
-    lines += ["", *again(report)]
-    lines += limits(
-        report,
-        [
-            f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
-            " data, under noise or another camera or sensor, nothing was measured.",
-            INHERITED,
-        ],
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *closing(report)])
 
 
 def _row(name: str, dense: int, pruned: int) -> str:

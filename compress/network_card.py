@@ -153,16 +153,17 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
                 f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
                 f" largest value{agree}."
             )
-    lines += ["", *again(report)]
-    lines += limits(
-        report,
-        [
-            f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
-            " data, under noise or another camera or sensor, nothing was measured.",
-            INHERITED,
-        ],
+    return "\n".join([*lines, *closing(report)])
+
+
+def closing(report: dict[str, Any]) -> list[str]:
+    """How every number is made again, and what was not measured."""
+    data = report["data"]
+    said = (
+        f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
+        " data, under noise or another camera or sensor, nothing was measured."
     )
-    return "\n".join(lines)
+    return ["", *again(report), *limits(report, [said, INHERITED])]
 
 
 def _row(name: str, dense: int, pruned: int) -> str:
