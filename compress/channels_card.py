@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.card import code, conditions, escape, targets, why, write_readme
+from compress.card import code, escape, runtimes, targets, write_readme
 from compress.metadata import card_data, network_results, pipeline_tag
-from compress.network import latencies
-from compress.network_card import closing
-from compress.plots import DENSE, PRUNED, QUIET, draw
+from compress.network_card import (
+    change_row,
+    closing,
+    draw_with_latency,
+    latency_rows,
+    loaded_lines,
+    parity_lines,
+    quality_rows,
+)
+from compress.plots import PRUNED, QUIET
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -58,24 +66,11 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "| | dense | pruned | |",
         "|---|---|---|---|",
     ]
-    for row in report["quality"]["tasks"]:
-        better = "" if row["higher_is_better"] else " (lower is better)"
-        lines.append(
-            f"| {escape(row['metric'])}, {escape(row['task'])}{better} | {row['dense']:.4f} | {row['pruned']:.4f} |"
-            f" {row['pruned'] - row['dense']:+.4f} |"
-        )
+    lines += quality_rows(report)
     for name, key in (("FLOPs a sample", "flops"), ("parameters", "parameters")):
-        lines.append(_row(name, size[key]["dense"], size[key]["pruned"]))
-    lines.append(_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
-    for runtime, bench in latencies(report).items():
-        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
-        lines.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {1000 * a['median']:.3f} ms |"
-            f" {1000 * b['median']:.3f} ms | {ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}] |"
-        )
-    lines += ["", *(f"{runtime}. {conditions(bench)}" for runtime, bench in latencies(report).items()), ""]
-    lines += ["A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.", ""]
-    lines += why(report.get("bench") or {})
+        lines.append(change_row(name, size[key]["dense"], size[key]["pruned"]))
+    lines.append(change_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
+    lines += latency_rows(report)
     lines += targets(report)
     for name, caption in (
         ("channels", "Channels that every layer keeps"),
@@ -88,28 +83,16 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines += _oracle(report)
     lines += _layers(report)
     lines += _loading(report)
-    lines += ["## Checks", ""]
-    for layout in report["verify"]["layouts"]:
-        lines.append(
-            f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})."
-        )
     lines += [
+        "## Checks",
+        "",
+        *loaded_lines(report),
         f"- Each of the {len(report['groups'])} channel groups: cut, it gives the same outputs as zeros in its place"
         " (float64, random weights); so did each round's network.",
         "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
+        *parity_lines(report),
     ]
-    for form, both in report.get("export", {}).items():
-        facts = both["pruned"]
-        lines.append(
-            f"- {form.upper()} against torch on {facts['samples']} held-out samples: {facts['outputs_compared']}"
-            f" outputs differ by at most {facts['largest_difference']:.1e} of their largest value."
-        )
     return "\n".join([*lines, *closing(report)])
-
-
-def _row(name: str, dense: int, pruned: int) -> str:
-    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
 
 
 def _oracle(report: dict[str, Any]) -> list[str]:
@@ -166,7 +149,7 @@ def _layers(report: dict[str, Any]) -> list[str]:
 
 def _loading(report: dict[str, Any]) -> list[str]:
     name = report["model"]["network"]
-    own = f', "{name}")  # runs the code of that file' if ".py:" in name else ")"
+    own = f", {json.dumps(name)})  # runs the code of that file" if ".py:" in name else ")"
     return [
         "## Loading",
         "",
@@ -180,8 +163,9 @@ def _loading(report: dict[str, Any]) -> list[str]:
         "```",
         "",
         "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
-        " over `std` of that file. `onnx/model.onnx` takes the same and names one output a task.",
+        " over `std` of that file, in every runtime; exports name one output a task.",
         "",
+        *runtimes(report),
     ]
 
 
@@ -191,9 +175,7 @@ def _loading(report: dict[str, Any]) -> list[str]:
 def draw_channels(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Draws what the report has figures for; returns name -> PNG."""
     plots: dict[str, Any] = {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality}
-    if "bench" in report:
-        plots["latency"] = _latency
-    return draw({k: v for k, v in report.items() if k != "bench"} | {"latency": report.get("bench")}, folder, plots)
+    return draw_with_latency(report, folder, plots)
 
 
 def _channels(report: dict[str, Any], plt: Any) -> Any:
@@ -256,17 +238,3 @@ def _quality(report: dict[str, Any], plt: Any) -> Any:
     axis.legend(frameon=False, fontsize=8)
     return figure
 
-
-def _latency(report: dict[str, Any], plt: Any) -> Any:
-    bench = report["latency"]
-    figure, axis = plt.subplots(figsize=(7, 2.6))
-    for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
-        medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
-        axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
-        axis.plot([sorted(medians)[len(medians) // 2]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
-    axis.set_yticks([0, 1], ["dense", "pruned"])
-    axis.set_ylim(-0.6, 1.6)
-    axis.set_xlim(left=0)
-    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process")
-    axis.set_title("Latency, measured")
-    return figure

@@ -77,39 +77,20 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "| | dense | pruned | |",
         "|---|---|---|---|",
     ]
-    for row in report["quality"]["tasks"]:
-        way = "higher" if row["higher_is_better"] else "lower"
-        lines.append(
-            f"| {row['metric']}, {escape(row['task'])} ({way} is better) | {row['dense']:.4f} | {row['pruned']:.4f} |"
-            f" {row['pruned'] - row['dense']:+.4f} |"
-        )
+    lines += quality_rows(report)
     lines += [
-        _row("non-zero parameters", parameters["dense"], size["nonzero_parameters"]),
-        _row("FLOPs a sample, zeros left out", flops["dense"], flops["sparse"]),
-        _row("FLOPs a sample, as a dense kernel runs it", flops["dense"], flops["pruned"]),
-        _row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
-        _row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
+        change_row("non-zero parameters", parameters["dense"], size["nonzero_parameters"]),
+        change_row("FLOPs a sample, zeros left out", flops["dense"], flops["sparse"]),
+        change_row("FLOPs a sample, as a dense kernel runs it", flops["dense"], flops["pruned"]),
+        change_row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
+        change_row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
     ]
-    for runtime, bench in latencies(report).items():
-        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
-        lines.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
-            f" {milliseconds(b['median'])} | {faster(ratio)} |"
-        )
-    measured = latencies(report)
-    lines += [
-        "",
-        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
-        *([""] if measured else []),
-        "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
-        "",
-        *why(report.get("bench") or {}),
-    ]
+    lines += latency_rows(report)
     if not size["ranks"]:
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
             " zeros"
-            + (", and the latency above is what was measured, whatever the FLOPs say." if measured else ".")
+            + (", and the latency above is what was measured, whatever the FLOPs say." if latencies(report) else ".")
             + " What is really won is the"
             " packed size, and the FLOPs on hardware or kernels that skip zeros"
             + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
@@ -131,29 +112,74 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             lines += [f"![{caption}]({images[name]})", ""]
     lines += _layers(report)
     lines += _loading(report)
-    lines += ["## Checks", ""]
-    for layout in report["verify"]["layouts"]:
-        lines.append(
-            f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})."
-        )
-    if "export" in report:
-        for form, both in report["export"].items():
-            facts = both["pruned"]
-            if "skipped" in facts:
-                lines.append(f"- {form.upper()}: built, and not run where it was built ({escape(facts['skipped'])}).")
-                continue
-            agree = "".join(
-                f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
-                for k, v in facts.get("agree", {}).items()
-            )
-            reference = "torch" if form in ("onnx", "mnn") else "ONNX"
-            lines.append(
-                f"- {form.upper()} against {reference} on {facts['samples']} held-out samples:"
-                f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
-                f" largest value{agree}."
-            )
+    lines += ["## Checks", "", *loaded_lines(report), *parity_lines(report)]
     return "\n".join([*lines, *closing(report)])
+
+
+def quality_rows(report: Mapping[str, Any]) -> list[str]:
+    """A row of the first table for each measure of each task."""
+    rows = []
+    for row in report["quality"]["tasks"]:
+        way = "higher" if row["higher_is_better"] else "lower"
+        rows.append(
+            f"| {escape(row['metric'])}, {escape(row['task'])} ({way} is better) | {row['dense']:.4f} |"
+            f" {row['pruned']:.4f} | {row['pruned'] - row['dense']:+.4f} |"
+        )
+    return rows
+
+
+def change_row(name: str, dense: int, pruned: int) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
+
+
+def latency_rows(report: Mapping[str, Any]) -> list[str]:
+    """The last rows of the first table, and what stands below it: how they were measured, and against what ideal."""
+    measured = latencies(report)
+    rows = []
+    for runtime, bench in measured.items():
+        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
+        rows.append(
+            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
+            f" {milliseconds(b['median'])} | {faster(ratio)} |"
+        )
+    return [
+        *rows,
+        "",
+        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
+        *([""] if measured else []),
+        "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
+        "",
+        *why(report.get("bench") or {}),
+    ]
+
+
+def loaded_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
+        f" (allowed {layout['tolerance']:.1e})."
+        for layout in report["verify"]["layouts"]
+    ]
+
+
+def parity_lines(report: Mapping[str, Any]) -> list[str]:
+    """What every export was compared with, and how far it is from that."""
+    lines = []
+    for form, both in (report.get("export") or {}).items():
+        facts, title = both["pruned"], escape(form.upper())
+        if "skipped" in facts:
+            lines.append(f"- {title}: built, and not run where it was built ({escape(facts['skipped'])}).")
+            continue
+        agree = "".join(
+            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
+            for k, v in facts.get("agree", {}).items()
+        )
+        reference = "torch" if form in ("onnx", "mnn") else "ONNX"
+        lines.append(
+            f"- {title} against {reference} on {facts['samples']} held-out samples:"
+            f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
+            f" largest value{agree}."
+        )
+    return lines
 
 
 def closing(report: dict[str, Any]) -> list[str]:
@@ -164,10 +190,6 @@ def closing(report: dict[str, Any]) -> list[str]:
         " data, under noise or another camera or sensor, nothing was measured."
     )
     return ["", *again(report), *limits(report, [said, INHERITED])]
-
-
-def _row(name: str, dense: int, pruned: int) -> str:
-    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
 
 
 def _layers(report: dict[str, Any]) -> list[str]:
@@ -216,10 +238,14 @@ def draw_network(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     plots: dict[str, Any] = {"sparsity-per-layer": _sparsity}
     if report["quality"]["curve"]:
         plots["accuracy"] = _accuracy
-    if "bench" in report:
-        plots["latency"] = _latency
-    # Latency has one figure here, and its own plot.
-    return draw({k: v for k, v in report.items() if k != "bench"} | {"latency": report.get("bench")}, folder, plots)
+    return draw_with_latency(report, folder, plots)
+
+
+def draw_with_latency(report: dict[str, Any], folder: Path, plots: Mapping[str, Any]) -> dict[str, Path]:
+    """Draws ``plots``, and the latency where it was measured: one figure here, with a plot of its own."""
+    own = {"latency": _latency} if "bench" in report else {}
+    others = {k: v for k, v in report.items() if k != "bench"}
+    return draw(others | {"latency": report.get("bench")}, folder, {**plots, **own})
 
 
 def _sparsity(report: dict[str, Any], plt: Any) -> Any:

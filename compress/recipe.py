@@ -305,15 +305,23 @@ def lock_text(recipe: AnyRecipe, facts: Mapping[str, Any]) -> str:
 
 
 def _find(name: str) -> Path:
-    names = recipe_names()
+    return named_file(name, recipe_names(), "recipe")
+
+
+def named_file(name: str, names: Mapping[str, Path], noun: str) -> Path:
+    """The file that is meant by one of ``names`` or by a path; ``noun`` is what such a file is, and its option's name.
+
+    Raises:
+        UsageError: there is none.
+    """
     if name in names:
         return names[name]
     path = Path(name)
     if path.is_file():
         return path
     if path.suffix in {".yaml", ".yml"} or "/" in name:
-        raise UsageError("there is no such recipe file", where=name, fix="check the path")
-    raise UsageError(f"unknown recipe {name!r}", where="--recipe", fix=nearest(name, list(names)))
+        raise UsageError(f"there is no such {noun} file", where=name, fix="check the path")
+    raise UsageError(f"unknown {noun} {name!r}", where=f"--{noun}", fix=nearest(name, list(names)))
 
 
 LISTED = ("recipe", "target")  # what `compress list` names

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
-from compress.export.bench.packed import agent_file
+from compress.export.bench.local import LOCAL
+from compress.export.bench.transport import answered
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
@@ -108,18 +109,12 @@ def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threa
             "do": "run", "format": "mnn", "files": {"model": str(path)}, "threads": threads,
             "options": {"names": list(names)}, "input": str(given), "outputs": str(found),
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, str(agent_file())],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        if not done.returncode:
-            last = json.loads(done.stdout).get("error", {}).get("what", "")
-        if last:
-            raise CompressError(f"MNN cannot run the network: {last}", where=str(path), fix="export it again")
+        try:
+            answered(LOCAL.run(request), str(path))
+        except CompressError as e:
+            raise CompressError(
+                f"MNN cannot run the network: {e.what}", where=str(path), fix="export it again"
+            ) from e
         with np.load(found) as held:
             return [held[name] for name in names]
 

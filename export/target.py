@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import UsageError
 from compress.export.bench.transport import Transport
-from compress.recipe import Path_, Place, Section, explain, nearest, read_layers
+from compress.recipe import Path_, Place, Section, explain, named_file, read_layers
 
 TARGETS = Path(__file__).parent / "targets"
 HERE = "this-machine"
@@ -130,15 +130,7 @@ def load_target(name: str = HERE) -> Target:
 
 
 def _find(name: str) -> Path:
-    names = target_names()
-    if name in names:
-        return names[name]
-    path = Path(name)
-    if path.is_file():
-        return path
-    if path.suffix in {".yaml", ".yml"} or "/" in name:
-        raise UsageError("there is no such target file", where=name, fix="check the path")
-    raise UsageError(f"unknown target {name!r}", where="--target", fix=nearest(name, list(names)))
+    return named_file(name, target_names(), "target")
 
 
 def transport_of(target: Target) -> Transport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from compress.channels import GROUPS
+from compress.channels_card import body
 from compress.export.onnx_module import write_checked_module
 from compress.flops import count_flops
 from compress.recipes.pagcp.groups import find_groups
@@ -182,6 +184,20 @@ def test_a_run_builds_for_and_measures_on_the_targets_that_its_recipe_names(
     assert report["bench"]["why"]["model"]["ideal"] == pytest.approx(
         report["size"]["flops"]["dense"] / report["size"]["flops"]["pruned"], rel=0.1
     )
+
+
+def test_a_card_says_of_each_export_what_it_was_compared_with_or_that_it_was_not_run(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    report = copy.deepcopy(finished[1])
+    compared = {"largest_difference": 1e-5, "outputs_compared": 1, "samples": 7, "bytes": {"model.xml": 10}}
+    report["export"]["openvino"] = {"dense": compared, "pruned": compared}
+    report["export"]["tensorrt_rtx"] = {"pruned": {"skipped": "no CUDA driver", "bytes": {"model.engine": 10}}}
+    text = body(report, {})
+    assert "- ONNX against torch on 4 held-out samples" in text
+    assert "- OPENVINO against ONNX on 7 held-out samples" in text
+    assert "- TENSORRT\\_RTX: built, and not run where it was built (no CUDA driver)" in text
+    assert "`tensorrt_rtx/model.engine`" in text and "lower is better" in text
 
 
 def test_a_target_that_is_unknown_is_refused_before_anything_is_trained(place: Path, tmp_path: Path) -> None:

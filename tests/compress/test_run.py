@@ -19,6 +19,17 @@ def fill(folder: Path) -> None:
     (folder / "a.txt").write_text("a")
 
 
+def test_peak_memory_is_the_process_s_own_and_not_its_parent_s() -> None:
+    # The outer process holds 600 MB when it starts the inner one, which holds 60 MB of its own.
+    inner = "held = bytearray(60_000_000); from compress.run import peak_rss; print(peak_rss())"
+    outer = (
+        "import subprocess, sys; held = bytearray(600_000_000);"
+        f"print(subprocess.run([sys.executable, '-c', {inner!r}], capture_output=True, text=True, check=True).stdout)"
+    )
+    found = subprocess.run([sys.executable, "-c", outer], capture_output=True, text=True, check=True)
+    assert 60e6 < int(found.stdout) < 400e6
+
+
 def test_a_sealed_stage_is_not_built_again(tmp_path: Path) -> None:
     built = []
     for _ in range(2):

@@ -15,7 +15,7 @@ from compress.checkpoint import load_model
 from compress.errors import CompressError
 from compress.evaluate import perplexity
 from compress.models.families import family_for
-from compress.models.streaming import StreamedBlocks, is_streamed, stream_model
+from compress.models.streaming import StreamedBlocks, is_streamed, only_blocks, stream_model
 from tests.command import Job, compress
 from tests.tiny import ARCHITECTURES, tiny, tokens
 
@@ -52,6 +52,27 @@ def test_only_the_blocks_that_are_kept_are_not_read_again(tmp_path: Path) -> Non
     # What is not a block is held; what is has no weights until it is read.
     assert all(p.device.type == "meta" for p in blocks.skeleton(0).parameters())
     assert {p.device.type for n, p in streamed.named_parameters() if "layers" not in n} == {"cpu"}
+
+
+def test_what_is_not_a_block_leaves_the_device_while_blocks_are_walked_and_comes_back(tmp_path: Path) -> None:
+    # There is no second device here: torch's device without storage stands in for a GPU, so only the moves are seen.
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+    streamed = stream_model(tmp_path, family_for(model.config), 1, CPU)
+    blocks = streamed.model.layers
+    expected = streamed.lm_head.weight.clone()
+    with only_blocks(streamed, torch.device("meta")):
+        assert streamed.model.layers is blocks and torch.equal(streamed.lm_head.weight, expected)
+    assert streamed.model.layers is blocks and blocks[0].mlp.down_proj.weight.device.type == "cpu"
+    rest = {p.device.type for n, p in streamed.named_parameters() if not n.startswith("model.layers.")}
+    assert rest == {"meta"}
+
+
+def test_a_model_that_is_held_or_has_no_device_of_its_own_stays_where_it_is(tmp_path: Path) -> None:
+    model = tiny("llama")
+    with only_blocks(model, torch.device("meta")):
+        pass
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 def test_weights_that_do_not_fit_the_configuration_are_refused_by_name(tmp_path: Path) -> None:

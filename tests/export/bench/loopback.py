@@ -81,7 +81,7 @@ def sshd(folder: Path) -> Iterator[Daemon]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             if process.poll() is not None:
-                pytest.skip(f"sshd does not start here: {(folder / 'log').read_text().strip()}")
+                pytest.fail(f"sshd does not start: {(folder / 'log').read_text().strip()}")
             time.sleep(0.05)
         yield Daemon(folder, port, process)
     finally:
