@@ -277,7 +277,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     method = "forward" if component == "model" else component
     return runtimes.load("executorch", str(folder / FILE), options.threads, method=method)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    return formats.describe(folder, "executorch")

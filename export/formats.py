@@ -4,11 +4,11 @@ Every format is one file with the same functions::
 
     build(source: Source, folder: Path, options: BuildOptions) -> facts     writes into the existing folder
     check(source: Source, folder: Path, options: BuildOptions) -> facts     runs it and compares, output by output
-    describe(folder: Path) -> facts                                         of a folder that was built
     load(folder: Path, component: str, options: BuildOptions) -> Runner     in its runtime
 
 and is called through ``make``, which builds beside the place, checks, writes ``<format>.json`` and renames when all is
-whole. ``source.path`` is a folder or a file with ONNX; ExecuTorch and LiteRT are made of the torch module beside it.
+whole; ``describe`` reads that again and holds the files against it. ``source.path`` is a folder or a file with ONNX;
+ExecuTorch and LiteRT are made of the torch module beside it.
 
 A network has one component, ``model``; a language model two, ``prefill`` and ``decode``. Axes that may vary are said by
 the name they have in the ONNX file: ``profiles={"model": [{"batch": (1, 1, 8)}]}`` gives least, benchmarked and largest

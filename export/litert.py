@@ -74,7 +74,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     return runtimes.load("litert", str(folder / FILE), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    return formats.describe(folder, "litert")

@@ -220,9 +220,3 @@ def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     from compress.export import runtimes
 
     return runtimes.load("mnn", str(folder / FILE), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    from compress.export import formats
-
-    return formats.describe(folder, "mnn")

@@ -17,6 +17,7 @@ from compress.export.formats import (
     BuildOptions,
     Source,
     check_options,
+    describe,
     make,
     network_profiles,
     text_profiles,
@@ -135,10 +136,12 @@ def place(folder: Path, target: Target) -> Path:
     """Where the target's artefact lies in what `compress export --target` made; the folder itself where it holds it.
 
     Raises:
-        CompressError: there is none.
+        CompressError: there is none, or it has changed since it was built.
     """
     built = folder / label(BuildOptions(target.format, target.precision))
     where = built if built.is_dir() else folder
+    if (where / f"{target.format}.json").exists():
+        describe(where, target.format)  # what was cut off or changed since is not measured
     try:
         artefact(where, target.format)
     except CompressError as e:

@@ -182,7 +182,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     return runtimes.load("onnx", str(folder / f"{component}.onnx"), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    return formats.describe(folder, "onnx")

@@ -73,7 +73,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     return runtimes.load("openvino", str(folder / f"{component}.xml"), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    return formats.describe(folder, "openvino")

@@ -69,7 +69,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     return runtimes.load("ort", str(folder / f"{component}.ort"), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    return formats.describe(folder, "ort")

@@ -212,9 +212,3 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
     return runtimes.load(options.format, str(folder / f"{component}{SUFFIX}"), options.threads)
-
-
-def describe(folder: Path) -> dict[str, Any]:
-    """Facts of a built folder; the capabilities and the versions tell where the engine loads."""
-    form = "tensorrt_rtx" if (folder / "tensorrt_rtx.json").exists() else "tensorrt"
-    return formats.describe(folder, form)

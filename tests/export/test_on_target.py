@@ -45,6 +45,9 @@ def test_a_targets_format_is_built_and_measured(nets: tuple[Path, Path], tmp_pat
         assert (built[-1] / "ort" / "model.ort").is_file()
     ran = compress("bench", *built, "--target", mine)
     assert ran.code == 0 and "0.000001" not in ran.out and "NOT kept" in ran.out, ran.out + ran.err
+    file = built[1] / "ort" / "model.ort"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    one_error(compress("bench", *built, "--target", mine), 1, "changed since it was built", "model.ort")
 
 
 def test_what_was_measured_is_written_with_its_plots_and_reasons(nets: tuple[Path, Path], tmp_path: Path) -> None:
