@@ -102,7 +102,7 @@ def _search(report: dict[str, Any], plt: Any) -> Any:
     axis.set_xlabel("work, million tokens x layers (singles included)")
     axis.set_ylabel("KL to the dense model, nats")
     axis.set_title("The search: KL over work")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper right")
     return figure
 
 
@@ -137,7 +137,7 @@ def perplexity(
     axis.set_xlabel(f"{unit}, %")
     axis.set_ylabel("perplexity (log scale)")
     axis.set_title("Perplexity against sparsity, held-out text")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left")
     return figure
 
 
