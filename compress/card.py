@@ -326,7 +326,8 @@ def why(record: Mapping[str, Any]) -> list[str]:
         where = "" if part == "model" else f"{escape(part)}: "
         lines.append(f"- {where}{escape(head)}" + (", because" if rest else "."))
         lines += [f"  - {escape(line)}" for line in rest]
-    return ["Against the ideal, by ONNX Runtime's profile of each layer:", "", *lines, ""] if lines else []
+    head = "Against the ideal, layer by layer under ONNX Runtime's profiler (the latency above is without it):"
+    return [head, "", *lines, ""] if lines else []
 
 
 def missing(report: Mapping[str, Any]) -> list[str]:
