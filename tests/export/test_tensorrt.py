@@ -74,7 +74,7 @@ def test_a_cnn_becomes_an_engine_for_named_devices_in_its_precision(cnn: Path, p
     # All seven convolutions and the linear layer compute in it, and a caller sees float32.
     assert made["layers"][f"convolution {named}"] == 7 and made["layers"][f"matrix_multiply {named}"] == 1
     assert {p["dtype"] for p in (*made["inputs"], *made["outputs"])} == {"float"}
-    assert tensorrt.describe(tmp_path / "out")["sha256"] == facts["sha256"]
+    assert formats.describe(tmp_path / "out", "tensorrt_rtx")["sha256"] == facts["sha256"]
     if driver():
         assert facts["parity"]["outputs"].keys() == {"model.emoji"}
     else:
@@ -184,7 +184,7 @@ def test_a_changed_engine_is_noticed(cnn: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     engine.write_bytes(data)
     with pytest.raises(CompressError, match="has changed since it was built"):
-        tensorrt.describe(tmp_path / "out")
+        formats.describe(tmp_path / "out", "tensorrt_rtx")
     (tmp_path / "out" / "tensorrt_rtx.json").write_text("{")
     with pytest.raises(CompressError, match="was not built as tensorrt_rtx"):
         formats.describe(tmp_path / "out", "tensorrt_rtx")

@@ -290,6 +290,7 @@ for what, source in (
         print(what, str(e).splitlines()[0])
 # The ranks are still in step.
 global_masks({f"l{rank}": torch.ones(3)}, 1, {}, all_reduce, [f"l{r}" for r in range(ranks)])
+dist.destroy_process_group()
 """
 
 
