@@ -26,6 +26,10 @@ class Room:
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._count = folder, 0
 
+    @property
+    def in_memory(self) -> bool:
+        return self._folder is None
+
     def hold(self, tensor: Tensor) -> Tensor:
         """The same values in a tensor that lies here (float32)."""
         if self._folder is None:

@@ -490,6 +490,9 @@ def _checks(report: dict[str, Any]) -> list[str]:
         f"- search: {search['work_token_layers']:,} tokens x layers,"
         f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
     )
+    if judged := report.get("run_off"):
+        said = ", ".join(f"{escape(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
+        lines.append(f"- run-off, KL to the dense model in nats on text that nothing had seen: {said}")
     scale = report["logit_scale"]
     if scale is not None:
         lines.append(

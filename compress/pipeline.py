@@ -167,6 +167,7 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
         offload=setup.recipe.memory.offload,
         dtype=setup.stored_dtype,
+        judging=windows.judging if windows is not None else None,
     )
 
 
@@ -236,7 +237,7 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
             tokens = fixed_tokens(setup)
             masked = setup.masked(plan)
             with torch.no_grad():
-                want, got = masked(tokens).logits, sliced(tokens).logits
+                want, got = (m(tokens.to(setup.family.embedding_device(m))).logits for m in (masked, sliced))
             difference, scale = float((want - got).abs().max()), float(want.abs().max())
             if not difference <= 1e-4 * scale:
                 raise CompressError(
@@ -368,6 +369,7 @@ def export(
 ) -> dict[str, Path]:
     """Exports the dense model and the one that ``pruned`` makes after the plan."""
     from compress.export.check import write_checked
+    from compress.models.streaming import on_cpu
 
     assert setup.recipe.export is not None  # asked by the caller
     spec = setup.recipe.export
@@ -375,12 +377,12 @@ def export(
     common = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
     folders = {
         "dense": run.stage(
-            "export-dense", common, lambda f: write_checked(setup.model, setup.tokenizer, f, spec, vocab)
+            "export-dense", common, lambda f: write_checked(on_cpu(setup.model), setup.tokenizer, f, spec, vocab)
         ),
         "pruned": run.stage(
             "export-pruned",
             {**common, "plan": seal_hash(plan_folder)},
-            lambda f: write_checked(pruned(), setup.tokenizer, f, spec, vocab),
+            lambda f: write_checked(on_cpu(pruned()), setup.tokenizer, f, spec, vocab),
         ),
     }
     facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}

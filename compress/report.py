@@ -174,10 +174,11 @@ def describe_plan(
         for i, (heads, groups, neurons) in enumerate(plan.counts(g))
     ]
     report["logit_scale"] = plan.meta.get("logit_scale")
+    report["run_off"] = plan.meta.get("run_off")
     results = json.loads((folder / "search.json").read_text())
     report["search"] = {
         "iterations": [
-            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_knapsack", "genome")} for r in results
+            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_starts", "genome")} for r in results
         ],
         "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
         "work_token_layers": sum(r["work_token_layers"] for r in results),

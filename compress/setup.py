@@ -169,11 +169,12 @@ def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
 
 @dataclass
 class Windows:
-    """Token windows (n, length) int64: what is calibrated on, searched on, and held out."""
+    """Token windows (n, length) int64: what is calibrated on, searched on, judged on in the run-off, and held out."""
 
     calibration: Tensor
     search: Tensor
     evaluation: dict[str, Tensor]
+    judging: Tensor | None = None
 
 
 def read_windows(setup: Setup, run: Run) -> Windows:
@@ -184,7 +185,9 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     from compress.data import assert_disjoint, calibration_windows, evaluation_windows
 
     recipe = setup.recipe
-    wanted = recipe.options.search.windows
+    run_off = recipe.options.run_off
+    judged = run_off.windows if run_off else 0
+    wanted = recipe.options.search.windows + judged
 
     def build(folder: Path) -> None:
         spec = recipe.calibration
@@ -193,7 +196,9 @@ def read_windows(setup: Setup, run: Run) -> Windows:
         at = torch.linspace(0, len(every) - 1, wanted).long()
         rest = torch.ones(len(every), dtype=torch.bool)
         rest[at] = False
-        tensors = {"calibration": every[rest], "search": every[at]}
+        judging = torch.zeros(wanted, dtype=torch.bool)
+        judging[torch.linspace(0, wanted - 1, judged).long()] = True
+        tensors = {"calibration": every[rest], "search": every[at[~judging]], "judging": every[at[judging]]}
         for i, text in enumerate(recipe.evaluation.texts):
             ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
             assert_disjoint(every, ids, text.name)
@@ -204,20 +209,25 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     inputs = {
         "version": __version__,
         "weights": setup.weights,
-        "search_windows": wanted,
+        "search_windows": recipe.options.search.windows,
+        **({"run_off_windows": judged} if judged else {}),
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
     }
     tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
     evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
     length = recipe.options.search.length
-    return Windows(tensors["calibration"], tensors["search"][:, :length], evaluation)
+    return Windows(
+        tensors["calibration"], tensors["search"][:, :length], evaluation, tensors["judging"] if judged else None
+    )
 
 
 def fingerprint_of(windows: Windows) -> dict[str, str]:
     import hashlib
 
+    parts = {"calibration": windows.calibration, "search": windows.search, "judging": windows.judging}
     return {
         name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
-        for name, tensor in (("calibration", windows.calibration), ("search", windows.search))
+        for name, tensor in parts.items()
+        if tensor is not None
     }

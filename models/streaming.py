@@ -48,6 +48,12 @@ class StreamedBlocks(nn.ModuleList):
         made._change = change
         return made
 
+    def moved(self, device: torch.device) -> StreamedBlocks:
+        """The same blocks, read to another device."""
+        made = StreamedBlocks([self.skeleton(i) for i in range(len(self))], self._weights, self._cache, device)
+        made._change = self._change
+        return made
+
     def skeleton(self, index: int) -> nn.Module:
         """The block without its weights."""
         found: nn.Module = self._modules[str(index)]  # type: ignore[assignment]
@@ -155,6 +161,24 @@ def only_blocks(model: Any, device: torch.device) -> Iterator[None]:
             model.model.layers = nn.ModuleList()
             model.to(device)
             model.model.layers = blocks
+
+
+def on_cpu(model: Any) -> Any:
+    """The model where exporters trace and runtimes are compared with it: itself where it lies on the CPU, else a copy;
+    what is streamed stays so."""
+    cpu = torch.device("cpu")
+    if model.get_input_embeddings().weight.device == cpu:
+        return model
+    blocks = model.model.layers
+    if not isinstance(blocks, StreamedBlocks):
+        return copy.deepcopy(model).to(cpu)
+    model.model.layers = nn.ModuleList()
+    try:
+        made = copy.deepcopy(model).to(cpu)
+    finally:
+        model.model.layers = blocks
+    made.model.layers = blocks.moved(cpu)
+    return made
 
 
 def stream_model(folder: Path, family: Family, cache: int, device: torch.device) -> Any:

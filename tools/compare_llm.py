@@ -106,7 +106,7 @@ def tyr(folder: Path, job: Job) -> Plan:
 def knapsack_only(folder: Path, job: Job, searched: Path) -> Plan:
     result = json.loads((searched / "search-1" / "search.json").read_text())
     options = json.loads((searched / "singles-1" / "singles.json").read_text())["options"]
-    choices = settle(job, [Choice(**c) for c in result["choices_knapsack"]], options)
+    choices = settle(job, [Choice(**c) for c in result["choices_starts"]["knapsack"]], options)
     take_over(folder)
     with Run.open(folder) as run:
         return Plan.load(final_pass(run, job, choices, []))

@@ -40,6 +40,19 @@ class SearchOptions(_Section):
         return self
 
 
+class RunOff(_Section):
+    """The last word between solutions: each goes through a whole last pass and is judged on text it has not seen.
+
+    The search measures candidates as they come from the supernet, each refitted in a dense model, on few tokens. Which
+    of its best solutions is best once it is refitted to its own stream is another question."""
+
+    solutions: int = Field(3, ge=2, description="at most: the search's, the knapsack's, then the best starting points")
+    windows: int = Field(16, ge=1, description="windows they are judged on; none is calibrated or searched on")
+    calibration: int | None = Field(
+        None, ge=1, description="calibration windows of their passes; all by default, and the winner's pass is the last"
+    )
+
+
 class TyrOptions(_Section):
     """The `tyr:` section of a recipe."""
 
@@ -69,3 +82,4 @@ class TyrOptions(_Section):
     )
     rescale: bool = Field(True, description="scale the logits, by the last norm, to be as sure as the dense model's")
     search: SearchOptions = SearchOptions()
+    run_off: RunOff | None = Field(None, description="null takes the search's solution as it is")

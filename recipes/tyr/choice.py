@@ -45,6 +45,7 @@ class Job:
     inputs: Mapping[str, Any]
     offload: bool = False  # activations lie in files, not in memory
     dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
+    judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
 
 
 def saving(job: Job, choice: Choice) -> int:

@@ -115,8 +115,16 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
         made.append(_search(shape, job, number, menu))
     chosen = [even_choice(job)] * shape.geometry.layers if found is None else found
     single = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in chosen]
-    made.append(_walk(shape, "final", single, shape.windows, alone=not accumulates, final=True))
-    made.append(_plan(shape, chosen))
+    run_off, last = options.run_off, "final"
+    if run_off is not None:
+        passes = min(shape.windows, run_off.calibration or shape.windows)
+        for k in range(run_off.solutions):
+            made.append(_walk(shape, f"run-off-{k}", single, passes, alone=not accumulates, final=True))
+            made.append(_plan(shape, chosen, f"run-off-{k}-judged", run_off.windows, shape.length))
+        last = "" if passes == shape.windows else "final"  # the winner's is the last
+    if last:
+        made.append(_walk(shape, last, single, shape.windows, alone=not accumulates, final=True))
+    made.append(_plan(shape, chosen, "plan", options.search.windows, options.search.length or shape.length))
     if shape.recover is not None:
         made.append(
             recover_stage(
@@ -175,7 +183,8 @@ def _text(shape: Shape) -> Stage:
     stored = shape.costs.total * shape.dtype_bytes
     # The file (a shard at most) that is mapped while it is read; of weights in float32 the mapping is the model.
     mapped = 0.0 if shape.dtype_bytes == 4 and not shape.streamed else min(stored, 5e9)
-    tokens = (shape.windows + shape.options.search.windows) * shape.length
+    judged = shape.options.run_off.windows if shape.options.run_off else 0
+    tokens = (shape.windows + shape.options.search.windows + judged) * shape.length
     return Stage(
         "text",
         work={"read": 2.0 * stored},
@@ -511,18 +520,20 @@ def _weights_kept(shape: Shape, chosen: Sequence[Choice]) -> float:
     return float(columns * g.hidden)
 
 
-def _plan(shape: Shape, chosen: Sequence[Choice]) -> Stage:
+def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, length: int) -> Stage:
+    """The blocks as one plan, compared with the dense model on ``windows`` at every scale of the logits: the plan
+    itself, or a solution of the run-off, of which only the KL is kept."""
     g = shape.geometry
-    search = shape.options.search
-    length = search.length or shape.length
     kept_bytes = shape.dtype_bytes * _weights_kept(shape, chosen)
-    mine = -(-search.windows // shape.world)
+    mine = -(-windows // shape.world)
     tokens = mine * length
     device, ram = _held(shape)
     kept = 1 - shape.sparsity
-    work: dict[str, float] = {"read": kept_bytes, "write": kept_bytes}
+    final = name == "plan"
+    work: dict[str, float] = {"read": kept_bytes, "write": kept_bytes if final else 0.0}
     ram |= {"the plan": kept_bytes}
-    if shape.options.rescale:
+    if shape.options.rescale or not final:
+        scales = len(SCALES) if shape.options.rescale else 1
         device |= {
             "both streams": 2 * 4.0 * tokens * g.hidden,
             "logits": 6 * 4.0 * length * g.vocab,
@@ -533,7 +544,7 @@ def _plan(shape: Shape, chosen: Sequence[Choice]) -> Stage:
             work,
             {
                 "gemm32": g.layers * shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
-                "logits": tokens * g.vocab * (2 + 4.0 * len(SCALES)),
+                "logits": tokens * g.vocab * (2 + 4.0 * scales),
                 "calls": 2.0 * g.layers * mine,
                 "read": _reads(shape, g.layers),
                 "make": g.layers * shape.block * kept * 6.0,
@@ -541,7 +552,7 @@ def _plan(shape: Shape, chosen: Sequence[Choice]) -> Stage:
         )
     units = sum(c.neurons + c.groups * c.per_group for c in chosen)
     stored = kept_bytes + UNIT_BYTES * units + SEAL_BYTES
-    return Stage("plan", work, device, ram, kept=stored, scratch=0.0, reads=work["read"])
+    return Stage(name, work, device, ram, kept=stored if final else SEAL_BYTES, scratch=0.0, reads=work["read"])
 
 
 def _model(shape: Shape, chosen: Sequence[Choice]) -> Stage:

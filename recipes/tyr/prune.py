@@ -25,9 +25,9 @@ from compress.distributed import is_main, main_says, meet
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import only_blocks
 from compress.plan import BlockPlan, Plan
-from compress.progress import Progress
+from compress.progress import Progress, say
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
-from compress.recipes.tyr.rescale import fit_scale
+from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.sensitivity import output_metrics
 from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, Supernet, prune_block, write_block
@@ -56,8 +56,11 @@ def produce_plan(run: Run, job: Job) -> Path:
         results.append(result)
         choices = [Choice(**c) for c in result["choices"]]
     assert choices is not None  # iterations >= 1
-    choices = settle(job, choices, json.loads((singles / "singles.json").read_text())["options"])
-    return final_pass(run, job, choices, results, metrics)
+    options = json.loads((singles / "singles.json").read_text())["options"]
+    if job.options.run_off is None:
+        return final_pass(run, job, settle(job, choices, options), results, metrics)
+    winner, name = run_off(run, job, _contenders(job, results[-1], options), metrics)
+    return final_pass(run, job, winner, results, metrics, name)
 
 
 @dataclass(frozen=True)
@@ -317,7 +320,9 @@ def _search(
             "supernet_bytes": supernet.bytes,
             "full_shape_bytes": full_shape_bytes(supernet, job),
             "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
-            "choices_knapsack": [vars(c) for c in _choices_of(supernet, job, started["knapsack"])],
+            "choices_starts": {
+                label: [vars(c) for c in _choices_of(supernet, job, genome)] for label, genome in started.items()
+            },
             "log": [
                 {k: r[k] for k in ("phase", "generation", "kl") if k in r} | {"work": r["work"] + facts["work"]}
                 for r in evaluator.log.rows()
@@ -404,18 +409,71 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
     return tuple(genome)
 
 
-def final_pass(
-    run: Run, job: Job, choices: list[Choice], results: list[dict[str, Any]], metrics: Metrics | None = None
-) -> Path:
-    """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has."""
+def _contenders(job: Job, result: Mapping[str, Any], options: list[list[dict[str, Any]]]) -> dict[str, list[Choice]]:
+    """What goes into the run-off: the search's solution, the plain knapsack's, the rule that leaves the edges alone,
+    and the best other starting points; equal ones once."""
+    assert job.options.run_off is not None  # asked by the caller
+    starts = result["choices_starts"]
+    known = [label for label in ("knapsack", "edges left alone") if label in starts]
+    order = [*known, *sorted(set(starts) - set(known), key=lambda label: (result["starts"][label], label))]
+    found: dict[str, list[Choice]] = {}
+    for label, choices in [("search", result["choices"]), *((label, starts[label]) for label in order)]:
+        settled = settle(job, [Choice(**c) for c in choices], options)
+        if settled not in found.values() and len(found) < job.options.run_off.solutions:
+            found[label] = settled
+    return found
+
+
+def run_off(
+    run: Run, job: Job, contenders: Mapping[str, list[Choice]], metrics: Metrics
+) -> tuple[list[Choice], str]:
+    """Takes every solution through a last pass and judges it on windows that nothing has seen.
+
+    Returns:
+        The choices with the least KL, at the best scale of the logits where the recipe scales them, and the name of the
+        stages of a pass over all calibration windows with them: the winner's own, if it had them all.
+    """
+    spec = job.options.run_off
+    assert spec is not None and job.judging is not None  # asked by the caller
+    few = job.calibration[: spec.calibration]
+    scales = SCALES if job.options.rescale else (1.0,)
+    kls: dict[str, float] = {}
+    names = {label: f"run-off-{k}" for k, label in enumerate(contenders)}
+    for label, choices in contenders.items():
+        folders, inputs = _refitted(run, job, names[label], choices, few, metrics)
+
+        def judge(folder: Path | None, label: str = label, folders: list[Path] = folders) -> None:
+            kl = float(kl_at(job, _joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
+            if folder is not None:
+                (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
+
+        parts = {**inputs, "parts": [run.seal_hash(f) for f in folders], "scales": scales}
+        judged = run.stage_together(f"{names[label]}-judged", parts, judge)
+        kls[label] = json.loads((judged / "kl.json").read_text())["kl"]
+    best = min(kls, key=lambda label: (kls[label], label))
+    say("run-off, KL: " + ", ".join(f"{label} {kl:.4f}" for label, kl in kls.items()) + f"; {best} wins")
+    return contenders[best], names[best] if len(few) == len(job.calibration) else "final"
+
+
+def run_off_facts(run_folder: Path) -> dict[str, float]:
+    """KL in nats of every solution of the run-off; empty where there was none."""
+    rows = [json.loads(p.read_text()) for p in sorted(run_folder.glob("run-off-*-judged/kl.json"))]
+    return {row["solution"]: row["kl"] for row in rows}
+
+
+def _refitted(
+    run: Run, job: Job, name: str, choices: list[Choice], calibration: Tensor, metrics: Metrics
+) -> tuple[list[Path], dict[str, Any]]:
+    """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has. Returns
+    the blocks' sealed folders and what they were made from."""
     options = job.options
-    metrics = _metrics(run, job) if metrics is None else metrics
     block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
     inputs = {
         **job.inputs,
         "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
         "choices": [list(vars(c).values()) for c in choices],
         "metrics": metrics.hash(),
+        "windows": len(calibration),
     }
 
     def write(index: int, attention: Any, ffn: Any, began: float) -> Path:
@@ -428,25 +486,48 @@ def final_pass(
                 meta={"block": index},
             ).save(folder)
 
-        return run.stage(f"final/block-{index:03d}", {**inputs, "block": index}, build, began)
+        return run.stage(f"{name}/block-{index:03d}", {**inputs, "block": index}, build, began)
 
-    folders = _walk(run, job, "final", inputs, job.calibration, block_menu, options.accumulation, metrics, write)
+    return _walk(run, job, name, inputs, calibration, block_menu, options.accumulation, metrics, write), inputs
+
+
+def _joined(folders: Sequence[Path]) -> Plan:
+    """The plan of all blocks."""
+    each = [Plan.load(f) for f in folders]
+    return Plan(
+        blocks=tuple(p.blocks[0] for p in each),
+        weights={
+            key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(each) for key, w in p.weights.items()
+        },
+    )
+
+
+def final_pass(
+    run: Run,
+    job: Job,
+    choices: list[Choice],
+    results: list[dict[str, Any]],
+    metrics: Metrics | None = None,
+    name: str = "final",
+) -> Path:
+    """The plan of a last pass over all calibration windows, whose stages are called ``name``."""
+    options = job.options
+    metrics = _metrics(run, job) if metrics is None else metrics
+    folders, inputs = _refitted(run, job, name, choices, job.calibration, metrics)
 
     def build(folder: Path | None) -> None:
-        each = [Plan.load(f) for f in folders]
-        plan = Plan(
-            blocks=tuple(p.blocks[0] for p in each),
-            weights={
-                key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(each) for key, w in p.weights.items()
-            },
-            meta={
+        plan = _joined(folders)
+        plan.meta.update(
+            {
                 "method": "tyr",
                 "sparsity_asked": job.sparsity,
                 "removed": sum(saving(job, c) for c in choices),
                 "backbone": job.costs.backbone,
                 **dict(job.inputs),
-            },
+            }
         )
+        if judged := run_off_facts(run.folder):
+            plan.meta["run_off"] = judged
         if options.rescale:
             scale, before, after = fit_scale(job, plan)
             plan.weights["norm"] = job.family.scaled_norm(job.model, scale)

@@ -7,6 +7,7 @@ candidate removes exactly the same number of parameters. Work is counted in toke
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from compress.activations import Room
 from compress.budget import Option, knapsack
-from compress.distributed import gather, main_says, rank, share, stack, world
+from compress.distributed import device_bytes, gather, main_says, rank, share, stack, world
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import is_streamed
 from compress.recipes.tyr import SearchOptions
@@ -121,6 +122,12 @@ class Evaluator:
             torch.randperm(length - 1, generator=generator)[:positions].sort().values for _ in range(len(windows))
         ]
         self._parent: Genome = self.dense
+        self._near = self._fit_near()
+        # On a GPU making a block takes longer than running it: so many are kept as fit in a quarter of what is free.
+        self._made: OrderedDict[tuple[int, int, int], torch.nn.Module] = OrderedDict()
+        self._most_made = 0
+        if self._near and runner.device.type != "cpu":
+            self._most_made = device_bytes() // 4 // (4 * sum(p.numel() for p in runner.blocks[0].parameters()))
         self._states: list[Tensor] = []  # _states[i]: the parent's stream in front of block i, (n, length, hidden)
         self._advance(self.dense)
         self.teacher = self._teach(torch.stack(draw), top_k)
@@ -135,11 +142,35 @@ class Evaluator:
             rest.append(_log_rest(top.values))
         return Teacher(positions, torch.stack(index), torch.stack(logp), torch.stack(rest))
 
+    def _fit_near(self) -> bool:
+        """Whether streams lie with the blocks on their device, instead of in memory: where all of the parent's take a
+        quarter of what is free there at most, and no block must be read to be run."""
+        model: Any = self.runner.model
+        width = model.get_input_embeddings().weight.shape[1]
+        held = 4 * self.windows.numel() * width * (self.layers + 2)
+        return not is_streamed(model) and self._room.in_memory and held <= device_bytes() // 4
+
+    def _home(self, stream: Tensor) -> Tensor:
+        """A stream where streams lie."""
+        return stream.to(self.runner.device if self._near else "cpu")
+
     def _block(self, index: int, a: int, f: int) -> torch.nn.Module:
         """The really sliced block ``index`` at levels (a, f)."""
-        block: torch.nn.Module = self.runner.blocks[index]
         if a == 0 and f == 0:
-            return block
+            dense: torch.nn.Module = self.runner.blocks[index]
+            return dense
+        if not self._most_made:
+            return self._make(index, a, f)
+        key = (index, a, f)
+        if key not in self._made:
+            while len(self._made) >= self._most_made:
+                self._made.popitem(last=False)
+            self._made[key] = self._make(index, a, f)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+    def _make(self, index: int, a: int, f: int) -> torch.nn.Module:
+        block: torch.nn.Module = self.runner.blocks[index]
         attention, ffn = self.supernet.level(index, "attention", a), self.supernet.level(index, "ffn", f)
         return self.runner.family.sliced(
             block,
@@ -166,7 +197,7 @@ class Evaluator:
         """Makes ``genome`` the parent whose streams are reused; the processes divide the windows."""
         if not self._states:
             every = slice(0, len(self.windows))
-            self._states = [self._room.hold(self.runner.embed(self.windows[every]).cpu())]
+            self._states = [self._room.hold(self._home(self.runner.embed(self.windows[every])))]
             same = 0
         else:
             same = self._first_change(genome)
@@ -179,7 +210,7 @@ class Evaluator:
             block = self._block(index, genome[2 * index], genome[2 * index + 1])
             for group in mine:
                 part = slice(group.start - first, group.stop - first)
-                hidden[part] = self.runner.run(index, hidden[part], block).cpu()
+                hidden[part] = self._home(self.runner.run(index, hidden[part], block))
             self._states.append(self._room.hold(stack(hidden, counts) if world() > 1 else hidden.clone()))
             self.work += self.windows.numel()
         self._parent = genome
@@ -264,7 +295,7 @@ class Evaluator:
                 block = self._block(index, a, f)  # one variant at a time: a large model's are gigabytes each
                 for k in those:
                     for part in parts:
-                        hidden[k][part] = self.runner.run(index, hidden[k][part], block).cpu()
+                        hidden[k][part] = self._home(self.runner.run(index, hidden[k][part], block))
                 del block
         return [
             self._kl_of(hidden[k] if firsts[k] < self.layers else self._states[-1][list(at)], at)

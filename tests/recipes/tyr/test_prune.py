@@ -24,6 +24,7 @@ from compress.recipes.tyr.supernet import Streams, Supernet
 from compress.run import Journal, Run
 from tests.models.families.test_families import linear_parameters
 from tests.recipes.tyr.small import pruned_block, small_job
+from tests.tiny import tokens
 
 SEARCH = {
     "positions": 12,
@@ -173,7 +174,7 @@ def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
     for r in results:
         assert r["removed"] == sum(saving(job, Choice(**c)) for c in r["choices"])
         assert r["kl"] <= r["kl_start"] == min(r["starts"].values())
-        assert r["removed"] == sum(saving(job, Choice(**c)) for c in r["choices_knapsack"])
+        assert r["removed"] == sum(saving(job, Choice(**c)) for c in r["choices_starts"]["knapsack"])
     files = sorted((first / "supernet-2").glob("block-*/levels.safetensors"))
     supernet = Supernet(files, job.geometry)
     assert len(files) == 3 and results[1]["supernet_bytes"] == sum(f.stat().st_size for f in files)
@@ -182,6 +183,45 @@ def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
         full += 4 * 40 * 80 * sum(not level["dense"] for level in block["attention"])
         full += 4 * 40 * 48 * sum(not level["dense"] for level in block["ffn"])
     assert full_shape_bytes(supernet, job) == results[1]["full_shape_bytes"] == full
+
+
+def on_held_text(job: Job, plan: Plan) -> float:
+    """The KL on the windows for judging, from whole forwards of both models."""
+    model = copy.deepcopy(job.model)
+    plan.apply(model, job.family)
+    with torch.no_grad():
+        dense, found = (m(job.judging).logits.double().log_softmax(-1) for m in (job.model, model))
+    return float((dense.exp() * (dense - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("calibration", [None, 5])
+def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | None, tmp_path: Path) -> None:
+    spec = {"solutions": 4, "windows": 3, "calibration": calibration}
+    job = replace(job_of(0.4, iterations=1, rescale=False, run_off=spec), judging=tokens(3, 24, seed=97))
+    done: dict[str, int] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prune, "prune_block", counted(done, "pruned", prune.prune_block))
+        found = planned(tmp_path / "run", job)
+    plan = Plan.load(tmp_path / "run" / "plan")
+    judged = plan.meta["run_off"]
+    assert len(judged) >= 2 and "search" in judged
+    # A pass for every solution; the winner's is the last one where it saw all windows.
+    assert done["pruned"] == 3 * (1 + len(judged) + (calibration is not None))
+    few = replace(job, calibration=job.calibration[:calibration])
+    for k, label in enumerate(judged):
+        blocks = sorted((tmp_path / "run" / f"run-off-{k}").glob("block-*"))
+        again = prune._joined(blocks)
+        assert json.loads((tmp_path / "run" / f"run-off-{k}-judged" / "kl.json").read_text())["solution"] == label
+        assert judged[label] == pytest.approx(on_held_text(few, again), rel=1e-4)
+        if judged[label] == min(judged.values()):
+            assert plan.blocks == again.blocks or calibration is not None
+            assert plan.removed(job.costs) == again.removed(job.costs)
+            assert [c[1:] for c in plan.counts(job.geometry)] == [c[1:] for c in again.counts(job.geometry)]
+    # Lost and made again: the same bytes.
+    for name in ("plan", "run-off-0-judged"):
+        shutil.rmtree(tmp_path / "run" / name)
+    shutil.rmtree(tmp_path / "run" / "run-off-1" / "block-002")
+    assert planned(tmp_path / "run", job) == found
 
 
 def test_nothing_is_left_in_the_scratch_folder(first: Path) -> None:
