@@ -83,7 +83,14 @@ def device() -> Any:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _processes_per_gpu() -> int:
+    """1, or more where more processes were started on this machine than it has GPUs."""
+    import torch
+
+    return -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // torch.cuda.device_count())
 
 
 def stay_alone() -> None:
@@ -106,7 +113,9 @@ def device_bytes() -> int:
     """Free memory of what this process computes on; of the machine where that is the CPU."""
     import torch
 
-    return int(torch.cuda.mem_get_info(device())[0]) if device().type == "cuda" else available_bytes()
+    if device().type != "cuda":
+        return available_bytes()
+    return int(torch.cuda.mem_get_info(device())[0]) // _processes_per_gpu()
 
 
 # --- joining -------------------------------------------------------------------------------------------------------
@@ -127,8 +136,13 @@ def join(timeout: timedelta = PATIENCE) -> None:
 
     if not dist.is_gloo_available():
         raise CompressError("torch was built without gloo", where="distributed", fix="install a build with it")
+    how: dict[str, Any] = {}
+    if device().type == "cuda" and _processes_per_gpu() > 1:
+        # NCCL wants a GPU for every process; accelerate would take the GPU of the process's number.
+        how["backend"] = "gloo"
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device())
     with _contact("joining"):
-        PartialState(cpu=device().type == "cpu", timeout=timeout)
+        PartialState(cpu=device().type == "cpu", timeout=timeout, **how)
         _group = dist.new_group(backend="gloo", timeout=FOREVER)
 
 
@@ -405,6 +419,12 @@ def trainer(model: Any, shard: bool, bfloat16: bool) -> Iterator[Trainer]:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 
+    if device().type == "cuda" and _processes_per_gpu() > 1:
+        raise CompressError(
+            f"training needs a GPU for every process; {_processes_per_gpu()} share one",
+            where="recover",
+            fix="start as many processes as there are GPUs: the stages that are whole stay",
+        )
     shard = shard and world() > 1
     plugin = None
     kept = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING")
