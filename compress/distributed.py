@@ -83,6 +83,8 @@ def device() -> Any:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    # Products are in float32 as torch has it, but convolutions are not: masked and sliced would differ by 1e-4.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 

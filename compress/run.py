@@ -45,6 +45,16 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def _peak_gpu() -> dict[str, int]:
+    """The most that this process's tensors have held on its GPU since it was last asked; nothing without one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    peak = int(torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    return {"peak_gpu_bytes": peak}
+
+
 class Run:
     """One run folder, held by this run alone while it is open. Use `Run.open`.
 
@@ -145,6 +155,7 @@ class Run:
                 "inputs": json.loads(json.dumps(inputs)),
                 "seconds": round(time.monotonic() - began, 3),
                 "peak_rss_bytes": peak_rss(),
+                **_peak_gpu(),
                 # Of this process from its start; the difference of two seals does not mind other work on the machine.
                 "cpu_seconds_so_far": round(time.process_time(), 3),
                 "files": {
@@ -204,6 +215,8 @@ class Run:
             group = groups.setdefault(name, {"name": name, "seconds": 0.0, "peak_rss_bytes": 0, "bytes": 0})
             group["seconds"] = round(group["seconds"] + seal["seconds"], 3)
             group["peak_rss_bytes"] = max(group["peak_rss_bytes"], seal["peak_rss_bytes"])
+            if "peak_gpu_bytes" in seal:
+                group["peak_gpu_bytes"] = max(group.get("peak_gpu_bytes", 0), seal["peak_gpu_bytes"])
             group["bytes"] += sum(f["bytes"] for f in seal["files"].values())
         return list(groups.values())
 

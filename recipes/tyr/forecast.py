@@ -19,7 +19,7 @@ from compress.recipes.tyr.local import SHRINK, Moments
 from compress.recipes.tyr.prune import REFERENCE_TOKENS
 from compress.recipes.tyr.rescale import SCALES
 from compress.recipes.tyr.search import activation_bytes
-from compress.recipes.tyr.supernet import BATCH_TOKENS, BATCHES, KEEP_BYTES, Menu, predicted_bytes
+from compress.recipes.tyr.supernet import BATCHES, KEEP_BYTES, Menu, batch_tokens, predicted_bytes
 from compress.recover_forecast import recover_stage
 
 if TYPE_CHECKING:
@@ -54,12 +54,18 @@ class Shape:
     cache_blocks: int
     world: int
     layouts: int = 1
+    gpu: bool = False
     recover: RecoverSection | None = None
 
     @property
     def inputs(self) -> int:
         """Channels that `o_proj` reads."""
         return self.geometry.heads * self.geometry.head_dim
+
+    @property
+    def batch(self) -> int:
+        """Tokens per forward, at most."""
+        return batch_tokens(self.geometry, self.gpu)
 
     @property
     def block(self) -> int:
@@ -162,9 +168,9 @@ def _passing(shape: Shape, tokens: float, length: int) -> float:
     return 4 * tokens * (max(4 * g.ffn, 3 * shape.inputs) + 4 * g.hidden)
 
 
-def _own(windows: int, length: int, world: int) -> tuple[int, int, int]:
+def _own(windows: int, length: int, world: int, most: int) -> tuple[int, int, int]:
     """(windows, batches, tokens a batch) of the process that has the most, as `supernet.own_batches` divides them."""
-    size = max(1, min(BATCH_TOKENS // length, windows // BATCHES))
+    size = max(1, min(most // length, windows // BATCHES))
     batches = math.ceil(math.ceil(windows / size) / world)
     return min(windows, batches * size), batches, size * length
 
@@ -269,7 +275,7 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
     """A pass over all blocks that makes candidates: a supernet, or the final weights."""
     g, h, n, q = shape.geometry, shape.geometry.hidden, shape.geometry.ffn, shape.inputs
     layers, length = g.layers, shape.length
-    windows, batches, batch = _own(total, length, shape.world)
+    windows, batches, batch = _own(total, length, shape.world, shape.batch)
     tokens = windows * length
     streams = 1 if alone else 2
     solver_metric = shape.options.metric != "none"
@@ -354,7 +360,7 @@ def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, 
     tokens = mine * length
     states = 4.0 * (g.layers + 1) * windows * length * g.hidden
     device, ram = _held(shape)
-    group = max(1, min(BATCH_TOKENS, windows * length // 4) // length) * length
+    group = max(1, min(shape.batch, windows * length // 4) // length) * length
     device |= {"a batch": _passing(shape, group, length), "logits": 4.0 * positions * g.vocab * 4}
     ram |= {"the parent's streams": states}
     work = {
@@ -385,7 +391,7 @@ def _evaluate(
     mine = math.ceil(count / shape.world)
     chunk = max(1, activation_bytes(shape.streamed) // (4 * tokens * g.hidden))
     chunks = math.ceil(mine / chunk)
-    group = max(1, min(BATCH_TOKENS, tokens // 4) // length)
+    group = max(1, min(shape.batch, tokens // 4) // length)
     return {
         "gemm32": mine * (blocks * shape.forward(tokens, length, kept) + shape.head(windows * positions)),
         "touch": mine * blocks * tokens * g.hidden * 40,
@@ -570,7 +576,7 @@ def reference_token_layers(layers: int) -> float:
     return float(REFERENCE_TOKENS * layers)
 
 
-def shape_of(setup: Any, world: int, streamed: bool) -> Shape:
+def shape_of(setup: Any, world: int, streamed: bool, gpu: bool) -> Shape:
     """The sizes of a checked model and recipe (`compress.setup.Setup`)."""
     recipe = setup.recipe
     return Shape(
@@ -585,5 +591,6 @@ def shape_of(setup: Any, world: int, streamed: bool) -> Shape:
         recipe.memory.cache_blocks,
         world,
         len(recipe.layouts),
+        gpu,
         recipe.recover,
     )

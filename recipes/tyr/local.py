@@ -169,7 +169,7 @@ class Eliminator:
         if last:
             problem.G = problem.G.cpu()  # the losses of a few levels are all it is needed for
         self._inverse = torch.cholesky_inverse(factor, out=factor)
-        self._root = None if metric is None else torch.linalg.cholesky(metric.to(problem.G))
+        self._root = None if metric is None else torch.linalg.cholesky(metric.to(self._w))
         if self._root is not None:
             # Every update is linear in the outputs: in the metric's own coordinates it is the plain problem again.
             self._w = self._w @ self._root

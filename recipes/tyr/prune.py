@@ -30,7 +30,15 @@ from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, 
 from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.sensitivity import output_metrics
-from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, Supernet, prune_block, write_block
+from compress.recipes.tyr.supernet import (
+    Accumulation,
+    Menu,
+    Streams,
+    Supernet,
+    prune_block,
+    runner_tokens,
+    write_block,
+)
 from compress.run import Run, fingerprint, seal_hash
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
@@ -172,7 +180,7 @@ def _walk(
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
     kept = scratch / f"before-{sealed:03d}"
     if sealed and main_says(lambda: is_whole(kept, len(calibration))):
-        streams, start = Streams.load(kept, calibration, _room(run, job, name)), sealed
+        streams, start = Streams.load(kept, calibration, _room(run, job, name), runner_tokens(runner)), sealed
     else:
         streams, start = Streams.start(runner, calibration, accumulation, _room(run, job, name)), 0
     with only_blocks(job.model, runner.device), Progress(layers, f"{name}: blocks", start=start) as bar:

@@ -23,7 +23,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.streaming import is_streamed
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import left_alone
-from compress.recipes.tyr.supernet import BATCH_TOKENS, Supernet
+from compress.recipes.tyr.supernet import Supernet, runner_tokens
 
 Genome = tuple[int, ...]
 
@@ -111,7 +111,7 @@ class Evaluator:
         self.layers = len(runner.blocks)
         self.dense: Genome = tuple(0 for _ in range(2 * self.layers))
         # A window runs with the same others whatever process runs it.
-        size = max(1, min(BATCH_TOKENS, windows.numel() // 4) // windows.shape[1])
+        size = max(1, min(runner_tokens(runner), windows.numel() // 4) // windows.shape[1])
         self._groups = [range(i, min(i + size, len(windows))) for i in range(0, len(windows), size)]
         self._known = {
             (r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"

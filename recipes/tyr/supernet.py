@@ -32,13 +32,23 @@ Accumulation = Literal["expectation", "uniform", "none"]
 TokenWeight = Literal["norm", "none"]
 
 BATCH_TOKENS = 2048  # tokens per forward, at most
+GPU_BATCH_TOKENS, GPU_BATCH_BYTES = 16384, 2**30
 BATCHES = 16  # a set of windows makes at least so many batches, where it has so many windows: work for 16 processes
 KEEP_BYTES = 2**31  # a sublayer's inputs are kept while they take no more than this
 
 
-def batches(windows: Tensor) -> list[slice]:
-    """Slices of ``windows`` (n, length, ...) that hold at most `BATCH_TOKENS` tokens each."""
-    size = max(1, min(BATCH_TOKENS // windows.shape[1], len(windows) // BATCHES))
+def batch_tokens(geometry: Geometry, gpu: bool) -> int:
+    """Tokens per forward, at most. A GPU is given more of them, as long as they fit in `GPU_BATCH_BYTES`: launching a
+    kernel takes it as long as a small model's work on a thousand tokens."""
+    if not gpu:
+        return BATCH_TOKENS
+    each = 4 * 4 * (geometry.ffn + geometry.hidden)
+    return max(BATCH_TOKENS, min(GPU_BATCH_TOKENS, GPU_BATCH_BYTES // each // BATCH_TOKENS * BATCH_TOKENS))
+
+
+def batches(windows: Tensor, most: int | None = None) -> list[slice]:
+    """Slices of ``windows`` (n, length, ...) that hold at most ``most`` tokens each, `BATCH_TOKENS` by default."""
+    size = max(1, min((most or BATCH_TOKENS) // windows.shape[1], len(windows) // BATCHES))
     return [slice(i, i + size) for i in range(0, len(windows), size)]
 
 
@@ -108,7 +118,7 @@ class Streams:
         cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation, room: Room | None = None
     ) -> Streams:
         """The embedded windows of this process, of all of ``ids`` (n, length)."""
-        windows, slices = own_batches(ids)
+        windows, slices = own_batches(ids, runner_tokens(runner))
         mine = ids[windows.start : windows.stop]
         dense = torch.cat([runner.embed(mine[s]).cpu() for s in slices])
         room = Room(None) if room is None else room
@@ -119,14 +129,19 @@ class Streams:
         save_part(folder, self.windows, tensors)
 
     @classmethod
-    def load(cls, folder: Path, ids: Tensor, room: Room | None = None) -> Streams:
-        windows, slices = own_batches(ids)
+    def load(cls, folder: Path, ids: Tensor, room: Room | None = None, most: int | None = None) -> Streams:
+        windows, slices = own_batches(ids, most)
         room = Room(None) if room is None else room
         found = {name: room.hold(part) for name, part in load_part(folder, windows).items()}
         return cls(found["dense"], found.get("pruned"), windows, slices)
 
 
-def own_batches(ids: Tensor) -> tuple[range, list[slice]]:
+def runner_tokens(runner: BlockRunner) -> int:
+    """`batch_tokens` of a model where it lies."""
+    return batch_tokens(runner.family.geometry(runner.model.config), runner.device.type != "cpu")
+
+
+def own_batches(ids: Tensor, most: int | None = None) -> tuple[range, list[slice]]:
     """The windows of ``ids`` (n, length) that are this process's, and the batches among them, counted from its first.
 
     Whole batches, so that each is computed alike however many processes there are.
@@ -134,7 +149,7 @@ def own_batches(ids: Tensor) -> tuple[range, list[slice]]:
     Raises:
         CompressError: there are fewer batches than processes.
     """
-    slices = batches(ids)
+    slices = batches(ids, most)
     if len(slices) < world():
         raise CompressError(
             f"{len(ids)} windows of {ids.shape[1]} tokens make {len(slices)} batches, too few for {world()} processes",

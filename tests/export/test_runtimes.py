@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.export import runtimes
-from compress.export.runtimes import CannotRun, Missing, load
+from compress.export.runtimes import CannotRun, Missing, bound, load
 
 WEIGHT = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 
@@ -70,6 +70,27 @@ def test_onnx_runtime_gives_what_the_graph_says(tmp_path: Path, optimisation: st
     assert [v.name for v in runner.outputs] == ["scaled", "positive"]
     assert runner.version.startswith("onnxruntime 1.")
     agrees(runner)
+
+
+def test_a_bound_call_gives_the_same_and_every_call_anew(tmp_path: Path) -> None:
+    """What runs on a GPU is bound there; here to the CPU, which needs no other package."""
+    import onnxruntime as ort
+
+    path = two_in_two_out(tmp_path / "m.onnx")
+    runner = load("onnx", str(path), 1)
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for batch in (3, 5):
+        want = runner.run(given(batch))
+        call = bound(ort, session, given(batch), list(want), "cpu")
+        for _ in range(2):
+            for name, found in zip(want, call(), strict=True):
+                np.testing.assert_array_equal(found.numpy(), want[name])
+
+
+def test_a_provider_that_this_onnx_runtime_lacks_is_named(tmp_path: Path) -> None:
+    path = two_in_two_out(tmp_path / "m.onnx")
+    with pytest.raises(Missing, match=r"has no ROCMExecutionProvider; it has .*CPUExecutionProvider"):
+        load("onnx", str(path), 1, providers=["ROCMExecutionProvider"])
 
 
 @pytest.mark.skipif(not find_spec("openvino"), reason="needs the extra [openvino]")

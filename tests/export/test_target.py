@@ -22,6 +22,7 @@ def write(folder: Path, text: str) -> Path:
 def test_every_target_that_comes_along_is_whole() -> None:
     assert {
         "this-machine",
+        "this-gpu",
         "cpu-server",
         "h100",
         "a100",
