@@ -13,27 +13,29 @@ from compress.distributed import rank
 from compress.run import sync
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
 class Room:
-    """Where a process's activations lie: in memory, or in files that the system writes back when memory is short.
+    """Where a process's activations lie: in memory, on its GPU, or in files that the system writes back when memory is
+    short.
 
     Args:
         folder: of the files; None for memory. They are of no use once the process has ended.
+        place: the device whose memory it is, where it is not in files; the CPU by default.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder, self._count = folder, 0
+    def __init__(self, folder: Path | None, place: torch.device | None = None) -> None:
+        import torch
 
-    @property
-    def in_memory(self) -> bool:
-        return self._folder is None
+        self._folder, self._count = folder, 0
+        self.place = torch.device("cpu") if folder is not None or place is None else place
 
     def hold(self, tensor: Tensor) -> Tensor:
         """The same values in a tensor that lies here (float32)."""
         if self._folder is None:
-            return tensor
+            return tensor.to(self.place)
         import torch
 
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -200,6 +200,9 @@ def main() -> None:
         for s in given.levels:
             row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s, rescale=True)))  # type: ignore[misc]
         for s in given.levels:
+            row("knapsack only", s, lambda s=s: knapsack_only(  # type: ignore[misc]
+                given.out / f"knapsack-{s:g}", job(s), given.out / f"tyr-{s:g}"))
+        for s in given.levels:
             row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
                 given.out / f"edges-{s:g}", job(s), even_widths(job(s), *left_alone(setup.geometry.layers))))
         for s in given.levels:
@@ -208,9 +211,6 @@ def main() -> None:
         for s in given.levels:
             row("uniform OBS + refit", s, lambda s=s: obs(  # type: ignore[misc]
                 given.out / f"uniform-{s:g}", job(s), even_widths(job(s), 0, 0)))
-        for s in given.levels:
-            row("knapsack only", s, lambda s=s: knapsack_only(  # type: ignore[misc]
-                given.out / f"knapsack-{s:g}", job(s), given.out / f"tyr-{s:g}"))
     print(table(results.rows(), tuple(given.levels)))
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from compress.activations import Room, is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
-from compress.distributed import is_main, main_says, meet
+from compress.distributed import device_bytes, is_main, main_says, meet
 from compress.models.blocks import BlockRunner
-from compress.models.streaming import only_blocks
+from compress.models.streaming import is_streamed, only_blocks
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress, say
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
@@ -150,6 +150,7 @@ def _supernet(
     ]
 
 
+CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a stop costs what keeping would have
 # The options that decide what a candidate is, beside the levels themselves.
 LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
 
@@ -178,11 +179,18 @@ def _walk(
         run.drop_scratch(name)
         return folders
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
-    kept = scratch / f"before-{sealed:03d}"
-    if sealed and main_says(lambda: is_whole(kept, len(calibration))):
-        streams, start = Streams.load(kept, calibration, _room(run, job, name), runner_tokens(runner)), sealed
+    room = _room(run, job, name, runner, 2 * calibration.numel())
+
+    def last_kept() -> int:
+        every = [int(p.name.removeprefix("before-")) for p in scratch.glob("before-*") if is_whole(p, len(calibration))]
+        return max((k for k in every if k <= sealed), default=0)
+
+    start = main_says(last_kept)
+    if start:
+        streams = Streams.load(scratch / f"before-{start:03d}", calibration, room, runner_tokens(runner))
     else:
-        streams, start = Streams.start(runner, calibration, accumulation, _room(run, job, name)), 0
+        streams = Streams.start(runner, calibration, accumulation, room)
+    spent = cost = 0.0  # since the streams were last kept, and what keeping them took
     with only_blocks(job.model, runner.device), Progress(layers, f"{name}: blocks", start=start) as bar:
         for index in range(start, layers):
             began = time.monotonic()
@@ -202,20 +210,31 @@ def _walk(
                 token_weight=job.options.token_weight,
                 metrics=metrics.of(index),
             )
-            if index + 1 < layers:
+            spent += time.monotonic() - began
+            keeps = index + 1 < layers and main_says(lambda due=spent >= cost or cost < CHEAP: bool(due))  # type: ignore[misc]
+            if keeps:
+                began_keeping = time.monotonic()
                 streams.save(scratch / f"before-{index + 1:03d}")
+                spent, cost = 0.0, time.monotonic() - began_keeping
             meet(f"{name}, behind block {index}")
             if index >= sealed:
                 folders.append(write(index, attention, ffn, began))
-            if is_main():
-                shutil.rmtree(scratch / f"before-{index:03d}", ignore_errors=True)
+            if keeps and is_main():
+                for older in scratch.glob("before-*"):
+                    if older.name < f"before-{index + 1:03d}":
+                        shutil.rmtree(older, ignore_errors=True)
             bar.update(1)
     run.drop_scratch(name)
     return folders
 
 
-def _room(run: Run, job: Job, name: str) -> Room:
-    return Room(run.scratch(name) / "activations" if job.offload else None)
+def _room(run: Run, job: Job, name: str, runner: BlockRunner, tokens: int) -> Room:
+    """Where the activations of so many tokens lie: in files where the recipe says so; on the device where they take a
+    quarter of what is free there at most, and no block must be read to be run; else in memory."""
+    if job.offload:
+        return Room(run.scratch(name) / "activations")
+    near = not is_streamed(job.model) and 4 * tokens * job.geometry.hidden <= device_bytes() // 4
+    return Room(None, runner.device if near else None)
 
 
 def _never(_: Path) -> None:
@@ -227,8 +246,9 @@ def _evaluator(
 ) -> Evaluator:
     """An evaluator whose journal belongs to these inputs alone: another recipe's evaluations are not taken for ours."""
     options = job.options.search
+    runner = BlockRunner(job.model, job.family, windows.shape[1])
     return Evaluator(
-        BlockRunner(job.model, job.family, windows.shape[1]),
+        runner,
         Supernet(files, job.geometry),
         windows,
         positions=min(options.positions, windows.shape[1] - 1),
@@ -236,7 +256,7 @@ def _evaluator(
         seed=job.seed,
         log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
-        room=_room(run, job, name),
+        room=_room(run, job, name, runner, windows.numel() * (job.geometry.layers + 2)),
     )
 
 

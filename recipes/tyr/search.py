@@ -122,11 +122,11 @@ class Evaluator:
             torch.randperm(length - 1, generator=generator)[:positions].sort().values for _ in range(len(windows))
         ]
         self._parent: Genome = self.dense
-        self._near = self._fit_near()
-        # On a GPU making a block takes longer than running it: so many are kept as fit in a quarter of what is free.
+        # On a GPU making a block takes longer than running it: so many are kept as fit in a quarter of what is free,
+        # where blocks are held at all.
         self._made: OrderedDict[tuple[int, int, int], torch.nn.Module] = OrderedDict()
         self._most_made = 0
-        if self._near and runner.device.type != "cpu":
+        if runner.device.type != "cpu" and not is_streamed(runner.model):
             self._most_made = device_bytes() // 4 // (4 * sum(p.numel() for p in runner.blocks[0].parameters()))
         self._states: list[Tensor] = []  # _states[i]: the parent's stream in front of block i, (n, length, hidden)
         self._advance(self.dense)
@@ -141,18 +141,6 @@ class Evaluator:
             logp.append(top.values)
             rest.append(_log_rest(top.values))
         return Teacher(positions, torch.stack(index), torch.stack(logp), torch.stack(rest))
-
-    def _fit_near(self) -> bool:
-        """Whether streams lie with the blocks on their device, instead of in memory: where all of the parent's take a
-        quarter of what is free there at most, and no block must be read to be run."""
-        model: Any = self.runner.model
-        width = model.get_input_embeddings().weight.shape[1]
-        held = 4 * self.windows.numel() * width * (self.layers + 2)
-        return not is_streamed(model) and self._room.in_memory and held <= device_bytes() // 4
-
-    def _home(self, stream: Tensor) -> Tensor:
-        """A stream where streams lie."""
-        return stream.to(self.runner.device if self._near else "cpu")
 
     def _block(self, index: int, a: int, f: int) -> torch.nn.Module:
         """The really sliced block ``index`` at levels (a, f)."""
@@ -197,7 +185,7 @@ class Evaluator:
         """Makes ``genome`` the parent whose streams are reused; the processes divide the windows."""
         if not self._states:
             every = slice(0, len(self.windows))
-            self._states = [self._room.hold(self._home(self.runner.embed(self.windows[every])))]
+            self._states = [self._room.hold(self.runner.embed(self.windows[every]).to(self._room.place))]
             same = 0
         else:
             same = self._first_change(genome)
@@ -210,7 +198,7 @@ class Evaluator:
             block = self._block(index, genome[2 * index], genome[2 * index + 1])
             for group in mine:
                 part = slice(group.start - first, group.stop - first)
-                hidden[part] = self._home(self.runner.run(index, hidden[part], block))
+                hidden[part] = self.runner.run(index, hidden[part], block).to(self._room.place)
             self._states.append(self._room.hold(stack(hidden, counts) if world() > 1 else hidden.clone()))
             self.work += self.windows.numel()
         self._parent = genome
@@ -295,7 +283,7 @@ class Evaluator:
                 block = self._block(index, a, f)  # one variant at a time: a large model's are gigabytes each
                 for k in those:
                     for part in parts:
-                        hidden[k][part] = self._home(self.runner.run(index, hidden[k][part], block))
+                        hidden[k][part] = self.runner.run(index, hidden[k][part], block).to(self._room.place)
                 del block
         return [
             self._kl_of(hidden[k] if firsts[k] < self.layers else self._states[-1][list(at)], at)

@@ -120,8 +120,8 @@ class Streams:
         """The embedded windows of this process, of all of ``ids`` (n, length)."""
         windows, slices = own_batches(ids, runner_tokens(runner))
         mine = ids[windows.start : windows.stop]
-        dense = torch.cat([runner.embed(mine[s]).cpu() for s in slices])
         room = Room(None) if room is None else room
+        dense = torch.cat([runner.embed(mine[s]).to(room.place) for s in slices])
         return cls(room.hold(dense), None if accumulation == "none" else room.hold(dense.clone()), windows, slices)
 
     def save(self, folder: Path) -> None:
