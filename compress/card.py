@@ -369,7 +369,7 @@ def again(report: dict[str, Any]) -> list[str]:
         " this in a browser.",
         "",
         "`compress verify FOLDER_OR_ID` checks a copy of this model against its report: every file's hash, its outputs,"
-        " and with `--measure` the figures above.",
+        " and with `--measure` the figures above, the dense model's too where it can be had.",
         "",
     ]
     return lines

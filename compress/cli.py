@@ -482,7 +482,10 @@ def verify(
     model: Annotated[str, typer.Argument(help="a run folder, a release or model folder, or a hub id")],
     measure: Annotated[bool, typer.Option("--measure", help="measures quality and latency again")] = False,
     like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
-    dense: Annotated[Path | None, typer.Option(help="an export folder of the dense model, for latency")] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the dense model, or its export  [default: where the report says]"),
+    ] = None,
     network: Network = None,
     json_: Json = False,
 ) -> None:

@@ -450,8 +450,10 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
                 link(run.folder / "export-pruned" / name, folder / "onnx" / name)
         write_release(report, folder, module_of(report["recipe"]).card)
 
-    # The stages' clock readings are part of the report, not of what decides whether it is the same release.
-    facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    # Clock readings, and where the dense model lay, are part of the report, not of what decides whether it is the same
+    # release.
+    told = ("stages", "command", "commands", "environment", "sha256", "origin")
+    facts = {k: v for k, v in report.items() if k not in told}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
 
 
