@@ -192,24 +192,19 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
     return figure
 
 
-def write(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured."""
+FILES = ("gate.json", "junit.xml", "summary.md")
+
+
+def write(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured; their names."""
     from compress.plots import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "gate.json": (json_text(record) + "\n").encode(),
-        "junit.xml": junit(record),
-        "summary.md": markdown(record).encode(),
-    }
-    for name, text in texts.items():
-        beside = folder / f".{name}.partial"
-        beside.write_bytes(text)
-        beside.replace(folder / name)
-    found = {name: str(folder / name) for name in texts}
-    if any("values" in row for row in record["budgets"]):
-        found |= {path.name: str(path) for path in draw(dict(record), folder, {"gate": plot}).values()}
-    return found
+    texts = ((json_text(record) + "\n").encode(), junit(record), markdown(record).encode())
+    for name, text in zip(FILES, texts, strict=True):
+        (folder / name).write_bytes(text)
+    if not any("values" in row for row in record["budgets"]):
+        return list(FILES)
+    return [*FILES, *(path.name for path in draw(dict(record), folder, {"gate": plot}).values())]
 
 
 def now() -> str:

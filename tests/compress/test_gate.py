@@ -75,7 +75,9 @@ def test_a_report_that_was_edited_is_no_quality(finished: Path, tmp_path: Path) 
     changed = re.sub(r'"pruned_ppl": [0-9.]+', '"pruned_ppl": 1.5', report.read_text())
     report.unlink()
     report.write_text(changed)
-    one_error(compress("gate", f"{run}:dense", run, "-b", "perplexity<=2x"), 1, "changed since it was written")
+    ran = compress("gate", f"{run}:dense", run, "-b", "perplexity<=2x")
+    stamp = json.loads(changed)["sha256"][:16]
+    one_error(ran, 2, "changed since it was written", f"it says sha256 {stamp}, its content has ")
 
 
 def test_a_self_test_prints_what_can_be_detected(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +153,43 @@ def test_a_wrong_gate_file_is_refused_with_its_line(tmp_path: Path, line: str, p
     one_error(compress("gate", "--gate", tmp_path / "gate.yaml"), 2, *parts)
 
 
+def test_a_budget_that_is_no_list_is_told_how_to_become_one(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text("baseline: a.onnx\ncandidate: b.onnx\nbudgets: size<=1x\n")
+    one_error(compress("gate", "--gate", tmp_path / "gate.yaml"), 2, "line 3", "budgets: [size<=1x]")
+
+
+def test_without_a_verdict_the_exit_code_is_not_that_of_a_fail_and_nothing_is_left(
+    models: Path, tmp_path: Path
+) -> None:
+    small, budget = models / "small.onnx", ("-b", "size<=1x")
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(small.read_bytes()[:5000])
+    before = {p.name for p in tmp_path.iterdir()}
+    out, summary = tmp_path / "a" / "out", tmp_path / "summary.md"
+    ran = compress("gate", small, cut, *budget, "--out", out, "--summary", summary)
+    one_error(ran, 2, "not a readable ONNX file", "cut.onnx")
+    one_error(compress("gate", small, small, *budget, "--out", cut / "out"), 2, "cannot be written", "cut.onnx/out")
+    one_error(compress("gate", small, small, *budget, "--summary", tmp_path), 2, "cannot be written", str(tmp_path))
+    one_error(compress("gate", small, small, "-b", f"size<={'9' * 400}x"), 2, "no number that can be reached")
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import gate_verbs
+
+    def measured(*words: Any, **more: Any) -> Any:
+        raise AssertionError("it was measured in vain")
+
+    monkeypatch.setattr(gate_verbs, "compare", measured)
+    small = models / "small.onnx"
+    (tmp_path / "file").write_text("x")
+    for words in (("--out", tmp_path / "file" / "out"), ("--summary", tmp_path / "none" / "summary.md")):
+        one_error(compress("gate", small, small, "-b", "latency<=2x", *words), 2, "cannot be written", str(words[1]))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
     done = subprocess.run(["git", *identity, "-C", str(folder), *words], capture_output=True, text=True, check=True)
@@ -202,9 +241,10 @@ def test_what_cannot_be_built_is_said_and_leaves_no_tree(repository: Path) -> No
     for changed, words, code, parts in (
         ({}, ("git:nowhere",), 2, ("no revision 'nowhere'", "fetch-depth")),
         ({}, ("git:--output=x",), 2, ("no revision '--output=x'",)),
-        ({"artefact": "build/other.onnx"}, (), 1, ("made no build/other.onnx",)),
+        ({}, ("git:HEAD", "git:nowhere"), 2, ("no revision 'nowhere'",)),
+        ({"artefact": "build/other.onnx"}, (), 2, ("made no build/other.onnx",)),
         ({"artefact": "../model.onnx"}, (), 2, ("outside the tree",)),
-        ({"build": [sys.executable, "-c", "raise SystemExit('no compiler')"]}, (), 1, ("no compiler", "exit code 1")),
+        ({"build": [sys.executable, "-c", "raise SystemExit('no compiler')"]}, (), 2, ("no compiler", "exit code 1")),
         ({"build": ["no-such-command-here"]}, (), 2, ("cannot be started",)),
     ):
         before = yaml.safe_load(file.read_text())
@@ -212,6 +252,7 @@ def test_what_cannot_be_built_is_said_and_leaves_no_tree(repository: Path) -> No
         made.write_text(yaml.safe_dump({**before, **changed}))
         ran = compress("gate", *words, "--gate", made)
         assert ran.err.startswith(("building ", "error: ")), ran.err
+        assert "nowhere" not in ran.err or "building" not in ran.err, "revisions are looked up before any is built"
         one_error(ran, code, *parts)
         assert git(repository, "worktree", "list").count("\n") == 0
 
