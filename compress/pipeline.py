@@ -471,7 +471,11 @@ def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, s
         "prune": prune_command,
         "eval": f"compress eval {there}/model --like {there}",
         "export": f"compress export {there}/model --out onnx",
-        "bench": f"compress bench {there}/export-dense {there}/export-pruned",
+        **(
+            {"bench": f"compress bench {there}/export-dense {there}/export-pruned"}
+            if setup.recipe.export is not None
+            else {}
+        ),
         "verify": f"compress verify {there}",
         "card": f"compress card {there}",
         **(
