@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.card import code, escape
+from compress.errors import CompressError
 from compress.export import gate
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
@@ -68,6 +69,12 @@ def workflow_commands(record: Mapping[str, Any]) -> list[str]:
         names = f"{flat(record['baseline']['name'])} -> {flat(record['candidate']['name'])}"
         found.append(f"::{level} title={head}::{_data(f'{line(row)} [{names}]')}")
     return found
+
+
+def error_command(error: CompressError) -> str:
+    """GitHub's workflow command for an error that left no verdict."""
+    said = "; ".join(flat(part) for part in (error.what, error.where, error.fix) if part)
+    return f"::error title={_property('gate: error')}::{_data(said)}"
 
 
 def _data(text: str) -> str:
