@@ -62,6 +62,8 @@ def _text(subject: Subject, named: str | None, export: Path | None) -> Dense:
         return _absent(model["sha256"], export, f"{e.what} (looked for {looked})")
     except CompressError as e:
         return _absent(model["sha256"], export, f"{e.what} (looked for {looked})")
+    except (OSError, ValueError, KeyError) as e:
+        return _absent(model["sha256"], export, f"it cannot be read: {' '.join(str(e).split())} (looked for {looked})")
     return _judged(model["sha256"], found, folder, export, f"{looked}: {folder}")
 
 

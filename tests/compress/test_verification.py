@@ -235,6 +235,22 @@ def test_a_dense_model_that_is_not_here_leaves_its_claims_open_and_says_where_it
         assert found[title]["verdict"] == OPEN, found[title]
         assert "folder /nowhere/at/all" in found[title]["reason"] and "--dense" in found[title]["reason"]
     assert found["perplexity, first text"]["verdict"] == HOLDS
+    change_report(release, lambda r: r.pop("origin"), stamp=True)
+    row = claims(compress("verify", release, "--measure", "--json"))["the dense model"]
+    assert row["verdict"] == OPEN and "does not say where it was" in row["reason"], "as an earlier version wrote it"
+
+
+def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job: Job, tmp_path: Path) -> None:
+    for name, text, part in (
+        ("model.safetensors.index.json", "{", "it cannot be read"),
+        ("model.safetensors", None, "no safetensors weights"),
+    ):
+        broken = Path(shutil.copytree(job.model, tmp_path / name))
+        (broken / name).unlink(missing_ok=True)
+        if text is not None:
+            (broken / name).write_text(text)
+        row = claims(compress("verify", release, "--measure", "--dense", broken, "--json"))["the dense model"]
+        assert row["verdict"] == OPEN and part in row["reason"] and str(broken) in row["reason"]
 
 
 def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
