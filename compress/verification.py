@@ -83,6 +83,10 @@ def verify(
         raise CompressError(
             "there is no model here", where=str(folder), fix="name a model folder or a finished run folder"
         )
+    if models:
+        from compress.setup import quiet
+
+        quiet()
     if models and network is not None:
         raise UsageError("this is a language model", where=str(folder), fix="leave out --network")
     release = folder / "release" if (folder / "release" / REPORT).exists() else folder

@@ -174,10 +174,6 @@ def test_the_dense_model_is_fetched_from_the_hub_at_the_commit_that_the_report_n
     there = found()
     assert there["the dense model"]["verdict"] == there["perplexity, first text, dense"]["verdict"] == "holds"
     assert any("org/dense" in asked and origin["revision"] in asked for asked in hub.asked)
-    hub.repos["org/dense"].files["model.safetensors"] += b" "
-    shutil.rmtree(cache)
-    other = found()["the dense model"]
-    assert other["verdict"] == "is another" and other["said"] != other["found"]
     del hub.repos["org/dense"]
     shutil.rmtree(cache)
     gone = found()["the dense model"]
