@@ -358,7 +358,8 @@ def limits(report: Mapping[str, Any], said: list[str]) -> list[str]:
 def again(report: dict[str, Any]) -> list[str]:
     """The commands that make every number again, and what it was measured on."""
     lines = ["## Every number again", "", "```sh"]
-    lines += [f"{command}" for command in report["commands"].values() if command]
+    # A folder's name may hold a new line, and what follows would be markup.
+    lines += [c if c.isprintable() else plain(c) for c in report["commands"].values() if c]
     lines += ["```", ""]
     environment = report["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
@@ -369,7 +370,7 @@ def again(report: dict[str, Any]) -> list[str]:
         " this in a browser.",
         "",
         "`compress verify FOLDER_OR_ID` checks a copy of this model against its report: every file's hash, its outputs,"
-        " and with `--measure` the figures above.",
+        " and with `--measure` the figures above, the dense model's too where it can be had.",
         "",
     ]
     return lines

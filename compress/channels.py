@@ -76,7 +76,7 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
     rounds = _rounds(run, setup, dense)
     whole = _whole(run, dense, rounds)
     pruned = rounds[-1].trained
-    describe(report, setup, command)
+    describe(report, setup, dense, command)
     _describe(report, setup, dense, rounds, whole)
     report["stages"] = run.stages()
     if last >= STAGES.index("model"):

@@ -396,26 +396,31 @@ def gate(
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
-    from compress.export.gate_outputs import json_text, workflow_commands
+    from compress.export.gate_outputs import error_command, json_text, workflow_commands
     from compress.gate_verbs import lines, on_github, parse_shapes, run
 
-    record = run(
-        baseline,
-        candidate,
-        budget or [],
-        file=gate_file,
-        self_test=self_test,
-        strict=strict,
-        pinned=pinned,
-        out=out,
-        summary=summary,
-        threads=threads,
-        samples=samples,
-        batch=batch,
-        prompt=prompt,
-        context=context,
-        shapes=parse_shapes(shape or []),
-    )
+    try:
+        record = run(
+            baseline,
+            candidate,
+            budget or [],
+            file=gate_file,
+            self_test=self_test,
+            strict=strict,
+            pinned=pinned,
+            out=out,
+            summary=summary,
+            threads=threads,
+            samples=samples,
+            batch=batch,
+            prompt=prompt,
+            context=context,
+            shapes=parse_shapes(shape or []),
+        )
+    except CompressError as e:
+        if on_github():
+            print(error_command(e), file=sys.stderr)
+        raise
     print(json_text(record) if json_ else "\n".join(lines(record)))
     if on_github() and not self_test:
         print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
@@ -482,7 +487,10 @@ def verify(
     model: Annotated[str, typer.Argument(help="a run folder, a release or model folder, or a hub id")],
     measure: Annotated[bool, typer.Option("--measure", help="measures quality and latency again")] = False,
     like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
-    dense: Annotated[Path | None, typer.Option(help="an export folder of the dense model, for latency")] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="the dense model, or its export  [default: where the report says]"),
+    ] = None,
     network: Network = None,
     json_: Json = False,
 ) -> None:

@@ -162,7 +162,8 @@ def read_files(patterns: Sequence[str]) -> list[str]:
     """
     documents = []
     for pattern in patterns:
-        paths = sorted(glob.glob(pattern, recursive=True))
+        # A file's own name may hold what is special in a pattern.
+        paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         if not paths:
             raise CompressError("no file matches", where=pattern, fix="check the path or pattern of the text files")
         for path in paths:

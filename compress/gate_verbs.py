@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,8 +21,15 @@ from compress.export import gate_outputs as outputs
 from compress.export.gate_run import Artefact, Measuring, compare, find
 from compress.export.gate_run import self_test as against_itself
 from compress.recipe import Section, load_section
+from compress.written import append, disk_errors, written
 
 GIT, WORKTREE = "git:", "worktree"
+
+
+class NotJudged(CompressError):
+    """There is no verdict. Its exit code is not 1: that says that the candidate is over a budget."""
+
+    exit_code = 2
 
 
 class GateFile(Section):
@@ -90,6 +97,10 @@ def run(
 
     Returns:
         The record; its ``exit_code`` is the command's.
+
+    Raises:
+        UsageError: what was asked for is wrong; nothing was measured.
+        NotJudged: a model, a build, a measurement or the disk failed; nothing is left behind.
     """
     for folder, option in ((out, "--out"), (summary.parent if summary else None, "--summary")):
         if folder is not None and folder.exists() and not folder.is_dir():
@@ -110,32 +121,39 @@ def run(
         raise UsageError("there is no budget", where="gate", fix=f"--budget, for example: {gate.EXAMPLES}")
     spec = _measuring(gate_file, options)
     began, at = time.monotonic(), outputs.now()
-    with _trees([str(n) for n in names], gate_file, file) as found:
-        if self_test:
-            record = against_itself(found[0], parsed, spec)
-        else:
-            record = compare(
-                found[0],
-                found[1],
-                parsed,
-                spec,
-                strict=strict or (gate_file is not None and gate_file.strict),
-                pinned=pinned or (gate_file.pinned if gate_file else None),
-            )
-    record |= {
-        "time": at,
-        "seconds": round(time.monotonic() - began, 3),
-        "command": shlex.join(["compress", *sys.argv[1:]]),
-    }
-    if self_test:
-        return record
     step = os.environ.get("GITHUB_STEP_SUMMARY")
-    to = summary or (Path(step) if step else None)
-    if to is not None:
-        with to.open("a", encoding="utf-8") as file_:
-            file_.write(outputs.markdown(record) + "\n")
-    if out is not None:
-        record["files"] = outputs.write(record, out)
+    to = None if self_test else summary or (Path(step) if step else None)
+    try:
+        # Before anything is measured: a place that cannot be written is said at once.
+        with nullcontext() if out is None or self_test else written(out) as beside:
+            if to is not None:
+                append(to, "")
+            with _trees([str(n) for n in names], gate_file, file) as found:
+                if self_test:
+                    record = against_itself(found[0], parsed, spec)
+                else:
+                    record = compare(
+                        found[0],
+                        found[1],
+                        parsed,
+                        spec,
+                        strict=strict or (gate_file is not None and gate_file.strict),
+                        pinned=pinned or (gate_file.pinned if gate_file else None),
+                    )
+            record |= {
+                "time": at,
+                "seconds": round(time.monotonic() - began, 3),
+                "command": shlex.join(["compress", *sys.argv[1:]]),
+            }
+            if beside is not None and out is not None:
+                with disk_errors(out):
+                    record["files"] = {name: str(out / name) for name in outputs.write(record, beside)}
+        if to is not None:
+            append(to, outputs.markdown(record) + "\n")
+    except UsageError:
+        raise
+    except CompressError as e:
+        raise NotJudged(e.what, e.where, e.fix) from e
     return record
 
 
@@ -179,14 +197,18 @@ def _trees(names: Sequence[str], gate_file: GateFile | None, file: Path | None) 
     assert file is not None
     top = Path(_git(file.resolve().parent, "rev-parse", "--show-toplevel"))
     with tempfile.TemporaryDirectory(prefix="compress-gate-") as scratch:
+        # All of them, before any is built.
+        commits = {
+            n: _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{n.removeprefix(GIT)}^{{commit}}")
+            for n in names
+            if n.startswith(GIT)
+        }
         made: list[Path] = []
         try:
             found = []
             for i, name in enumerate(names):
                 if name.startswith(GIT):
-                    tree = Path(scratch) / str(i)
-                    revision = name.removeprefix(GIT)
-                    commit = _git(top, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+                    tree, commit = Path(scratch) / str(i), commits[name]
                     _git(top, "worktree", "add", "--detach", "--quiet", str(tree), commit)
                     made.append(tree)
                     found.append(_built(f"{name} ({commit[:12]})", tree, gate_file))
@@ -199,7 +221,11 @@ def _trees(names: Sequence[str], gate_file: GateFile | None, file: Path | None) 
 
 
 def _git(folder: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+    except FileNotFoundError as e:
+        fix = "install it, or name models by their files"
+        raise UsageError("git is not installed", where=str(folder), fix=fix) from e
     if done.returncode:
         if words[0] == "rev-parse" and "--verify" in words:
             raise UsageError(

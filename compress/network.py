@@ -20,7 +20,7 @@ from compress import __version__
 from compress.cache import sha256_of
 from compress.distributed import device
 from compress.errors import CompressError, UsageError
-from compress.run import Run, fingerprint, link, seal_hash
+from compress.run import Run, fingerprint, link, read_seal, seal_hash
 from compress.sections import DataSpec, NetworkRecipe, TrainSpec
 
 if TYPE_CHECKING:
@@ -471,8 +471,9 @@ def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {"ONNX Runtime": bench} | ({"MNN": bench["mnn"]} if "mnn" in bench else {})
 
 
-def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
-    """Fills in where the network and its data came from, the recipe, the command and the machine."""
+def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: str) -> None:
+    """Fills in where the network and its data came from, the dense one that was trained, the recipe, the command and
+    the machine."""
     from compress.doctor import environment
     from compress.tasks import KINDS
 
@@ -486,6 +487,7 @@ def describe(report: dict[str, Any], setup: NetworkSetup, command: str) -> None:
         "network": setup.network if ".py:" not in setup.network else Path(setup.network).name,
         "arguments": setup.arguments,
         "sha256": setup.weights,
+        "dense_sha256": read_seal(dense)["files"][WEIGHTS]["sha256"],
     }
     report["data"] = {
         "source": data.source if setup.spec.folder is None else f"folder {setup.spec.folder.name}",

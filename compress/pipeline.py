@@ -452,8 +452,10 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
                 link(run.folder / "export-pruned" / name, folder / "onnx" / name)
         write_release(report, folder, module_of(report["recipe"]).card)
 
-    # The stages' clock readings are part of the report, not of what decides whether it is the same release.
-    facts = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    # Clock readings, and where the dense model lay, are part of the report, not of what decides whether it is the same
+    # release.
+    told = ("stages", "command", "commands", "environment", "sha256", "origin")
+    facts = {k: v for k, v in report.items() if k not in told}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
 
 
@@ -471,7 +473,11 @@ def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, s
         "prune": prune_command,
         "eval": f"compress eval {there}/model --like {there}",
         "export": f"compress export {there}/model --out onnx",
-        "bench": f"compress bench {there}/export-dense {there}/export-pruned",
+        **(
+            {"bench": f"compress bench {there}/export-dense {there}/export-pruned"}
+            if setup.recipe.export is not None
+            else {}
+        ),
         "verify": f"compress verify {there}",
         "card": f"compress card {there}",
         **(

@@ -38,6 +38,7 @@ def draw(
         "grid.color": "#e6e8ec",
         "axes.axisbelow": True,
         "font.size": 9,
+        "text.parse_math": False,  # a name with $ in it is no formula
     }
     drawn = {}
     with plt.rc_context(style):

@@ -327,9 +327,6 @@ def named_file(name: str, names: Mapping[str, Path], noun: str) -> Path:
 LISTED = ("recipe", "target")  # what `compress list` names
 
 
-LISTED = ("recipe", "target")  # what `compress list` names
-
-
 def read_layers(
     path: Path,
     places: dict[Path_, Place],
@@ -480,6 +477,8 @@ def explain(
     message = fault["msg"].removeprefix("Value error, ")
     value = "" if isinstance(fault["input"], dict | list | BaseModel) else f", not {fault['input']!r}"
     fix = "give a value in range"
+    if fault["type"] == "list_type":
+        fix = f"write a list: {at[-1]}: [{fault['input']}]"
     if key == "sparsity":
         fix = "give the share to remove as a number between 0 and 1, for example 0.5"
     return UsageError(f"{key}: {message[0].lower()}{message[1:]}{value}{more}", where=where, fix=fix)

@@ -123,6 +123,7 @@ def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> N
         "family": setup.family.name,
         "sha256": setup.weights,
     }
+    report["origin"] = dict(setup.resolved.origin)
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command
     report["environment"] = environment()

@@ -86,7 +86,7 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
     else:
         assert recipe.sparsity is not None  # asked by prepare
         pruned = _weights(run, setup, dense, recipe.sparsity, "")
-    describe(report, setup, command)
+    describe(report, setup, dense, command)
     _describe(report, setup, dense, pruned)
     report["stages"] = run.stages()
 

@@ -136,13 +136,13 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     from compress.html_report import NAME, write_html
     from compress.pipeline import module_of
     from compress.report import read_report
+    from compress.written import disk_errors, written
 
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
-    folder.mkdir(parents=True, exist_ok=True)
-    written = module_of(report["recipe"]).card(report, folder)
-    page = write_html(report, written, folder / NAME)
-    return {"card": str(written), "html": str(page), "report": report["sha256"]}
+    with written(folder) as beside, disk_errors(folder):
+        write_html(report, module_of(report["recipe"]).card(report, beside), beside / NAME)
+    return {"card": str(folder / "README.md"), "html": str(folder / NAME), "report": report["sha256"]}
 
 
 def push(run: Path, repo: str, *, public: bool, replace: bool, network: str | None) -> dict[str, Any]:
@@ -159,14 +159,14 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     from compress.html_report import write_html
     from compress.pipeline import module_of
     from compress.report import read_report
+    from compress.written import disk_errors, written
 
     report = read_report(run)
     if out.is_dir():
         raise UsageError("this is a folder", where=str(out), fix="name a file, such as report.html")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as beside:
-        written = module_of(report["recipe"]).card(report, Path(beside))
-        write_html(report, written, out)
+    with written(out.parent) as beside, disk_errors(out), tempfile.TemporaryDirectory() as pictures:
+        card = module_of(report["recipe"]).card(report, Path(pictures))
+        write_html(report, card, beside / out.name)
     return {"html": str(out), "report": report["sha256"]}
 
 

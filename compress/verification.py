@@ -16,15 +16,14 @@ from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
 from compress.run import SEAL, fingerprint, read_seal
 
-Verdict = Literal["holds", "does not hold", "cannot be checked here"]
+Verdict = Literal["holds", "does not hold", "is another", "cannot be checked here"]
 HOLDS: Verdict = "holds"
 FAILS: Verdict = "does not hold"
+OTHER: Verdict = "is another"  # what was found here is not what the report was made with
 OPEN: Verdict = "cannot be checked here"
 
 REPORT = "report.json"
 CODE = (".py", ".so", ".pyd", ".dll", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # what could be run when it is loaded
-ENOUGH = 5  # fresh processes a model, for an interval that can contradict another
-SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: the folder that was named, the folder of the model with its report, and the report."""
+    """What is checked: the folder that was named, the folder of the model with its report, the report, and the
+    FILE.py:FUNCTION that was named for a network."""
 
     folder: Path
     release: Path
@@ -54,7 +54,7 @@ def verify(
     *,
     measure: bool = False,
     like: Path | None = None,
-    dense: Path | None = None,
+    dense: str | None = None,
 ) -> dict[str, Any]:
     """Checks a run folder, a release or model folder, or a model of the hub.
 
@@ -63,13 +63,14 @@ def verify(
 
     Args:
         where: a folder, or a hub id.
-        measure: measures quality and latency again too.
+        measure: measures quality and latency again too, of the dense model as well where it can be had.
         like: a run folder whose held-out text or data is taken.
-        dense: an export folder of the dense model, for the ratio of latencies.
+        dense: the dense model (a folder, a hub id, an alias), or an export of it; looked for where the report says by
+            default.
 
     Returns:
-        ``claims`` (a dict a `Claim`), how many hold, fail and are open; ``models`` as loaded, ``sealed_files``, and
-        ``report``, its hash, where there is one.
+        ``claims`` (a dict a `Claim`), how many hold, fail, are another and are open; ``models`` as loaded,
+        ``sealed_files``, and ``report``, its hash, where there is one.
 
     Raises:
         UsageError, CompressError: there is nothing to be checked.
@@ -82,6 +83,10 @@ def verify(
         raise CompressError(
             "there is no model here", where=str(folder), fix="name a model folder or a finished run folder"
         )
+    if models:
+        from compress.setup import quiet
+
+        quiet()
     if models and network is not None:
         raise UsageError("this is a language model", where=str(folder), fix="leave out --network")
     release = folder / "release" if (folder / "release" / REPORT).exists() else folder
@@ -103,8 +108,9 @@ def verify(
         claims += _counts(subject, loaded)
         claims += _parity(subject)
         if measure:
-            claims += _quality(subject, like)
-            claims += _latency(subject, dense)
+            from compress.remeasure import measured
+
+            claims += measured(subject, like, dense)
     found = {
         "path": str(folder),
         "sealed_files": count,
@@ -112,6 +118,7 @@ def verify(
         "claims": [asdict(c) for c in claims],
         "hold": sum(c.verdict == HOLDS for c in claims),
         "fail": sum(c.verdict == FAILS for c in claims),
+        "other": sum(c.verdict == OTHER for c in claims),
         "open": sum(c.verdict == OPEN for c in claims),
     }
     return found | ({"report": report["sha256"]} if report is not None else {})
@@ -148,7 +155,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for row, note in zip(rows, notes, strict=True):
         cells = "  ".join(f"{cell:{w}}" for cell, w in zip(row[:3], wide, strict=True))
         said.append(f"{cells}  {row[3]}" + (f": {note}" if note else ""))
-    said.append(f"{found['hold']} hold, {found['fail']} do not hold, {found['open']} cannot be checked here")
+    other = f" {found['other']} {'is' if found['other'] == 1 else 'are'} another," if found["other"] else ""
+    said.append(f"{found['hold']} hold, {found['fail']} do not hold,{other} {found['open']} cannot be checked here")
     return said
 
 
@@ -169,7 +177,7 @@ def located(where: str) -> Path:
     raise UsageError("there is no such folder", where=where, fix="name a run folder, a model folder, or a hub id")
 
 
-def _inside(name: str) -> bool:
+def inside(name: str) -> bool:
     """Whether a file that a report or a seal names lies in its folder."""
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
@@ -180,7 +188,7 @@ def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) ->
     bad = []
     for name, facts in files.items():
         shown = (f"{title}/{name}" if title else name) + (", sealed" if source.endswith(SEAL) else "")
-        if not _inside(name):
+        if not inside(name):
             bad.append(Claim(shown, "", "", FAILS, f"{source} names a file outside its folder"))
             continue
         path = folder / name
@@ -278,7 +286,7 @@ def _sample(folder: Path, report: dict[str, Any]) -> list[Claim]:
     said = report.get("fingerprint")
     if said is None:
         return [Claim("fingerprint of the outputs", "", "", OPEN, "the report holds none")]
-    if not _inside(str(said.get("file", ""))) or not (folder / said["file"]).is_file():
+    if not inside(str(said.get("file", ""))) or not (folder / said["file"]).is_file():
         return [Claim("fingerprint of the outputs", "", "missing", FAILS, "the file is missing")]
     same = output_sample(folder / said["file"]) == said
     count = sum(len(out["values"]) for out in said["outputs"].values())
@@ -414,210 +422,3 @@ def _checker(subject: Subject, form: str) -> Callable[[Path, float], dict[str, f
         vocab = family.geometry(model.config).vocab
         return lambda f, t: dict(check_llm(model, f, tolerance=t, vocab=vocab)["outputs"])
     return "this verb has no comparison for the format; its files' hashes were checked"
-
-
-def _quality(subject: Subject, like: Path | None) -> list[Claim]:
-    assert subject.report is not None
-    if "data" in subject.report:
-        return _network_quality(subject, like)
-    return _text_quality(subject, like)
-
-
-def _text_quality(subject: Subject, like: Path | None) -> list[Claim]:
-    """Perplexity again, on the same held-out windows."""
-    from transformers import AutoTokenizer
-
-    from compress.checkpoint import load_config, load_model
-    from compress.evaluate import perplexity
-    from compress.models.families import family_for
-    from compress.pipeline import text_hash
-
-    report = subject.report
-    assert report is not None
-    family = family_for(load_config(subject.release))
-    model, claims = load_model(subject.release, family), []
-    tokenizer = AutoTokenizer.from_pretrained(subject.release)
-    for text in report["quality"]["texts"]:
-        title, said = f"perplexity, {text['name']}", f"{text['pruned_ppl']:.3f}"
-        claims.append(
-            Claim(f"{title}, dense", f"{text['dense_ppl']:.3f}", "", OPEN, "the dense model is not in the release")
-        )
-        try:
-            ids = _windows(subject, report, text, tokenizer, like)
-        except CompressError as e:
-            claims.append(Claim(title, said, "", OPEN, f"the text is not here: {e.what}"))
-            continue
-        if text_hash(ids) != text.get("sha256", text_hash(ids)):
-            claims.append(Claim(title, said, "", OPEN, "the text found here is not the one it was measured on"))
-            continue
-        found = float(perplexity(model, ids, title)["ppl"])
-        same = abs(found / text["pruned_ppl"] - 1) <= SAME_PERPLEXITY
-        reason = "" if same else f"off by more than {SAME_PERPLEXITY:.1%}"
-        claims.append(Claim(title, said, f"{found:.3f}", HOLDS if same else FAILS, reason))
-    for task in report["quality"].get("tasks", ()):
-        claims.append(
-            Claim(
-                f"{task['task']}, {task['metric']}", f"{task['pruned']:.4f}", "", OPEN,
-                f"`compress eval {subject.release} --task {task['task']}` measures it",
-            )
-        )  # fmt: skip
-    return claims
-
-
-def _windows(
-    subject: Subject, report: Mapping[str, Any], text: Mapping[str, Any], tokenizer: Any, like: Path | None
-) -> Any:
-    """The held-out windows of one text: those of a run, or read again from where the recipe has them."""
-    from compress.data import evaluation_windows
-    from compress.recipe import SourceSpec
-
-    texts = report["recipe"]["evaluation"]["texts"]
-    number = next((i for i, t in enumerate(texts) if t["name"] == text["name"]), None)
-    if number is None:
-        raise CompressError("the recipe does not name it", where=REPORT)
-    kept = (like or subject.folder) / "text" / "windows.safetensors"
-    if like is not None and not kept.exists():
-        raise CompressError("this is not a run folder with text in it", where=str(like))
-    if kept.exists():
-        from safetensors.torch import load_file
-
-        found = load_file(kept).get(f"evaluation.{number}")
-        if found is None:
-            raise CompressError("the run holds no such text", where=str(kept))
-        return found
-    source = SourceSpec.model_validate(texts[number]["source"])
-    return evaluation_windows(source, tokenizer, text["windows"], text["length"])
-
-
-def _network_quality(subject: Subject, like: Path | None) -> list[Claim]:
-    """The metrics of every task again, on the same held-out samples."""
-    from dataclasses import replace
-
-    import torch
-
-    from compress import train
-    from compress.distributed import device
-    from compress.images import load
-    from compress.network_verbs import run_data
-    from compress.reload_network import reload
-    from compress.sections import DataSpec
-
-    report = subject.report
-    assert report is not None
-    rows = report["quality"]["tasks"]
-    try:
-        data = run_data(like) if like is not None else load(DataSpec.model_validate(report["recipe"]["data"]))
-    except (CompressError, ValueError) as e:
-        why = f"the data is not here: {e.what if isinstance(e, CompressError) else 'the report does not say which'}"
-        return [Claim(f"{r['metric']}, {r['task']}", f"{r['pruned']:.4f}", "", OPEN, why) for r in rows]
-    if data.sha256 != report["data"]["sha256"]:
-        why = "the data found here is not what it was measured on"
-        return [Claim(f"{r['metric']}, {r['task']}", f"{r['pruned']:.4f}", "", OPEN, why) for r in rows]
-    saved = reload(subject.release, subject.network)
-    data = replace(data, mean=torch.tensor(saved.facts["mean"]), std=torch.tensor(saved.facts["std"]))
-    found = train.evaluate(saved.model.to(device()), data, data.test)
-    claims = []
-    for row in rows:
-        value = found[row["task"]][row["metric"]]
-        # Another order of sums turns a sample or two that stand on the edge.
-        allowed = max(2 / len(data.test), 1e-3 * max(1.0, abs(row["pruned"])))
-        same = abs(value - row["pruned"]) <= allowed
-        claims.append(
-            Claim(
-                f"{row['metric']}, {row['task']}",
-                f"{row['pruned']:.4f}",
-                f"{value:.4f}",
-                HOLDS if same else FAILS,
-                "" if same else f"off by more than {allowed:.4f}",
-            )
-        )
-    return claims
-
-
-def _latency(subject: Subject, dense: Path | None) -> list[Claim]:
-    """The ratio of latencies again, by its interval: times of two machines never compare."""
-    from compress.card import figure_name, figures
-
-    report = subject.report
-    assert report is not None
-    claims = []
-    for name, record in (report.get("targets") or {}).items():
-        for key in figures(record) if isinstance(record, Mapping) else ():
-            title = f"{figure_name(key, record['spec'])} on {name}"
-            why = f"it was measured on the target {name}; `compress bench --target {name}` measures there"
-            claims.append(Claim(title, interval(record["ratios"][key]), "", OPEN, why))
-    bench = report.get("bench")
-    if not bench:
-        return claims
-    records = {"onnx": bench} | {k: v for k, v in bench.items() if isinstance(v, Mapping) and figures(v)}
-    beside = dense if dense is not None else subject.folder / "export-dense"
-    for form, record in records.items():
-        names = {key: f"{figure_name(key, record['spec'])}, {form}" for key in figures(record)}
-        if not beside.is_dir():
-            why = "the dense model's export is not here; name it with --dense FOLDER"
-            claims += [Claim(t, interval(record["ratios"][k]), "", OPEN, why) for k, t in names.items()]
-            continue
-        try:
-            spec = {**record["spec"], "processes": max(ENOUGH, record["spec"]["processes"])}
-            found = _measure(subject, form, beside, spec)
-        except CompressError as e:
-            why = f"{e.what} ({e.where})"
-            claims += [Claim(t, interval(record["ratios"][k]), "", OPEN, why) for k, t in names.items()]
-            continue
-        cpus = _cpus(report)
-        for key, title in names.items():
-            said, now = record["ratios"][key], found["ratios"][key]
-            verdict, reason = judge(said, now, record["spec"]["processes"])
-            claims.append(Claim(title, interval(said), interval(now), verdict, "; ".join(filter(None, (reason, cpus)))))
-    return claims
-
-
-def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) -> dict[str, Any]:
-    pruned = subject.folder / "export-pruned"
-    if not pruned.is_dir():
-        pruned = subject.release / form
-    if (subject.release / "network.json").exists():
-        from compress.export.bench.local import compare_modules
-        from compress.export.onnx_module import FILE
-
-        if form == "mnn":
-            from compress.export.mnn import FILE as MNN_FILE
-
-            if not (pruned / FILE).exists():
-                raise CompressError("MNN is measured beside the ONNX file", where=str(pruned))
-            return compare_modules(dense, pruned, dict(spec), MNN_FILE)
-        return compare_modules(dense, pruned, dict(spec), FILE)
-    from compress.checkpoint import load_config
-    from compress.export.bench.local import compare_llm
-    from compress.models.families import family_for
-
-    config = load_config(subject.release)
-    return compare_llm(dense, pruned, dict(spec), family_for(config).geometry(config).vocab)
-
-
-def judge(said: Mapping[str, float], found: Mapping[str, float], processes: int) -> tuple[Verdict, str]:
-    """Whether a measured ratio (dense / pruned, more is faster) bears out the one in the report, by their intervals.
-
-    Args:
-        processes: of a model, in the measurement that had fewer. Two sets of five from one distribution lie apart, this
-            way round, once in 252 times; of two, once in 6.
-    """
-    if found["high"] < said["low"]:
-        if processes < ENOUGH:
-            return OPEN, f"slower, but {processes} processes are too few for an interval ({ENOUGH} are needed)"
-        return FAILS, "slower here than the report's interval allows"
-    if found["low"] > said["high"]:
-        return HOLDS, "faster here than the report says"
-    return HOLDS, ""
-
-
-def interval(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-
-
-def _cpus(report: Mapping[str, Any]) -> str:
-    """Says so where the report's machine is another."""
-    from compress.doctor import environment
-
-    here, there = environment()["cpu"], report["environment"]["cpu"]
-    return "" if here == there else f"measured on {here}, the report's on {there}"

@@ -86,6 +86,8 @@ def parse_budget(text: str) -> Budget:
 
         raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, FIGURES))
     value = float(number)
+    if not math.isfinite(value):
+        raise _wrong(text[:40] + "...", "the limit is no number that can be reached", f"for example: {EXAMPLES}")
     if figure == "accuracy":
         if statistic or sign != ">=" or unit != "%" or number[0] not in "+-":
             raise _wrong(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.card import code, escape
+from compress.errors import CompressError
 from compress.export import gate
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
@@ -68,6 +69,12 @@ def workflow_commands(record: Mapping[str, Any]) -> list[str]:
         names = f"{flat(record['baseline']['name'])} -> {flat(record['candidate']['name'])}"
         found.append(f"::{level} title={head}::{_data(f'{line(row)} [{names}]')}")
     return found
+
+
+def error_command(error: CompressError) -> str:
+    """GitHub's workflow command for an error that left no verdict."""
+    said = "; ".join(flat(part) for part in (error.what, error.where, error.fix) if part)
+    return f"::error title={_property('gate: error')}::{_data(said)}"
 
 
 def _data(text: str) -> str:
@@ -192,24 +199,19 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
     return figure
 
 
-def write(record: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured."""
+FILES = ("gate.json", "junit.xml", "summary.md")
+
+
+def write(record: Mapping[str, Any], folder: Path) -> list[str]:
+    """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured; their names."""
     from compress.plots import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "gate.json": (json_text(record) + "\n").encode(),
-        "junit.xml": junit(record),
-        "summary.md": markdown(record).encode(),
-    }
-    for name, text in texts.items():
-        beside = folder / f".{name}.partial"
-        beside.write_bytes(text)
-        beside.replace(folder / name)
-    found = {name: str(folder / name) for name in texts}
-    if any("values" in row for row in record["budgets"]):
-        found |= {path.name: str(path) for path in draw(dict(record), folder, {"gate": plot}).values()}
-    return found
+    texts = ((json_text(record) + "\n").encode(), junit(record), markdown(record).encode())
+    for name, text in zip(FILES, texts, strict=True):
+        (folder / name).write_bytes(text)
+    if not any("values" in row for row in record["budgets"]):
+        return list(FILES)
+    return [*FILES, *(path.name for path in draw(dict(record), folder, {"gate": plot}).values())]
 
 
 def now() -> str:

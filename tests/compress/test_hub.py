@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import compress, one_error
+from tests.command import Job, compress, one_error
 from tests.hub import TOKEN, Hub, Repo, stand_in
 
 
@@ -145,3 +145,36 @@ def test_a_card_that_the_hub_refuses_is_not_uploaded(hub: Hub, release: Path, be
 
 def test_without_the_hub_a_name_that_is_no_folder_is_told_so() -> None:
     one_error(compress("verify", "me/nothing-here"), 1, "no folder me/nothing-here, and the hub cannot be reached")
+
+
+def test_the_dense_model_is_fetched_from_the_hub_at_the_commit_that_the_report_names(
+    hub: Hub, release: Path, job: Job
+) -> None:
+    from compress.models.sources import resolve
+    from compress.report import finish
+
+    hub.repos["org/dense"] = Repo(False, {p.name: p.read_bytes() for p in job.model.iterdir()})
+    origin = dict(resolve("org/dense").origin)
+    assert origin == {"hub": "org/dense", "revision": hub.repos["org/dense"].sha}
+    report = json.loads((release / "report.json").read_text())
+    del report["bench"]
+    report["origin"] = origin
+    finish(report)
+    (release / "seal.json").unlink()
+    (release / "report.json").write_text(json.dumps(report))
+
+    def found() -> dict[str, dict[str, str]]:
+        ran = compress("verify", release, "--measure", "--json")
+        assert ran.code == 0, ran.err
+        return {c["claim"]: c for c in json.loads(ran.out)["claims"]}
+
+    cache = Path(str(resolve("org/dense").folder)).parents[1]
+    shutil.rmtree(cache)
+    hub.asked.clear()
+    there = found()
+    assert there["the dense model"]["verdict"] == there["perplexity, first text, dense"]["verdict"] == "holds"
+    assert any("org/dense" in asked and origin["revision"] in asked for asked in hub.asked)
+    del hub.repos["org/dense"]
+    shutil.rmtree(cache)
+    gone = found()["the dense model"]
+    assert gone["verdict"] == "cannot be checked here" and "org/dense" in gone["reason"]

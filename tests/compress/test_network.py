@@ -414,9 +414,49 @@ def test_verify_measures_a_network_again_and_its_report_is_a_page(finished: tupl
     (accuracy,) = (r for r in report["quality"]["tasks"] if r["metric"] == "accuracy")
     assert found[f"accuracy, {accuracy['task']}"]["found"] == f"{accuracy['pruned']:.4f}"
     assert found[f"accuracy, {accuracy['task']}"]["verdict"] == "holds"
+    dense = found[f"accuracy, {accuracy['task']}, dense"]
+    assert dense["verdict"] == "holds" and dense["found"] == f"{accuracy['dense']:.4f}"
+    assert found["the dense model"]["verdict"] == "holds"
     assert found["non-zero parameters"]["found"] == f"{report['size']['nonzero_parameters']:,}"
     assert found["onnx gives what torch gives"]["verdict"] == "holds"
     assert found["latency, batch 1, onnx"]["found"].endswith("]")
     page = (run / "release" / "report.html").read_text()
     for name in ("sparsity-per-layer", "accuracy", "latency", "ratios"):
         assert page.count(f'id="chart-{name}"') == 1
+
+
+def test_the_dense_network_of_a_release_is_the_one_that_is_named_if_its_hash_fits(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import remeasure
+
+    timed: list[Path] = []
+
+    def measured(subject: Any, form: str, dense: Path, spec: Any) -> dict[str, Any]:
+        assert (dense / "model.onnx").is_file()
+        timed.append(dense)
+        return dict(subject.report["bench"])
+
+    monkeypatch.setattr(remeasure, "_measure", measured)
+    run, report = finished
+    own = json.loads((run / "model" / "network.json").read_text())["network"]
+    words = ("verify", run / "release", "--network", own, "--measure", "--json")
+
+    def found(*more: object) -> dict[str, dict[str, Any]]:
+        ran = compress(*words, *more)
+        assert ran.code == 0, ran.err
+        return {c["claim"]: c for c in json.loads(ran.out)["claims"]}
+
+    alone = found()
+    assert alone["the dense model"]["verdict"] == "cannot be checked here" and not timed
+    assert "release/dense" in alone["latency, batch 1, onnx"]["reason"]
+    other = found("--dense", run / "model")["the dense model"]
+    assert other["verdict"] == "is another"
+    assert other["said"] == f"sha256 {report['model']['dense_sha256'][:12]}" != other["found"]
+    named = found("--dense", run / "dense")
+    assert named["the dense model"]["verdict"] == named["latency, batch 1, onnx"]["verdict"] == "holds"
+    (exported,) = timed
+    assert not exported.exists(), "what was exported for it is gone again"
+    (loss,) = (r for r in report["quality"]["tasks"] if r["metric"] == "loss")
+    assert named[f"loss, {loss['task']}, dense"]["verdict"] == "holds"
+    assert found("--dense", run)["latency, batch 1, onnx"]["verdict"] == "holds" and timed[-1] == run / "export-dense"

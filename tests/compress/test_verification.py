@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from compress.remeasure import judge
 from compress.report import finish
-from compress.verification import FAILS, HOLDS, OPEN, judge
-from tests.command import Ran, compress, one_error
+from compress.verification import FAILS, HOLDS, OPEN, OTHER
+from tests.command import Job, Ran, compress, one_error
+from tests.tiny import saved_tiny
 
 
 @pytest.fixture
@@ -43,6 +45,11 @@ def change_report(folder: Path, change: Callable[[dict[str, Any]], object], stam
     if stamp:
         finish(report)
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def without_times(report: dict[str, Any]) -> None:
+    """What is not about latency need not make an export for it."""
+    del report["bench"]
 
 
 def claim_better(report: dict[str, Any]) -> None:
@@ -91,6 +98,7 @@ def test_a_claim_that_was_made_up_does_not_survive_measuring(release: Path) -> N
     """Hashes cannot tell who wrote a report: a forger who makes all of them fit is found by measuring again."""
     from compress.card import write_card
 
+    change_report(release, without_times, stamp=True)
     change_report(release, claim_better, stamp=True)
     (release / "seal.json").unlink()
     write_card(json.loads((release / "report.json").read_text()), release, {})
@@ -152,13 +160,16 @@ def test_measuring_again_gives_every_claim_a_verdict(finished: Path) -> None:
     found = claims(ran)
     assert found["perplexity, first text"]["verdict"] == HOLDS
     assert found["perplexity, first text"]["said"] == found["perplexity, first text"]["found"]
-    assert found["perplexity, first text, dense"]["verdict"] == OPEN
+    assert found["the dense model"]["verdict"] == HOLDS
+    dense = found["perplexity, first text, dense"]
+    assert dense["verdict"] == HOLDS and dense["said"] == dense["found"] != found["perplexity, first text"]["said"]
     for title in ("TTFT, 24 tokens, onnx", "TPOT at 24 tokens of context, onnx"):
         # Two processes a model are too few for a contradiction, whatever this machine does meanwhile.
         assert found[title]["verdict"] in (HOLDS, OPEN) and found[title]["found"].endswith("]")
     assert ran.code == 0, ran.err
 
 
+@pytest.mark.usefixtures("unrun")
 def test_what_cannot_be_checked_here_is_said_with_its_reason(release: Path) -> None:
     def targets(report: dict[str, Any]) -> None:
         del report["files"], report["fingerprint"]  # as an earlier version wrote it
@@ -170,13 +181,144 @@ def test_what_cannot_be_checked_here_is_said_with_its_reason(release: Path) -> N
     ran = compress("verify", release, "--measure")
     assert ran.code == 0, ran.err
     assert "the report names no hashes" in ran.out
-    assert "the dense model's export is not here" in ran.out
     assert "measured on the target pixel-8" in ran.out
     (line,) = [x for x in ran.out.splitlines() if x.startswith("perplexity, second | text  ")]
     assert "cannot be checked here: the text is not here" in line
     assert ran.out.splitlines()[-1].split()[2:5] == ["0", "do", "not"]
 
 
+@pytest.fixture
+def unrun(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Notes which dense export would be measured, and gives the figures of the report for it."""
+    from compress import remeasure
+
+    seen: list[Path] = []
+
+    def measured(subject: Any, form: str, dense: Path, spec: Any) -> dict[str, Any]:
+        assert (dense / "prefill.onnx").is_file() and (dense / "decode.onnx").is_file()
+        seen.append(dense)
+        return dict(subject.report["bench"])
+
+    monkeypatch.setattr(remeasure, "_measure", measured)
+    return seen
+
+
+def test_the_dense_model_of_a_release_is_found_where_the_report_says_and_exported_to_be_timed(
+    release: Path, job: Job, unrun: list[Path]
+) -> None:
+    report = json.loads((release / "report.json").read_text())
+    assert report["origin"] == {"folder": str(job.model)}
+    found = claims(compress("verify", release, "--measure", "--json"))
+    assert found["the dense model"]["reason"] == f"folder {job.model}: {job.model}"
+    for text in report["quality"]["texts"]:
+        row = found[f"perplexity, {text['name']}, dense"]
+        assert row["verdict"] == HOLDS and row["found"] == f"{text['dense_ppl']:.3f}"
+    assert found["TTFT, 24 tokens, onnx"]["verdict"] == HOLDS
+    (made,) = unrun
+    assert not made.exists(), "what was exported for it is gone again"
+
+
+def test_a_dense_figure_that_was_made_up_does_not_survive_measuring(release: Path) -> None:
+    """A worse dense model makes the pruned one look better."""
+    from compress.card import write_card
+
+    change_report(release, without_times, stamp=True)
+    change_report(release, lambda r: r["quality"]["texts"][0].update(dense_ppl=1e3), stamp=True)
+    (release / "seal.json").unlink()
+    write_card(json.loads((release / "report.json").read_text()), release, {})
+    bad = failed(release, "--measure")
+    assert set(bad) == {"perplexity, first text, dense"} and bad["perplexity, first text, dense"]["said"] == "1000.000"
+
+
+def test_a_dense_model_that_is_not_here_leaves_its_claims_open_and_says_where_it_was_looked_for(release: Path) -> None:
+    change_report(release, lambda r: r.update(origin={"folder": "/nowhere/at/all"}), stamp=True)
+    (release / "seal.json").unlink()
+    ran = compress("verify", release, "--measure", "--json")
+    assert ran.code == 0, ran.err
+    found = claims(ran)
+    for title in ("the dense model", "perplexity, first text, dense", "TTFT, 24 tokens, onnx"):
+        assert found[title]["verdict"] == OPEN, found[title]
+        assert "folder /nowhere/at/all" in found[title]["reason"] and "--dense" in found[title]["reason"]
+    assert found["perplexity, first text"]["verdict"] == HOLDS
+    change_report(release, lambda r: r.pop("origin"), stamp=True)
+    row = claims(compress("verify", release, "--measure", "--json"))["the dense model"]
+    assert row["verdict"] == OPEN and "does not say where it was" in row["reason"], "as an earlier version wrote it"
+
+
+def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job: Job, tmp_path: Path) -> None:
+    for name, text, part in (
+        ("model.safetensors.index.json", "{", "it cannot be read"),
+        ("model.safetensors", None, "no safetensors weights"),
+    ):
+        broken = Path(shutil.copytree(job.model, tmp_path / name))
+        (broken / name).unlink(missing_ok=True)
+        if text is not None:
+            (broken / name).write_text(text)
+        row = claims(compress("verify", release, "--measure", "--dense", broken, "--json"))["the dense model"]
+        assert row["verdict"] == OPEN and part in row["reason"] and str(broken) in row["reason"]
+
+
+def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
+    release: Path, job: Job, tmp_path: Path
+) -> None:
+    from compress.checkpoint import weights_hash
+
+    other = saved_tiny(tmp_path / "other", seed=5)
+    ran = compress("verify", release, "--measure", "--dense", other, "--json")
+    assert ran.code == 0, ran.err
+    row = claims(ran)["the dense model"]
+    assert row["verdict"] == OTHER and str(other) in row["reason"]
+    assert row["said"] == f"sha256 {weights_hash(job.model)[:12]}" != row["found"]
+    assert row["found"] == f"sha256 {weights_hash(other)[:12]}"
+    opened = claims(ran)["perplexity, first text, dense"]
+    assert opened["verdict"] == OPEN and row["said"] in opened["reason"] and row["found"] in opened["reason"]
+    assert json.loads(ran.out)["other"] == 1
+    assert " 1 is another, " in compress("verify", release, "--measure", "--dense", other).out.splitlines()[-1]
+    one_error(compress("verify", release, "--measure", "--dense", "smollm2-135"), 2, "did you mean 'smollm2-135m'?")
+
+
+def test_another_export_of_the_dense_model_is_not_timed(release: Path, finished: Path, unrun: list[Path]) -> None:
+    found = claims(compress("verify", release, "--measure", "--dense", finished / "export-pruned", "--json"))
+    row = found["the dense model's export, onnx"]
+    files = json.loads((release / "report.json").read_text())["bench"]["dense"]["files"]
+    assert row["verdict"] == OTHER and row["said"].removeprefix("sha256 ") in {sha[:12] for sha in files.values()}
+    assert found["TTFT, 24 tokens, onnx"]["verdict"] == OPEN and not unrun
+    assert found["perplexity, first text, dense"]["verdict"] == HOLDS, "the model itself is where the report says"
+    for named in (finished / "export-dense", finished):
+        again = claims(compress("verify", release, "--measure", "--dense", named, "--json"))
+        assert again["TTFT, 24 tokens, onnx"]["verdict"] == HOLDS
+    assert unrun == [finished / "export-dense"] * 2
+
+
+def test_a_package_that_a_report_names_is_not_fetched_unless_an_alias_of_ours_names_it(
+    release: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress.models import sources
+
+    def fetched(source: Any) -> tuple[Path, str]:
+        raise AssertionError("pip could run what such a package brings")
+
+    monkeypatch.setattr(sources, "_from_package", fetched)
+
+    def evil(report: dict[str, Any]) -> None:
+        report["origin"] = {"alias": "smollm2-135m"}
+        report["model"]["source"] = "package evil==1.0, dequantised from model.gguf"
+
+    change_report(release, evil, stamp=True)
+    (release / "seal.json").unlink()
+    row = claims(compress("verify", release, "--measure", "--json"))["the dense model"]
+    assert row["verdict"] == OPEN and "does not name the source 'package evil==1.0" in row["reason"]
+
+
+def test_a_text_without_a_hash_in_the_report_is_not_measured_on(release: Path) -> None:
+    change_report(release, without_times, stamp=True)
+    change_report(release, lambda r: r["quality"]["texts"][0].pop("sha256"), stamp=True)
+    (release / "seal.json").unlink()
+    row = claims(compress("verify", release, "--measure", "--json"))["perplexity, first text"]
+    assert row["verdict"] == OPEN and "no hash" in row["reason"]
+
+
+@pytest.mark.usefixtures("unrun")
 def test_another_text_than_was_measured_on_is_no_verdict(release: Path, finished: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -187,7 +329,9 @@ def test_another_text_than_was_measured_on_is_no_verdict(release: Path, finished
     save_file(tensors, other / "text" / "windows.safetensors")
     found = claims(compress("verify", release, "--measure", "--like", other, "--json"))
     assert found["perplexity, first text"]["verdict"] == OPEN
-    assert "not the one it was measured on" in found["perplexity, first text"]["reason"]
+    said = json.loads((release / "report.json").read_text())["quality"]["texts"][0]["sha256"][:12]
+    reason = found["perplexity, first text"]["reason"]
+    assert "not the one it was measured on" in reason and f"sha256 {said} in the report" in reason
     assert found["perplexity, second | text"]["verdict"] == HOLDS
 
 

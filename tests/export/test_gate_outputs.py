@@ -169,11 +169,11 @@ def test_the_summary_says_what_came_out() -> None:
 
 def test_everything_is_written_whole(tmp_path: Path) -> None:
     made = record(*ROWS, name='$x^{2 <b>"')
-    files = outputs.write(made, tmp_path / "out")
+    files = outputs.write(made, tmp_path)
     assert set(files) == {"gate.json", "junit.xml", "summary.md", "gate.png"}
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(files)
-    assert json.loads((tmp_path / "out" / "gate.json").read_text()) == made
-    with Image.open(files["gate.png"]) as image:
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(files)
+    assert json.loads((tmp_path / "gate.json").read_text()) == made
+    with Image.open(tmp_path / "gate.png") as image:
         assert image.width > 600 and len(set(image.convert("RGB").resize((200, 80)).getdata())) > 20
 
 

@@ -191,6 +191,26 @@ def test_weights_beside_the_graph_count_as_size(tmp_path: Path) -> None:
     assert apart.bytes == pytest.approx(whole, rel=0.02)
 
 
+def test_weights_that_are_missing_or_cut_short_are_no_small_model(tmp_path: Path) -> None:
+    model = onnx.load(chain(tmp_path / "m.onnx", 3))
+    onnx.save(model, tmp_path / "apart.onnx", save_as_external_data=True, location="apart.data", size_threshold=0)
+    weights = tmp_path / "apart.data"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(CompressError, match=r"weights of apart\.onnx are cut short: 110,592 bytes are needed"):
+        find(str(tmp_path / "apart.onnx"))
+    weights.unlink()
+    with pytest.raises(CompressError, match=r"weights of apart\.onnx are missing"):
+        find(str(tmp_path / "apart.onnx"))
+
+
+def test_a_file_that_is_read_without_complaint_and_holds_no_network_is_refused(tmp_path: Path) -> None:
+    whole = chain(tmp_path / "m.onnx", 3).read_bytes()
+    for size in (0, 2):  # nothing at all, and the version alone
+        (tmp_path / "cut.onnx").write_bytes(whole[:size])
+        with pytest.raises(CompressError, match="holds no network"):
+            find(str(tmp_path / "cut.onnx"))
+
+
 def test_quality_is_compared_only_where_reports_say_it(both: tuple[Artefact, Artefact]) -> None:
     with pytest.raises(UsageError, match="nothing says what perplexity"):
         compare(*both, [parse_budget("perplexity<=1.02x")], Measuring())

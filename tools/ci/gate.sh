@@ -10,19 +10,21 @@
 #   GATE_OUT                       folder for gate.json, junit.xml, summary.md and gate.png; compress-gate by default
 #   GATE_STRICT                    true: an inconclusive gate fails the job; otherwise it is said and the job goes on
 #   GATE_COMPRESS                  the command; compress by default
-# Exit code: 0 pass (or inconclusive), 1 fail, 2 the settings are wrong.
+# Exit code: 0 pass (or inconclusive), 1 fail, 2 there is no verdict: the settings are wrong, or a model or a build is.
 set -uo pipefail
-words=()
-[ -n "${GATE_BASELINE:-}" ] && words+=("$GATE_BASELINE")
-[ -n "${GATE_CANDIDATE:-}" ] && words+=("$GATE_CANDIDATE")
+out=${GATE_OUT:-compress-gate}
+words=(--out "$out")
 [ -n "${GATE_FILE:-}" ] && words+=(--gate "$GATE_FILE")
 [ "${GATE_STRICT:-false}" = true ] && words+=(--strict)
 while IFS= read -r budget; do
   budget=$(sed 's/^[[:space:]]*//; s/[[:space:]]*$//' <<<"$budget")
   [ -n "$budget" ] && words+=(--budget "$budget")
 done < <(tr ',' '\n' <<<"${GATE_BUDGETS:-}")
-out=${GATE_OUT:-compress-gate}
-"${GATE_COMPRESS:-compress}" gate --out "$out" "${words[@]}"
+# Behind --, a name that begins with a dash is no option. An empty baseline is the gate file's.
+words+=(--)
+[ -n "${GATE_BASELINE:-}${GATE_CANDIDATE:-}" ] && words+=("${GATE_BASELINE:-}")
+[ -n "${GATE_CANDIDATE:-}" ] && words+=("$GATE_CANDIDATE")
+"${GATE_COMPRESS:-compress}" gate "${words[@]}"
 code=$?
 case $code in
   0) verdict=pass ;;
