@@ -549,9 +549,11 @@ def _trials_line(trials: dict[str, Any]) -> str:
     rows = trials["contenders"]
     if not rows:
         return f"no trials: {trials['winner']!r} is the only plan of that size"
+    worst = rows[0]["worst"]
+    lost = f"at {100 * worst:.1f} % of its tolerance" if trials["by_tolerances"] else f"{-worst:+.1f} points"
     return (
         f"trials of {len(rows)} plans, {trials['epochs']} epochs in all: {trials['winner']!r} won, its worst task"
-        f" {-rows[0]['worst']:+.1f} points behind {rows[0]['epochs']} epochs"
+        f" {lost} behind {rows[0]['epochs']} epochs"
     )
 
 

@@ -139,12 +139,13 @@ def _trials(report: dict[str, Any]) -> list[str]:
     halved = ""
     if len({row["epochs"] for _, trials in held for row in trials["contenders"]}) > 1:
         halved = " Those with more epochs were the better half behind fewer."
+    of = " of its tolerance" if held[0][1]["by_tolerances"] else ""
     lines = [
         "## Trials",
         "",
         "Plans of one size that share out the channels differently, each cut and trained for a few epochs; the points"
         " that every task then lost on the calibration split (below 0: it gained). The plan whose worst task lost least"
-        f" was taken, and trained anew from its cut.{halved} The trials took {epochs} epochs in all, on top of the"
+        f"{of} was taken, and trained anew from its cut.{halved} The trials took {epochs} epochs in all, on top of the"
         " training's.",
     ]
     for number, trials in held:

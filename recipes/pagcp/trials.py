@@ -1,9 +1,10 @@
 """A short recovery decides among contenders: each is cut, trained a little on the training split and measured on the
 calibration split. Successive halving (Jamieson and Talwalkar 2016): all for few epochs, the better half for more.
 
-**What counts** is the worst task's `drop` in its own metric. Readings, which are shares of the tolerances, do not:
-contenders are for a target of FLOPs, for which tolerances say no more than how one task weighs against another just
-behind the cut, and one that lets a loss grow six times says nothing of a network that was trained again.
+**What counts** is the worst task. Where the recipe gives tolerances, it has said what each task's loss is worth, and a
+task's reading (the share of its tolerance that is used up) is what it lost. Where it gives a target of FLOPs alone, the
+default tolerance lets every loss grow six times. That weighs tasks just behind a cut, but says nothing of a network
+that was trained again, whose losses hardly rise: then what a task lost is its `drop`, in points of its own metric.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from compress.distributed import alone, gather, rank, world
 from compress.images import Split, Splits
 from compress.recipes.pagcp.contenders import contenders
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
+from compress.recipes.pagcp.options import PAGCPOptions
 from compress.run import Journal, Notes, fingerprint
 from compress.sections import TrainSpec
 from compress.tasks import KINDS, Task
@@ -36,6 +38,11 @@ def drop(task: Task, base: float, value: float) -> float:
 def drops(tasks: Sequence[Task], base: Values, values: Values) -> dict[str, float]:
     """Every task's `drop`."""
     return {t.name: drop(t, base[t.name][t.metric], values[t.name][t.metric]) for t in tasks}
+
+
+def by_tolerances(options: PAGCPOptions) -> bool:
+    """Whether readings are what counts, see above."""
+    return options.tolerance is not None or bool(options.tolerances)
 
 
 def short(spec: TrainSpec, epochs: int) -> TrainSpec:
@@ -77,7 +84,8 @@ class Trials:
     place: Path
 
     def hold(self, states: Mapping[str, State], epochs: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
-        """The winner's name, and a row a contender, the best first: its last heat's epochs, values and drops.
+        """The winner's name, and a row a contender, the best first: its last heat's epochs, values, drops and what its
+        worst task lost.
 
         Every process tries another contender, all by itself, so that the outcome is that of one process.
         """
@@ -87,13 +95,14 @@ class Trials:
             left = left[:count]
             for name, values in self._heat({n: states[n] for n in left}, each).items():
                 found = drops(self.data.tasks, self.base, values)
+                lost = self.pruner.oracle.readings(values) if by_tolerances(self.pruner.options) else found
                 rows[name] = {
                     "name": name,
                     "removed": self.pruner.removal(states[name]),
                     "epochs": each,
                     "values": values,
                     "drops": found,
-                    "worst": max(found.values()),
+                    "worst": max(lost.values()),
                 }
             left.sort(key=lambda n: (rows[n]["worst"], n))
         return left[0], sorted(rows.values(), key=lambda r: (-r["epochs"], r["worst"], r["name"]))
@@ -156,6 +165,7 @@ def choose(
     facts = {
         "winner": winner,
         "epochs": sum(count * each for count, each in heats(len(states), options.epochs)),
+        "by_tolerances": by_tolerances(pruner.options),
         "contenders": rows,
         "passes": passes,
         "measurements": measurements,

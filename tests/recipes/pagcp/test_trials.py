@@ -16,7 +16,7 @@ from compress.images import Splits
 from compress.recipes.pagcp import trials as module
 from compress.recipes.pagcp.contenders import blend, contenders, uniform
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
-from compress.recipes.pagcp.options import PAGCPOptions, TrialOptions
+from compress.recipes.pagcp.options import PAGCPOptions, Tolerance, TrialOptions
 from compress.recipes.pagcp.trials import Trials, choose, drop, heats, short, weights
 from compress.run import Journal
 from compress.sections import TrainSpec
@@ -188,6 +188,24 @@ def test_the_winner_lost_least_in_its_worst_task_and_is_the_network_that_was_mea
     assert decision.values == {t: {k: v for k, v in own.items() if k != "samples"} for t, own in just_cut.items()}
     assert decision.readings == p.oracle.readings(decision.values)
     assert rows[0]["removed"] == p.removal(decision.state) >= 0.5
+
+
+def test_a_recipes_own_tolerances_say_what_each_task_lost_is_worth(
+    trained: nn.Module, data: Splits, tmp_path: Path
+) -> None:
+    limits = {
+        "shape": Tolerance(measure="metric", absolute=10.0),
+        "matte": Tolerance(measure="metric", absolute=0.001),
+    }
+    p = pruner(trained, data, tmp_path / "j", OPTIONS.model_copy(update={"tolerances": limits}))
+    states = {name: p.full | {"stem.0": kept} for name, kept in (("a", 6), ("b", 2))}
+    winner, rows = held(p, data, tmp_path / "t").hold(states, [1])
+    base = p.oracle.base
+    assert base is not None
+    for row in rows:
+        assert row["worst"] == pytest.approx((base["matte"]["iou"] - row["values"]["matte"]["iou"]) / 0.001)
+        assert row["drops"]["matte"] == pytest.approx(row["worst"] / 10)
+    assert winner == min(rows, key=lambda r: r["worst"])["name"]
 
 
 def test_trials_leave_the_dense_network_as_it_was_also_where_plans_leave_it_whole(
