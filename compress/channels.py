@@ -33,7 +33,7 @@ from compress.network import (
 from compress.network import prepare as _prepare
 from compress.pipeline import STAGES
 from compress.run import Run, fingerprint, seal_hash
-from compress.sections import NetworkRecipe
+from compress.sections import NetworkRecipe, TrainSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,6 +54,12 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
             f"{key} is about single weights; here whole channels go",
             where=key,
             fix="give the share of FLOPs to remove: --set pagcp.flops=0.5",
+        )
+    if recipe.options.trials is not None and (recipe.finetune is None or not recipe.finetune.epochs):
+        raise UsageError(
+            "trials are a fine-tuning in short, and there is none",
+            where="pagcp.trials",
+            fix="give finetune (finetune.epochs=10), or leave trials out",
         )
     return _prepare(model, recipe)
 
@@ -162,14 +168,15 @@ def _rounds(run: Run, setup: NetworkSetup, dense: Path) -> list[Round]:
         # Of what is left every round takes the same share.
         target = 1 - (1 - options.flops) ** (number / options.rounds) if options.flops is not None else None
         name = f"round-{number}"
-        plan = _planned(run, setup, name, dense, start, target)
-        asked = {"plan": seal_hash(plan), "start": seal_hash(start)}
-        cut = trained(run, setup, f"{name}/cut", None, lambda p=plan, s=start: _cut(setup, p, s), inputs=asked)  # type: ignore[misc]
-        _same_as_measured(setup, plan, cut)
-        last, spec = cut, recipe.finetune
+        spec = recipe.finetune
         if spec is not None and number < options.rounds:
             warm = min(spec.warmup_epochs, options.between / 2)
             spec = spec.model_copy(update={"epochs": options.between, "warmup_epochs": warm})
+        plan = _planned(run, setup, number, dense, start, target, spec)
+        asked = {"plan": seal_hash(plan), "start": seal_hash(start)}
+        cut = trained(run, setup, f"{name}/cut", None, lambda p=plan, s=start: _cut(setup, p, s), inputs=asked)  # type: ignore[misc]
+        _same_as_measured(setup, plan, cut)
+        last = cut
         if spec is not None and spec.epochs:
             inputs = {"cut": seal_hash(cut)}
             last = trained(
@@ -227,7 +234,15 @@ def _same_as_measured(setup: NetworkSetup, plan: Path, cut: Path) -> None:
                 )
 
 
-def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path, target: float | None) -> Path:
+def _planned(
+    run: Run,
+    setup: NetworkSetup,
+    number: int,
+    dense: Path,
+    start: Path,
+    target: float | None,
+    spec: TrainSpec | None,
+) -> Path:
     """The sealed plan of a round: groups, what the oracle decided, and the channels that go."""
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, Pruner
     from compress.recipes.pagcp.groups import find_groups
@@ -235,7 +250,9 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
     from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
     from compress.recipes.pagcp.plan import Plan
     from compress.recipes.pagcp.saliency import rankings
+    from compress.recipes.pagcp.trials import Trials, choose
 
+    name = f"round-{number}"
     options, data = setup.recipe.options, setup.data
     asked = {
         **setup.inputs,
@@ -243,6 +260,7 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
         "target": target,
         "dense": seal_hash(dense),
         "start": seal_hash(start),
+        **({"finetune": spec.model_dump(mode="json", exclude={"checkpoint_steps"})} if options.trials and spec else {}),
     }
 
     def build(folder: Path | None) -> None:
@@ -270,6 +288,23 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
         )
         worth = _latency_of(pruner, x, oracle) if options.contribution == "latency" else None
         decision = pruner.decide(target, worth, must=start == dense)
+        trials: dict[str, Any] | None = None
+        if options.trials is not None:
+            assert target is not None  # `PAGCPOptions` asks for it
+            assert spec is not None  # nor `prepare` without it
+            held = Trials(
+                pruner,
+                data,
+                split,
+                options.batch,
+                spec,
+                setup.recipe.seed + number,
+                oracle.base or {},
+                run.journal(f"{name}/plan", "trials.jsonl"),
+                oracle.of,
+                run.scratch(f"{name}/plan"),
+            )
+            decision, trials = choose(held, decision, target, worth)
         if folder is None:
             return
         facts = {
@@ -279,9 +314,10 @@ def _planned(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path,
             "tolerances": {t: v.model_dump(mode="json", exclude_none=True) for t, v in limits.items()},
             "samples": len(split),
             "removed": pruner.removal(decision.state),
-            "passes": oracle.passes,
-            "measurements": oracle.measurements,
+            "passes": oracle.passes + (trials["passes"] if trials else 0),
+            "measurements": oracle.measurements + (trials["measurements"] if trials else 0),
             "reference_passes": REFERENCE_RATIOS * len(found.groups),
+            **({"trials": trials} if trials else {}),
         }
         facts.pop("trail")
         (folder / DECISION).write_text(json.dumps(facts, indent=1) + "\n")
@@ -484,6 +520,8 @@ def lines(report: dict[str, Any]) -> list[str]:
             f" {one['passes']:.1f} passes over the calibration split (trying {one['reference_passes'] // one['groups']}"
             f" ratios of every group: {one['reference_passes']})"
         )
+        if "trials" in one:
+            found.append(f"round {number}  {_trials_line(one['trials'])}")
     dense = [f"{v['layer']} ({v['reason']})" for v in report["left"]]
     if dense:
         found.append(f"dense    {len(dense)} layers stay as they were: {'; '.join(dense[:3])}")
@@ -507,6 +545,18 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found
 
 
+def _trials_line(trials: dict[str, Any]) -> str:
+    rows = trials["contenders"]
+    if not rows:
+        return f"no trials: {trials['winner']!r} is the only plan of that size"
+    worst = rows[0]["worst"]
+    lost = f"at {100 * worst:.1f} % of its tolerance" if trials["by_tolerances"] else f"{-worst:+.1f} points"
+    return (
+        f"trials of {len(rows)} plans, {trials['epochs']} epochs in all: {trials['winner']!r} won, its worst task"
+        f" {lost} behind {rows[0]['epochs']} epochs"
+    )
+
+
 # --- beforehand -------------------------------------------------------------------------------------------------------
 
 
@@ -516,6 +566,7 @@ def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
     from compress.recipes.pagcp.costs import Costs
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, SCALES
     from compress.recipes.pagcp.groups import find_groups
+    from compress.recipes.pagcp.trials import heats
 
     setup = prepare(model, recipe)
     options = recipe.options
@@ -550,6 +601,15 @@ def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
             fix=f"ask for {math.floor(1000 * most) / 1000:g} at most, or lower pagcp.keep or pagcp.round_to",
         )
     passes = 1 if options.flops is None else SCALES
+    trials = None
+    if options.trials is not None:
+        greedy = 1 + (options.trials.spare > 1)  # at most: data, and its tasks, are not read here
+        passes *= greedy
+        count = greedy * (1 + len(options.trials.blends)) + 1
+        trials = {
+            "contenders": count,
+            "epochs": options.rounds * sum(n * each for n, each in heats(count, options.trials.epochs)),
+        }
     return {
         "method": recipe.method,
         "task": recipe.task,
@@ -570,6 +630,7 @@ def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
             "between": options.between * (options.rounds - 1),
             "finetune": recipe.finetune.epochs if recipe.finetune is not None else 0,
         },
+        "trials": trials,
     }
 
 
@@ -605,5 +666,10 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         f"data     {facts['data']}",
         f"train    {epochs['dense']} epochs dense, {epochs['between']} between {facts['rounds']} rounds,"
         f" {epochs['finetune']} at the end",
+        *(
+            f"trials   {trials['contenders']} plans a round at most, {trials['epochs']} epochs in all"
+            for trials in [facts["trials"]]
+            if trials
+        ),
         "loads    torch, by compress.reload_network; ONNX Runtime: a smaller dense network, faster in any runtime",
     ]

@@ -38,6 +38,7 @@ FOREVER = timedelta(days=30)  # work that the main process does alone may take l
 
 _timeout = PATIENCE
 _group: Any = None  # a gloo group for what is said between the processes, whatever carries the tensors
+_alone = False  # within `alone`
 
 
 class Aborted(BaseException):
@@ -53,7 +54,7 @@ class RankLost(CompressError):
 
 def rank() -> int:
     """This process's number; 0 is the main one."""
-    return int(os.environ.get("RANK", "0")) if started() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if started() > 1 and not _alone else 0
 
 
 def started() -> int:
@@ -63,11 +64,23 @@ def started() -> int:
 
 def world() -> int:
     """How many processes work together: 1 until they have joined."""
-    return 1 if _group is None else started()
+    return 1 if _group is None or _alone else started()
 
 
 def is_main() -> bool:
     return rank() == 0
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While it is open, this process works as if there were no other: all that it calls gives what one process would,
+    and each process may do something else."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def share(count: int, of: int | None = None) -> range:

@@ -6,6 +6,7 @@ measured is the network cut to that state, so the last accepted measurement is t
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -124,6 +125,12 @@ class Pruner:
         self.prices: dict[str, float] = {}  # worst rise for FLOPs saved, by group
         self._replays: dict[str, Replay] = {}
         self._bar: Progress | None = None
+
+    def judged_by(self, oracle: Oracle) -> Pruner:
+        """The same round before another oracle."""
+        other = copy.copy(self)
+        other.oracle, other._replays = oracle, {}
+        return other
 
     # --- states ---
 

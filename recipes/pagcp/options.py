@@ -30,6 +30,34 @@ class Tolerance(BaseModel):
         return f"{how} of its {self.measure}"
 
 
+class TrialOptions(BaseModel):
+    """Plans of one size are each trained a little, and the one that lost least on the calibration split is taken."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: list[Annotated[int, Field(ge=1)]] = Field(
+        [3],
+        min_length=1,
+        description="all contenders are trained for the first, the better half of them for the next, and so on, each"
+        " from its cut on, by the fine-tuning's schedule in short",
+    )
+    spare: float = Field(
+        2.5,
+        ge=1,
+        description="a second greedy plan counts readings of tasks on pixels so many times, where there are others"
+        " beside them; 1: no second plan",
+    )
+    blends: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        [0.5], description="shares of the way from a greedy plan's widths to uniform ones"
+    )
+
+    @model_validator(mode="after")
+    def _rising(self) -> TrialOptions:
+        if self.epochs != sorted(set(self.epochs)):
+            raise ValueError("epochs must rise")
+        return self
+
+
 class PAGCPOptions(BaseModel):
     """The `pagcp:` section of a recipe."""
 
@@ -69,10 +97,15 @@ class PAGCPOptions(BaseModel):
     settle: int = Field(
         128, ge=0, description="training samples on which batch norms take their statistics again after a cut; 0: none"
     )
+    trials: TrialOptions | None = Field(
+        None, description="contenders for `flops`, judged behind a short training; by default the greedy plan is taken"
+    )
     cache_bytes: int = Field(1 << 30, ge=0, description="memory for activations in front of the group being tried")
 
     @model_validator(mode="after")
     def _fits(self) -> PAGCPOptions:
         if self.rounds == 1 and self.between:
             raise ValueError("between is for several rounds")
+        if self.trials is not None and self.flops is None:
+            raise ValueError("trials choose among plans of one size: give flops")
         return self

@@ -7,6 +7,7 @@ kinds are alike (`used`). What is measured is the sliced network itself, the one
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,13 +124,20 @@ class Oracle:
 
     Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as
     one that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole
-    split."""
+    split. Readings of the tasks in ``weights`` count so many times."""
 
     def __init__(
-        self, data: Splits, split: Split, limits: Mapping[str, Tolerance], batch: int, journal: Journal | Notes, of: str
+        self,
+        data: Splits,
+        split: Split,
+        limits: Mapping[str, Tolerance],
+        batch: int,
+        journal: Journal | Notes,
+        of: str,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
         self.data, self.split, self.limits, self.batch = data, split, limits, batch
-        self.journal, self.of = journal, of
+        self.journal, self.of, self.weights = journal, of, dict(weights or {})
         self.base: dict[str, dict[str, float]] | None = None
         self.known: dict[str, dict[str, Any]] = {}
         for row in journal.rows():
@@ -138,6 +146,22 @@ class Oracle:
 
     def _learn(self, row: dict[str, Any]) -> None:
         self.known[row["key"]] = row
+
+    def weighed(self, weights: Mapping[str, float]) -> Oracle:
+        """Another oracle on the same split, with other weights; it knows what this one has measured whole."""
+        other = Oracle(
+            self.data,
+            self.split,
+            self.limits,
+            self.batch,
+            self.journal,
+            f"{self.of} {json.dumps(dict(weights), sort_keys=True)}",
+            weights,
+        )
+        other.base = self.base
+        # What was given up was so by these weights.
+        other.known = {k: row for k, row in self.known.items() if row["values"] is not None} | other.known
+        return other
 
     @property
     def passes(self) -> float:
@@ -209,7 +233,8 @@ class Oracle:
         found = {}
         for task in self.data.tasks:
             key, rising = measure_of(task, self.limits[task.name])
-            found[task.name] = used(self.limits[task.name], self.base[task.name][key], values[task.name][key], rising)
+            reading = used(self.limits[task.name], self.base[task.name][key], values[task.name][key], rising)
+            found[task.name] = self.weights.get(task.name, 1.0) * reading
         return found
 
     def _least(self, losses: Sequence[float], counts: Sequence[Sequence[Counts]], seen: int) -> Readings:
@@ -225,7 +250,7 @@ class Oracle:
                 # All that is still to come may be right.
                 hits, left = sum(float(c.sums[0]) for c in own), len(self.split) - seen
                 at_best = used(limit, base["accuracy"], (hits + left) / len(self.split), True)
-            found[task.name] = at_best
+            found[task.name] = self.weights.get(task.name, 1.0) * at_best
         return found
 
     @torch.no_grad()

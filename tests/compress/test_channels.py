@@ -274,6 +274,8 @@ def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path)
         ("small", ("--set", "pagcp.flops=0.99", "--set", "pagcp.keep=0.5"), 1, ("cannot go", "at most")),
         ("detached", (), 1, ("cannot be traced",)),
         ("flat", ("--set", "train.batch=1"), 2, ("one sample", "train.batch")),
+        ("small", ("--set", "pagcp.trials={}", "--set", "pagcp.flops=null"), 2, ("trials choose", "give flops")),
+        ("small", ("--set", "pagcp.trials={}", "--set", "finetune=null"), 2, ("trials are a fine-tuning in short",)),
         ("small", ("--set", "pagcp.shares=1"), 2, ("unknown key 'shares'",)),
     ],
 )
@@ -283,6 +285,39 @@ def test_what_cannot_be_done_is_one_clear_error(
     words = (*words, "--set", "train.epochs=1") if "train.batch=1" not in words else words
     one_error(prune(place, tmp_path / "run", *words, network=network), code, *parts)
     assert not (tmp_path / "run" / "plan").exists() and not (tmp_path / "run" / "round-1" / "plan").exists()
+
+
+TRIED = ("--set", "pagcp.rounds=1", "--set", "pagcp.between=0", "--set", "pagcp.trials={epochs: [1]}")
+
+
+def test_trials_decide_the_plan_are_told_on_the_card_and_come_out_the_same_again(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    ran = prune(place, run, *TRIED, "--set", "export=null")
+    assert ran.code == 0, ran.err
+    assert "round 1  trials of" in ran.out and "won, its worst task" in ran.out
+    report = json.loads((run / "release" / "report.json").read_text())
+    (one,) = report["rounds"]
+    rows = one["trials"]["contenders"]
+    assert {"greedy", "uniform"} <= {r["name"] for r in rows} and one["trials"]["epochs"] == len(rows)
+    assert one["trials"]["winner"] == rows[0]["name"]
+    assert rows[0]["worst"] == min(r["worst"] for r in rows) == rows[0]["drops"]["class"]
+    assert one["removed"] == rows[0]["removed"] == pytest.approx(report["size"]["flops_removed"])
+    text = (run / "release" / "README.md").read_text()
+    assert "## Trials" in text and f"The trials took {len(rows)} epochs in all" in text
+    for row in rows:
+        assert f"| {row['name']} | {100 * row['removed']:.1f} % | 1 | {row['drops']['class']:.1f} |" in text
+    before = {p: (run / p).read_bytes() for p in ("round-1/plan/decision.json", "model/model.safetensors")}
+    for stage in ("round-1", "plan", "model", "release"):
+        shutil.rmtree(run / stage)
+    ran = prune(place, run, *TRIED, "--set", "export=null", "--until", "model")
+    assert ran.code == 0, ran.err
+    assert {p: (run / p).read_bytes() for p in before} == before
+    assert not list((run / ".scratch").iterdir())
+
+
+def test_plan_says_how_many_epochs_trials_take(place: Path) -> None:
+    told = compress("plan", named(place), "-r", place / "mine.yaml", *TRIED)
+    assert "trials   5 plans a round at most, 5 epochs in all" in told.out
 
 
 def _whole_run(place: Path, out: Path) -> None:

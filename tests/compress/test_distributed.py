@@ -97,6 +97,21 @@ def test_what_processes_tell_each_other(processes: int, count: int) -> None:
         assert answer["said"] == 5 and answer["given"] == [0.0, 0.0]
 
 
+def _by_itself() -> tuple[object, ...]:
+    x = torch.tensor([1.0 + distributed.rank()])
+    with distributed.alone():
+        within = distributed.world(), distributed.rank(), distributed.gather([x.item()])
+        # The other one is not waited for: it says this once less.
+        if x.item() == 1.0:
+            distributed.meet("nowhere")
+        alone = float(distributed.sum_floats(x.clone()))
+    return within, alone, float(distributed.sum_floats(x)), distributed.rank()
+
+
+def test_a_process_that_works_alone_is_one_of_one_until_it_is_back() -> None:
+    assert ranks.run(2, _by_itself) == [((1, 0, [1.0]), 1.0, 3.0, 0), ((1, 0, [2.0]), 2.0, 3.0, 1)]
+
+
 @pytest.mark.parametrize(("count", "processes"), [(7, 3), (2, 5), (0, 2), (12, 4)])
 def test_shares_are_contiguous_whole_and_even(count: int, processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "world", lambda: processes)

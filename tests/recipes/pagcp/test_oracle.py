@@ -16,41 +16,20 @@ from torch import nn
 from compress.errors import CompressError, UsageError
 from compress.flops import count_flops
 from compress.images import Splits
-from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, Pruner, decay, first_rate, portions
+from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, decay, first_rate, portions
 from compress.recipes.pagcp.groups import find_groups, tensors
 from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions, Tolerance
-from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances, used
+from compress.recipes.pagcp.oracle import calibration, tolerances, used
 from compress.recipes.pagcp.plan import Plan
 from compress.recipes.pagcp.replay import Replay, before, calls
-from compress.recipes.pagcp.saliency import rankings, taylor_scores, weight_scores
-from compress.run import Journal
+from compress.recipes.pagcp.saliency import taylor_scores, weight_scores
 from compress.sections import TrainSpec
 from compress.surgery import cut
 from compress.train import evaluate, train
-from tests import channel_nets as nets
 from tests import ranks
 from tests.networks import shape_data
-
-LOSS = PAGCPOptions(round_to=2, batch=16, keep=0.0, saliency="l1", total=60.0, settle=0)
-SETTLED = LOSS.model_copy(update={"settle": 100})
-
-
-class Small(nn.Module):
-    """Six groups, two tasks, a skip from early to late."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.block, self.deep = nets.conv(3, 12), nets.conv(12, 12), nets.conv(12, 16)
-        self.last, self.classes = nets.conv(16, 16), nn.Linear(16, 3)
-        self.side, self.mix, self.pixels = nn.Conv2d(12, 8, 1), nets.conv(24, 8), nn.Conv2d(8, 1, 1)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        y = self.stem(x)
-        y = y + self.block(y)
-        z = self.last(self.deep(y))
-        matte = self.pixels(self.mix(torch.cat([self.side(y), z], 1)))
-        return {"shape": self.classes(z.mean((2, 3))), "matte": matte}
+from tests.pagcp_round import LOSS, SETTLED, Small, pruner
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +43,6 @@ def trained(data: Splits) -> nn.Module:
     model = Small()
     train(model, data, TrainSpec(epochs=12, lr=0.1, batch=32, warmup_epochs=1))
     return model.eval()
-
-
-def pruner(model: nn.Module, data: Splits, path: Path, options: PAGCPOptions = LOSS) -> Pruner:
-    x = data.prepare(data.calibration.inputs[:2])
-    groups = find_groups(model, x, options.round_to).groups
-    split = calibration(data, options.samples)
-    limits = tolerances(options, [t.name for t in data.tasks])
-    oracle = Oracle(data, split, limits, options.batch, Journal(path), "test")
-    oracle.base = oracle.measure("dense", model, 1.0).values
-    order = rankings(model, groups, data, split, options.saliency)
-    dense = sum(f.dense for f in count_flops(model, x[:1]))
-    settle = Settle(data, options.settle)
-    return Pruner(model, groups, order, oracle, options, x, dense, settle=settle)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------
