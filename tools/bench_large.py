@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="tyr-large")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--gpu-gb", type=float, default=24.0, help="10^9 bytes that may be allocated on the GPU")
+    parser.add_argument("--until", default="model", choices=["plan", "model"])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
     from compress.distributed import device
@@ -97,12 +98,14 @@ def main() -> None:
     overrides = [*SETTINGS, *given.overrides]
     reckoned = {row["stage"]: row for row in plan(str(folder), given.recipe, overrides)["stages"]}
     began = time.monotonic()
-    report = prune(str(folder), given.recipe, given.out / "run", overrides=overrides, until="model")
+    report = prune(str(folder), given.recipe, given.out / "run", overrides=overrides, until=given.until)
     spent = time.monotonic() - began
     measured = {row["name"]: row for row in report["stages"]}
     (given.out / "large.json").write_text(json.dumps({"plan": reckoned, "measured": measured}, indent=1) + "\n")
     print(table(reckoned, measured))
-    print(f"{spent:.0f} s in all; the saved model was loaded again and gave the same logits")
+    print(f"{spent:.0f} s in all", flush=True)
+    if where.type == "cuda":
+        print(f"{torch.cuda.max_memory_reserved() / 1e9:.1f} GB reserved at most, of {given.gpu_gb:g} GB allowed")
 
 
 def table(reckoned: dict[str, Any], measured: dict[str, Any]) -> str:

@@ -34,6 +34,25 @@ def fit_scale(job: Job, plan: Plan) -> tuple[float, float, float]:
     return SCALES[best], float(mean[SCALES.index(1.0)]), float(mean[best])
 
 
+def _chunks(length: int, vocab: int, device: str) -> list[slice]:
+    """Positions whose logits are made together. On a CPU few: what is larger than 32 MB the C library takes from the
+    system anew every time, and clearing the pages costs more than the arithmetic."""
+    size = length if device != "cpu" else max(1, 2**24 // (4 * vocab))
+    return [slice(i, i + size) for i in range(0, length, size)]
+
+
+def _kl_sums(runner: BlockRunner, teaching: Tensor, hidden: Tensor, scales: Sequence[float]) -> Tensor:
+    """Sum over the positions of KL(dense || pruned) at each scale: (len(scales),) float64, on the CPU."""
+    teacher, raw = runner.logits(teaching).log_softmax(-1), runner.raw_logits(hidden)
+    chances = teacher.exp()
+    sure = (chances * teacher).sum(-1)
+    sums = []
+    for scale in scales:
+        z = runner.capped(raw * scale)
+        sums.append((sure - (chances * z).sum(-1) + z.logsumexp(-1)).double().sum())
+    return torch.stack(sums).cpu()
+
+
 def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label: str) -> Tensor:
     """Mean KL(dense || pruned) in nats over all positions of ``windows`` (n, length) at each scale of the logits:
     (len(scales),) float64. Processes divide the windows."""
@@ -49,8 +68,9 @@ def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label:
             bar.update(1)
         found = []
         for teaching, hidden in zip(dense, pruned, strict=True):
-            teacher, raw = runner.logits(teaching).log_softmax(-1), runner.raw_logits(hidden)
-            students = (runner.capped(raw * scale).log_softmax(-1) for scale in scales)
-            found.append([float((teacher.exp() * (teacher - z)).sum(-1).double().mean()) for z in students])
+            sums = torch.zeros(len(scales), dtype=torch.float64)
+            for rows in _chunks(hidden.shape[1], job.geometry.vocab, runner.device.type):
+                sums += _kl_sums(runner, teaching[:, rows], hidden[:, rows], scales)
+            found.append((sums / hidden.shape[1]).tolist())
     # Summed in the order of the windows, whichever process had them.
     return torch.tensor(gather(found), dtype=torch.float64).mean(0)
