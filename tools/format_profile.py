@@ -2,30 +2,35 @@
 
 Each runtime's own profiler: ONNX Runtime's, OpenVINO's counters, ExecuTorch's ETDump. They name and cut the nodes
 differently; what they all tell apart is products with weights, products of two activations (attention), and the rest.
+A node's time is its least over some calls: what other work on the machine adds falls on few of them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 WEIGHTS, ATTENTION, REST = "layers with weights", "attention's products", "all else"
+STARTING = "starting them"  # ExecuTorch tells the time of a call with and without its kernel
 PART = {"latency": "model", "ttft": "prefill", "tpot": "decode"}
-CALLS = {"model": 30, "prefill": 5, "decode": 15}
+CALLS = {"model": 30, "prefill": 8, "decode": 20}
 
 # Operators as OpenVINO and XNNPACK call them.
 HAVE_WEIGHTS = ("FullyConnected", "Fully Connected", "Convolution", "GroupConvolution", "Deconvolution")
 OF_ACTIVATIONS = ("MatMul", "Batch Matrix Multiply", "ScaledDotProductAttention")
 
 
-def kinds_of(form: str, folder: Path, figure: str, spec: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of one call by kind, measured in a process of its own.
+Kinds = dict[str, dict[str, float]]  # kind -> operator, as the runtime calls it -> seconds of one call
+
+
+def kinds_of(form: str, folder: Path, figure: str, spec: Mapping[str, Any]) -> Kinds:
+    """Where the time of a call goes, measured in a process of its own.
 
     Args:
         folder: with the ONNX export; another format lies in a folder of its name in it.
@@ -37,13 +42,16 @@ def kinds_of(form: str, folder: Path, figure: str, spec: Mapping[str, Any]) -> d
     done = subprocess.run(
         [sys.executable, "-m", "tools.format_profile", json.dumps(request)], capture_output=True, text=True, check=True
     )
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    found: Kinds = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def _sorted(nodes: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Seconds by kind of (kind, seconds)."""
-    return {kind: sum(s for k, s in nodes if k == kind) for kind in (WEIGHTS, ATTENTION, REST)}
+def _sorted(nodes: Sequence[tuple[str, str, float]]) -> Kinds:
+    """Of (kind, operator, seconds) of every node."""
+    found: Kinds = {WEIGHTS: {}, ATTENTION: {}, REST: {}}
+    for kind, operator, seconds in nodes:
+        found[kind][operator] = found[kind].get(operator, 0.0) + seconds
+    return found
 
 
 def _kind(operator: str) -> str:
@@ -52,7 +60,7 @@ def _kind(operator: str) -> str:
     return ATTENTION if operator.startswith(OF_ACTIVATIONS) else REST
 
 
-def _onnx(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, float]:
+def _onnx(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
     from compress.export.bench.explain import COMPUTE, profile
     from compress.export.bench.local import LOCAL
 
@@ -64,7 +72,7 @@ def _onnx(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, float]:
         return ATTENTION if "Conv" not in node["op"] and second and len(second[0]) > 2 else WEIGHTS
 
     nodes = profile(folder, spec, LOCAL, CALLS[part])[part]["nodes"]
-    return _sorted([(kind(node), node["seconds"]) for node in nodes.values()])
+    return _sorted([(kind(node), node["op"], node["seconds"]) for node in nodes.values()])
 
 
 def _feed(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,20 +85,22 @@ def _feed(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     return random_feed(graph, {a: s[1] for a, s in axes.items()})
 
 
-def _openvino(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, float]:
+def _openvino(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
     from compress.export.runtimes import load
 
     runner = load("openvino", str(folder / "openvino" / f"{part}.xml"), spec["threads"], profile=True)
     call = runner.prepare(_feed(folder, part, spec))
-    calls = []
-    for _ in range(CALLS[part] + 1):
+    least: dict[str, tuple[str, str, float]] = {}
+    for _ in range(CALLS[part]):
         call()
-        rows = [(_kind(row.node_type), row.real_time.total_seconds()) for row in runner.native.profiling_info]
-        calls.append(_sorted(rows))
-    return _middle(calls[1:])
+        for row in runner.native.profiling_info:
+            before = least[row.node_name][2] if row.node_name in least else math.inf
+            seconds = min(before, row.real_time.total_seconds())
+            least[row.node_name] = _kind(row.node_type), row.node_type, seconds
+    return _sorted(list(least.values()))
 
 
-def _executorch(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, float]:
+def _executorch(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
     import torch
     from executorch.devtools import Inspector
     from executorch.extension.pybindings import portable_lib
@@ -99,63 +109,57 @@ def _executorch(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, f
     portable_lib._unsafe_reset_threadpool(spec["threads"])
     module = portable_lib._load_for_executorch(str(folder / "executorch" / "model.pte"), enable_etdump=True)
     feed = [torch.from_numpy(array) for array in _feed(folder, part, spec).values()]
-    for _ in range(CALLS[part] + 1):
+    for _ in range(CALLS[part]):
         module.run_method(method, feed)
     with tempfile.TemporaryDirectory() as beside:
         path = f"{beside}/etdump"
         module.write_etdump_result_to_file(path)
         blocks = Inspector(etdump_path=path).event_blocks
     (run,) = [block for block in blocks if block.name == "Execute"]
-    calls: list[dict[str, float]] = [dict.fromkeys((WEIGHTS, ATTENTION, REST), 0.0) for _ in range(CALLS[part] + 1)]
+    nodes = []
     for event in run.events:
-        kind = _kind(event.name) if event.is_delegated_op else REST
-        for call, milliseconds in zip(calls, event.perf_data.raw, strict=True):
-            if event.name == "Method::execute":
-                call[REST] += milliseconds / 1000
-            elif kind != REST:
-                call[kind] += milliseconds / 1000
-                call[REST] -= milliseconds / 1000
-    return _middle(calls[1:])
+        seconds, operator = min(event.perf_data.raw) / 1000, event.name.split(" (")[0]
+        if event.is_delegated_op:
+            nodes += [(_kind(operator), operator, seconds), (REST, STARTING, -seconds)]
+        elif operator.startswith("native_call_"):
+            nodes += [(REST, operator.removeprefix("native_call_"), seconds), (REST, STARTING, -seconds)]
+        elif operator in ("OPERATOR_CALL", "DELEGATE_CALL"):  # each holds some of the above
+            nodes.append((REST, STARTING, seconds))
+    return _sorted(nodes)
 
 
-def _middle(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {kind: median(call[kind] for call in calls) for kind in calls[0]}
-
-
-def explained(
-    dense: Mapping[str, float],
-    pruned: Mapping[str, float],
-    work: tuple[Mapping[str, int], Mapping[str, int]],
-    unit: str,
-) -> list[str]:
+def explained(dense: Kinds, pruned: Kinds, work: tuple[Mapping[str, int], Mapping[str, int]], unit: str) -> list[str]:
     """What each kind of work took before and after, and its share of the time that is missing from the ideal.
 
     Args:
         work: (dense, pruned) amounts of ``unit`` by kind.
     """
     left = sum(work[1].values()) / sum(work[0].values())
-    totals = sum(dense.values()), sum(pruned.values())
+    times = [{kind: sum(operators.values()) for kind, operators in side.items()} for side in (dense, pruned)]
+    totals = [sum(side.values()) for side in times]
     missing = totals[1] - left * totals[0]
     said = [
         f"under the profiler {1e3 * totals[0]:.2f} -> {1e3 * totals[1]:.2f} ms; at the ideal it would be"
         f" {1e3 * left * totals[0]:.2f}"
     ]
     if missing <= 0:
-        return [*said, "so the profiled runs miss nothing: what the timed runs miss is noise"]
-    for kind in sorted(dense, key=lambda k: left * dense[k] - pruned[k]):
-        if not dense[kind]:
-            continue
+        return [*said, "so the profiled calls miss nothing, and do not say what the timed ones miss"]
+    lost = {kind: times[1][kind] - left * times[0][kind] for kind in dense if times[0][kind]}
+    for kind in sorted(lost, key=lambda k: -lost[k]):
         before, after = (side.get(kind, 0) for side in work)
         if not before:
             why = f"no {unit} are counted for them"
         elif before == after:
             why = f"their {unit} stay as they were"
         else:
-            rate = (after / pruned[kind]) / (before / dense[kind])
+            rate = (after / times[1][kind]) / (before / times[0][kind])
             why = f"{before / after:.2f}x fewer {unit}, at {100 * rate:.0f} % of the rate they were done at before"
+        if kind == REST:
+            most = sorted(pruned[REST].items(), key=lambda row: -row[1])[:4]
+            why += f" ({', '.join(f'{operator} {1e3 * seconds:.1f}' for operator, seconds in most)})"
         said.append(
-            f"{kind}: {1e3 * dense[kind]:.2f} -> {1e3 * pruned[kind]:.2f} ms; {why};"
-            f" {100 * (pruned[kind] - left * dense[kind]) / missing:.0f} % of what is missing"
+            f"{kind}: {1e3 * times[0][kind]:.2f} -> {1e3 * times[1][kind]:.2f} ms; {why};"
+            f" {100 * lost[kind] / missing:.0f} % of what is missing"
         )
     return said
 
