@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import shutil
 import subprocess
@@ -359,7 +360,12 @@ def _from_package(source: Source) -> tuple[Path, str]:
         (made / "dequantised.json").write_text(
             json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1)
         )
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError as e:
+            # Another process made the same in the meantime; the marker is in what it renamed.
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not marker.exists():
+                raise
     return folder, words
 
 

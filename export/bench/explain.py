@@ -324,13 +324,19 @@ def lines(found: Mapping[str, Any], most: int = 6) -> list[str]:
 
 
 def why(
-    dense: Path, pruned: Path, spec: Mapping[str, Any], transport: Transport, *, block: int | None = None
+    dense: Path,
+    pruned: Path,
+    spec: Mapping[str, Any],
+    transport: Transport,
+    *,
+    block: int | None = None,
+    calls: int = CALLS,
 ) -> dict[str, dict[str, Any]]:
-    """Profiles two models on the device and explains the speed-up of every part; see `explain`."""
+    """Profiles two models on the device and explains the speed-up of every part; see `explain` and `profile`."""
     found = []
     for where in (dense, pruned):
         graphs = artefact(where, "onnx").parts
-        found.append({part: layers(p, graphs[part]) for part, p in profile(where, spec, transport).items()})
+        found.append({part: layers(p, graphs[part]) for part, p in profile(where, spec, transport, calls).items()})
     return {part: explain(rows, found[1][part], block=block) for part, rows in found[0].items()}
 
 

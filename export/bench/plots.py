@@ -50,30 +50,35 @@ def distribution(bench: Mapping[str, Any], plt: Any) -> Any:
     return figure
 
 
-def speed_up(points: Sequence[Mapping[str, Any]], plt: Any) -> Any:
-    """Measured speed-up over the FLOPs removed, and what the FLOPs promise.
+def speed_up(panels: Sequence[Mapping[str, Any]], plt: Any) -> Any:
+    """Measured speed-up over the work removed, and what the work promises.
 
     Args:
-        points: ``flops_removed`` (share), ``ratio`` (``median``, ``low``, ``high``), ``runtime`` each.
+        panels: ``title``, ``work`` (what is counted, such as FLOPs) and ``points`` each: ``removed`` (share of the
+            work), ``ratio`` (``median``, ``low``, ``high``), ``runtime``.
     """
-    figure, axis = plt.subplots(figsize=(6, 3.8))
-    most = max(p["flops_removed"] for p in points)
-    x = np.linspace(0, min(most * 1.1, 0.98), 200)
-    axis.plot(100 * x, 1 / (1 - x), color="black", lw=1, ls="--", label="ideal: 1 / FLOPs left")
-    axis.fill_between(100 * x, 0.8 / (1 - x), 1 / (1 - x), color=QUIET, alpha=0.5, lw=0, label="80 % of it or more")
-    for runtime in dict.fromkeys(p["runtime"] for p in points):
-        rows = sorted((p for p in points if p["runtime"] == runtime), key=lambda p: float(p["flops_removed"]))
-        middle = [p["ratio"]["median"] for p in rows]
-        below = [p["ratio"]["median"] - p["ratio"]["low"] for p in rows]
-        above = [p["ratio"]["high"] - p["ratio"]["median"] for p in rows]
-        axis.errorbar(
-            [100 * p["flops_removed"] for p in rows], middle, [below, above], marker="o", capsize=3, label=runtime
-        )
-    axis.axhline(1, color=DENSE, lw=0.8)
-    axis.set_xlabel("FLOPs removed, %")
-    axis.set_ylabel("times as fast as dense")
-    axis.set_title("Speed-up against FLOPs removed", loc="left")
-    axis.legend(frameon=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels) + 0.6, 3.9), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        points = panel["points"]
+        x = np.linspace(0, min(1.1 * max(p["removed"] for p in points), 0.98), 200)
+        ideal = f"ideal: 1 / {panel['work']} left"
+        axis.plot(100 * x, 1 / (1 - x), color="black", lw=1, ls="--", label=ideal)
+        axis.fill_between(100 * x, 0.8 / (1 - x), 1 / (1 - x), color=QUIET, alpha=0.5, lw=0, label="80 % of it or more")
+        runtimes = list(dict.fromkeys(p["runtime"] for p in points))
+        for i, runtime in enumerate(runtimes):
+            rows = sorted((p for p in points if p["runtime"] == runtime), key=lambda p: float(p["removed"]))
+            middle = [p["ratio"]["median"] for p in rows]
+            below = [p["ratio"]["median"] - p["ratio"]["low"] for p in rows]
+            above = [p["ratio"]["high"] - p["ratio"]["median"] for p in rows]
+            # All runtimes have the same abscissas: side by side, so that none hides another.
+            aside = (i - (len(runtimes) - 1) / 2) * 1.2 * x[-1]
+            at = [100 * p["removed"] + aside for p in rows]
+            axis.errorbar(at, middle, [below, above], fmt="o", ms=4, lw=1.2, capsize=2, label=runtime)
+        axis.axhline(1, color=DENSE, lw=0.8)
+        axis.set_xlabel(f"{panel['work']} removed, %")
+        axis.set_title(panel["title"], loc="left")
+        axis.legend(frameon=False, loc="upper left", fontsize=7.5)
+    axes[0][0].set_ylabel("times as fast as dense")
     return figure
 
 

