@@ -539,7 +539,7 @@ def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, lengt
     work: dict[str, float] = {"read": kept_bytes, "write": kept_bytes if final else 0.0}
     ram |= {"the plan": kept_bytes}
     if shape.options.rescale or not final:
-        scales = len(SCALES) if shape.options.rescale else 1
+        scales = len(SCALES if final else SCALES[::5]) if shape.options.rescale else 1
         device |= {
             "both streams": 2 * 4.0 * tokens * g.hidden,
             "logits": 6 * 4.0 * length * g.vocab,

@@ -464,7 +464,7 @@ def run_off(
     spec = job.options.run_off
     assert spec is not None and job.judging is not None  # asked by the caller
     few = job.calibration[: spec.calibration]
-    scales = SCALES if job.options.rescale else (1.0,)
+    scales = SCALES[::5] if job.options.rescale else (1.0,)
     kls: dict[str, float] = {}
     names = {label: f"run-off-{k}" for k, label in enumerate(contenders)}
     for label, choices in contenders.items():
