@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -546,13 +548,32 @@ def _stop(number: int, frame: object) -> None:
     raise Stopped
 
 
+@contextlib.contextmanager
+def _memory_errors() -> Iterator[None]:
+    """A GPU whose memory does not suffice is no fault of the program."""
+    try:
+        yield
+    except RuntimeError as e:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(e, torch.OutOfMemoryError):
+            raise
+        asked = re.search(r"Tried to allocate ([\d.]+ [KMG]iB)", str(e))
+        raise CompressError(
+            f"the GPU's memory does not suffice{f': {asked[1]} more were asked for' if asked else ''}",
+            where=f"a GPU with {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB" if torch.cuda.is_available() else "the GPU",
+            fix="see `compress plan --on this-machine`; --set memory.stream=true holds one block at a time, and"
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves no gaps",
+        ) from e
+
+
 def main() -> None:
     """Runs the command line; every error a user can act on is one message and an exit code."""
     from compress import distributed
 
     try:
         signal.signal(signal.SIGINT, _stop)
-        app()
+        with _memory_errors():
+            app()
     except CompressError as e:
         if distributed.report(e, e.exit_code, _debug):
             sys.exit(e.exit_code)

@@ -15,6 +15,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import sys
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -550,6 +551,14 @@ def _load_tensorrt(
     with open(path, "rb") as file:
         engine = runtime.deserialize_cuda_engine(file.read())
     if engine is None:
+        # As TensorRT-RTX 1.7 says it on an H100.
+        pattern = r"has compute capability (\d+\.\d+)\. Supported compute capabilities: ([\d. ]*\d)"
+        other = re.search(pattern, logger.last)
+        if other is not None:
+            raise Missing(
+                f"this GPU has compute capability {other[1]}, the engine was built for {other[2].replace(' ', ', ')}",
+                "run it on such a GPU",
+            )
         raise CannotRun(f"{version} cannot load {os.path.basename(path)}: {logger.last}")
     if not 0 <= profile < engine.num_optimization_profiles:
         raise CannotRun(f"the engine has {engine.num_optimization_profiles} optimisation profiles, no {profile}")

@@ -9,7 +9,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,9 @@ def only_blocks(model: Any, device: torch.device) -> Iterator[None]:
     finally:
         if parked:
             model.model.layers = nn.ModuleList()
-            model.to(device)
+            # Where an error has left no room on the device, that error is what is to be heard of.
+            with suppress(torch.OutOfMemoryError):
+                model.to(device)
             model.model.layers = blocks
 
 

@@ -201,10 +201,15 @@ class Eliminator:
             self._shrink()
 
     def _shrink(self) -> None:
-        made = self._inverse.new_empty(len(self._at), len(self._at))
-        for first in range(0, len(made), Moments.ROWS):
+        """In place: at 70B a second matrix takes 5 GB, and between the two of them a GPU's memory is left in pieces."""
+        # Symmetric: whichever way it lies in memory, its rows are there one behind another.
+        whole = self._inverse if self._inverse.is_contiguous() else self._inverse.mT
+        size = len(self._at)
+        made = whole.view(-1)[: size * size].view(size, size)
+        for first in range(0, size, Moments.ROWS):
+            # What is written lies in front of all that is still to be read: a row moves forwards, and gets shorter.
             rows = self._at[first : first + Moments.ROWS]
-            made[first : first + len(rows)] = self._inverse[rows][:, self._at]
+            made[first : first + len(rows)] = whole[rows][:, self._at]
         self._inverse = made
         self._w = self._w[self._at]
         self._G = None if self._G is None else self._G[self._at]

@@ -369,11 +369,13 @@ def _ffn_levels(
     problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, metric: Tensor | None
 ) -> list[Level]:
     whole = costs.ffn(geometry.ffn)
-    # Taken to the CPU as they come: together they may be larger than the matrices they come from.
-    return [
-        _level(tuple(keep.tolist()), keep, whole - costs.ffn(count), whole, problem, refitted, count == geometry.ffn)
-        for count, keep, refitted in neuron_levels(problem, menu.neurons, step, score, metric, last=True)
-    ]
+    # Taken to the CPU as they come, and let go: together they may be larger than the matrices they come from.
+    levels = []
+    for count, keep, refitted in neuron_levels(problem, menu.neurons, step, score, metric, last=True):
+        units, dense = tuple(keep.tolist()), count == geometry.ffn
+        levels.append(_level(units, keep, whole - costs.ffn(count), whole, problem, refitted, dense))
+        del refitted
+    return levels
 
 
 def _level(

@@ -87,6 +87,22 @@ def test_debug_shows_the_traceback() -> None:
         compress("--debug", "plan", "no-such-model", "-r", "tyr-demo")
 
 
+def test_a_gpu_whose_memory_is_full_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from compress import verbs
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 4.41 GiB. GPU 0 has a total capacity of 79.18 GiB of which 56.80 GiB"
+        )
+
+    monkeypatch.setattr(verbs, "plan", full)
+    ran = compress("plan", "llama-8b", "-r", "tyr")
+    assert ran.code == 1 and ran.err.count("error: ") == 1
+    assert "the GPU's memory does not suffice: 4.41 GiB more were asked for" in ran.err and "memory.stream" in ran.err
+
+
 def test_version() -> None:
     from compress import __version__
 

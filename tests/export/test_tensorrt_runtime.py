@@ -152,6 +152,17 @@ def test_a_shape_outside_the_profile_is_refused_before_it_runs(stands_in: Path) 
         runner.run({"x": np.zeros((5, 3), np.float32)})
 
 
+def test_an_engine_for_other_gpus_is_not_at_fault(stands_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "IRuntime::deserializeCudaEngine: Error Code 6: API Usage Error (The engine cannot run on this GPU, which has"
+        " compute capability 9.0. Supported compute capabilities: 8.0 8.6 8.9 12.0. TensorRT-RTX does not support this"
+    )  # as TensorRT-RTX 1.7 says it on an H100
+    monkeypatch.setattr(runtimes, "trt_logger", lambda trt: SimpleNamespace(last=said))
+    (stands_in / "other").write_bytes(b"for others")
+    with pytest.raises(Missing, match=r"capability 9\.0, the engine was built for 8\.0, 8\.6, 8\.9, 12\.0$"):
+        load("tensorrt", str(stands_in / "other"))
+
+
 def test_what_is_no_engine_or_no_device_is_said(stands_in: Path) -> None:
     (stands_in / "other").write_bytes(b"no engine")
     with pytest.raises(CannotRun, match="cannot load other"):
