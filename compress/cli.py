@@ -233,7 +233,7 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         f" {_time(facts['seconds_high'])}"
         + (f"; {_time(alone)} of it the main process works alone" if machine["processes"] > 1 else ""),
         "         (the interval is what forecasts of measured CPU runs were off by"
-        + ("; no GPU's time was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
+        + ("; of GPUs one small run was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
         f"memory   {memory}" + (f"; {_size(facts['ram_bytes_node'])} a node" if machine["processes"] > 1 else ""),
         f"disk     {_size(facts['disk_bytes_peak'])} at its fullest, {_size(facts['disk_bytes_end'])} at the end,"
         f" beside the dense model; {_size(facts['read_bytes'])} read by a process",

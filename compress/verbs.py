@@ -37,7 +37,7 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
     if streamed is None:
         free = machine.memory if machine.gpu else machine.ram / machine.count
         streamed = 4 * costs.total > RESIDENT_SHARE * free
-    reckoned = stages(shape_of(setup, machine.world, streamed, machine.gpu is not None), job)
+    reckoned = stages(shape_of(setup, machine.world, streamed, machine.memory if machine.gpu else None), job)
     dense = costs.total * setup.stored_dtype.itemsize
     found = forecast(reckoned, machine, dense)
     return {

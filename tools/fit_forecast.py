@@ -251,7 +251,7 @@ def foreseen(case: Case, found: Sequence[Sequence[int]] | None = None) -> list[S
     family = family_for(config)
     setup = Setup(None, recipe, family, family.geometry(config), family.costs(config), config, "")  # type: ignore[arg-type]
     chosen = None if found is None else [Choice(*c) for c in found]
-    return stages(shape_of(setup, case.processes, case.streamed, False), job_for(setup, None, {}), chosen)
+    return stages(shape_of(setup, case.processes, case.streamed, None), job_for(setup, None, {}), chosen)
 
 
 def pairs(measured: dict[str, Any], knowing: bool = False) -> list[tuple[Stage, dict[str, Any]]]:

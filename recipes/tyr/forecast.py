@@ -54,7 +54,7 @@ class Shape:
     cache_blocks: int
     world: int
     layouts: int = 1
-    gpu: bool = False
+    gpu: float | None = None  # bytes of a process's GPU
     recover: RecoverSection | None = None
 
     @property
@@ -65,7 +65,13 @@ class Shape:
     @property
     def batch(self) -> int:
         """Tokens per forward, at most."""
-        return batch_tokens(self.geometry, self.gpu)
+        return batch_tokens(self.geometry, self.gpu is not None)
+
+    @property
+    def spare(self) -> float:
+        """Bytes of a GPU that activations, or blocks once made, may take: a quarter of what the model leaves; 0 where
+        blocks must be read to be run."""
+        return 0.0 if self.gpu is None or self.streamed else (self.gpu - 4 * self.costs.total) / 4
 
     @property
     def block(self) -> int:
@@ -327,7 +333,8 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
         rest = 4.0 * (shape.costs.total - layers * shape.block)
         device["model"] -= rest
         ram["embeddings and head"] = rest
-    ram |= {"streams": stream, "levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
+    (device if 8.0 * total * length * h <= shape.spare else ram)["streams"] = stream
+    ram |= {"levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
     whole = 4.0 * total * length * h * streams
     return Stage(
         name,
@@ -362,7 +369,7 @@ def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, 
     device, ram = _held(shape)
     group = max(1, min(shape.batch, windows * length // 4) // length) * length
     device |= {"a batch": _passing(shape, group, length), "logits": 4.0 * positions * g.vocab * 4}
-    ram |= {"the parent's streams": states}
+    (device if states * (g.layers + 2) / (g.layers + 1) <= shape.spare else ram)["the parent's streams"] = states
     work = {
         "gemm32": g.layers * shape.forward(tokens, length) + shape.head(windows * positions),
         "touch": 8 * states,
@@ -431,6 +438,9 @@ def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
         again = layers * shape.forward(tokens / shape.world, length, kept)
         parts.append({"gemm32": again, "make": 6.0 * layers * shape.block * kept})
     device = {**device, "a variant of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
+    ffns, attentions = sum(len(m.neurons) - 1 for m in menus), sum(len(m.heads) - 1 for m in menus)
+    made = 4.0 * g.hidden * (ffns * 3 * g.ffn + attentions * 2 * shape.inputs) / 2
+    device["made blocks"] = min(shape.spare, made)
     rows = count * (160 + 4 * layers)
     return Stage(
         f"singles-{number}",
@@ -481,6 +491,8 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
     work = _added(*parts)
     device = {**device, "a variant of a block": 4.0 * shape.block * kept}
+    pairs = [min(len(m.neurons) * len(m.heads), search.generations * search.offspring) for m in menus]
+    device["made blocks"] = min(shape.spare, DIFFERENT * sum(pairs) * 4.0 * shape.block * kept)
     tokens = search.windows * length
     ram = {
         **ram,
@@ -576,7 +588,7 @@ def reference_token_layers(layers: int) -> float:
     return float(REFERENCE_TOKENS * layers)
 
 
-def shape_of(setup: Any, world: int, streamed: bool, gpu: bool) -> Shape:
+def shape_of(setup: Any, world: int, streamed: bool, gpu: float | None) -> Shape:
     """The sizes of a checked model and recipe (`compress.setup.Setup`)."""
     recipe = setup.recipe
     return Shape(
