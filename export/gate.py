@@ -5,7 +5,10 @@ every round from the 7th on the gate looks at all pairs. The bounds are order st
 lie on either side of a limit is a fair coin's tosses where the true median is the limit, whatever the noise looks like,
 so the chance that any of all looks errs is counted exactly (`error_over_looks`).
 
-A time is that of the fastest call of a process unless the budget names another statistic.
+A time is that of the fastest call of a process unless the budget names another statistic. On a machine where whole
+processes are slowed down, which the first rounds show, a round is several processes of each model, and the fastest of
+them counts; those first rounds are then set aside. What decides that is each model's own spread, not the ratio, so a
+pair stays a fair coin's toss at the limit.
 
 - **pass**: the upper bound of the 95 % interval is within the budget. With all looks counted, a candidate that is
   exactly at the limit passes so in under 5 % of gates, a worse one less often.
@@ -33,6 +36,9 @@ from compress.errors import UsageError
 from compress.export.bench.stats import P90_FROM, P99_FROM
 
 FIRST, LAST = 7, 21  # rounds
+PILOT = 3  # from this round to the first look the machine's noise is watched
+NOISY = 1.05  # a model's slowest process in them over its fastest: then a round has REPEATS processes of each model
+REPEATS = 4
 SAMPLES = 3  # of at least 0.1 s each, in one process
 LEVEL_TAIL = 0.025  # of the interval that is told, and that a pass rests on
 FALSE_FAIL = 0.01  # of candidates exactly at the limit, all looks counted
@@ -240,6 +246,20 @@ def spread(values: Sequence[float]) -> float:
     """Half of the distance of the outer sextiles, relative to the median: one sigma where the noise is normal."""
     low, middle, high = np.percentile(np.asarray(values, dtype=float), [15.87, 50, 84.13])
     return float((high - low) / 2 / middle)
+
+
+def noisy(figures: Sequence[Sequence[float]]) -> bool:
+    """Whether the processes of one and the same model differ so much that one of them is not enough for a round.
+
+    Args:
+        figures: for every model and figure, those of the first rounds' processes.
+    """
+    return any(max(own) > NOISY * min(own) for own in figures)
+
+
+def order(round_: int, repeats: int) -> list[int]:
+    """Which of the two models every process of a round runs: ABBA over the rounds, and within one."""
+    return [which for j in range(repeats) for which in ((0, 1) if (round_ + j) % 2 == 0 else (1, 0))]
 
 
 def throttled(values: Sequence[float]) -> float | None:

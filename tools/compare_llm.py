@@ -25,7 +25,7 @@ from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
-from compress.recipes.tyr.prune import final_pass, produce_plan
+from compress.recipes.tyr.prune import final_pass, joined, produce_plan
 from compress.run import SEAL, Journal, Run
 from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
 
@@ -104,6 +104,12 @@ def tyr(folder: Path, job: Job) -> Plan:
 
 
 def knapsack_only(folder: Path, job: Job, searched: Path) -> Plan:
+    """The plain knapsack's solution behind a last pass; the run-off's, where that saw all windows."""
+    spec = job.options.run_off
+    if spec is not None and spec.calibration is None:
+        for judged in searched.glob("run-off-*-judged/kl.json"):
+            if json.loads(judged.read_text())["solution"] == "knapsack":
+                return joined(sorted((searched / judged.parent.name.removesuffix("-judged")).glob("block-*")))
     result = json.loads((searched / "search-1" / "search.json").read_text())
     options = json.loads((searched / "singles-1" / "singles.json").read_text())["options"]
     choices = settle(job, [Choice(**c) for c in result["choices_starts"]["knapsack"]], options)

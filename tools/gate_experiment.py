@@ -108,9 +108,10 @@ def tell(done: list[dict[str, Any]]) -> None:
         )
 
 
-# Figures of the processes of one gate in the order in which they run, (2 * LAST,), all for one and the same model.
+# Figures of the processes of one gate in the order in which they run, (COUNT,), all for one and the same model: as many
+# as a gate on a noisy machine takes.
 Noise = Callable[[np.random.Generator], NDArray[Any]]
-COUNT = 2 * gate.LAST
+COUNT = 2 * gate.FIRST + 2 * gate.REPEATS * gate.LAST
 
 
 def calm(rng: np.random.Generator) -> NDArray[Any]:
@@ -118,9 +119,10 @@ def calm(rng: np.random.Generator) -> NDArray[Any]:
 
 
 def drift(rng: np.random.Generator) -> NDArray[Any]:
-    """The machine gets slower (or faster) by up to 40 % over a gate, and wavers."""
-    wave = 0.05 * np.sin(2 * np.pi * (np.arange(COUNT) / rng.uniform(5, 40) + rng.uniform()))
-    return np.exp(0.01 * rng.standard_normal(COUNT) + rng.uniform(-0.35, 0.35) * np.arange(COUNT) / COUNT + wave)
+    """The machine gets slower (or faster) by up to 40 % over a gate of 42 processes, and wavers."""
+    at, short = np.arange(COUNT), 2 * gate.LAST
+    wave = 0.05 * np.sin(2 * np.pi * (at / rng.uniform(5, 40) + rng.uniform()))
+    return np.exp(0.01 * rng.standard_normal(COUNT) + rng.uniform(-0.35, 0.35) * at / short + wave)
 
 
 def bursts(rng: np.random.Generator) -> NDArray[Any]:
@@ -144,15 +146,22 @@ def heavy(rng: np.random.Generator) -> NDArray[Any]:
 
 def one(noise: Noise, ratio: float, limit: float, rng: np.random.Generator) -> tuple[str, int]:
     """One whole gate on drawn times: (verdict, rounds)."""
-    times = noise(rng)
-    values: list[float] = []
-    for i in range(gate.LAST):
-        first, second = times[2 * i], times[2 * i + 1]
-        values.append(ratio * (second / first if i % 2 == 0 else first / second))
-        verdict, _ = gate.judge(values, limit, draws=200)
+    times = iter(noise(rng))
+    repeats, i = 1, 0
+    pairs: list[list[float]] = []
+    while True:
+        found: list[list[float]] = [[], []]
+        for which in gate.order(i, repeats):
+            found[which].append(float(next(times)) * (ratio if which else 1.0))
+        pairs.append([min(own) for own in found])
+        i += 1
+        watched = gate.PILOT <= i <= gate.FIRST and repeats == 1
+        if watched and gate.noisy([list(own) for own in zip(*pairs, strict=True)]):
+            repeats, i, pairs = gate.REPEATS, 0, []
+            continue
+        verdict, _ = gate.judge([b / a for a, b in pairs], limit, draws=200)
         if verdict is not None:
-            return verdict, i + 1
-    raise AssertionError("the last round decides")
+            return verdict, i
 
 
 def simulate(gates: int, seed: int = 0) -> Iterator[dict[str, Any]]:

@@ -471,7 +471,7 @@ def run_off(
         folders, inputs = _refitted(run, job, names[label], choices, few, metrics)
 
         def judge(folder: Path | None, label: str = label, folders: list[Path] = folders) -> None:
-            kl = float(kl_at(job, _joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
+            kl = float(kl_at(job, joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
             if folder is not None:
                 (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
 
@@ -519,7 +519,7 @@ def _refitted(
     return _walk(run, job, name, inputs, calibration, block_menu, options.accumulation, metrics, write), inputs
 
 
-def _joined(folders: Sequence[Path]) -> Plan:
+def joined(folders: Sequence[Path]) -> Plan:
     """The plan of all blocks."""
     each = [Plan.load(f) for f in folders]
     return Plan(
@@ -544,7 +544,7 @@ def final_pass(
     folders, inputs = _refitted(run, job, name, choices, job.calibration, metrics)
 
     def build(folder: Path | None) -> None:
-        plan = _joined(folders)
+        plan = joined(folders)
         plan.meta.update(
             {
                 "method": "tyr",

@@ -99,6 +99,43 @@ def test_a_noisy_machine_is_inconclusive_and_says_why(both: tuple[Artefact, Arte
         assert part in reason
 
 
+class Bursts(Machine):
+    """Three of ten processes take twice as long."""
+
+    def __call__(self, artefact: Artefact, spec: Measuring, seed: int) -> dict[str, Any]:
+        found = super().__call__(artefact, spec, seed)
+        slower = 2.0 if len(self.order) % 10 in (1, 2, 6) else 1.0
+        for key in ("samples", "fastest"):
+            found["latency"][key] = [slower * t for t in found["latency"][key]]
+        return found
+
+
+def test_where_processes_are_slowed_down_a_round_is_the_fastest_of_several(both: tuple[Artefact, Artefact]) -> None:
+    for slower, verdict in ((1.0, "pass"), (1.1, "fail")):
+        machine = Bursts({"a": 1.0, "b": slower})
+        record = compare(*both, [parse_budget("latency<=1.05x")], Measuring(), measure=machine)
+        assert record["verdict"] == verdict and 7 <= row(record)["rounds"] <= 9
+        aside = record["set_aside"]
+        assert len(aside["baseline"]) == len(aside["candidate"]) == gate.PILOT
+        each = 2 * gate.REPEATS
+        assert len(machine.order) == 2 * gate.PILOT + each * row(record)["rounds"]
+        first = [name for name, _ in machine.order[2 * gate.PILOT :][:each]]
+        assert first == ["a", "b", "b", "a"] * (gate.REPEATS // 2)
+        for sample in record["raw"]["candidate"]:
+            own = [min(s["latency"]["fastest"]) for s in sample["processes"]]
+            assert len(own) == gate.REPEATS and min(sample["latency"]["fastest"]) == min(own)
+            medians = [float(np.median(s["latency"]["samples"])) for s in sample["processes"]]
+            assert np.median(sample["latency"]["samples"]) == min(medians)
+        assert max(row(record)["values"]) < 1.02 * slower
+
+
+def test_a_figure_for_itself_is_never_the_best_of_several(both: tuple[Artefact, Artefact]) -> None:
+    budget = parse_budget("latency<=5s")
+    machine = Bursts({"a": 1.0, "b": 1.0})
+    record = compare(*both, [budget], Measuring(), measure=machine, pinned="lab board 3")
+    assert not record["set_aside"] and len(machine.order) == 2 * row(record)["rounds"]
+
+
 def test_a_slow_down_below_the_smallest_change_does_not_fail_a_tight_budget(both: tuple[Artefact, Artefact]) -> None:
     machine = Machine({"a": 1.0, "b": 1.01}, noise=0.02)
     record = compare(*both, [parse_budget("latency<=1.0x")], Measuring(), measure=machine)

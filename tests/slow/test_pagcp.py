@@ -51,3 +51,12 @@ def test_a_tolerance_in_a_tasks_own_metric_holds_on_the_calibration_split(tmp_pa
         assert said["base"][task]["accuracy"] - said["values"][task]["accuracy"] <= 0.1 + 1e-9
     assert said["values"]["matte"]["loss"] <= 1.5 * said["base"]["matte"]["loss"] + 1e-9
     assert 4 * said["passes"] <= said["reference_passes"]
+
+
+def test_with_tolerances_in_the_losses_the_oracle_takes_a_fifth_of_the_references_passes(tmp_path: Path) -> None:
+    words = (*SMALL, "--set", "pagcp.flops=null", "--until", "plan")
+    ran = compress("prune", "multitask-resnet-emoji", "-r", "pagcp-demo", "--out", tmp_path / "run", *words)
+    assert ran.code == 0, ran.err
+    said = json.loads((tmp_path / "run" / "round-1" / "plan" / "decision.json").read_text())
+    assert said["scale"] == 1 and said["removed"] > 0.5
+    assert 5 * said["passes"] <= said["reference_passes"]

@@ -210,7 +210,7 @@ def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | No
     few = replace(job, calibration=job.calibration[:calibration])
     for k, label in enumerate(judged):
         blocks = sorted((tmp_path / "run" / f"run-off-{k}").glob("block-*"))
-        again = prune._joined(blocks)
+        again = prune.joined(blocks)
         assert json.loads((tmp_path / "run" / f"run-off-{k}-judged" / "kl.json").read_text())["solution"] == label
         assert judged[label] == pytest.approx(on_held_text(few, again), rel=1e-4)
         if judged[label] == min(judged.values()):
