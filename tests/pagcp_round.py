@@ -16,6 +16,8 @@ from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
 from compress.recipes.pagcp.saliency import rankings
 from compress.run import Journal
+from compress.sections import TrainSpec
+from compress.train import train
 from tests import channel_nets as nets
 
 LOSS = PAGCPOptions(round_to=2, batch=16, keep=0.0, saliency="l1", total=60.0, settle=0)
@@ -50,3 +52,11 @@ def pruner(model: nn.Module, data: Splits, path: Path, options: PAGCPOptions = L
     dense = sum(f.dense for f in count_flops(model, x[:1]))
     settle = Settle(data, options.settle)
     return Pruner(model, groups, order, oracle, options, x, dense, settle=settle)
+
+
+def trained_small(data: Splits, epochs: int) -> nn.Module:
+    """`Small`, the same whenever it is trained so long."""
+    torch.manual_seed(0)
+    model = Small()
+    train(model, data, TrainSpec(epochs=epochs, lr=0.1, batch=32, warmup_epochs=1))
+    return model.eval()

@@ -24,12 +24,11 @@ from compress.recipes.pagcp.oracle import calibration, tolerances, used
 from compress.recipes.pagcp.plan import Plan
 from compress.recipes.pagcp.replay import Replay, before, calls
 from compress.recipes.pagcp.saliency import taylor_scores, weight_scores
-from compress.sections import TrainSpec
 from compress.surgery import cut
-from compress.train import evaluate, train
+from compress.train import evaluate
 from tests import ranks
 from tests.networks import shape_data
-from tests.pagcp_round import LOSS, SETTLED, Small, pruner
+from tests.pagcp_round import LOSS, SETTLED, Small, pruner, trained_small
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,7 @@ def data() -> Splits:
 
 @pytest.fixture(scope="module")
 def trained(data: Splits) -> nn.Module:
-    torch.manual_seed(0)
-    model = Small()
-    train(model, data, TrainSpec(epochs=12, lr=0.1, batch=32, warmup_epochs=1))
-    return model.eval()
+    return trained_small(data, 12)
 
 
 # --- the schedule -----------------------------------------------------------------------------------------------------

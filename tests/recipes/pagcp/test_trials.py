@@ -24,7 +24,7 @@ from compress.tasks import Task
 from compress.train import evaluate, train
 from tests import ranks
 from tests.networks import shape_data
-from tests.pagcp_round import LOSS, SETTLED, Small, pruner
+from tests.pagcp_round import LOSS, SETTLED, Small, pruner, trained_small
 
 SPEC = TrainSpec(epochs=8, lr=0.05, batch=32, warmup_epochs=2)
 OPTIONS = SETTLED.model_copy(update={"trials": TrialOptions(epochs=[1, 2], blends=[0.5]), "flops": 0.5})
@@ -37,10 +37,7 @@ def data() -> Splits:
 
 @pytest.fixture(scope="module")
 def trained(data: Splits) -> nn.Module:
-    torch.manual_seed(0)
-    model = Small()
-    train(model, data, TrainSpec(epochs=6, lr=0.1, batch=32, warmup_epochs=1))
-    return model.eval()
+    return trained_small(data, 6)
 
 
 def held(p: Pruner, data: Splits, place: Path) -> Trials:

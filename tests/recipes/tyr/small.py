@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
+from compress.plan import Plan
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
@@ -67,3 +69,12 @@ def written_supernet(folder: Path, job: Job, menu: Menu) -> Supernet:
         files.append(folder / f"{index}.safetensors")
         write_block(files[-1], attention, ffn, torch.bfloat16)
     return Supernet(files, job.geometry)
+
+
+def whole_kl(job: Job, plan: Plan, windows: torch.Tensor) -> float:
+    """Mean KL(dense || pruned) over all positions of ``windows``, from whole forwards of both models."""
+    pruned = copy.deepcopy(job.model)
+    plan.apply(pruned, job.family)
+    with torch.no_grad():
+        p, q = (m(windows).logits.double().log_softmax(-1) for m in (job.model, pruned))
+    return float((p.exp() * (p - q)).sum(-1).mean())

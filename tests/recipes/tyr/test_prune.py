@@ -23,7 +23,7 @@ from compress.recipes.tyr.prune import final_pass, full_shape_bytes, produce_pla
 from compress.recipes.tyr.supernet import Streams, Supernet
 from compress.run import Journal, Run
 from tests.models.families.test_families import linear_parameters
-from tests.recipes.tyr.small import pruned_block, small_job
+from tests.recipes.tyr.small import pruned_block, small_job, whole_kl
 from tests.tiny import tokens
 
 SEARCH = {
@@ -185,19 +185,11 @@ def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
     assert full_shape_bytes(supernet, job) == results[1]["full_shape_bytes"] == full
 
 
-def on_held_text(job: Job, plan: Plan) -> float:
-    """The KL on the windows for judging, from whole forwards of both models."""
-    model = copy.deepcopy(job.model)
-    plan.apply(model, job.family)
-    with torch.no_grad():
-        dense, found = (m(job.judging).logits.double().log_softmax(-1) for m in (job.model, model))
-    return float((dense.exp() * (dense - found)).sum(-1).mean())
-
-
 @pytest.mark.parametrize("calibration", [None, 5])
 def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | None, tmp_path: Path) -> None:
+    judging = tokens(3, 24, seed=97)
     spec = {"solutions": 4, "windows": 3, "calibration": calibration}
-    job = replace(job_of(0.4, iterations=1, rescale=False, run_off=spec), judging=tokens(3, 24, seed=97))
+    job = replace(job_of(0.4, iterations=1, rescale=False, run_off=spec), judging=judging)
     done: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prune, "prune_block", counted(done, "pruned", prune.prune_block))
@@ -212,7 +204,7 @@ def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | No
         blocks = sorted((tmp_path / "run" / f"run-off-{k}").glob("block-*"))
         again = prune.joined(blocks)
         assert json.loads((tmp_path / "run" / f"run-off-{k}-judged" / "kl.json").read_text())["solution"] == label
-        assert judged[label] == pytest.approx(on_held_text(few, again), rel=1e-4)
+        assert judged[label] == pytest.approx(whole_kl(few, again, judging), rel=1e-4)
         if judged[label] == min(judged.values()):
             assert plan.blocks == again.blocks or calibration is not None
             assert plan.removed(job.costs) == again.removed(job.costs)

@@ -13,17 +13,8 @@ from compress.models.families import family_for
 from compress.plan import BlockPlan, Plan
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.rescale import SCALES, fit_scale
-from tests.recipes.tyr.small import small_job
+from tests.recipes.tyr.small import small_job, whole_kl
 from tests.tiny import ARCHITECTURES, tiny, tokens
-
-
-def whole_kl(job: Job, plan: Plan) -> float:
-    """Mean KL(dense || pruned) of two whole models over all positions of the search windows."""
-    pruned = copy.deepcopy(job.model)
-    plan.apply(pruned, job.family)
-    with torch.no_grad():
-        p, q = (m(job.search).logits.double().log_softmax(-1) for m in (job.model, pruned))
-    return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def cut(job: Job) -> Plan:
@@ -36,7 +27,7 @@ def test_no_scale_on_the_grid_is_better_than_the_one_found(model_type: str) -> N
     job = small_job(model_type)
     plan = cut(job)
     scale, before, after = fit_scale(job, plan)
-    assert before == pytest.approx(whole_kl(job, plan), rel=1e-4)
+    assert before == pytest.approx(whole_kl(job, plan, job.search), rel=1e-4)
 
     def at(s: float) -> float:
         return whole_kl(job, Plan(plan.blocks, {"norm": job.family.scaled_norm(job.model, s)}))
