@@ -30,7 +30,7 @@ def test_no_scale_on_the_grid_is_better_than_the_one_found(model_type: str) -> N
     assert before == pytest.approx(whole_kl(job, plan, job.search), rel=1e-4)
 
     def at(s: float) -> float:
-        return whole_kl(job, Plan(plan.blocks, {"norm": job.family.scaled_norm(job.model, s)}))
+        return whole_kl(job, Plan(plan.blocks, {"norm": job.family.scaled_norm(job.model, s)}), job.search)
 
     assert after == pytest.approx(at(scale), rel=1e-4)
     assert all(at(s) >= after - 1e-6 for s in SCALES[::6])
