@@ -602,6 +602,8 @@ def _about(
             **{k: v for k, v in vars(spec).items() if k != "shapes"},
             "shapes": {k: list(v) for k, v in (spec.shapes or {}).items()},
             "order": "ABBA",
+            # Of each model in a round; more than one where the machine is noisy.
+            "processes": len(runs["baseline"][0].get("processes", [0])) if runs["baseline"] else 0,
             "runtime": runs["baseline"][0]["runtime"] if runs["baseline"] else None,
             "level": 1 - 2 * gate.LEVEL_TAIL,
             "false_fail": gate.error_over_looks(gate.fail_tail(spec.first, spec.last), spec.first, spec.last),

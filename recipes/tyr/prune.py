@@ -67,8 +67,8 @@ def produce_plan(run: Run, job: Job) -> Path:
     options = json.loads((singles / "singles.json").read_text())["options"]
     if job.options.run_off is None:
         return final_pass(run, job, settle(job, choices, options), results, metrics)
-    winner, name = run_off(run, job, _contenders(job, results[-1], options), metrics)
-    return final_pass(run, job, winner, results, metrics, name)
+    winner, name, kls = run_off(run, job, _contenders(job, results[-1], options), metrics)
+    return final_pass(run, job, winner, results, metrics, name, kls)
 
 
 @dataclass(frozen=True)
@@ -454,12 +454,13 @@ def _contenders(job: Job, result: Mapping[str, Any], options: list[list[dict[str
 
 def run_off(
     run: Run, job: Job, contenders: Mapping[str, list[Choice]], metrics: Metrics
-) -> tuple[list[Choice], str]:
+) -> tuple[list[Choice], str, dict[str, float]]:
     """Takes every solution through a last pass and judges it on windows that nothing has seen.
 
     Returns:
-        The choices with the least KL, at the best scale of the logits where the recipe scales them, and the name of the
-        stages of a pass over all calibration windows with them: the winner's own, if it had them all.
+        The choices with the least KL, at the best scale of the logits where the recipe scales them; the name of the
+        stages of a pass over all calibration windows with them: the winner's own, if it had them all; and every
+        solution's KL in nats.
     """
     spec = job.options.run_off
     assert spec is not None and job.judging is not None  # asked by the caller
@@ -480,13 +481,7 @@ def run_off(
         kls[label] = json.loads((judged / "kl.json").read_text())["kl"]
     best = min(kls, key=lambda label: (kls[label], label))
     say("run-off, KL: " + ", ".join(f"{label} {kl:.4f}" for label, kl in kls.items()) + f"; {best} wins")
-    return contenders[best], names[best] if len(few) == len(job.calibration) else "final"
-
-
-def run_off_facts(run_folder: Path) -> dict[str, float]:
-    """KL in nats of every solution of the run-off; empty where there was none."""
-    rows = [json.loads(p.read_text()) for p in sorted(run_folder.glob("run-off-*-judged/kl.json"))]
-    return {row["solution"]: row["kl"] for row in rows}
+    return contenders[best], names[best] if len(few) == len(job.calibration) else "final", kls
 
 
 def _refitted(
@@ -537,8 +532,10 @@ def final_pass(
     results: list[dict[str, Any]],
     metrics: Metrics | None = None,
     name: str = "final",
+    judged: Mapping[str, float] | None = None,
 ) -> Path:
-    """The plan of a last pass over all calibration windows, whose stages are called ``name``."""
+    """The plan of a last pass over all calibration windows, whose stages are called ``name``; ``judged`` is what the
+    run-off before it found."""
     options = job.options
     metrics = _metrics(run, job) if metrics is None else metrics
     folders, inputs = _refitted(run, job, name, choices, job.calibration, metrics)
@@ -554,8 +551,8 @@ def final_pass(
                 **dict(job.inputs),
             }
         )
-        if judged := run_off_facts(run.folder):
-            plan.meta["run_off"] = judged
+        if judged is not None:
+            plan.meta["run_off"] = dict(judged)
         if options.rescale:
             scale, before, after = fit_scale(job, plan)
             plan.weights["norm"] = job.family.scaled_norm(job.model, scale)

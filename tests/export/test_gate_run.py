@@ -116,6 +116,7 @@ def test_where_processes_are_slowed_down_a_round_is_the_fastest_of_several(both:
         record = compare(*both, [parse_budget("latency<=1.05x")], Measuring(), measure=machine)
         assert record["verdict"] == verdict and 7 <= row(record)["rounds"] <= 9
         aside = record["set_aside"]
+        assert record["spec"]["processes"] == gate.REPEATS
         assert len(aside["baseline"]) == len(aside["candidate"]) == gate.PILOT
         each = 2 * gate.REPEATS
         assert len(machine.order) == 2 * gate.PILOT + each * row(record)["rounds"]

@@ -216,6 +216,37 @@ def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | No
     assert planned(tmp_path / "run", job) == found
 
 
+def test_streams_that_are_dear_to_keep_are_kept_less_often_and_a_stop_ends_in_the_same_bytes(
+    first: Path, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keeping takes an hour by the clock: the stream behind the first block is kept, and the walk goes on there."""
+    saved: list[str] = []
+    clock = {"hours": 0}
+    plain, now = Streams.save, prune.time.monotonic
+
+    def save(self: Streams, folder: Path) -> None:
+        saved.append(folder.name)
+        clock["hours"] += 1
+        plain(self, folder)
+
+    monkeypatch.setattr(Streams, "save", save)
+    monkeypatch.setattr(prune.time, "monotonic", lambda: now() + 3600 * clock["hours"])
+    folder = tmp_path / "run"
+    done: dict[str, int] = {}
+    shutil.copytree(first, folder)
+    for name in ("final", "plan"):
+        shutil.rmtree(folder / name)
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(prune, "prune_block", counted(done, "pruned", prune.prune_block, cut=2))
+        planned(folder, job)
+    assert saved == ["before-001"], "behind the first block alone"
+    assert [p.name for p in sorted((folder / "final").iterdir())] == ["block-000", "block-001"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "prune_block", counted(done, "again", prune.prune_block))
+        assert planned(folder, job) == bytes_of(first)
+    assert done["again"] == 2, "block 1 again, whose stream was not kept, and block 2"
+
+
 def test_nothing_is_left_in_the_scratch_folder(first: Path) -> None:
     assert list((first / ".scratch").iterdir()) == []
 
