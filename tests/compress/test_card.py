@@ -161,6 +161,14 @@ def test_latency_on_each_target_stands_with_its_interval_and_conditions(report: 
     assert "| jetson | not measured | | | no answer |" in text
 
 
+def test_a_run_off_stands_on_the_card_with_every_solutions_kl(report: dict[str, Any]) -> None:
+    assert "run-off" not in body(report, {})
+    judged = copy.deepcopy(report)
+    judged["run_off"] = {"search": 0.25, "edges left alone": 0.31254, "knapsack": 0.2}
+    (line,) = [line for line in body(judged, {}).splitlines() if line.startswith("- run-off")]
+    assert line.endswith(": knapsack 0.2000, search 0.2500, edges left alone 0.3125")
+
+
 def test_a_card_says_what_was_not_measured(report: dict[str, Any]) -> None:
     short = {k: v for k, v in copy.deepcopy(report).items() if k not in ("bench", "export")}
     limits = body(short, {}).split("## Limits", 1)[1]
