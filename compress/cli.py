@@ -226,7 +226,8 @@ def _plan_lines(facts: dict[str, Any]) -> list[str]:
         f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
         f"machine  {machine['name']}: {machine['processes']} process{'es' if machine['processes'] > 1 else ''};"
         f" {machine['figures']}",
-        f"weights  {'read from disk block by block' if facts['streamed'] else 'held in memory'},"
+        f"weights  {'read from disk block by block' if facts['streamed'] else 'held in memory'}"
+        f"{'; read once, a part by each process, in every stage' if facts['sharded'] else ''},"
         f" {_size(facts['dense_bytes'])} as stored",
         *table,
         f"time     {_time(facts['seconds'])} up to the saved model, {_time(facts['seconds_low'])} to"

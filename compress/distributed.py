@@ -108,6 +108,11 @@ def _processes_per_gpu() -> int:
     return -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // torch.cuda.device_count())
 
 
+def shares_device() -> bool:
+    """Whether another process computes on this one's GPU."""
+    return device().type == "cuda" and _processes_per_gpu() > 1
+
+
 def stay_alone() -> None:
     """This process does all the work, whatever the environment says of others."""
     os.environ.pop("RANK", None)
@@ -152,11 +157,11 @@ def join(timeout: timedelta = PATIENCE) -> None:
     if not dist.is_gloo_available():
         raise CompressError("torch was built without gloo", where="distributed", fix="install a build with it")
     how: dict[str, Any] = {}
-    if device().type == "cuda" and _processes_per_gpu() > 1:
+    if shares_device():
         # NCCL wants a GPU for every process; accelerate would take the GPU of the process's number.
         how["backend"] = "gloo"
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device())
-    with _contact("joining"):
+    with contact("joining"):
         PartialState(cpu=device().type == "cpu", timeout=timeout, **how)
         _group = dist.new_group(backend="gloo", timeout=FOREVER)
 
@@ -175,7 +180,8 @@ def leave() -> None:
 
 
 @contextlib.contextmanager
-def _contact(what: str) -> Iterator[None]:
+def contact(what: str) -> Iterator[None]:
+    """Words with other processes are had within it: one that is gone is said so, with ``what`` was being done."""
     began = time.monotonic()
     try:
         yield
@@ -216,7 +222,7 @@ def meet(what: str) -> None:
         return
     import torch.distributed as dist
 
-    with _contact(what):
+    with contact(what):
         dist.monitored_barrier(_group, timeout=_timeout, wait_all_ranks=True)
 
 
@@ -241,7 +247,7 @@ def main_says(work: Callable[[], T]) -> T:
 def _broadcast(said: list[Any]) -> list[Any]:
     import torch.distributed as dist
 
-    with _contact("waiting for the main process"):
+    with contact("waiting for the main process"):
         dist.broadcast_object_list(said, src=0, group=_group)
     return said
 
@@ -254,7 +260,7 @@ def gather(mine: Sequence[T]) -> list[T]:
 
     parts: list[Any] = [None] * world()
     meet("gathering results")
-    with _contact("gathering results"):
+    with contact("gathering results"):
         dist.all_gather_object(parts, list(mine), group=_group)
     return [item for part in parts for item in part]
 
@@ -268,7 +274,7 @@ def add_up(tensor: Tensor) -> None:
     import torch.distributed as dist
 
     meet("adding up statistics")
-    with _contact("adding up statistics"):
+    with contact("adding up statistics"):
         dist.all_reduce(tensor, group=_group if tensor.device.type == "cpu" else None)
 
 
@@ -277,7 +283,7 @@ def sum_floats(tensor: Tensor) -> Tensor:
     if world() > 1:
         import torch.distributed as dist
 
-        with _contact("adding up gradients"):
+        with contact("adding up gradients"):
             dist.all_reduce(tensor)
     return tensor
 
@@ -288,7 +294,7 @@ def from_main(tensor: Tensor) -> None:
         return
     import torch.distributed as dist
 
-    with _contact("waiting for the main process"):
+    with contact("waiting for the main process"):
         dist.broadcast(tensor, src=0, group=_group if tensor.device.type == "cpu" else None)
 
 
@@ -310,7 +316,7 @@ def stack(mine: Tensor, counts: Sequence[int]) -> Tensor:
     padded[: len(mine)] = mine
     parts = [torch.empty_like(padded) for _ in counts]
     meet("joining activations")
-    with _contact("joining activations"):
+    with contact("joining activations"):
         dist.all_gather(parts, padded, group=_group if mine.device.type == "cpu" else None)
     return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
@@ -412,7 +418,7 @@ def _training() -> Iterator[None]:
     import torch
 
     try:
-        with _contact("training") if world() > 1 else contextlib.nullcontext():
+        with contact("training") if world() > 1 else contextlib.nullcontext():
             yield
     except (RankLost, torch.OutOfMemoryError) as e:
         if not isinstance(e, torch.OutOfMemoryError) and not isinstance(e.__cause__, torch.OutOfMemoryError):
@@ -434,7 +440,7 @@ def trainer(model: Any, shard: bool, bfloat16: bool) -> Iterator[Trainer]:
     from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState
 
-    if device().type == "cuda" and _processes_per_gpu() > 1:
+    if shares_device():
         raise CompressError(
             f"training needs a GPU for every process; {_processes_per_gpu()} share one",
             where="recover",
@@ -465,7 +471,7 @@ def trainer(model: Any, shard: bool, bfloat16: bool) -> Iterator[Trainer]:
         if bfloat16:
             plugin.set_mixed_precision("bf16")
     try:
-        with _contact("preparing the training"):
+        with contact("preparing the training"):
             if shard:
                 # It wants an optimiser, and finds its parameters by their addresses, which meta tensors have not:
                 # this one is never used.

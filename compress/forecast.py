@@ -34,7 +34,7 @@ KINDS = {
     "save": ("byte", "keeping streams"),
     "make": ("byte", "making blocks"),
     "choose": ("cell", "the knapsack"),
-    "sums": ("byte", "adding up"),
+    "sums": ("byte", "sums and parts"),
     "gather": ("byte", "exchange"),
 }
 # What the main process alone does while the others wait.
@@ -136,8 +136,8 @@ def seconds(stage: Stage, machine: Machine, fit: Fit, cold: float) -> dict[str, 
             if kind in spent:
                 spent[kind] = stage.work[kind] / machine.pcie
         if "read" in spent:
-            # bfloat16 is turned to float32 on the CPU, by one core as measured, and sent over the bus twice as large.
-            spent["read"] += 2 * stage.work["read"] / machine.pcie
+            # The speed fitted holds the turning to float32, which a GPU does itself: more than it takes there.
+            spent["read"] += stage.work["read"] / machine.pcie
     if machine.disk_read:
         # Written at the rate that is read at, for want of a better figure; by every process what is its own.
         written = stage.work.get("write", 0.0) + machine.count * stage.work.get("save", 0.0)

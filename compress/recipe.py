@@ -160,7 +160,17 @@ class MemorySection(Section):
         None, description="read blocks from disk when they are run; by default where the model would not fit"
     )
     cache_blocks: int = Field(2, ge=1, description="streamed blocks that stay in memory")
+    shard: bool = Field(
+        False,
+        description="several processes hold a part of every block each (FSDP2), instead of reading it whole from disk",
+    )
     offload: bool = Field(False, description="keep activations in files of the run folder instead of in memory")
+
+    @model_validator(mode="after")
+    def _shards_of_streamed(self) -> MemorySection:
+        if self.shard and self.stream is False:
+            raise ValueError("shard: true holds parts of blocks, stream: false all of them in every process")
+        return self
 
 
 class AnyRecipe(Section):

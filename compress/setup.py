@@ -69,7 +69,8 @@ class Setup(Generic[AnyText]):
         from compress.models.streaming import stream_model
 
         if self.streamed:
-            return stream_model(folder, self.family, self.recipe.memory.cache_blocks, device())
+            memory = self.recipe.memory
+            return stream_model(folder, self.family, memory.cache_blocks, device(), memory.shard)
         return load_model(folder, self.family).to(device())
 
     @cached_property
@@ -78,8 +79,10 @@ class Setup(Generic[AnyText]):
 
         The main process decides for all.
         """
-        from compress.distributed import available_bytes, device_bytes, main_says
+        from compress.distributed import available_bytes, device_bytes, main_says, world
 
+        if self.recipe.memory.shard and world() > 1:
+            return True
         if self.recipe.memory.stream is not None:
             return self.recipe.memory.stream
         return main_says(lambda: 4 * self.costs.total > RESIDENT_SHARE * min(available_bytes(), device_bytes()))

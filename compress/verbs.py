@@ -33,7 +33,8 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
     job = job_for(setup, None, {})
     target = check_budget(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
-    streamed = recipe.memory.stream
+    shared = recipe.memory.shard and machine.world > 1
+    streamed = shared or recipe.memory.stream
     if streamed is None:
         free = machine.memory if machine.gpu else machine.ram / machine.count
         streamed = 4 * costs.total > RESIDENT_SHARE * free
@@ -59,6 +60,7 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
         },
         "dense_bytes": dense,
         "streamed": streamed,
+        "sharded": shared,
         **found,
         "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
         "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},

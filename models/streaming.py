@@ -1,6 +1,7 @@
 """A model that is never held: its blocks are read from safetensors when they are asked for, and let go again.
 
-The modules are the family's own, so that everything that runs a model runs this one, block by block.
+The modules are the family's own, so that everything that runs a model runs this one, block by block. Where the recipe
+says so, several processes that walk over the blocks together hold a part of each instead (`in_step`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import copy
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import is_ragged, load_config, weight_files
-from compress.distributed import empty_weights
+from compress.distributed import empty_weights, world
 from compress.errors import CompressError
+from compress.shards import Shards
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
@@ -33,24 +35,56 @@ class StreamedBlocks(nn.ModuleList):
         skeletons: the blocks without weights.
         weights: where each tensor of the model lies.
         cache: blocks that stay in memory, the latest used.
+        shard: processes that go over the blocks `in_step` hold a part of each.
     """
 
-    def __init__(self, skeletons: Sequence[nn.Module], weights: Weights, cache: int, device: torch.device) -> None:
+    def __init__(
+        self, skeletons: Sequence[nn.Module], weights: Weights, cache: int, device: torch.device, shard: bool = False
+    ) -> None:
         super().__init__(skeletons)
         self._weights, self._cache, self._device = weights, max(1, cache), device
         self._held: OrderedDict[int, nn.Module] = OrderedDict()
         self._change: Callable[[int, nn.Module], nn.Module] | None = None
+        self._shard = shard
+        self._shards: Shards | None = None
         self.bytes_read = 0
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether blocks come from the parts that all processes hold."""
+        return self._shards is not None
+
+    @contextmanager
+    def sharded(self) -> Iterator[None]:
+        """While it is open, blocks come from the parts that all processes hold. See `in_step`."""
+        if not self._shard or world() == 1 or self._shards is not None:
+            yield
+            return
+
+        def part(index: int, name: str, rows: slice) -> Tensor:
+            found = self._weights.rows(f"{PREFIX}{index}.{name}", rows)
+            self.bytes_read += found.nbytes
+            return found
+
+        # What is held from before differs from process to process, and what is asked for next must not.
+        self._held.clear()
+        self._shards = Shards([self.skeleton(i) for i in range(len(self))], part)
+        try:
+            yield
+        finally:
+            self._shards = None
+            self._held.clear()
 
     def changed(self, change: Callable[[int, nn.Module], nn.Module]) -> StreamedBlocks:
         """The same blocks, each given to ``change`` with its number when it has been read."""
-        made = StreamedBlocks([self.skeleton(i) for i in range(len(self))], self._weights, self._cache, self._device)
+        made = self.moved(self._device)
         made._change = change
         return made
 
     def moved(self, device: torch.device) -> StreamedBlocks:
         """The same blocks, read to another device."""
-        made = StreamedBlocks([self.skeleton(i) for i in range(len(self))], self._weights, self._cache, device)
+        skeletons = [self.skeleton(i) for i in range(len(self))]
+        made = StreamedBlocks(skeletons, self._weights, self._cache, device, self._shard)
         made._change = self._change
         return made
 
@@ -75,10 +109,14 @@ class StreamedBlocks(nn.ModuleList):
 
     def _read(self, index: int) -> nn.Module:
         block = copy.deepcopy(self.skeleton(index))
-        tensors = self._weights.below(f"{PREFIX}{index}.")
-        self.bytes_read += sum(t.nbytes for t in tensors.values())
+        if self._shards is None:
+            tensors = self._weights.below(f"{PREFIX}{index}.", self._device)
+            self.bytes_read += sum(t.nbytes for t in tensors.values())
+        else:
+            tensors = self._shards.tensors(index)
         try:
-            block.load_state_dict({k: t.to(self._device, torch.float32) for k, t in tensors.items()}, assign=True)
+            # On a GPU made float32 there: half goes over the bus, and no CPU core converts it.
+            block.load_state_dict({k: t.float() for k, t in tensors.items()}, assign=True)
         except RuntimeError as e:
             raise CompressError(
                 f"block {index}'s weights do not fit the configuration: {str(e).splitlines()[-1].strip()}",
@@ -120,28 +158,66 @@ class Weights:
             with safe_open(files[0], "pt") as file:
                 self._files = dict.fromkeys(file.keys(), files[0])
 
-    def below(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors whose names begin with ``prefix``, by the rest of their names."""
-        return self._read([n for n in self._files if n.startswith(prefix)], len(prefix))
+    def below(self, prefix: str, device: torch.device) -> dict[str, Tensor]:
+        """The tensors whose names begin with ``prefix``, by the rest of their names, of the type they are stored in."""
+        return self._read([n for n in self._files if n.startswith(prefix)], len(prefix), device)
 
     def beside(self, prefix: str) -> dict[str, Tensor]:
         """All the others."""
         return self._read([n for n in self._files if not n.startswith(prefix)], 0)
 
-    def _read(self, names: Sequence[str], cut: int) -> dict[str, Tensor]:
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of one tensor; no others are read.
+
+        Raises:
+            CompressError: there is no such tensor.
+        """
+        from safetensors import safe_open
+
+        if name not in self._files:
+            raise CompressError(
+                f"the weight {name} is missing",
+                where=str(self.folder),
+                fix="weights and config.json must belong together",
+            )
+        with safe_open(self._files[name], "pt") as file:
+            found: Tensor = file.get_slice(name)[rows].clone()
+        return found
+
+    def _read(self, names: Sequence[str], cut: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         from safetensors import safe_open
 
         found = {}
         for path in sorted({self._files[n] for n in names}):
             with safe_open(path, "pt") as file:
                 # Copies: a tensor must not hold on to the mapped file.
-                found.update({n[cut:]: file.get_tensor(n).clone() for n in names if self._files[n] == path})
+                found.update(
+                    {n[cut:]: file.get_tensor(n).to(device, copy=True) for n in names if self._files[n] == path}
+                )
         return found
 
 
 def is_streamed(model: Any) -> bool:
     """Whether a model's blocks are read from disk when they are run."""
     return isinstance(model.model.layers, StreamedBlocks)
+
+
+def is_in_step(model: Any) -> bool:
+    """Whether a block must be asked for by all processes when one asks for it."""
+    blocks = model.model.layers
+    return isinstance(blocks, StreamedBlocks) and blocks.is_sharded
+
+
+@contextmanager
+def in_step(model: Any) -> Iterator[None]:
+    """While it is open, all processes go over the blocks in the same order, each block asked for by all.
+
+    Where the model is streamed and the recipe says `memory.shard`, every process then reads its part of the blocks once
+    (FSDP2), and a block is put together from all parts when it is asked for: all of them together read the disk once.
+    """
+    blocks = model.model.layers
+    with blocks.sharded() if isinstance(blocks, StreamedBlocks) else nullcontext():
+        yield
 
 
 @contextmanager
@@ -183,12 +259,13 @@ def on_cpu(model: Any) -> Any:
     return made
 
 
-def stream_model(folder: Path, family: Family, cache: int, device: torch.device) -> Any:
+def stream_model(folder: Path, family: Family, cache: int, device: torch.device, shard: bool = False) -> Any:
     """A transformers causal LM whose blocks are streamed; embeddings, last norm and head are held, in float32.
 
     Args:
         folder: a model of one shape or in the `per-layer` layout; code in it is never run.
         cache: blocks that stay in memory.
+        shard: processes hold a part of every block while they are `in_step`.
 
     Raises:
         CompressError: weights are missing or do not fit the configuration.
@@ -215,5 +292,5 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device)
             fix="weights and config.json must belong together",
         )
     model.to(device)
-    model.model.layers = StreamedBlocks(skeletons, weights, cache, device)
+    model.model.layers = StreamedBlocks(skeletons, weights, cache, device, shard)
     return model.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from compress.recipes.tyr.rescale import SCALES
 from compress.recipes.tyr.search import activation_bytes
 from compress.recipes.tyr.supernet import BATCHES, KEEP_BYTES, Menu, batch_tokens, predicted_bytes
 from compress.recover_forecast import recover_stage
+from compress.shards import SHARE
 
 if TYPE_CHECKING:
     from compress.models.families.base import Costs, Geometry
@@ -56,6 +57,7 @@ class Shape:
     layouts: int = 1
     gpu: float | None = None  # bytes of a process's GPU
     recover: RecoverSection | None = None
+    shard: bool = False
 
     @property
     def inputs(self) -> int:
@@ -77,6 +79,11 @@ class Shape:
     def block(self) -> int:
         """Parameters of one block."""
         return self.costs.attention_dense + self.costs.ffn(self.geometry.ffn)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold a part of every block while they walk over the model together."""
+        return self.shard and self.streamed and self.world > 1
 
     def forward(self, tokens: float, length: int, kept: float = 1.0) -> float:
         """FLOPs of one block on ``tokens``, with that share of it kept."""
@@ -157,15 +164,19 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
 # --- what is held ---------------------------------------------------------------------------------------------------
 
 
-def _held(shape: Shape) -> tuple[dict[str, float], dict[str, float]]:
-    """(device, RAM) bytes of the model and, where it is streamed, of the block that is being read."""
+def _held(shape: Shape, in_step: bool = True) -> tuple[dict[str, float], dict[str, float]]:
+    """(device, RAM) bytes of the model and, where it is streamed, of the block that is being read; of a part of all
+    blocks, where every process that goes over them ``in_step`` holds one."""
     rest = shape.costs.total - shape.geometry.layers * shape.block
     if not shape.streamed:
         return {"model": 4 * shape.costs.total}, {}
-    return (
-        {"model": 4 * (rest + shape.cache_blocks * shape.block)},
-        {"the block being read": shape.dtype_bytes * shape.block},
-    )
+    device = {"model": 4.0 * (rest + shape.cache_blocks * shape.block)}
+    one = float(shape.dtype_bytes * shape.block)
+    if not (in_step and shape.sharded):
+        return device, {"the block being read": one}
+    part = shape.geometry.layers * one / shape.world
+    near = part if shape.gpu is None else min(part, SHARE * shape.gpu)
+    return {**device, "its part of the blocks": near, "a block put together": one}, {"parts in memory": part - near}
 
 
 def _passing(shape: Shape, tokens: float, length: int) -> float:
@@ -186,12 +197,24 @@ def _reads(shape: Shape, blocks: float) -> float:
     return blocks * shape.block * shape.dtype_bytes if shape.streamed else 0.0
 
 
+def _fetched(shape: Shape, blocks: float) -> dict[str, float]:
+    """Work of having so many blocks one after another in step: read, or put together from all processes' parts, which
+    takes no longer than adding as many bytes up."""
+    moved = _reads(shape, blocks)
+    return {"sums": moved} if shape.sharded else {"read": moved}
+
+
+def _opened(shape: Shape) -> dict[str, float]:
+    """Work of a stage that goes over the blocks in step, before its first one: each process reads its part of all."""
+    return {"read": _reads(shape, shape.geometry.layers / shape.world) if shape.sharded else 0.0}
+
+
 # --- stages ---------------------------------------------------------------------------------------------------------
 
 
 def _text(shape: Shape) -> Stage:
     """The text is packed and every weight checked; loading the model belongs to it."""
-    device, ram = _held(shape)
+    device, ram = _held(shape, in_step=False)
     stored = shape.costs.total * shape.dtype_bytes
     # The file (a shard at most) that is mapped while it is read; of weights in float32 the mapping is the model.
     mapped = 0.0 if shape.dtype_bytes == 4 and not shape.streamed else min(stored, 5e9)
@@ -224,25 +247,30 @@ def _metrics(shape: Shape) -> Stage:
     blocks = g.layers
     whole = 4.0 * total * length * h
     kept = blocks * (2 * h * h * 4 + SEAL_BYTES)
-    return Stage(
-        "metrics",
-        work={
+    work = _added(
+        _opened(shape),
+        _fetched(shape, 2 * blocks),
+        {
             "gemm32": blocks * (3 * shape.forward(tokens, length) + 4 * tokens * h * h) + 3 * shape.head(tokens),
             "touch": blocks * mine * 2 * h * h * (SUMMED + 40),
             "logits": 6.0 * tokens * g.vocab,
             "calls": 3.0 * blocks * mine,
             "seals": float(blocks),
-            "read": _reads(shape, 2 * blocks) + 2 * blocks * stream,
+            "read": 2 * blocks * stream,
             "write": kept,
             "save": 2 * blocks * stream,
             "sums": 2.0 * blocks * h * h * 8 if shape.world > 1 else 0.0,
         },
+    )
+    return Stage(
+        "metrics",
+        work,
         device=device,
         ram=ram,
         kept=kept,
         # The streams in front of and behind all blocks, and the gradients at two of them.
         scratch=(blocks + 3) * whole,
-        reads=_reads(shape, 2 * blocks) + 2 * blocks * stream,
+        reads=work["read"],
     )
 
 
@@ -336,9 +364,10 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
     (device if 8.0 * total * length * h <= shape.spare else ram)["streams"] = stream
     ram |= {"levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
     whole = 4.0 * total * length * h * streams
-    return Stage(
-        name,
-        work={
+    work = _added(
+        _opened(shape),
+        _fetched(shape, layers),
+        {
             "gemm32": layers * flops,
             "gemm64": solved,
             "thin64": thin,
@@ -346,16 +375,20 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
             "touch": layers * touched,
             "calls": layers * batches * 4.0 * streams,
             "seals": float(layers),
-            "read": _reads(shape, layers) + layers * 4.0 * 2 * h * h * solver_metric,
+            "read": layers * 4.0 * 2 * h * h * solver_metric,
             "write": kept,
             "save": (layers - 1) * stream,
             "sums": layers * 8.0 * (q * q + q * h + n * n + n * h) if shape.world > 1 else 0.0,
         },
+    )
+    return Stage(
+        name,
+        work,
         device=device,
         ram=ram,
         kept=kept,
         scratch=2 * whole,  # what stands before a block goes when what stands behind it is on the disk
-        reads=_reads(shape, layers) + layers * 4.0 * 2 * h * h * solver_metric,
+        reads=work["read"],
     )
 
 
@@ -375,10 +408,9 @@ def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, 
         "touch": 8 * states,
         "logits": 4.0 * windows * positions * g.vocab,
         "calls": float(g.layers * mine),
-        "read": _reads(shape, g.layers),
         "gather": states if shape.world > 1 else 0.0,
     }
-    return work, device, ram
+    return _added(work, _opened(shape), _fetched(shape, g.layers)), device, ram
 
 
 def _evaluate(
@@ -404,8 +436,8 @@ def _evaluate(
         "touch": mine * blocks * tokens * g.hidden * 40,
         "logits": 3.0 * mine * windows * positions * g.vocab,
         "calls": mine * blocks * math.ceil(windows / group) + 3.0 * mine * windows,
-        "read": _reads(shape, chunks * blocks),
         "make": (mine * made + chunks * fresh) * shape.block * kept * 6.0,
+        **_fetched(shape, chunks * blocks),
     }
 
 
@@ -482,7 +514,7 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
         {
             "gemm32": again * layers * shape.forward(mine, length, kept) * RERUN,
             "make": 6.0 * again * layers * shape.block * kept,
-            "read": _reads(shape, again * layers * RERUN),
+            **_fetched(shape, again * layers * RERUN),
             "touch": again * 8.0 * 4 * layers * search.windows * length * g.hidden,
         }
     )
@@ -560,11 +592,12 @@ def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, lengt
         }
         work = _added(
             work,
+            _opened(shape),
+            _fetched(shape, g.layers),
             {
                 "gemm32": g.layers * shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
                 "logits": tokens * g.vocab * (2 + 4.0 * scales),
                 "calls": 2.0 * g.layers * mine,
-                "read": _reads(shape, g.layers),
                 "make": g.layers * shape.block * kept * 6.0,
             },
         )
@@ -577,7 +610,7 @@ def _model(shape: Shape, chosen: Sequence[Choice]) -> Stage:
     """The saved model, in every layout; read twice more to be checked."""
     left = shape.costs.total - round(shape.sparsity * shape.costs.backbone)
     written = float(left * shape.dtype_bytes * shape.layouts)
-    device, ram = _held(shape)
+    device, ram = _held(shape, in_step=False)
     ram |= {"the plan": shape.dtype_bytes * _weights_kept(shape, chosen)}
     work = {"read": 2 * written + _reads(shape, 2 * shape.geometry.layers), "write": written}
     return Stage("model", work, device, ram, kept=written, scratch=0.0, reads=work["read"])
@@ -605,4 +638,5 @@ def shape_of(setup: Any, world: int, streamed: bool, gpu: float | None) -> Shape
         len(recipe.layouts),
         gpu,
         recipe.recover,
+        recipe.memory.shard,
     )

@@ -23,7 +23,7 @@ from compress.activations import Room, is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.distributed import device_bytes, is_main, main_says, meet
 from compress.models.blocks import BlockRunner
-from compress.models.streaming import is_streamed, only_blocks
+from compress.models.streaming import in_step, is_streamed, only_blocks
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress, say
 from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
@@ -111,7 +111,8 @@ def _metrics(run: Run, job: Job) -> Metrics:
         left -= 1
     if left:
         runner = BlockRunner(job.model, job.family, windows.shape[1])
-        output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
+        with in_step(job.model):
+            output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
     run.drop_scratch("metrics")
     return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
 
@@ -191,7 +192,8 @@ def _walk(
     else:
         streams = Streams.start(runner, calibration, accumulation, room)
     spent = cost = 0.0  # since the streams were last kept, and what keeping them took
-    with only_blocks(job.model, runner.device), Progress(layers, f"{name}: blocks", start=start) as bar:
+    bar = Progress(layers, f"{name}: blocks", start=start)
+    with only_blocks(job.model, runner.device), in_step(job.model), bar:
         for index in range(start, layers):
             began = time.monotonic()
             attention, ffn = prune_block(
@@ -272,6 +274,7 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
         "seed": job.seed,
     }
 
+    @in_step(job.model)
     def build(folder: Path | None) -> None:
         # Evenly spread over the windows, so that every source of text is among them.
         n = min(options.singles_windows, len(job.search))
@@ -310,6 +313,7 @@ def _search(
         "seed": job.seed,
     }
 
+    @in_step(job.model)
     def build(folder: Path | None) -> None:
         evaluator = _evaluator(run, job, files, name, job.search, inputs)
         supernet = evaluator.supernet

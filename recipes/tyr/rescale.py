@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.distributed import gather, share
 from compress.models.blocks import BlockRunner
+from compress.models.streaming import in_step
 from compress.plan import Plan
 from compress.progress import Progress
 
@@ -58,7 +59,7 @@ def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label:
     (len(scales),) float64. Processes divide the windows."""
     runner = BlockRunner(job.model, job.family, windows.shape[1])
     mine = windows[share(len(windows)).start : share(len(windows)).stop]
-    with torch.no_grad(), Progress(len(runner.blocks), f"{label}: blocks") as bar:
+    with torch.no_grad(), in_step(job.model), Progress(len(runner.blocks), f"{label}: blocks") as bar:
         dense = [runner.embed(ids) for ids in mine.split(1)]
         pruned = list(dense)
         for i, block in enumerate(runner.blocks):

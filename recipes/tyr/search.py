@@ -20,7 +20,7 @@ from compress.activations import Room
 from compress.budget import Option, knapsack
 from compress.distributed import device_bytes, gather, main_says, rank, share, stack, world
 from compress.models.blocks import BlockRunner
-from compress.models.streaming import is_streamed
+from compress.models.streaming import is_in_step, is_streamed
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import left_alone
 from compress.recipes.tyr.supernet import Supernet, runner_tokens
@@ -244,7 +244,9 @@ class Evaluator:
             began = time.monotonic()
             # In turn, not in runs: neighbours in the list cost alike.
             mine = chunk[rank() :: world()]
-            found = gather(list(zip(range(rank(), len(chunk), world()), self._measure(mine, at), strict=True)))
+            first = min(map(self._first_change, chunk))
+            kls = self._measure(mine, at, first)
+            found = gather(list(zip(range(rank(), len(chunk), world()), kls, strict=True)))
             spent = main_says(lambda began=began: time.monotonic() - began)  # type: ignore[misc]
             for place, kl in sorted(found):
                 genome = chunk[place]
@@ -266,12 +268,19 @@ class Evaluator:
                 progress(len(genomes) - len(left) + begin + len(chunk))
         return [float(self._known[(self.tag, genome, at)]["kl"]) for genome in genomes]
 
-    def _measure(self, genomes: Sequence[Genome], at: tuple[int, ...]) -> list[float]:
-        """The KL of every genome, block by block: each block is fetched once for all genomes."""
+    def _measure(self, genomes: Sequence[Genome], at: tuple[int, ...], first: int) -> list[float]:
+        """The KL of every genome, block by block: each block is fetched once for all genomes.
+
+        Args:
+            first: the first block that any process needs.
+        """
         firsts = [self._first_change(g) for g in genomes]
         parts = self._grouped(at)
         hidden: list[Tensor] = [torch.empty(0)] * len(genomes)
-        for index in range(min(firsts, default=self.layers), self.layers):
+        together = is_in_step(self.runner.model)
+        for index in range(first if together else min(firsts, default=self.layers), self.layers):
+            if together:
+                self.runner.blocks[index]  # all put it together, whoever needs it
             alike: dict[tuple[int, int], list[int]] = {}
             for k, genome in enumerate(genomes):
                 if index < firsts[k]:

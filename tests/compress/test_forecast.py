@@ -17,6 +17,7 @@ from compress.forecast import Stage, held, load_fit
 from compress.machines import find_machine, machine_names
 from compress.models.sources import Alias, alias_names, load_alias
 from compress.run import Run
+from compress.verbs import plan
 from tests.command import compress, one_error
 from tools.fit_forecast import Case, folder_bytes, foreseen, least_squares, measure, pairs
 
@@ -163,6 +164,18 @@ def test_depth_costs_a_streamed_supernet_no_memory() -> None:
     for kind in ("device", "ram"):
         assert sum(getattr(deep, kind).values()) == pytest.approx(sum(getattr(shallow, kind).values()), rel=0.02)
     assert deep.kept > 9 * shallow.kept
+
+
+def test_processes_that_hold_a_part_of_the_model_read_it_once_a_stage() -> None:
+    each, shared = (plan("llama-70b", "tyr-large", [f"memory.shard={on}"], "8xh100") for on in ("false", "true"))
+    blocks = 80 * 855_654_400 * 2  # llama-70b's, in bfloat16
+    for a, b in zip(each["stages"], shared["stages"], strict=True):
+        if a["stage"].startswith(("supernet", "singles", "search", "final")):
+            assert b["read_bytes"] == pytest.approx(blocks / 8, rel=1e-3) and a["read_bytes"] >= blocks * 0.99
+            assert 0 < b["gpu_bytes"] - a["gpu_bytes"] < 1.25 * blocks / 8
+            assert b["seconds"] < a["seconds"]
+    alone = [plan("llama-70b", "tyr-large", [f"memory.shard={on}"], "1x24gb") for on in ("false", "true")]
+    assert alone[0]["stages"] == alone[1]["stages"]  # with nobody to share with, nothing changes
 
 
 def test_one_of_everything_is_no_fault() -> None:
