@@ -25,7 +25,8 @@ from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
-from compress.recipes.tyr.prune import final_pass, joined, produce_plan
+from compress.recipes.tyr.last_pass import final_pass, joined
+from compress.recipes.tyr.prune import produce_plan
 from compress.run import SEAL, Journal, Run
 from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
 

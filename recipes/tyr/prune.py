@@ -7,39 +7,24 @@ choice, so that every projection is refitted to the stream it will really see.
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.activations import Room, is_whole
 from compress.budget import Option, knapsack, nearest_feasible, target_removed
-from compress.distributed import device_bytes, is_main, main_says, meet
 from compress.models.blocks import BlockRunner
-from compress.models.streaming import in_step, is_streamed, only_blocks
+from compress.models.streaming import in_step
 from compress.plan import BlockPlan, Plan
-from compress.progress import Progress, say
-from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, saving, settle
-from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
+from compress.progress import Progress
+from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, settle
+from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
-from compress.recipes.tyr.sensitivity import output_metrics
-from compress.recipes.tyr.supernet import (
-    Accumulation,
-    Menu,
-    Streams,
-    Supernet,
-    prune_block,
-    runner_tokens,
-    write_block,
-)
-from compress.run import Run, fingerprint, seal_hash
+from compress.recipes.tyr.supernet import Accumulation, Supernet, write_block
+from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, room_for, walk
+from compress.run import Run, fingerprint
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
 # 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).
@@ -53,7 +38,7 @@ def produce_plan(run: Run, job: Job) -> Path:
         The sealed folder holding plan.json, plan.safetensors and search.json.
     """
     check_budget(job)
-    metrics = _metrics(run, job)
+    metrics = metrics_of(run, job)
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
     for iteration in range(1, job.options.iterations + 1):
@@ -67,54 +52,8 @@ def produce_plan(run: Run, job: Job) -> Path:
     options = json.loads((singles / "singles.json").read_text())["options"]
     if job.options.run_off is None:
         return final_pass(run, job, settle(job, choices, options), results, metrics)
-    winner, name, kls = run_off(run, job, _contenders(job, results[-1], options), metrics)
+    winner, name, kls = run_off(run, job, contenders_of(job, results[-1], options), metrics)
     return final_pass(run, job, winner, results, metrics, name, kls)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The sealed output metrics of all sublayers; a block's are read when they are asked for. None: no metric."""
-
-    folders: list[Path] | None
-
-    def of(self, block: int) -> tuple[Tensor | None, Tensor | None]:
-        """(attention's, FFN's), each (hidden, hidden) float32 or None."""
-        if self.folders is None:
-            return None, None
-        with safe_open(self.folders[block] / "metrics.safetensors", "pt") as file:
-            return file.get_tensor("attention"), file.get_tensor("ffn")
-
-    def hash(self) -> str | None:
-        return None if self.folders is None else fingerprint({str(i): seal_hash(f) for i, f in enumerate(self.folders)})
-
-
-def _metrics(run: Run, job: Job) -> Metrics:
-    options = job.options
-    if options.metric == "none":
-        return Metrics(None)
-    windows = job.calibration[: options.metric_windows]
-    inputs = {**job.inputs, "windows": len(windows), "seed": job.seed}
-    layers = job.geometry.layers
-
-    def write(block: int, found: dict[str, Tensor], began: float) -> None:
-        run.stage(
-            f"metrics/block-{block:03d}",
-            {**inputs, "block": block},
-            lambda folder: save_file(found, folder / "metrics.safetensors"),
-            began,
-        )
-
-    # The backward pass goes from the last block to the first.
-    left = layers
-    while left and run.is_sealed(f"metrics/block-{left - 1:03d}"):
-        run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, _never)
-        left -= 1
-    if left:
-        runner = BlockRunner(job.model, job.family, windows.shape[1])
-        with in_step(job.model):
-            output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
-    run.drop_scratch("metrics")
-    return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
 
 
 def _supernet(
@@ -147,100 +86,8 @@ def _supernet(
 
     return [
         folder / "levels.safetensors"
-        for folder in _walk(run, job, name, inputs, calibration, block_menu, accumulation, metrics, write)
+        for folder in walk(run, job, name, inputs, calibration, block_menu, accumulation, metrics, write)
     ]
-
-
-CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a stop costs what keeping would have
-# The options that decide what a candidate is, beside the levels themselves.
-LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
-
-
-def _walk(
-    run: Run,
-    job: Job,
-    name: str,
-    inputs: Mapping[str, Any],
-    calibration: Tensor,
-    block_menu: list[Menu],
-    accumulation: Accumulation,
-    metrics: Metrics,
-    write: Any,
-) -> list[Path]:
-    """Walks the blocks with both streams, resuming behind the last block whose stage and streams are on disk."""
-    layers = job.geometry.layers
-    scratch = run.scratch(name)
-    sealed = 0
-    while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}"):
-        # Raises where the sealed block was made from other inputs.
-        run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, _never)
-        sealed += 1
-    folders = [run.folder / name / f"block-{i:03d}" for i in range(sealed)]
-    if sealed == layers:
-        run.drop_scratch(name)
-        return folders
-    runner = BlockRunner(job.model, job.family, calibration.shape[1])
-    room = _room(run, job, name, runner, 2 * calibration.numel())
-
-    def last_kept() -> int:
-        every = [int(p.name.removeprefix("before-")) for p in scratch.glob("before-*") if is_whole(p, len(calibration))]
-        return max((k for k in every if k <= sealed), default=0)
-
-    start = main_says(last_kept)
-    if start:
-        streams = Streams.load(scratch / f"before-{start:03d}", calibration, room, runner_tokens(runner))
-    else:
-        streams = Streams.start(runner, calibration, accumulation, room)
-    spent = cost = 0.0  # since the streams were last kept, and what keeping them took
-    bar = Progress(layers, f"{name}: blocks", start=start)
-    with only_blocks(job.model, runner.device), in_step(job.model), bar:
-        for index in range(start, layers):
-            began = time.monotonic()
-            attention, ffn = prune_block(
-                runner,
-                index,
-                streams,
-                block_menu[index],
-                geometry=job.geometry,
-                costs=job.costs,
-                damping=job.options.damping,
-                target=job.options.target,
-                accumulation=accumulation,
-                score=job.options.score,
-                step=job.options.round_to,
-                trim=job.options.query_heads,
-                token_weight=job.options.token_weight,
-                metrics=metrics.of(index),
-            )
-            spent += time.monotonic() - began
-            keeps = index + 1 < layers and main_says(lambda due=spent >= cost or cost < CHEAP: bool(due))  # type: ignore[misc]
-            if keeps:
-                began_keeping = time.monotonic()
-                streams.save(scratch / f"before-{index + 1:03d}")
-                spent, cost = 0.0, time.monotonic() - began_keeping
-            meet(f"{name}, behind block {index}")
-            if index >= sealed:
-                folders.append(write(index, attention, ffn, began))
-            if keeps and is_main():
-                for older in scratch.glob("before-*"):
-                    if older.name < f"before-{index + 1:03d}":
-                        shutil.rmtree(older, ignore_errors=True)
-            bar.update(1)
-    run.drop_scratch(name)
-    return folders
-
-
-def _room(run: Run, job: Job, name: str, runner: BlockRunner, tokens: int) -> Room:
-    """Where the activations of so many tokens lie: in files where the recipe says so; on the device where they take a
-    quarter of what is free there at most, and no block must be read to be run; else in memory."""
-    if job.offload:
-        return Room(run.scratch(name) / "activations")
-    near = not is_streamed(job.model) and 4 * tokens * job.geometry.hidden <= device_bytes() // 4
-    return Room(None, runner.device if near else None)
-
-
-def _never(_: Path) -> None:
-    raise AssertionError("a sealed stage was built again")
 
 
 def _evaluator(
@@ -258,7 +105,7 @@ def _evaluator(
         seed=job.seed,
         log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
-        room=_room(run, job, name, runner, windows.numel() * (job.geometry.layers + 2)),
+        room=room_for(run, job, name, runner, windows.numel() * (job.geometry.layers + 2)),
     )
 
 
@@ -439,131 +286,3 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
             facts = supernet.facts[block][kind]
             genome.append(min(range(len(facts)), key=lambda e: (abs(facts[e]["saving"] - wanted), e)))
     return tuple(genome)
-
-
-def _contenders(job: Job, result: Mapping[str, Any], options: list[list[dict[str, Any]]]) -> dict[str, list[Choice]]:
-    """What goes into the run-off: the search's solution, the plain knapsack's, the rule that leaves the edges alone,
-    and the best other starting points; equal ones once."""
-    assert job.options.run_off is not None  # asked by the caller
-    starts = result["choices_starts"]
-    known = [label for label in ("knapsack", "edges left alone") if label in starts]
-    order = [*known, *sorted(set(starts) - set(known), key=lambda label: (result["starts"][label], label))]
-    found: dict[str, list[Choice]] = {}
-    for label, choices in [("search", result["choices"]), *((label, starts[label]) for label in order)]:
-        settled = settle(job, [Choice(**c) for c in choices], options)
-        if settled not in found.values() and len(found) < job.options.run_off.solutions:
-            found[label] = settled
-    return found
-
-
-def run_off(
-    run: Run, job: Job, contenders: Mapping[str, list[Choice]], metrics: Metrics
-) -> tuple[list[Choice], str, dict[str, float]]:
-    """Takes every solution through a last pass and judges it on windows that nothing has seen.
-
-    Returns:
-        The choices with the least KL, at the best scale of the logits where the recipe scales them; the name of the
-        stages of a pass over all calibration windows with them: the winner's own, if it had them all; and every
-        solution's KL in nats.
-    """
-    spec = job.options.run_off
-    assert spec is not None and job.judging is not None  # asked by the caller
-    few = job.calibration[: spec.calibration]
-    scales = SCALES[::5] if job.options.rescale else (1.0,)
-    kls: dict[str, float] = {}
-    names = {label: f"run-off-{k}" for k, label in enumerate(contenders)}
-    for label, choices in contenders.items():
-        folders, inputs = _refitted(run, job, names[label], choices, few, metrics)
-
-        def judge(folder: Path | None, label: str = label, folders: list[Path] = folders) -> None:
-            kl = float(kl_at(job, joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
-            if folder is not None:
-                (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
-
-        parts = {**inputs, "parts": [run.seal_hash(f) for f in folders], "scales": scales}
-        judged = run.stage_together(f"{names[label]}-judged", parts, judge)
-        kls[label] = json.loads((judged / "kl.json").read_text())["kl"]
-    best = min(kls, key=lambda label: (kls[label], label))
-    say("run-off, KL: " + ", ".join(f"{label} {kl:.4f}" for label, kl in kls.items()) + f"; {best} wins")
-    return contenders[best], names[best] if len(few) == len(job.calibration) else "final", kls
-
-
-def _refitted(
-    run: Run, job: Job, name: str, choices: list[Choice], calibration: Tensor, metrics: Metrics
-) -> tuple[list[Path], dict[str, Any]]:
-    """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has. Returns
-    the blocks' sealed folders and what they were made from."""
-    options = job.options
-    block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
-    inputs = {
-        **job.inputs,
-        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
-        "choices": [list(vars(c).values()) for c in choices],
-        "metrics": metrics.hash(),
-        "windows": len(calibration),
-    }
-
-    def write(index: int, attention: Any, ffn: Any, began: float) -> Path:
-        def build(folder: Path) -> None:
-            block = BlockPlan(heads=attention[0].units, neurons=ffn[0].units)
-            weights = {"o": attention[0].weight, "down": ffn[0].weight}
-            Plan(
-                blocks=(block,),
-                weights={f"blocks.0.{k}": w.to(job.dtype) for k, w in weights.items() if w is not None},
-                meta={"block": index},
-            ).save(folder)
-
-        return run.stage(f"{name}/block-{index:03d}", {**inputs, "block": index}, build, began)
-
-    return _walk(run, job, name, inputs, calibration, block_menu, options.accumulation, metrics, write), inputs
-
-
-def joined(folders: Sequence[Path]) -> Plan:
-    """The plan of all blocks."""
-    each = [Plan.load(f) for f in folders]
-    return Plan(
-        blocks=tuple(p.blocks[0] for p in each),
-        weights={
-            key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(each) for key, w in p.weights.items()
-        },
-    )
-
-
-def final_pass(
-    run: Run,
-    job: Job,
-    choices: list[Choice],
-    results: list[dict[str, Any]],
-    metrics: Metrics | None = None,
-    name: str = "final",
-    judged: Mapping[str, float] | None = None,
-) -> Path:
-    """The plan of a last pass over all calibration windows, whose stages are called ``name``; ``judged`` is what the
-    run-off before it found."""
-    options = job.options
-    metrics = _metrics(run, job) if metrics is None else metrics
-    folders, inputs = _refitted(run, job, name, choices, job.calibration, metrics)
-
-    def build(folder: Path | None) -> None:
-        plan = joined(folders)
-        plan.meta.update(
-            {
-                "method": "tyr",
-                "sparsity_asked": job.sparsity,
-                "removed": sum(saving(job, c) for c in choices),
-                "backbone": job.costs.backbone,
-                **dict(job.inputs),
-            }
-        )
-        if judged is not None:
-            plan.meta["run_off"] = dict(judged)
-        if options.rescale:
-            scale, before, after = fit_scale(job, plan)
-            plan.weights["norm"] = job.family.scaled_norm(job.model, scale)
-            plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
-        if folder is not None:
-            plan.save(folder)
-            (folder / "search.json").write_text(json.dumps(results, indent=1))
-
-    parts = [run.seal_hash(f) for f in folders]
-    return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)

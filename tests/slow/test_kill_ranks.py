@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 def whole_run(job: Job, out: Path, counts: Path) -> None:
     """`compress prune` to the end; every block's elimination leaves a line in ``counts``."""
     from compress import distributed
-    from compress.recipes.tyr import prune, supernet
+    from compress.recipes.tyr import supernet, walk
     from tests.command import compress
 
     def counted(*arguments: object, **named: object) -> object:
@@ -36,7 +36,7 @@ def whole_run(job: Job, out: Path, counts: Path) -> None:
                 file.write(f"{arguments[1]}\n")
         return supernet.prune_block(*arguments, **named)  # type: ignore[arg-type]
 
-    prune.prune_block = counted  # type: ignore[assignment]
+    walk.prune_block = counted  # type: ignore[assignment]
     ran = compress("prune", job.model, "--recipe", job.recipe, "--out", out)
     assert ran.code == 0, ran.err
 

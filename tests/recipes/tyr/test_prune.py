@@ -17,9 +17,10 @@ from compress.budget import target_removed
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
 from compress.plan import Plan
-from compress.recipes.tyr import prune
+from compress.recipes.tyr import walk
 from compress.recipes.tyr.choice import Choice, Job, block_menus, saving
-from compress.recipes.tyr.prune import final_pass, full_shape_bytes, produce_plan
+from compress.recipes.tyr.last_pass import final_pass, joined
+from compress.recipes.tyr.prune import full_shape_bytes, produce_plan
 from compress.recipes.tyr.supernet import Streams, Supernet
 from compress.run import Journal, Run
 from tests.models.families.test_families import linear_parameters
@@ -61,7 +62,7 @@ def whole(job: Job, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     folder = tmp_path_factory.mktemp("runs") / "first"
     done: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
-        for where, name in ((prune, "prune_block"), (Journal, "append")):
+        for where, name in ((walk, "prune_block"), (Journal, "append")):
             patch.setattr(where, name, counted(done, name, getattr(where, name)))
         planned(folder, job)
     return folder, done
@@ -154,7 +155,7 @@ def test_only_later_supernets_are_fitted_behind_pruned_blocks(
     with torch.no_grad():
         streams = Streams.start(runner, job.calibration, accumulation)
     for i, menu in enumerate(menus):
-        metrics = prune.Metrics(sorted((first / "metrics").iterdir())).of(i)
+        metrics = walk.Metrics(sorted((first / "metrics").iterdir())).of(i)
         made = pruned_block(
             runner, job, i, streams, menu, accumulation=accumulation, token_weight="norm", metrics=metrics
         )
@@ -192,7 +193,7 @@ def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | No
     job = replace(job_of(0.4, iterations=1, rescale=False, run_off=spec), judging=judging)
     done: dict[str, int] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune, "prune_block", counted(done, "pruned", prune.prune_block))
+        patch.setattr(walk, "prune_block", counted(done, "pruned", walk.prune_block))
         found = planned(tmp_path / "run", job)
     plan = Plan.load(tmp_path / "run" / "plan")
     judged = plan.meta["run_off"]
@@ -202,7 +203,7 @@ def test_the_run_off_takes_what_is_best_behind_a_last_pass(calibration: int | No
     few = replace(job, calibration=job.calibration[:calibration])
     for k, label in enumerate(judged):
         blocks = sorted((tmp_path / "run" / f"run-off-{k}").glob("block-*"))
-        again = prune.joined(blocks)
+        again = joined(blocks)
         assert json.loads((tmp_path / "run" / f"run-off-{k}-judged" / "kl.json").read_text())["solution"] == label
         assert judged[label] == pytest.approx(whole_kl(few, again, judging), rel=1e-4)
         if judged[label] == min(judged.values()):
@@ -222,7 +223,7 @@ def test_streams_that_are_dear_to_keep_are_kept_less_often_and_a_stop_ends_in_th
     """Keeping takes an hour by the clock: the stream behind the first block is kept, and the walk goes on there."""
     saved: list[str] = []
     clock = {"hours": 0}
-    plain, now = Streams.save, prune.time.monotonic
+    plain, now = Streams.save, walk.time.monotonic
 
     def save(self: Streams, folder: Path) -> None:
         saved.append(folder.name)
@@ -230,19 +231,19 @@ def test_streams_that_are_dear_to_keep_are_kept_less_often_and_a_stop_ends_in_th
         plain(self, folder)
 
     monkeypatch.setattr(Streams, "save", save)
-    monkeypatch.setattr(prune.time, "monotonic", lambda: now() + 3600 * clock["hours"])
+    monkeypatch.setattr(walk.time, "monotonic", lambda: now() + 3600 * clock["hours"])
     folder = tmp_path / "run"
     done: dict[str, int] = {}
     shutil.copytree(first, folder)
     for name in ("final", "plan"):
         shutil.rmtree(folder / name)
     with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(prune, "prune_block", counted(done, "pruned", prune.prune_block, cut=2))
+        patch.setattr(walk, "prune_block", counted(done, "pruned", walk.prune_block, cut=2))
         planned(folder, job)
     assert saved == ["before-001"], "behind the first block alone"
     assert [p.name for p in sorted((folder / "final").iterdir())] == ["block-000", "block-001"]
     with monkeypatch.context() as patch:
-        patch.setattr(prune, "prune_block", counted(done, "again", prune.prune_block))
+        patch.setattr(walk, "prune_block", counted(done, "again", walk.prune_block))
         assert planned(folder, job) == bytes_of(first)
     assert done["again"] == 2, "block 1 again, whose stream was not kept, and block 2"
 
@@ -296,8 +297,8 @@ def test_a_walk_goes_on_behind_its_last_sealed_block(group: str, first: Path, jo
 @pytest.mark.parametrize(
     ("where", "name", "calls"),
     [
-        (prune, "prune_block", 2),  # in the first supernet
-        (prune, "prune_block", 7),  # in the last pass
+        (walk, "prune_block", 2),  # in the first supernet
+        (walk, "prune_block", 7),  # in the last pass
         (Journal, "append", 9),  # between single candidates
         (Journal, "append", 34),  # in the first search
     ],

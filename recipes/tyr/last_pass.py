@@ -1,0 +1,149 @@
+"""The last pass over the blocks: a solution's counts, refitted to the streams that the pruned model has, become a plan.
+
+Before it, where the recipe asks for one, the run-off between the best solutions, each behind a pass of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.plan import BlockPlan, Plan
+from compress.progress import say
+from compress.recipes.tyr.choice import Choice, Job, saving, settle
+from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
+from compress.recipes.tyr.supernet import Menu
+from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
+from compress.run import Run
+
+
+def refitted(
+    run: Run, job: Job, name: str, choices: list[Choice], calibration: Tensor, metrics: Metrics
+) -> tuple[list[Path], dict[str, Any]]:
+    """One pass with exactly the chosen counts: units chosen and refitted on the streams the pruned model has. Returns
+    the blocks' sealed folders and what they were made from."""
+    options = job.options
+    block_menu = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in choices]
+    inputs = {
+        **job.inputs,
+        "method": options.model_dump(mode="json", include=LOCAL_OPTIONS),
+        "choices": [list(vars(c).values()) for c in choices],
+        "metrics": metrics.hash(),
+        "windows": len(calibration),
+    }
+
+    def write(index: int, attention: Any, ffn: Any, began: float) -> Path:
+        def build(folder: Path) -> None:
+            block = BlockPlan(heads=attention[0].units, neurons=ffn[0].units)
+            weights = {"o": attention[0].weight, "down": ffn[0].weight}
+            Plan(
+                blocks=(block,),
+                weights={f"blocks.0.{k}": w.to(job.dtype) for k, w in weights.items() if w is not None},
+                meta={"block": index},
+            ).save(folder)
+
+        return run.stage(f"{name}/block-{index:03d}", {**inputs, "block": index}, build, began)
+
+    return walk(run, job, name, inputs, calibration, block_menu, options.accumulation, metrics, write), inputs
+
+
+def joined(folders: Sequence[Path]) -> Plan:
+    """The plan of all blocks."""
+    each = [Plan.load(f) for f in folders]
+    return Plan(
+        blocks=tuple(p.blocks[0] for p in each),
+        weights={
+            key.replace("blocks.0.", f"blocks.{i}."): w for i, p in enumerate(each) for key, w in p.weights.items()
+        },
+    )
+
+
+def contenders_of(job: Job, result: Mapping[str, Any], options: list[list[dict[str, Any]]]) -> dict[str, list[Choice]]:
+    """What goes into the run-off: the search's solution, the plain knapsack's, the rule that leaves the edges alone,
+    and the best other starting points; equal ones once."""
+    assert job.options.run_off is not None  # asked by the caller
+    starts = result["choices_starts"]
+    known = [label for label in ("knapsack", "edges left alone") if label in starts]
+    order = [*known, *sorted(set(starts) - set(known), key=lambda label: (result["starts"][label], label))]
+    found: dict[str, list[Choice]] = {}
+    for label, choices in [("search", result["choices"]), *((label, starts[label]) for label in order)]:
+        settled = settle(job, [Choice(**c) for c in choices], options)
+        if settled not in found.values() and len(found) < job.options.run_off.solutions:
+            found[label] = settled
+    return found
+
+
+def run_off(
+    run: Run, job: Job, contenders: Mapping[str, list[Choice]], metrics: Metrics
+) -> tuple[list[Choice], str, dict[str, float]]:
+    """Takes every solution through a last pass and judges it on windows that nothing has seen.
+
+    Returns:
+        The choices with the least KL, at the best scale of the logits where the recipe scales them; the name of the
+        stages of a pass over all calibration windows with them: the winner's own, if it had them all; and every
+        solution's KL in nats.
+    """
+    spec = job.options.run_off
+    assert spec is not None and job.judging is not None  # asked by the caller
+    few = job.calibration[: spec.calibration]
+    scales = SCALES[::5] if job.options.rescale else (1.0,)
+    kls: dict[str, float] = {}
+    names = {label: f"run-off-{k}" for k, label in enumerate(contenders)}
+    for label, choices in contenders.items():
+        folders, inputs = refitted(run, job, names[label], choices, few, metrics)
+
+        def judge(folder: Path | None, label: str = label, folders: list[Path] = folders) -> None:
+            kl = float(kl_at(job, joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
+            if folder is not None:
+                (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
+
+        parts = {**inputs, "parts": [run.seal_hash(f) for f in folders], "scales": scales}
+        judged = run.stage_together(f"{names[label]}-judged", parts, judge)
+        kls[label] = json.loads((judged / "kl.json").read_text())["kl"]
+    best = min(kls, key=lambda label: (kls[label], label))
+    say("run-off, KL: " + ", ".join(f"{label} {kl:.4f}" for label, kl in kls.items()) + f"; {best} wins")
+    return contenders[best], names[best] if len(few) == len(job.calibration) else "final", kls
+
+
+def final_pass(
+    run: Run,
+    job: Job,
+    choices: list[Choice],
+    results: list[dict[str, Any]],
+    metrics: Metrics | None = None,
+    name: str = "final",
+    judged: Mapping[str, float] | None = None,
+) -> Path:
+    """The plan of a last pass over all calibration windows, whose stages are called ``name``; ``judged`` is what the
+    run-off before it found."""
+    options = job.options
+    metrics = metrics_of(run, job) if metrics is None else metrics
+    folders, inputs = refitted(run, job, name, choices, job.calibration, metrics)
+
+    def build(folder: Path | None) -> None:
+        plan = joined(folders)
+        plan.meta.update(
+            {
+                "method": "tyr",
+                "sparsity_asked": job.sparsity,
+                "removed": sum(saving(job, c) for c in choices),
+                "backbone": job.costs.backbone,
+                **dict(job.inputs),
+            }
+        )
+        if judged is not None:
+            plan.meta["run_off"] = dict(judged)
+        if options.rescale:
+            scale, before, after = fit_scale(job, plan)
+            plan.weights["norm"] = job.family.scaled_norm(job.model, scale)
+            plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
+        if folder is not None:
+            plan.save(folder)
+            (folder / "search.json").write_text(json.dumps(results, indent=1))
+
+    parts = [run.seal_hash(f) for f in folders]
+    return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)

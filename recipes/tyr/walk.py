@@ -1,0 +1,166 @@
+"""A walk over all blocks with both residual streams: what the supernet and the last passes have in common.
+
+Every block that has been made is a sealed stage; the streams in front of the next one are kept beside, so that a walk
+that was stopped goes on there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.activations import Room, is_whole
+from compress.distributed import device_bytes, is_main, main_says, meet
+from compress.models.blocks import BlockRunner
+from compress.models.streaming import in_step, is_streamed, only_blocks
+from compress.progress import Progress
+from compress.recipes.tyr.choice import Job
+from compress.recipes.tyr.sensitivity import output_metrics
+from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, prune_block, runner_tokens
+from compress.run import Run, fingerprint, seal_hash
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The sealed output metrics of all sublayers; a block's are read when they are asked for. None: no metric."""
+
+    folders: list[Path] | None
+
+    def of(self, block: int) -> tuple[Tensor | None, Tensor | None]:
+        """(attention's, FFN's), each (hidden, hidden) float32 or None."""
+        if self.folders is None:
+            return None, None
+        with safe_open(self.folders[block] / "metrics.safetensors", "pt") as file:
+            return file.get_tensor("attention"), file.get_tensor("ffn")
+
+    def hash(self) -> str | None:
+        return None if self.folders is None else fingerprint({str(i): seal_hash(f) for i, f in enumerate(self.folders)})
+
+
+def metrics_of(run: Run, job: Job) -> Metrics:
+    options = job.options
+    if options.metric == "none":
+        return Metrics(None)
+    windows = job.calibration[: options.metric_windows]
+    inputs = {**job.inputs, "windows": len(windows), "seed": job.seed}
+    layers = job.geometry.layers
+
+    def write(block: int, found: dict[str, Tensor], began: float) -> None:
+        run.stage(
+            f"metrics/block-{block:03d}",
+            {**inputs, "block": block},
+            lambda folder: save_file(found, folder / "metrics.safetensors"),
+            began,
+        )
+
+    # The backward pass goes from the last block to the first.
+    left = layers
+    while left and run.is_sealed(f"metrics/block-{left - 1:03d}"):
+        run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, never)
+        left -= 1
+    if left:
+        runner = BlockRunner(job.model, job.family, windows.shape[1])
+        with in_step(job.model):
+            output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
+    run.drop_scratch("metrics")
+    return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
+
+
+CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a stop costs what keeping would have
+# The options that decide what a candidate is, beside the levels themselves.
+LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
+
+
+def walk(
+    run: Run,
+    job: Job,
+    name: str,
+    inputs: Mapping[str, Any],
+    calibration: Tensor,
+    block_menu: list[Menu],
+    accumulation: Accumulation,
+    metrics: Metrics,
+    write: Any,
+) -> list[Path]:
+    """Walks the blocks with both streams, resuming behind the last block whose stage and streams are on disk."""
+    layers = job.geometry.layers
+    scratch = run.scratch(name)
+    sealed = 0
+    while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}"):
+        # Raises where the sealed block was made from other inputs.
+        run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, never)
+        sealed += 1
+    folders = [run.folder / name / f"block-{i:03d}" for i in range(sealed)]
+    if sealed == layers:
+        run.drop_scratch(name)
+        return folders
+    runner = BlockRunner(job.model, job.family, calibration.shape[1])
+    room = room_for(run, job, name, runner, 2 * calibration.numel())
+
+    def last_kept() -> int:
+        every = [int(p.name.removeprefix("before-")) for p in scratch.glob("before-*") if is_whole(p, len(calibration))]
+        return max((k for k in every if k <= sealed), default=0)
+
+    start = main_says(last_kept)
+    if start:
+        streams = Streams.load(scratch / f"before-{start:03d}", calibration, room, runner_tokens(runner))
+    else:
+        streams = Streams.start(runner, calibration, accumulation, room)
+    spent = cost = 0.0  # since the streams were last kept, and what keeping them took
+    bar = Progress(layers, f"{name}: blocks", start=start)
+    with only_blocks(job.model, runner.device), in_step(job.model), bar:
+        for index in range(start, layers):
+            began = time.monotonic()
+            attention, ffn = prune_block(
+                runner,
+                index,
+                streams,
+                block_menu[index],
+                geometry=job.geometry,
+                costs=job.costs,
+                damping=job.options.damping,
+                target=job.options.target,
+                accumulation=accumulation,
+                score=job.options.score,
+                step=job.options.round_to,
+                trim=job.options.query_heads,
+                token_weight=job.options.token_weight,
+                metrics=metrics.of(index),
+            )
+            spent += time.monotonic() - began
+            keeps = index + 1 < layers and main_says(lambda due=spent >= cost or cost < CHEAP: bool(due))  # type: ignore[misc]
+            if keeps:
+                began_keeping = time.monotonic()
+                streams.save(scratch / f"before-{index + 1:03d}")
+                spent, cost = 0.0, time.monotonic() - began_keeping
+            meet(f"{name}, behind block {index}")
+            if index >= sealed:
+                folders.append(write(index, attention, ffn, began))
+            if keeps and is_main():
+                for older in scratch.glob("before-*"):
+                    if older.name < f"before-{index + 1:03d}":
+                        shutil.rmtree(older, ignore_errors=True)
+            bar.update(1)
+    run.drop_scratch(name)
+    return folders
+
+
+def room_for(run: Run, job: Job, name: str, runner: BlockRunner, tokens: int) -> Room:
+    """Where the activations of so many tokens lie: in files where the recipe says so; on the device where they take a
+    quarter of what is free there at most, and no block must be read to be run; else in memory."""
+    if job.offload:
+        return Room(run.scratch(name) / "activations")
+    near = not is_streamed(job.model) and 4 * tokens * job.geometry.hidden <= device_bytes() // 4
+    return Room(None, runner.device if near else None)
+
+
+def never(_: Path) -> None:
+    raise AssertionError("a sealed stage was built again")
