@@ -562,8 +562,7 @@ def _memory_errors() -> Iterator[None]:
         raise CompressError(
             f"the GPU's memory does not suffice{f': {asked[1]} more were asked for' if asked else ''}",
             where=f"a GPU with {torch.cuda.mem_get_info()[1] / 1e9:.0f} GB" if torch.cuda.is_available() else "the GPU",
-            fix="see `compress plan --on this-machine`; --set memory.stream=true holds one block at a time, and"
-            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True leaves no gaps",
+            fix="see `compress plan --on this-machine`; --set memory.stream=true holds one block at a time",
         ) from e
 
 
@@ -571,6 +570,7 @@ def main() -> None:
     """Runs the command line; every error a user can act on is one message and an exit code."""
     from compress import distributed
 
+    distributed.leave_no_gaps()
     try:
         signal.signal(signal.SIGINT, _stop)
         with _memory_errors():

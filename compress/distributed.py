@@ -108,6 +108,15 @@ def _processes_per_gpu() -> int:
     return -(-int(os.environ.get("LOCAL_WORLD_SIZE", "1")) // torch.cuda.device_count())
 
 
+def leave_no_gaps() -> None:
+    """Room that is freed on a GPU joins up again: a 70B block's matrices are gigabytes in one piece.
+
+    Called before anything lies on a GPU, since torch looks then; what the environment says already stands.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def shares_device() -> bool:
     """Whether another process computes on this one's GPU."""
     return device().type == "cuda" and _processes_per_gpu() > 1

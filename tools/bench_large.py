@@ -82,10 +82,11 @@ def main() -> None:
     parser.add_argument("--until", default="model", choices=["plan", "model"])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    from compress.distributed import device
+    from compress.distributed import device, leave_no_gaps
     from compress.pipeline import prune
     from compress.verbs import plan
 
+    leave_no_gaps()
     where = device()
     folder: Path = given.out / "model"
     began = time.monotonic()
