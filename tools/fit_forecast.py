@@ -58,6 +58,7 @@ class Case:
     iterations: int = 1
     streamed: bool = False
     processes: int = 1
+    shard: bool = False
     metric: str = "fisher"
     round_to: int = 16
     sparsity: float = 0.4
@@ -71,7 +72,7 @@ class Case:
             "sparsity": self.sparsity,
             "calibration": {"sources": [text], "windows": self.windows, "length": self.length},
             "evaluation": {"texts": [{"name": "none", "source": {"files": ["other.txt"]}}], "windows": 1, "length": 16},
-            "memory": {"stream": self.streamed},
+            "memory": {"stream": self.streamed, "shard": self.shard},
             "recover": self.recover,
             "tyr": {
                 "levels": self.levels,
@@ -117,6 +118,8 @@ HELD_OUT = (
     Case("unseen-twice", 448,   896,  5, 7,  7,  3000,  24,  128,   4,  64, iterations=2, generations=3),
     Case("unseen-read",  640,  1792,  4, 10, 2, 12000,  18,  160,   4,  80, streamed=True, round_to=32),
     Case("unseen-two",   384,  1152,  6, 6,  2,  5000,  36,  128,   4,  64, processes=2, levels=7),
+    Case("unseen-parts", 512,  1408,  6, 8,  4,  4000,  28,  144,   4,  72, processes=2, streamed=True, shard=True),
+    Case("unseen-deep",  288,   640, 10, 9,  3,  7000,  22,  176,   6,  88, levels=7, sparsity=0.3),
 )  # fmt: skip
 
 
