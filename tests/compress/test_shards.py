@@ -121,3 +121,35 @@ def test_a_run_of_processes_that_share_the_model_ends_with_the_bytes_of_one(
 def test_sharing_what_every_process_holds_is_refused(job: Job, tmp_path: Path) -> None:
     words = ("--set", "memory={shard: true, stream: false}")
     one_error(compress("prune", job.model, "--recipe", job.recipe, "--out", tmp_path / "run", *words), 2, "shard")
+
+
+# Behind a metric's block, in the supernet, in a search: where blocks are put together the 3rd, 12th and 30th time.
+@pytest.mark.parametrize("call", [3, 12, 30])
+def test_a_process_killed_while_blocks_are_put_together_costs_no_bytes(
+    job: Job, finished: Path, tmp_path: Path, call: int
+) -> None:
+    # Python imports ``sitecustomize`` from PYTHONPATH by itself: the program is the real one.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    from compress.shards import Shards\n"
+        "    plain, calls = Shards.tensors, []\n"
+        "    def tensors(self, number):\n"
+        "        calls.append(number)\n"
+        f"        if len(calls) == {call}:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return plain(self, number)\n"
+        "    Shards.tensors = tensors\n"
+    )
+    command = [
+        sys.executable, "-m", "compress", "prune", str(job.model), "--recipe", str(job.recipe),
+        "--out", str(tmp_path / "run"), "--until", "plan", "--processes", "2", "--set", "memory.shard=true",
+    ]  # fmt: skip
+    killed = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=killed, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
+    assert "error: rank 1 was ended by SIGKILL" in done.stderr
+    again = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
+    assert again.returncode == 0, again.stderr
+    for name in ("plan/plan.safetensors", "plan/plan.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
