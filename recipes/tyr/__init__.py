@@ -46,7 +46,11 @@ class RunOff(_Section):
     The search measures candidates as they come from the supernet, each refitted in a dense model, on few tokens. Which
     of its best solutions is best once it is refitted to its own stream is another question."""
 
-    solutions: int = Field(3, ge=2, description="at most: the search's, the knapsack's, then the best starting points")
+    solutions: int = Field(
+        3,
+        ge=2,
+        description="the first search's, the knapsack's, the best starting points: so many; further searches' on top",
+    )
     windows: int = Field(16, ge=1, description="windows they are judged on; none is calibrated or searched on")
     calibration: int | None = Field(
         None, ge=1, description="calibration windows of their passes; all by default, and the winner's pass is the last"
@@ -69,7 +73,13 @@ class TyrOptions(_Section):
         ge=1,
         description="calibration windows the supernets are made from; all by default. The last pass uses all",
     )
-    iterations: int = Field(2, ge=1, le=8)
+    iterations: int = Field(2, ge=1, le=8, description="searches, each between levels at half the distance")
+    resolution: float | None = Field(
+        None,
+        gt=0,
+        description="more iterations, until levels are no further apart than this share of the sparsity: what little is"
+        " to go cannot be spread over steps larger than itself",
+    )
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
     query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")
     attention: bool = Field(True, description="false leaves attention dense")

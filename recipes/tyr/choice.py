@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from compress.models.families.base import Costs, Family, Geometry
 
 
+MOST = 8  # iterations
+
+
 @dataclass(frozen=True)
 class Choice:
     """What one block keeps: ``groups`` KV groups with ``per_group`` query heads each, and ``neurons`` FFN neurons."""
@@ -46,6 +49,18 @@ class Job:
     offload: bool = False  # activations lie in files, not in memory
     dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
+
+    @property
+    def iterations(self) -> int:
+        """How often is searched: as often as the recipe says, and until levels stand as near as it asks for, or at
+        single steps."""
+        options, count = self.options, self.options.iterations
+        while options.resolution is not None and count < MOST:
+            apart = options.interval / 2 ** (count - 1)
+            if apart <= options.resolution * self.sparsity or apart * self.geometry.ffn <= options.round_to:
+                break
+            count += 1
+        return count
 
 
 def saving(job: Job, choice: Choice) -> int:
@@ -159,7 +174,10 @@ def even_widths(job: Job, front: int, back: int) -> list[int]:
     return widths
 
 
-def settle(job: Job, choices: list[Choice], options: list[list[dict[str, Any]]]) -> list[Choice]:
+Curves = list[list[dict[str, Any]]]  # every sublayer's options: what is saved, and the KL that costs alone
+
+
+def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     """Moves FFN widths by single steps of ``round_to`` neurons until the budget is met as nearly as such steps can.
 
     The levels of the search are coarser than the units; what is left over goes where the measured KL rises least per

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
-from compress.recipes.tyr.choice import Choice, Job, saving, settle
+from compress.recipes.tyr.choice import Choice, Curves, Job, saving, settle
 from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from compress.recipes.tyr.supernet import Menu
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
@@ -62,18 +62,30 @@ def joined(folders: Sequence[Path]) -> Plan:
     )
 
 
-def contenders_of(job: Job, result: Mapping[str, Any], options: list[list[dict[str, Any]]]) -> dict[str, list[Choice]]:
-    """What goes into the run-off: the search's solution, the plain knapsack's, the rule that leaves the edges alone,
-    and the best other starting points; equal ones once."""
+def contenders_of(
+    job: Job, results: Sequence[Mapping[str, Any]], options: Sequence[Curves]
+) -> dict[str, list[Choice]]:
+    """What goes into the run-off: the first search's solution, the plain knapsack's, the rule that leaves the edges
+    alone, the best other starting points, and what every further search has found; equal ones once.
+
+    Args:
+        results: every iteration's search.json.
+        options: every iteration's curves of single losses.
+    """
     assert job.options.run_off is not None  # asked by the caller
-    starts = result["choices_starts"]
+    first = results[0]
+    starts = first["choices_starts"]
     known = [label for label in ("knapsack", "edges left alone") if label in starts]
-    order = [*known, *sorted(set(starts) - set(known), key=lambda label: (result["starts"][label], label))]
+    order = [*known, *sorted(set(starts) - set(known), key=lambda label: (first["starts"][label], label))]
     found: dict[str, list[Choice]] = {}
-    for label, choices in [("search", result["choices"]), *((label, starts[label]) for label in order)]:
-        settled = settle(job, [Choice(**c) for c in choices], options)
+    for label, choices in [("search", first["choices"]), *((label, starts[label]) for label in order)]:
+        settled = settle(job, [Choice(**c) for c in choices], options[0])
         if settled not in found.values() and len(found) < job.options.run_off.solutions:
             found[label] = settled
+    for number, (result, curves) in enumerate(zip(results[1:], options[1:], strict=True), 2):
+        settled = settle(job, [Choice(**c) for c in result["choices"]], curves)
+        if settled not in found.values():
+            found[f"search {number}"] = settled
     return found
 
 

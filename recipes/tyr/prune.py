@@ -19,7 +19,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
 from compress.plan import BlockPlan, Plan
 from compress.progress import Progress
-from compress.recipes.tyr.choice import Choice, Job, block_menus, check_budget, settle
+from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.supernet import Accumulation, Supernet, write_block
@@ -41,18 +41,18 @@ def produce_plan(run: Run, job: Job) -> Path:
     metrics = metrics_of(run, job)
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
-    for iteration in range(1, job.options.iterations + 1):
+    options: list[Curves] = []
+    for iteration in range(1, job.iterations + 1):
         files = _supernet(run, job, iteration, choices, metrics)
         singles = _singles(run, job, iteration, files, choices)
         folder = _search(run, job, iteration, files, singles, choices)
-        result = json.loads((folder / "search.json").read_text())
-        results.append(result)
-        choices = [Choice(**c) for c in result["choices"]]
+        results.append(json.loads((folder / "search.json").read_text()))
+        options.append(json.loads((singles / "singles.json").read_text())["options"])
+        choices = [Choice(**c) for c in results[-1]["choices"]]
     assert choices is not None  # iterations >= 1
-    options = json.loads((singles / "singles.json").read_text())["options"]
     if job.options.run_off is None:
-        return final_pass(run, job, settle(job, choices, options), results, metrics)
-    winner, name, kls = run_off(run, job, contenders_of(job, results[-1], options), metrics)
+        return final_pass(run, job, settle(job, choices, options[-1]), results, metrics)
+    winner, name, kls = run_off(run, job, contenders_of(job, results, options), metrics)
     return final_pass(run, job, winner, results, metrics, name, kls)
 
 

@@ -18,8 +18,8 @@ from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
 from compress.plan import Plan
 from compress.recipes.tyr import walk
-from compress.recipes.tyr.choice import Choice, Job, block_menus, saving
-from compress.recipes.tyr.last_pass import final_pass, joined
+from compress.recipes.tyr.choice import Choice, Job, block_menus, saving, settle
+from compress.recipes.tyr.last_pass import contenders_of, final_pass, joined
 from compress.recipes.tyr.prune import full_shape_bytes, produce_plan
 from compress.recipes.tyr.supernet import Streams, Supernet
 from compress.run import Journal, Run
@@ -184,6 +184,43 @@ def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
         full += 4 * 40 * 80 * sum(not level["dense"] for level in block["attention"])
         full += 4 * 40 * 48 * sum(not level["dense"] for level in block["ffn"])
     assert full_shape_bytes(supernet, job) == results[1]["full_shape_bytes"] == full
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "resolution", "expected"),
+    [
+        (0.5, None, 1),
+        (0.5, 0.5, 1),  # steps of 0.25
+        (0.4, 0.5, 2),
+        (0.25, 0.5, 2),
+        (0.2, 0.5, 3),
+        (0.01, 0.5, 3),  # a step of three neurons: there is none smaller
+    ],
+)
+def test_little_sparsity_is_spread_in_smaller_steps(sparsity: float, resolution: float | None, expected: int) -> None:
+    job = job_of(sparsity, iterations=1, resolution=resolution, round_to=3)
+    assert job.geometry.ffn == 48 and job.options.interval == 0.25
+    assert job.iterations == expected
+    assert replace(job, options=job.options.model_copy(update={"iterations": 4})).iterations == max(4, expected)
+
+
+def test_what_every_search_has_found_goes_into_the_run_off(tmp_path: Path) -> None:
+    spec = {"solutions": 2, "windows": 3}
+    job = replace(job_of(0.4, iterations=3, run_off=spec), judging=tokens(3, 24, seed=97))
+    planned(tmp_path / "run", job)
+    plan = Plan.load(tmp_path / "run" / "plan")
+    results = json.loads((tmp_path / "run" / "plan" / "search.json").read_text())
+    curves = [
+        json.loads((tmp_path / "run" / f"singles-{i}" / "singles.json").read_text())["options"] for i in (1, 2, 3)
+    ]
+    found = contenders_of(job, results, curves)
+    for result, options in zip(results, curves, strict=True):
+        assert settle(job, [Choice(**c) for c in result["choices"]], options) in found.values()
+    assert next(iter(found)) == "search" and len(found) > 2  # the first's two, and one that a later search found
+    judged = plan.meta["run_off"]
+    assert list(judged) == list(found)
+    best = found[min(judged, key=lambda label: (judged[label], label))]
+    assert [c[1:] for c in plan.counts(job.geometry)] == [(c.groups, c.neurons) for c in best]
 
 
 @pytest.mark.parametrize("calibration", [None, 5])
