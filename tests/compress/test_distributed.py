@@ -136,6 +136,21 @@ def test_no_process_is_refused() -> None:
         distributed.wanted(0)
 
 
+@pytest.mark.parametrize("said", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_what_the_environment_says_of_the_gpus_memory_stands(
+    said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if said:
+        monkeypatch.setenv(said, "max_split_size_mb:512")
+    distributed.leave_no_gaps()
+    found = {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")}
+    expected = {said: "max_split_size_mb:512"} if said else {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert found == expected
+
+
 # --- whole runs -----------------------------------------------------------------------------------------------
 
 RESULTS = ("plan/plan.safetensors", "plan/plan.json", "plan/search.json", "model/model.safetensors")
