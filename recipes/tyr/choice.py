@@ -149,10 +149,7 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
         else:
             centre, mine = choices[i].neurons, (choices[i].groups, choices[i].per_group)
             counts = neuron_counts(geometry.ffn, centre, step, options.refine_levels, options.round_to)
-            heads = neighbours(job, i, choices[i])
-            # The dense levels are always on offer; expected are only the solution so far and what stands next to it.
-            near = (mine in heads[:2], centre + options.refine_levels // 2 * step >= geometry.ffn)
-            found.append(Menu(counts, heads, near))
+            found.append(Menu(counts, neighbours(job, i, choices[i]), (mine, centre)))
     return found
 
 

@@ -22,7 +22,7 @@ from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
-from compress.recipes.tyr.supernet import Accumulation, Supernet, write_block
+from compress.recipes.tyr.supernet import Accumulation, Supernet, head_choice, write_block
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, room_for, walk
 from compress.run import Run, fingerprint
 
@@ -70,7 +70,7 @@ def _supernet(
         **job.inputs,
         "method": {**options.model_dump(mode="json", include=LOCAL_OPTIONS), "accumulation": accumulation},
         "levels": [[menu.neurons, menu.heads] for menu in block_menu],
-        **({} if choices is None else {"dense_expected": [menu.dense_expected for menu in block_menu]}),
+        **({} if choices is None else {"expected": [menu.solution for menu in block_menu]}),
         "windows": len(calibration),
         "metrics": metrics.hash(),
     }
@@ -262,9 +262,7 @@ def _describe(supernet: Supernet, job: Job, sublayer: int, e: int) -> list[int]:
     block, ffn = divmod(sublayer, 2)
     if ffn:
         return [supernet.facts[block]["ffn"][e]["kept"]]
-    heads = supernet.level(block, "attention", e).units
-    groups = len({h // job.geometry.group for h in heads})
-    return [groups, len(heads) // groups if groups else 0]
+    return list(head_choice(supernet.level(block, "attention", e).units, job.geometry))
 
 
 def _choices_of(supernet: Supernet, job: Job, genome: Genome) -> list[Choice]:

@@ -68,13 +68,13 @@ class Level:
 class Menu:
     """The levels of one block: neuron counts, and head choices as (KV groups, query heads per group), most first.
 
-    ``dense_expected``: whether the dense attention and the dense FFN are among the candidates that the pruned stream
-    is the expectation of. Around a solution that is far from dense they can be chosen, but are not expected.
+    ``solution``: of the levels, the (KV groups, query heads per group) and the neurons that the solution so far keeps;
+    None before there is one.
     """
 
     neurons: tuple[int, ...]
     heads: tuple[tuple[int, int], ...]
-    dense_expected: tuple[bool, bool] = (True, True)
+    solution: tuple[tuple[int, int], int] | None = None
 
 
 def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) -> tuple[int, ...]:
@@ -162,11 +162,19 @@ def own_batches(ids: Tensor, most: int | None = None) -> tuple[range, list[slice
 
 
 def _expected(
-    levels: Sequence[Level], columns: Sequence[Tensor], layer: nn.Linear, how: Accumulation, dense_expected: bool
+    levels: Sequence[Level],
+    columns: Sequence[Tensor],
+    layer: nn.Linear,
+    how: Accumulation,
+    kept: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The weight (out, in) and bias (out,) whose output is the candidates' mean, sum w_e W_e / sum w_e.
 
     A candidate with nothing left has no bias either. The main process alone has the levels; all get the result.
+
+    Args:
+        kept: which level the solution so far has. It is what is expected then: a search changes few sublayers, and the
+            mean of levels that are cut off at the dense one would be pruned more than it. None: there is no solution.
     """
     if not is_main():
         weight, bias = torch.empty_like(layer.weight), torch.empty_like(_bias(layer))
@@ -175,8 +183,8 @@ def _expected(
         return weight, bias
     total = torch.zeros_like(layer.weight, dtype=torch.float64)
     mass = with_bias = 0.0
-    for level, at in zip(levels, columns, strict=True):
-        if level.saving == 0 and not dense_expected:
+    for e, (level, at) in enumerate(zip(levels, columns, strict=True)):
+        if how == "expectation" and kept is not None and e != kept:
             continue
         part = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
         mass += part
@@ -207,6 +215,17 @@ class _Kept:
 
     def get(self, s: slice, again: Callable[[], Tensor]) -> Tensor:
         return self._parts.pop(s.start) if self._keeps else again()
+
+
+def head_choice(heads: Sequence[int], geometry: Geometry) -> tuple[int, int]:
+    """(KV groups, query heads per group) of the heads kept, equally many in every group."""
+    groups = len({head // geometry.group for head in heads})
+    return (groups, len(heads) // groups) if groups else (0, 0)
+
+
+def _place(solution: object, levels: Sequence[object]) -> int | None:
+    """Which level is the solution's; the levels are in the main process alone."""
+    return levels.index(solution) if solution is not None and levels else None
 
 
 def _bias(layer: nn.Linear) -> Tensor:
@@ -281,7 +300,8 @@ def prune_block(
     del moments
     if not alone:
         columns = [channels(level.units, geometry.head_dim) for level in attention_levels]
-        mean, bias = _expected(attention_levels, columns, o, accumulation, menu.dense_expected[0])
+        kept = _place(menu.solution and menu.solution[0], [head_choice(v.units, geometry) for v in attention_levels])
+        mean, bias = _expected(attention_levels, columns, o, accumulation, kept)
         for s in slices:
             context = contexts.get(s, lambda s=s: runner.context(index, streams.pruned[s]))  # type: ignore[misc]
             streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + bias)
@@ -315,7 +335,8 @@ def prune_block(
     del moments
     if not alone:
         columns = [torch.tensor(level.units, dtype=torch.int64) for level in ffn_levels]
-        mean, bias = _expected(ffn_levels, columns, down, accumulation, menu.dense_expected[1])
+        kept = _place(menu.solution and menu.solution[1], [len(level.units) for level in ffn_levels])
+        mean, bias = _expected(ffn_levels, columns, down, accumulation, kept)
         for s in slices:
             activation = activations.get(s, lambda s=s: runner.activation(index, streams.pruned[s]))  # type: ignore[misc]
             streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + bias)

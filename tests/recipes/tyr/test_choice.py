@@ -251,10 +251,13 @@ def test_even_widths_take_the_budget_evenly_from_the_blocks_between() -> None:
     assert left_alone(30) == (4, 2) and left_alone(4) == (1, 0)
 
 
-def test_the_dense_levels_are_expected_only_where_they_stand_beside_the_solution() -> None:
+def test_levels_stand_around_the_solution_which_is_one_of_them_and_the_dense_one_is_always_on_offer() -> None:
     job = small_job(options={"interval": 0.25, "refine_levels": 3, "head_levels": 65})
     far = head_levels(job, 1)[4]
-    menus = block_menus(job, 2, [Choice(2, 5, 48), Choice(*far, 8), Choice(2, 5, 20), Choice(2, 5, 44)])
-    # Half of 0.25 x 48 neurons is a step of 6, rounded to 4 or 8.
-    assert [m.dense_expected for m in menus] == [(True, True), (False, False), (True, False), (True, True)]
-    assert all(48 in m.neurons and m.heads[0] == (2, 5) for m in menus)
+    choices = [Choice(2, 5, 48), Choice(*far, 8), Choice(2, 5, 20), Choice(2, 5, 44)]
+    for menu, choice in zip(block_menus(job, 2, choices), choices, strict=True):
+        # Half of 0.25 x 48 neurons is a step of 6, rounded to 4 or 8.
+        assert menu.solution == ((choice.groups, choice.per_group), choice.neurons)
+        assert menu.solution[0] in menu.heads and choice.neurons in menu.neurons
+        assert 48 in menu.neurons and menu.heads[0] == (2, 5)
+    assert all(menu.solution is None for menu in block_menus(job, 1, None))

@@ -235,6 +235,17 @@ def test_the_pruned_stream_is_the_mean_of_all_candidates_really_run(kind: str, a
     torch.testing.assert_close(world.streams.dense, world.runner.run(1, dense), rtol=1e-4, atol=1e-4)
 
 
+@kinds
+def test_around_a_solution_the_pruned_stream_is_the_solutions(kind: str) -> None:
+    menu = Menu((48, 32, 16), ((2, 5), (1, 4), (1, 3)), ((1, 4), 16))
+    around, alone = World(kind), World(kind)
+    attention, ffn = pruned_block(around.runner, around.job, 1, around.streams, menu)
+    assert len(attention) == len(ffn) == 3  # the others are made, on that stream, and have no part in it
+    (chosen,), (width,) = pruned_block(alone.runner, alone.job, 1, alone.streams, Menu((16,), ((1, 4),)))
+    assert chosen.units == attention[1].units and width.units == ffn[2].units
+    torch.testing.assert_close(around.streams.pruned, alone.streams.pruned, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("kind", "menu"),
     [
