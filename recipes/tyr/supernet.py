@@ -183,10 +183,11 @@ def _expected(
         return weight, bias
     total = torch.zeros_like(layer.weight, dtype=torch.float64)
     mass = with_bias = 0.0
-    for e, (level, at) in enumerate(zip(levels, columns, strict=True)):
-        if how == "expectation" and kept is not None and e != kept:
-            continue
-        part = 1.0 if how == "uniform" or len(levels) == 1 else 1.0 - level.sparsity
+    chosen = list(zip(levels, columns, strict=True))
+    if how == "expectation" and kept is not None:
+        chosen = [chosen[kept]]
+    for level, at in chosen:
+        part = 1.0 if how == "uniform" or len(chosen) == 1 else 1.0 - level.sparsity
         mass += part
         if not level.units:
             continue
