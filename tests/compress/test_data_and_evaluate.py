@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,19 @@ def test_a_file_whose_name_holds_what_is_special_in_a_pattern_is_read(tmp_path: 
         (tmp_path / name).write_text(name)
     assert read_files([str(tmp_path / "a[1].txt")]) == ["a[1].txt"]
     assert read_files([str(tmp_path / "a[0-9].txt")]) == ["a1.txt"]
+
+
+# --- text of packages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "least"), [("anarchist-faq", 5_000_000), ("fortunes", 500_000)])
+def test_a_debian_archives_text_is_prose_in_a_fixed_order(name: str, least: int) -> None:
+    source = SourceSpec(package=name)
+    calibration, evaluation = load_documents(source, "calibration"), load_documents(source, "evaluation")
+    whole = "\n".join([*calibration, *evaluation])
+    assert len(calibration) > 8 * len(evaluation) > 0 and len(whole) > least
+    assert not re.search(r"</?(p|div|a|br)\b|\x00", whole)  # no markup
+    assert whole.count("\n%\n") < 5  # nor separators, but for those of a few empty sayings
+    letters = sum(c.isalpha() or c.isspace() for c in whole)
+    assert letters > 0.9 * len(whole)
+    assert load_documents(source, "calibration") == calibration
