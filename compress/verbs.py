@@ -64,7 +64,7 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
         **found,
         "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
         "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
-        "iterations": job.iterations,
+        "iterations": options.iterations,
         "loads_with": {
             "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
             "padded": "any server that knows the family, without the gain in speed",

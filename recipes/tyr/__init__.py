@@ -74,12 +74,6 @@ class TyrOptions(_Section):
         description="calibration windows the supernets are made from; all by default. The last pass uses all",
     )
     iterations: int = Field(2, ge=1, le=8, description="searches, each between levels at half the distance")
-    resolution: float | None = Field(
-        None,
-        gt=0,
-        description="more iterations, until levels are no further apart than this share of the sparsity: what little is"
-        " to go cannot be spread over steps larger than itself",
-    )
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
     query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")
     attention: bool = Field(True, description="false leaves attention dense")

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from compress.models.families.base import Costs, Family, Geometry
 
 
-MOST = 8  # iterations
-
-
 @dataclass(frozen=True)
 class Choice:
     """What one block keeps: ``groups`` KV groups with ``per_group`` query heads each, and ``neurons`` FFN neurons."""
@@ -49,18 +46,6 @@ class Job:
     offload: bool = False  # activations lie in files, not in memory
     dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
-
-    @property
-    def iterations(self) -> int:
-        """How often is searched: as often as the recipe says, and until levels stand as near as it asks for, or at
-        single steps."""
-        options, count = self.options, self.options.iterations
-        while options.resolution is not None and count < MOST:
-            apart = options.interval / 2 ** (count - 1)
-            if apart <= options.resolution * self.sparsity or apart * self.geometry.ffn <= options.round_to:
-                break
-            count += 1
-        return count
 
 
 def saving(job: Job, choice: Choice) -> int:

@@ -109,7 +109,7 @@ def even_choice(job: Job) -> Choice:
 def menus_of(job: Job) -> list[list[Menu]]:
     """The menus of every iteration; those behind the first are drawn around `even_choice`."""
     even = [even_choice(job)] * job.geometry.layers
-    return [block_menus(job, i, None if i == 1 else even) for i in range(1, job.iterations + 1)]
+    return [block_menus(job, i, None if i == 1 else even) for i in range(1, job.options.iterations + 1)]
 
 
 def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> list[Stage]:
@@ -137,7 +137,7 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
     run_off, last = options.run_off, "final"
     if run_off is not None:
         passes = min(shape.windows, run_off.calibration or shape.windows)
-        for k in range(run_off.solutions + job.iterations - 1):
+        for k in range(run_off.solutions + job.options.iterations - 1):
             made.append(_walk(shape, f"run-off-{k}", single, passes, alone=not accumulates, final=True))
             made.append(_plan(shape, chosen, f"run-off-{k}-judged", run_off.windows, shape.length))
         last = "" if passes == shape.windows else "final"  # the winner's is the last

@@ -42,7 +42,7 @@ def produce_plan(run: Run, job: Job) -> Path:
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
     options: list[Curves] = []
-    for iteration in range(1, job.iterations + 1):
+    for iteration in range(1, job.options.iterations + 1):
         files = _supernet(run, job, iteration, choices, metrics)
         singles = _singles(run, job, iteration, files, choices)
         folder = _search(run, job, iteration, files, singles, choices)

@@ -186,24 +186,6 @@ def test_the_search_is_reported_with_the_plan(first: Path, job: Job) -> None:
     assert full_shape_bytes(supernet, job) == results[1]["full_shape_bytes"] == full
 
 
-@pytest.mark.parametrize(
-    ("sparsity", "resolution", "expected"),
-    [
-        (0.5, None, 1),
-        (0.5, 0.5, 1),  # steps of 0.25
-        (0.4, 0.5, 2),
-        (0.25, 0.5, 2),
-        (0.2, 0.5, 3),
-        (0.01, 0.5, 3),  # a step of three neurons: there is none smaller
-    ],
-)
-def test_little_sparsity_is_spread_in_smaller_steps(sparsity: float, resolution: float | None, expected: int) -> None:
-    job = job_of(sparsity, iterations=1, resolution=resolution, round_to=3)
-    assert job.geometry.ffn == 48 and job.options.interval == 0.25
-    assert job.iterations == expected
-    assert replace(job, options=job.options.model_copy(update={"iterations": 4})).iterations == max(4, expected)
-
-
 def test_what_every_search_has_found_goes_into_the_run_off(tmp_path: Path) -> None:
     spec = {"solutions": 2, "windows": 3}
     job = replace(job_of(0.4, iterations=3, run_off=spec), judging=tokens(3, 24, seed=97))
