@@ -17,7 +17,13 @@ from typing import Annotated, Any
 
 import typer
 
-from compress import __version__
+try:
+    from compress import __version__
+except ImportError:
+    sys.exit(
+        "error: compress/__init__.py is another project's: a package named `compress` was installed over this one"
+        "\n  fix:   pip uninstall compress, then pip install --force-reinstall compress-toolchain"
+    )
 from compress.errors import CompressError
 
 app = typer.Typer(
@@ -537,7 +543,7 @@ def doctor(target: TargetName = None, json_: Json = False) -> None:
         json_,
         lambda f: [f"{r['state']:8} {r['part']:17} {r['detail']:28} {r['for']}" for r in f["parts"]],
     )
-    if any(r["state"] == "missing" for r in rows):
+    if any(r["state"] in ("missing", "wrong") for r in rows):
         raise typer.Exit(1)
 
 

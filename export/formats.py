@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from compress.cache import sha256_of
+from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.export.ort import Arrays
 from compress.export.runtimes import Runner
@@ -126,7 +127,7 @@ def check_options(options: BuildOptions) -> Format:
             fix=f"one of: {', '.join(found.precisions)}",
         )
     if importlib.util.find_spec(found.package) is None:
-        how = f"pip install 'compress[{found.extra}]'" if found.extra else f"pip install {found.package}"
+        how = install_line(found.extra) if found.extra else f"pip install {found.package}"
         raise UsageError(
             f"the format {found.name} needs {found.package}, which is not installed", where="--format", fix=how
         )

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
 from compress.export.bench.local import LOCAL
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from compress.export.runtimes import Runner
 
 FILE = "model.mnn"
-INSTALL = "pip install 'compress[mnn]'"
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
 
 
@@ -44,7 +44,9 @@ def require_mnn() -> None:
     UsageError: MNN is not installed.
     """
     if importlib.util.find_spec("MNN") is None or importlib.util.find_spec("_tools") is None:
-        raise UsageError("the format mnn needs MNN, which is not installed", where="export.formats", fix=INSTALL)
+        raise UsageError(
+            "the format mnn needs MNN, which is not installed", where="export.formats", fix=install_line("mnn")
+        )
 
 
 def export_mnn(source: Path, folder: Path, *, sparse: bool = True, block: int = 1) -> dict[str, Any]:

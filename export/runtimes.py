@@ -65,16 +65,16 @@ class Runner(NamedTuple):
     native: Any = None
 
 
-# format -> (module that must import, what to install)
+# format -> (module that must import, what to install: the runtime itself, for a device has nothing else of ours)
 NEEDS = {
     "onnx": ("onnxruntime", "pip install onnxruntime"),
     "ort": ("onnxruntime", "pip install onnxruntime"),
-    "mnn": ("MNN", "pip install 'compress[mnn]'"),
-    "openvino": ("openvino", "pip install 'compress[openvino]'"),
-    "executorch": ("executorch", "pip install 'compress[executorch]'"),
-    "litert": ("ai_edge_litert", "pip install 'compress[litert]'"),
+    "mnn": ("MNN", "pip install MNN"),
+    "openvino": ("openvino", "pip install openvino"),
+    "executorch": ("executorch", "pip install executorch"),
+    "litert": ("ai_edge_litert", "pip install ai-edge-litert"),
     "tensorrt": ("tensorrt", "pip install tensorrt (its libraries come from the vendor's index)"),
-    "tensorrt_rtx": ("tensorrt_rtx", "pip install 'compress[tensorrt]'"),
+    "tensorrt_rtx": ("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
 }
 
 

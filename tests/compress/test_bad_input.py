@@ -275,6 +275,6 @@ def test_lm_evaluation_harness_says_what_to_install(job: Job, finished: Path) ->
         import lm_eval  # noqa: F401
     except ImportError:
         ran = compress("eval", job.model, "--like", finished, "--task", "piqa")
-        one_error(ran, 1, "not installed", "compress[eval]")
+        one_error(ran, 1, "not installed", "compress-toolchain[eval]")
     else:
         pytest.skip("lm-evaluation-harness is installed")

@@ -255,7 +255,7 @@ def test_without_peft_it_says_what_to_install(job: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(recover.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="need the package 'peft'") as error:
         setup_of(job, **LORA)
-    assert "compress[recover]" in error.value.fix
+    assert "compress-toolchain[recover]" in error.value.fix
     setup_of(job, **FULL)
 
 

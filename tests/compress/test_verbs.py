@@ -136,5 +136,5 @@ def test_doctor_tells_what_is_missing_and_how_to_get_it(monkeypatch: pytest.Monk
     rows = {row["part"]: row for row in json.loads(ran.out)["parts"]}
     assert ran.code == 1, "a needed part is missing"
     assert rows["onnx"]["state"] == "missing" and rows["onnx"]["detail"] == "pip install onnx"
-    assert rows["datasets"]["state"] == "absent" and "compress[hub]" in rows["datasets"]["detail"]
+    assert rows["datasets"]["state"] == "absent" and "compress-toolchain[hub]" in rows["datasets"]["detail"]
     assert rows["torch"]["state"] == "ok" and rows["torch"]["detail"] == real("torch")

@@ -159,7 +159,7 @@ def test_a_missing_runtime_is_named_with_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setattr(mnn.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="not installed") as caught:
         export_mnn(tmp_path / "model.onnx", tmp_path)
-    assert "compress[mnn]" in str(caught.value.fix)
+    assert "compress-toolchain[mnn]" in str(caught.value.fix)
 
 
 def test_the_converter_that_is_called_sends_nothing_away(pruned: Made, tmp_path: Path) -> None:
