@@ -14,17 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from compress.cache import sha256_of
+from compress.decode import VERSION, opened, pixels, rgb
 from compress.distribution import install_line
 from compress.errors import CompressError
 from compress.sections import DataSpec
 from compress.tasks import Task
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 NAME_FOLDER = "name a folder of your own: --set data.folder=PATH"
 HELD_OUT = 0.1  # share of the training part that becomes a split the source does not have
 
@@ -91,8 +90,8 @@ class FolderImages:
     The short side is scaled to 8/7 of ``size`` and the centre cut out, as ImageNet is evaluated.
     """
 
-    def __init__(self, paths: Sequence[Path], size: int) -> None:
-        self.paths, self.size = tuple(paths), size
+    def __init__(self, paths: Sequence[Path], size: int, white: float | None = None) -> None:
+        self.paths, self.size, self.white = tuple(paths), size, white
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -114,15 +113,15 @@ class FolderImages:
         return torch.stack([self._read(self.paths[int(i)], generator(int(i))) for i in at])
 
     def only(self, at: Tensor) -> FolderImages:
-        return FolderImages([self.paths[int(i)] for i in at], self.size)
+        return FolderImages([self.paths[int(i)] for i in at], self.size, self.white)
 
     def signature(self) -> bytes:
-        return json.dumps([self.size, *([str(p), p.stat().st_size] for p in self.paths)]).encode()
+        return json.dumps([VERSION, self.white, self.size, *([str(p), p.stat().st_size] for p in self.paths)]).encode()
 
     def _read(self, path: Path, generator: torch.Generator | None) -> Tensor:
         from PIL import Image
 
-        with opened(path) as image:
+        with opened(path, self.white) as image:
             if generator is None:
                 scale = (self.size * 8 // 7) / min(image.size)
                 image = image.resize(
@@ -138,25 +137,6 @@ class FolderImages:
             left, top = round(u[2] * (image.width - width)), round(u[3] * (image.height - height))
             box = (left, top, left + width, top + height)
             return pixels(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
-
-
-def opened(path: Path) -> Any:
-    """A PIL image in RGB.
-
-    Raises:
-        CompressError: the file is no image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as e:
-        raise CompressError(f"the image cannot be read: {e}", where=str(path), fix="mend or remove the file") from e
-
-
-def pixels(image: Any) -> Tensor:
-    """A PIL image -> uint8 (c, h, w)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def load(spec: DataSpec) -> Splits:
@@ -264,6 +244,13 @@ def splits_of(
     train, gone = _without(train, calibration, test)
     if gone:
         notes.append(f"{gone} training samples are calibration or test samples too: left out")
+    for name, split in (("training", train), ("calibration", calibration)):
+        if not len(split):
+            raise CompressError(
+                f"every {name} sample is in another split too: none is left",
+                where=f"data {spec.title}",
+                fix="name a data set whose splits differ",
+            )
     mean, std = _moments(train.inputs)
     return Splits(train, calibration, test, tuple(tasks), mean, std, source, tuple(notes))
 
@@ -305,7 +292,7 @@ def _sizes(inputs: Tensor | FolderImages) -> list[int]:
     """Bytes of every sample: files of other sizes need not be read to be told apart."""
     if isinstance(inputs, FolderImages):
         return [path.stat().st_size for path in inputs.paths]
-    return [inputs[0].numel() * inputs.element_size()] * len(inputs)
+    return [inputs[0].numel() * inputs.element_size() if len(inputs) else 0] * len(inputs)
 
 
 def _content(inputs: Tensor | FolderImages, i: int) -> bytes:
@@ -361,7 +348,7 @@ def _from_hub(spec: DataSpec) -> Splits:
             )
 
     def read(rows: Any) -> Split:
-        images = [pixels(row.convert("RGB")) for row in rows[spec.image_column]]
+        images = [pixels(rgb(row, spec.white, f"data {spec.hub}")) for row in rows[spec.image_column]]
         size = spec.size or images[0].shape[-1]
         whole = torch.cat([resized(image[None], size) for image in images])
         return Split(whole, {"class": torch.tensor(rows[spec.label_column])})

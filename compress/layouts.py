@@ -14,8 +14,9 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.decode import SUFFIXES, opened, pixels, size_of, upright, white_of
 from compress.errors import CompressError
-from compress.images import SUFFIXES, FolderImages, Split, Splits, held_out, opened, pixels, resized, splits_of
+from compress.images import FolderImages, Split, Splits, held_out, resized, splits_of
 from compress.progress import Progress
 from compress.sections import DataSpec
 from compress.tasks import IGNORE, KindName, Task
@@ -105,12 +106,10 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
             labels += [i] * len(found)
         if not paths:
             raise CompressError("there is no image", where=str(part), fix=f"images are {', '.join(sorted(SUFFIXES))}")
-        with opened(paths[0]) as first:
-            size = spec.size or min(first.size)
-        images: Tensor | FolderImages = FolderImages(paths, size)
-        if len(paths) * 3 * size * size <= 2**30:
-            images = _whole(paths, size)
-        return Split(images, {"class": torch.tensor(labels)})
+        size = spec.size or min(size_of(paths[0]))
+        lazy = FolderImages(paths, size, spec.white)
+        small = len(paths) * 3 * size * size <= 2**30
+        return Split(_whole(lazy) if small else lazy, {"class": torch.tensor(labels)})
 
     part = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
     test = read(part) if part is not None else None
@@ -121,12 +120,12 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
     )
 
 
-def _whole(paths: Sequence[Path], size: int) -> Tensor:
-    lazy = FolderImages(paths, size)
-    images = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    with Progress(len(paths), "decoding images") as bar:
-        for i, path in enumerate(paths):
-            with opened(path) as image:
+def _whole(lazy: FolderImages) -> Tensor:
+    size = lazy.size
+    images = torch.empty(len(lazy), 3, size, size, dtype=torch.uint8)
+    with Progress(len(lazy), "decoding images") as bar:
+        for i, path in enumerate(lazy.paths):
+            with opened(path, lazy.white) as image:
                 # An image that has the size already is taken as it is.
                 images[i] = pixels(image) if image.size == (size, size) else lazy._read(path, None)
             bar.update(1)
@@ -171,8 +170,6 @@ def _har(folder: Path, spec: DataSpec) -> Splits:
         f"folder {folder}",
         calibration=train.take(held.nonzero()[:, 0]),
     )
-
-
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -249,7 +246,7 @@ def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixe
         targets: dict[str, list[NDArray[Any]]] = {s.name: [] for s, _ in there}
         with Progress(len(names), "reading images and their pixels") as bar:
             for i, name in enumerate(names):
-                with opened(_named(folder / images, name, SUFFIXES)) as image:
+                with opened(_named(folder / images, name, SUFFIXES), spec.white) as image:
                     size = image.size
                     whole[i] = pixels(_cropped(image, every))
                 for source, place in there:
@@ -257,9 +254,10 @@ def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixe
                     values = _array(path)
                     if values.shape[:2] != (size[1], size[0]):
                         raise CompressError(
-                            f"the target has {values.shape[1]}x{values.shape[0]} pixels, the image {size[0]}x{size[1]}",
+                            f"the target has {values.shape[1]}x{values.shape[0]} pixels, the image {size[0]}x{size[1]}"
+                            " when it is upright",
                             where=str(path),
-                            fix="give both the same size",
+                            fix="give both the same size; a target is of the image turned as its EXIF says",
                         )
                     targets[source.name].append(_target(source, values, every, path))
                 bar.update(1)
@@ -303,12 +301,7 @@ def _sized(place: Path, names: Sequence[str], spec: DataSpec) -> tuple[int, int]
     """
     if spec.size is not None:
         return spec.size, spec.size
-    from PIL import Image
-
-    sizes = set()
-    for name in names:
-        with Image.open(_named(place, name, SUFFIXES)) as image:
-            sizes.add(image.size)
+    sizes = {size_of(_named(place, name, SUFFIXES)) for name in names}
     if len(sizes) != 1:
         raise CompressError(
             f"the images have {len(sizes)} sizes", where=str(place), fix="name one: --set data.size=256"
@@ -345,15 +338,12 @@ def _nearest(values: NDArray[Any], every: tuple[int, int]) -> NDArray[Any]:
 
 
 def _array(path: Path) -> NDArray[Any]:
-    """(h, w) or (h, w, c) of a PNG or a numpy file without objects."""
-    from PIL import Image, UnidentifiedImageError
-
+    """(h, w) or (h, w, c) of a PNG, upright, or a numpy file without objects."""
+    if path.suffix != ".npy":
+        return np.array(upright(path, str(path)))
     try:
-        if path.suffix == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False))
-        with Image.open(path) as image:
-            return np.array(image)
-    except (OSError, ValueError, UnidentifiedImageError) as e:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as e:
         raise CompressError(f"the target cannot be read: {e}", where=str(path), fix="mend or remove the file") from e
 
 
@@ -377,7 +367,7 @@ def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path:
         near = _nearest(values, every)
         unit = near.astype(np.float32)
         if not np.issubdtype(values.dtype, np.floating):
-            unit = np.where(near.any(2, keepdims=True), unit / 127.5 - 1, 0)
+            unit = np.where(near.any(2, keepdims=True), unit / (white_of(values, str(path)) / 2) - 1, 0)
         length = np.sqrt((unit * unit).sum(2, keepdims=True))
         # Black, NaN or next to no length: nothing is known there.
         known: NDArray[Any] = np.where(length > 0.1, unit / np.maximum(length, 1e-6), 0)
@@ -387,7 +377,7 @@ def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path:
         share = np.array(_cropped(_grey((values > 0).astype(np.float32)), every))
         thin = min(1.0, max(every[0] / values.shape[0], every[1] / values.shape[1]))
         return np.asarray((share >= 0.5 * thin) * 255, dtype=np.uint8)
-    most = 1 if values.max() <= 1 else 255
+    most = 1 if values.max() <= 1 else white_of(values, str(path))
     return (_nearest(values, every).astype(np.float32) * (255 / most)).astype(np.uint8)
 
 
@@ -399,9 +389,17 @@ def _grey(values: NDArray[np.float32]) -> Any:
 
 # --- boxes ----------------------------------------------------------------------------------------------------------
 
-# Of one image: its file, and (label, centre x, centre y, width, height) of every object, in pixels.
-_Objects = tuple[Path, NDArray[np.float64]]
 GREY = 114
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """One image's file, and (label, centre x, centre y, width, height) of every object (n, 5), in pixels of the upright
+    image; ``size`` is (width, height) as the annotations say it."""
+
+    path: Path
+    rows: NDArray[np.float64]
+    size: tuple[int, int] | None = None
 
 
 def _yolo(folder: Path, spec: DataSpec) -> Splits:
@@ -414,8 +412,7 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
         found = []
         for path in sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES):
             words = folder / "labels" / path.relative_to(folder / "images").with_suffix(".txt")
-            with opened(path) as image:
-                size = np.array([1.0, *image.size, *image.size])
+            size = np.array([1.0, *2 * size_of(path)])
             rows = np.zeros((0, 5))
             if words.is_file() and words.read_text().strip():
                 try:
@@ -427,7 +424,7 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
                 raise CompressError(
                     "a line is not `class x y width height` with shares from 0 to 1", where=str(words), fix="mend it"
                 )
-            found.append((path, rows * size))
+            found.append(_Objects(path, rows * size))
         return found
 
     own = (folder / "images" / "train").is_dir()
@@ -461,7 +458,10 @@ def _coco(folder: Path, spec: DataSpec) -> Splits:
                 if not a.get("iscrowd"):
                     x, y, w, h = a["bbox"]
                     boxes[a["image_id"]].append([order.index(a["category_id"]), x + w / 2, y + h / 2, w, h])
-            images = [(str(image["file_name"]), boxes[image["id"]]) for image in held["images"]]
+            images = [
+                (str(image["file_name"]), boxes[image["id"]], _said_size(image.get("width"), image.get("height")))
+                for image in held["images"]
+            ]
         except (ValueError, KeyError, TypeError) as e:
             raise CompressError(
                 f"the annotations are not COCO's: {type(e).__name__} {e}", where=str(path), fix="mend the file"
@@ -469,17 +469,21 @@ def _coco(folder: Path, spec: DataSpec) -> Splits:
         stem = path.stem.removeprefix("instances_")
         roots = [r for r in (folder / stem, folder / "images" / stem, folder / "images") if r.is_dir()]
         found = []
-        for name, rows in images:
+        for name, rows, size in images:
             file = next((r / name for r in roots if (r / name).is_file()), None)
             if file is None:
                 raise CompressError(f"the image {name!r} is missing", where=str(folder), fix=f"put it into {stem}/")
-            found.append((file, np.array(rows, dtype=np.float64).reshape(-1, 5)))
+            found.append(_Objects(file, np.array(rows, dtype=np.float64).reshape(-1, 5), size))
         return found
 
     train = read("train") or []
     test = next((f for f in map(read, HELD_OUT_NAMES) if f is not None), None)
     calibration = read("calibration")
     return _box_splits(folder, train, test, calibration, tuple(categories[i] for i in sorted(categories)), spec)
+
+
+def _said_size(width: Any, height: Any) -> tuple[int, int] | None:
+    return (int(width), int(height)) if width and height else None
 
 
 def _box_splits(
@@ -494,8 +498,9 @@ def _box_splits(
     if spec.size is None:
         raise CompressError("images for a detector need one size", where=f"data {folder}", fix="--set data.size=320")
     size, parts = spec.size, [p for p in (train, test, calibration) if p is not None]
-    most = max([1, *(len(rows) for part in parts for _, rows in part)])
-    largest = max([-1.0, *(rows[:, 0].max() for part in parts for _, rows in part if len(rows))])
+    every = [one.rows for part in parts for one in part]
+    most = max([1, *(len(rows) for rows in every)])
+    largest = max([-1.0, *(rows[:, 0].max() for rows in every if len(rows))])
     if largest < 0:
         raise CompressError("there is no box", where=f"data {folder}", fix="check where the annotations lie")
     if names and largest >= len(names):
@@ -510,19 +515,20 @@ def _box_splits(
         boxes = torch.zeros(len(part), most, 5)
         boxes[..., 0] = -1
         with Progress(len(part), "reading images and boxes") as bar:
-            for i, (path, rows) in enumerate(part):
-                with opened(path) as image:
+            for i, one in enumerate(part):
+                with opened(one.path, spec.white) as image:
+                    _check_size(one, image.size)
                     factor = size / max(image.size)
                     width, height = (max(1, round(side * factor)) for side in image.size)
                     left, top = (size - width) // 2, (size - height) // 2
                     small = image.resize((width, height), Image.Resampling.BILINEAR)
                     images[i, :, top : top + height, left : left + width] = pixels(small)
                     scale = np.array([width / image.width, height / image.height])
-                placed = rows.copy()
-                placed[:, 1:3] = rows[:, 1:3] * scale + [left, top]
-                placed[:, 3:5] = rows[:, 3:5] * scale
+                placed = one.rows.copy()
+                placed[:, 1:3] = one.rows[:, 1:3] * scale + [left, top]
+                placed[:, 3:5] = one.rows[:, 3:5] * scale
                 placed[:, 1:] /= size
-                boxes[i, : len(rows)] = torch.from_numpy(placed).float()
+                boxes[i, : len(placed)] = torch.from_numpy(placed).float()
                 bar.update(1)
         return Split(images, {"boxes": boxes})
 
@@ -535,3 +541,17 @@ def _box_splits(
         f"folder {folder}",
         read(calibration) if calibration is not None else None,
     )
+
+
+def _check_size(one: _Objects, size: tuple[int, int]) -> None:
+    """Raises CompressError where the annotations were made for an image of another size, or for one not yet upright."""
+    if one.size is not None and one.size != size:
+        turned = one.size == size[::-1]
+        raise CompressError(
+            f"the annotations are of an image of {one.size[0]}x{one.size[1]} pixels, the file has {size[0]}x{size[1]}"
+            + (" when it is turned upright as its EXIF says" if turned else ""),
+            where=str(one.path),
+            fix="annotate the upright image, or take the orientation out of the file's EXIF"
+            if turned
+            else "use the images that the annotations were made for",
+        )

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from compress.cache import cache_dir
 from compress.data import fetch
+from compress.decode import pixels, upright
 from compress.errors import CompressError
-from compress.images import NAME_FOLDER, Split, Splits, pixels, resized, splits_of
+from compress.images import NAME_FOLDER, Split, Splits, resized, splits_of
 from compress.progress import say
 from compress.sections import DataSpec
 from compress.tasks import Task
@@ -109,8 +110,6 @@ def _tone(tone: str) -> int:
 
 
 def _decode_emoji() -> dict[str, Tensor]:
-    from PIL import Image
-
     say("decoding emoji")
     emoji, rows = _emoji_rows()
     categories, finer = (sorted({e[k] for e in emoji}) for k in ("category", "subcategory"))
@@ -126,7 +125,7 @@ def _decode_emoji() -> dict[str, Tensor]:
                     continue
                 file = tar.extractfile(member)
                 assert file is not None  # a name that ends in .png is a file
-                rgba[at] = pixels(Image.open(io.BytesIO(file.read())).convert("RGBA"))
+                rgba[at] = pixels(upright(io.BytesIO(file.read()), member.name).convert("RGBA"))
                 seen[at] = True
     return {
         "rgba": rgba[seen],

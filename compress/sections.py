@@ -25,6 +25,12 @@ class DataSpec(Section):
     image_column: str = Field("img", description="the column of images (hub)")
     label_column: str = Field("label", description="the column of labels (hub)")
     size: int | None = Field(None, ge=4, description="images are resized to size x size pixels; their own by default")
+    white: float | None = Field(
+        None,
+        gt=0,
+        description="the value that is white in images of more than 8 bits, such as 4095 of 12 in 16; their format's"
+        " by default",
+    )
     skin_tones: bool = Field(False, description="emoji: with all skin tones, half of all images then show people")
     tasks: list[str] = Field([], description="the tasks to keep; the source's first by default")
     seed: int = Field(0, ge=0, description="decides every split that the source does not make itself")
