@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.cache import sha256_of
+from compress.children import python
 from compress.distributed import available_bytes
 from compress.errors import CompressError
+from compress.model_folder import (
+    CONFIG,
+    REMOTE_FILE,
+    read_config,
+    refuse_code,
+    refuse_named_code,
+    seen,
+    weights_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,36 +32,15 @@ if TYPE_CHECKING:
 
 Layout = Literal["per-layer", "padded"]
 FINGERPRINT = "fingerprint.safetensors"
-REMOTE_FILE = "modeling_compress"
 SHARD_BYTES = 5 * 10**9
+# transformers otherwise asks on the terminal whether to run a stranger's code, and takes "y" from a pipe.
+NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 TOLERANCE = 1e-4  # largest difference allowed of reloaded logits, relative to the largest logit
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, checked to be all there.
-
-    Raises:
-        CompressError: there are none, or a shard that the index names is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [n for n in names if not (folder / n).exists()]
-        if missing:
-            raise CompressError(
-                f"{len(missing)} of {len(names)} weight files are missing: {missing[0]}",
-                where=str(folder),
-                fix="fetch the model again",
-            )
-        return [folder / n for n in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    other = [p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth"))]
-    raise CompressError(
-        "the folder holds no safetensors weights" + (f", only {other[0]}" if other else ""),
-        where=str(folder),
-        fix="save the model with save_pretrained (safetensors); pickled weights are not loaded",
-    )
+    """The safetensors files that make a model, see `compress.model_folder.weights_of`."""
+    return list(weights_of(folder).files)
 
 
 def check_weights(folder: Path) -> None:
@@ -89,26 +79,70 @@ def weights_hash(folder: Path) -> str:
 
 
 def load_config(folder: Path) -> Any:
+    """The transformers configuration of a model folder; no weight is needed, and no code is run.
+
+    Raises:
+        CompressError: it cannot be read, transformers rejects it, or it wants code or weights that are not the
+            folder's own.
+    """
     from transformers import AutoConfig
 
+    with seen(folder, weights=False) as private, _rejected(folder, CONFIG, "the configuration cannot be read"):
+        config = AutoConfig.from_pretrained(private, **NO_CODE)
+    config._name_or_path = str(folder)
+    return config
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; no code is run.
+
+    Raises:
+        CompressError: it cannot be read, or wants code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    with seen(folder, weights=False) as private, _rejected(folder, "", "the tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
+
+
+def from_config(config: Any, cls: Any = None) -> Any:
+    """An untrained model in float32: ``cls``, or transformers' own class for the configuration. No code is run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if cls is not None:
+        return cls._from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+
+
+@contextmanager
+def _rejected(folder: Path, name: str, what: str) -> Iterator[None]:
+    """transformers' refusals as one error each."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as e:
-        raise CompressError(
-            f"the configuration cannot be read: {str(e).splitlines()[0]}",
-            where=str(folder / "config.json"),
-            fix="the folder must hold a model that transformers knows",
-        ) from e
+        yield
+    except CompressError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError, OSError, KeyError, AttributeError, RuntimeError) as e:
+        said = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
+        if "trust_remote_code" in said:
+            said, fix = "it needs code of its own, which is not run", "name a model that transformers knows by itself"
+        else:
+            fix = "the folder must hold a model that transformers knows"
+        raise CompressError(f"{what}: {said[:300]}", where=str(folder / name) if name else str(folder), fix=fix) from e
 
 
 def is_ragged(folder: Path) -> bool:
     """Whether the folder holds a model in the `per-layer` layout."""
-    return bool(json.loads((folder / "config.json").read_text()).get("per_layer_config"))
+    return bool(read_config(folder).get("per_layer_config"))
 
 
 def refuse_ragged(folder: Path) -> None:
     """Raises CompressError where the folder's model is a pruned one."""
-    if (folder / "config.json").exists() and is_ragged(folder):
+    if (folder / CONFIG).exists() and is_ragged(folder):
         raise CompressError(
             "the model's layers already differ in size; pruning a pruned model again is not supported",
             where=str(folder),
@@ -132,18 +166,12 @@ def load_model(folder: Path, family: Family, **options: Any) -> Any:
             fix="load the model without it",
         )
     config = load_config(folder)
-    cls: Any = family.ragged_class() if is_ragged(folder) else AutoModelForCausalLM
-    try:
-        model, info = cls.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, local_files_only=True, **options
-        )
-    except (RuntimeError, ValueError, OSError) as e:
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise CompressError(
-            f"the model cannot be loaded: {lines[0]}",
-            where=str(folder),
-            fix="weights and config.json must belong together",
-        ) from e
+    ragged = is_ragged(folder)
+    cls: Any = family.ragged_class() if ragged else AutoModelForCausalLM
+    given = {"dtype": torch.float32, "local_files_only": True, **({} if ragged else NO_CODE), **options}
+    with seen(folder) as private, _rejected(folder, "", "the model cannot be loaded"):
+        model, info = cls.from_pretrained(private, config=config, output_loading_info=True, **given)
+    model.name_or_path = model.config._name_or_path = str(folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise CompressError(
@@ -269,29 +297,18 @@ def load_config_dict(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(config["model_type"], **plain)
 
 
-def check_code(folder: Path) -> None:
-    """Raises CompressError where the folder holds code other than what `save_model` writes there."""
+def remote_source(folder: Path) -> str | None:
+    """The code that this version writes beside the model, where its layers differ in size."""
     from compress.models.families import family_for
 
-    for path in sorted(folder.glob("*.py")):
-        written = family_for(load_config(folder)).ragged_source()
-        if path.name != f"{REMOTE_FILE}.py" or path.read_text() != written:
-            raise CompressError(
-                "the folder holds code that this version of compress did not write; it was not run",
-                where=str(path),
-                fix="take it out, or prune the model again",
-            )
-    for name in ("config.json", "tokenizer_config.json"):
-        path = folder / name
-        named = json.loads(path.read_text()).get("auto_map", {}) if path.exists() else {}
-        for value in named.values() if isinstance(named, dict) else [named]:
-            # "ORG/NAME--file.Class" would be taken from another repository.
-            if not str(value).startswith(f"{REMOTE_FILE}.") or not (folder / f"{REMOTE_FILE}.py").is_file():
-                raise CompressError(
-                    f"the folder names code that this version of compress did not write: {value}; it was not run",
-                    where=str(path),
-                    fix="take it out, or prune the model again",
-                )
+    return family_for(load_config(folder)).ragged_source() if is_ragged(folder) else None
+
+
+def check_code(folder: Path) -> None:
+    """Raises CompressError where the folder holds or names code other than what `save_model` writes there."""
+    source = remote_source(folder)
+    refuse_code(folder, {} if source is None else {f"{REMOTE_FILE}.py": source})
+    refuse_named_code(folder, read_config(folder))
 
 
 def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
@@ -318,7 +335,7 @@ def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
     widen = 4 / load_config(folder).dtype.itemsize
     free = available_bytes() if memory is None else memory
     limit = [] if size * widen < 0.5 * free else [str(int(0.5 * free))]
-    with tempfile.TemporaryDirectory() as modules:
+    with seen(folder, code=remote_source(folder)) as private, tempfile.TemporaryDirectory() as modules:
         # A module cache of its own: no copy of the folder's code from an earlier load is taken for this one.
         environment = {
             **os.environ,
@@ -326,14 +343,11 @@ def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
             "HF_MODULES_CACHE": modules,
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        done = subprocess.run(
-            [sys.executable, "-P", str(Path(__file__).parent / "reload.py"), str(folder), *limit],
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        command = python(str(Path(__file__).parent / "reload.py"), str(private), *limit)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        said = done.stderr.replace(str(private), str(folder))
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        lines = [line for line in said.splitlines() if line.strip()] or ["no message"]
         raise CompressError(
             f"the saved model does not load in a clean process: {lines[-1]}",
             where=str(folder),

@@ -25,6 +25,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from compress.children import python
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
@@ -625,7 +626,7 @@ def launch(count: int, words: Sequence[str]) -> int:
             with (Path(folder) / f"{number}.stderr").open("w") as err:
                 children.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "compress", *words],
+                        python("-m", "compress", *words),
                         env=environment,
                         stdout=None if number == 0 else subprocess.DEVNULL,
                         stderr=None if number == 0 else err,

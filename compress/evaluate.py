@@ -74,7 +74,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(math.log(v) for v in values) / len(values))
 
 
-def harness_tasks(folder: Path, tasks: list[str], trust_remote_code: bool) -> list[dict[str, Any]]:
+def harness_tasks(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
     """Runs lm-evaluation-harness tasks on a saved model: one row a task and metric.
 
     Raises:
@@ -88,19 +88,24 @@ def harness_tasks(folder: Path, tasks: list[str], trust_remote_code: bool) -> li
             where="evaluation.tasks",
             fix=f"{install_line('eval')}, or leave evaluation.tasks empty",
         ) from None
+    from compress.checkpoint import remote_source
+    from compress.model_folder import seen
+
     known = lm_eval.tasks.TaskManager()
     unknown = [t for t in tasks if t not in known.all_tasks]
     if unknown:
         raise CompressError(f"unknown task {unknown[0]!r}", where="evaluation.tasks", fix="see `lm_eval ls tasks`")
     place = device().type
-    arguments = {
-        "pretrained": str(folder),
-        "dtype": "float32",
-        "trust_remote_code": trust_remote_code,
-        # accelerate's dispatch over all GPUs.
-        "parallelize": place == "cuda",
-    }
-    found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=tasks, device=place)
+    code = remote_source(folder)
+    with seen(folder, code=code) as private:
+        arguments = {
+            "pretrained": str(private),
+            "dtype": "float32",
+            "trust_remote_code": code is not None,
+            # accelerate's dispatch over all GPUs.
+            "parallelize": place == "cuda",
+        }
+        found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=tasks, device=place)
     return [
         {"task": task, "metric": metric.split(",")[0], "value": value}
         for task, metrics in sorted(found["results"].items())

@@ -9,7 +9,6 @@ import hashlib
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.cache import sha256_of
+from compress.children import python
 from compress.distributed import device
 from compress.errors import CompressError, UsageError
 from compress.run import Run, fingerprint, link, read_seal, seal_hash
@@ -304,7 +304,7 @@ def verify_network(folder: Path, network: str | None = None) -> dict[str, Any]:
         CompressError: it cannot be loaded, or its outputs differ.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "compress.reload_network", str(folder), *([network] if network else [])],
+        python("-m", "compress.reload_network", str(folder), *([network] if network else [])),
         capture_output=True,
         text=True,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.cache import cache_dir
+from compress.children import python
 from compress.data import fetch
 from compress.decode import pixels, upright
 from compress.errors import CompressError
@@ -319,7 +319,7 @@ def _watch(spec: DataSpec) -> Splits:
     """
 
     def decode() -> dict[str, Tensor]:
-        command = (sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "seglearn==1.2.5")
+        command = python("-m", "pip", "download", "--no-deps", "--quiet", "seglearn==1.2.5")
         with zipfile.ZipFile(fetch(*_WATCH, command, "data", NAME_FOLDER)) as wheel:
             stream = io.BytesIO(wheel.read("seglearn/data/watch_dataset.npy"))
         version = np.lib.format.read_magic(stream)

@@ -284,7 +284,7 @@ def evaluate(
             "texts": {n: perplexity(model, w, f"perplexity, {label}, {n}") for n, w in windows.evaluation.items()}
         }
         if folder is not None:
-            found["tasks"] = harness_tasks(source, tasks, label == "pruned") if tasks else []
+            found["tasks"] = harness_tasks(source, tasks) if tasks else []
             (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
 
     common = {"version": __version__, "text": held_out(windows), "tasks": tasks}

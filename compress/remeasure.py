@@ -41,11 +41,11 @@ def measured(subject: Subject, like: Path | None, named: str | None) -> list[Cla
 
 def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:
     """Perplexity again, on the same held-out windows."""
-    from transformers import AutoTokenizer
+    from compress.checkpoint import load_tokenizer
 
     report = subject.report
     assert report is not None
-    tokenizer = AutoTokenizer.from_pretrained(subject.release)
+    tokenizer = load_tokenizer(subject.release)
     texts: list[tuple[Mapping[str, Any], Any]] = []  # with token ids, or why there are none
     for text in report["quality"]["texts"]:
         try:
@@ -289,9 +289,8 @@ def _export(subject: Subject, folder: Path, form: str, out: Path) -> None:
             require_mnn()
             write_checked_mnn(saved.model, saved.inputs, names, out, tolerance)
         return
-    from transformers import AutoTokenizer
 
-    from compress.checkpoint import load_config, load_model
+    from compress.checkpoint import load_config, load_model, load_tokenizer
     from compress.export.check import write_checked
     from compress.models.families import family_for
     from compress.recipe import ExportSection
@@ -305,7 +304,7 @@ def _export(subject: Subject, folder: Path, form: str, out: Path) -> None:
     model = load_model(folder, family)
     spec = ExportSection.model_validate(report["recipe"]["export"])
     vocab = family.geometry(model.config).vocab
-    write_checked(model, AutoTokenizer.from_pretrained(folder), out, spec, vocab)
+    write_checked(model, load_tokenizer(folder), out, spec, vocab)
 
 
 def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Generic
 from typing_extensions import TypeVar
 
 from compress import __version__
-from compress.errors import CompressError
 from compress.recipe import Recipe, TextRecipe
 from compress.run import Run
 
@@ -43,16 +42,9 @@ class Setup(Generic[AnyText]):
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
+        from compress.checkpoint import load_tokenizer
 
-        try:
-            return AutoTokenizer.from_pretrained(self.resolved.folder)
-        except (OSError, ValueError) as e:
-            raise CompressError(
-                f"the tokenizer cannot be read: {str(e).splitlines()[0]}",
-                where=str(self.resolved.folder),
-                fix="the model folder must hold its tokenizer's files",
-            ) from e
+        return load_tokenizer(self.resolved.folder)
 
     @cached_property
     def model(self) -> Any:

@@ -15,16 +15,14 @@ if TYPE_CHECKING:
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
     """(model, family, tokenizer) of a saved model, of either layout."""
-    from transformers import AutoTokenizer
-
-    from compress.checkpoint import check_weights, load_config, load_model
+    from compress.checkpoint import check_weights, load_config, load_model, load_tokenizer
     from compress.models.families import family_for
     from compress.setup import quiet
 
     quiet()
     family = family_for(load_config(folder))
     check_weights(folder)
-    return load_model(folder, family), family, AutoTokenizer.from_pretrained(folder)
+    return load_model(folder, family), family, load_tokenizer(folder)
 
 
 def evaluate(
@@ -63,7 +61,7 @@ def evaluate(
         "model": str(folder),
         "texts": found,
         "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
-        "tasks": harness_tasks(folder, list(task), False) if task else [],
+        "tasks": harness_tasks(folder, list(task)) if task else [],
     }
 
 

@@ -23,7 +23,6 @@ OTHER: Verdict = "is another"  # what was found here is not what the report was 
 OPEN: Verdict = "cannot be checked here"
 
 REPORT = "report.json"
-CODE = (".py", ".so", ".pyd", ".dll", ".bin", ".pt", ".pth", ".pkl", ".pickle")  # what could be run when it is loaded
 
 
 @dataclass(frozen=True)
@@ -242,12 +241,33 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
     if not isinstance(files, dict):
         return report, [*claims, Claim("files of the model", "", "", OPEN, "the report names no hashes")]
     bad = _compare(folder, files, "", REPORT)
-    for extra in sorted(folder.rglob("*")):
-        name = str(extra.relative_to(folder))
-        if extra.suffix in CODE and extra.is_file() and name not in files:
-            bad.append(Claim(name, "", "a file more", FAILS, "it could be run, and the report does not name it"))
+    bad += _strangers(folder, files)
     claims += bad or [Claim("files of the model", f"{len(files)} files", "all unchanged", HOLDS)]
     return report, [*claims, *_card(folder, report), *_sample(folder, report)]
+
+
+def _strangers(folder: Path, files: Mapping[str, Any]) -> list[Claim]:
+    """What could be run and is none of ours, whether the report names it or not: anybody can write a report."""
+    from compress.checkpoint import remote_source
+    from compress.model_folder import CONFIG, REMOTE_FILE, entries, is_code, is_pickle
+
+    written: dict[str, bytes] = {}
+    if (folder / CONFIG).is_file():
+        try:
+            source = remote_source(folder)
+        except CompressError as e:
+            return [Claim(CONFIG, "", "", FAILS, e.what)]
+        written = {} if source is None else {f"{REMOTE_FILE}.py": source.encode()}
+    bad = []
+    for path in entries(folder):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() and path.is_dir():
+            bad.append(Claim(name, "", "a link to a folder", FAILS, "what lies there is no part of the release"))
+        elif is_code(name) and not (path.is_file() and path.read_bytes() == written.get(name)):
+            bad.append(Claim(name, "", "code", FAILS, "this version of compress did not write it; it was not run"))
+        elif is_pickle(name) and name not in files:
+            bad.append(Claim(name, "", "a file more", FAILS, "it could be run, and the report does not name it"))
+    return bad
 
 
 def _card(folder: Path, report: dict[str, Any]) -> list[Claim]:
@@ -313,10 +333,12 @@ def _load(place: Path, name: str, network: str | None) -> tuple[dict[str, Any] |
                 verify_clean(place)  # says what is missing
             found = verify_clean(place)
         else:
+            from compress.model_folder import refuse_code
             from compress.network import verify_network
             from compress.reload_network import check_named
 
             check_named(place, network)
+            refuse_code(place, {})
             found = verify_network(place, network)
     except UsageError:
         raise

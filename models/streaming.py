@@ -7,7 +7,6 @@ says so, several processes that walk over the blocks together hold a part of eac
 from __future__ import annotations
 
 import copy
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -17,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import is_ragged, load_config, weight_files
+from compress.checkpoint import from_config, is_ragged, load_config
 from compress.distributed import empty_weights, world
 from compress.errors import CompressError
+from compress.model_folder import weights_of
 from compress.shards import Shards
 
 if TYPE_CHECKING:
@@ -146,17 +146,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        self._files: dict[str, Path] = {}
-        files = weight_files(folder)
-        if index.exists():
-            names = json.loads(index.read_text())["weight_map"]
-            self._files = {name: folder / file for name, file in names.items()}
-        else:
-            from safetensors import safe_open
-
-            with safe_open(files[0], "pt") as file:
-                self._files = dict.fromkeys(file.keys(), files[0])
+        self._files = weights_of(folder).places
 
     def below(self, prefix: str, device: torch.device) -> dict[str, Tensor]:
         """The tensors whose names begin with ``prefix``, by the rest of their names, of the type they are stored in."""
@@ -270,14 +260,9 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
     Raises:
         CompressError: weights are missing or do not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(folder)
     with empty_weights():
-        if is_ragged(folder):
-            model = family.ragged_class()._from_config(config, dtype=torch.float32)  # type: ignore[attr-defined]
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = from_config(config, family.ragged_class() if is_ragged(folder) else None)
     weights = Weights(folder)
     rest = weights.beside(PREFIX)
     skeletons = list(model.model.layers)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from statistics import median
 from typing import Any
 
 from compress.cache import sha256_of
+from compress.children import python
 from compress.errors import CompressError
 from compress.export.bench.packed import agent_file
 from compress.export.bench.stats import paired_ratio, summary
@@ -39,7 +39,7 @@ class Local:
 
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
-            [sys.executable, str(agent_file())],
+            python(str(agent_file())),
             input=json.dumps(request),
             capture_output=True,
             text=True,

@@ -43,6 +43,7 @@ def test_a_folder_without_weights(saved: Path) -> None:
 
 
 def test_a_missing_shard(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "m-1.safetensors"}}))
     with pytest.raises(CompressError, match="1 of 1 weight files are missing"):
         weight_files(saved)
