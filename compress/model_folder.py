@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
@@ -65,8 +65,8 @@ class Weights:
 
 
 def is_code(name: str) -> bool:
-    """Whether a file of that name could be run, or (a directory) hold something that transformers runs."""
-    return bool(_CODE.search(name)) or PurePosixPath(name).name.lower() in ("custom_generate", "__pycache__")
+    """Whether a file of that name could be run."""
+    return bool(_CODE.search(name))
 
 
 def is_pickle(name: str) -> bool:
@@ -320,7 +320,7 @@ def refuse_code(folder: Path, written: Mapping[str, str]) -> None:
                 where=str(folder),
                 fix="take it out, or put the files themselves there",
             )
-        if is_code(name) and not (name in written and _same(path, written[name])):
+        if is_code(name) and not path.is_dir() and not (name in written and _same(path, written[name])):
             raise CompressError(
                 f"the folder holds code that this version of compress did not write: {name}; it was not run",
                 where=str(path),

@@ -263,7 +263,7 @@ def _strangers(folder: Path, files: Mapping[str, Any]) -> list[Claim]:
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and path.is_dir():
             bad.append(Claim(name, "", "a link to a folder", FAILS, "what lies there is no part of the release"))
-        elif is_code(name) and not (path.is_file() and path.read_bytes() == written.get(name)):
+        elif is_code(name) and not path.is_dir() and not (path.is_file() and path.read_bytes() == written.get(name)):
             bad.append(Claim(name, "", "code", FAILS, "this version of compress did not write it; it was not run"))
         elif is_pickle(name) and name not in files:
             bad.append(Claim(name, "", "a file more", FAILS, "it could be run, and the report does not name it"))

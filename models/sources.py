@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.cache import cache_dir, sha256_of
 from compress.children import python
 from compress.errors import CompressError, UsageError
+from compress.model_folder import refuse_adapter
 from compress.progress import say
 
 ALIASES = Path(__file__).parent
@@ -136,6 +137,7 @@ def resolve(name: str) -> Resolved:
         )
     folder = Path(name)
     if folder.is_dir():
+        refuse_adapter(folder)
         if not (folder / "config.json").exists():
             raise CompressError(
                 "the folder holds no config.json", where=str(folder), fix="name a folder in transformers' format"

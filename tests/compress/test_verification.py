@@ -247,7 +247,7 @@ def test_a_dense_model_that_is_not_here_leaves_its_claims_open_and_says_where_it
 
 def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job: Job, tmp_path: Path) -> None:
     for name, text, part in (
-        ("model.safetensors.index.json", "{", "it cannot be read"),
+        ("model.safetensors.index.json", "{", "is no JSON"),
         ("model.safetensors", None, "no safetensors weights"),
     ):
         broken = Path(shutil.copytree(job.model, tmp_path / name))
