@@ -30,14 +30,17 @@ def run(words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
-def test_one_function_starts_them_all() -> None:
-    found = [
-        path.relative_to(ROOT).as_posix()
+def test_no_python_is_started_without_safe_path() -> None:
+    """`compress/distribution.py` stands alone before anything is installed, and says -P itself."""
+    started = [
+        (path.relative_to(ROOT).as_posix(), line.strip())
         for folder in ("compress", "export", "models", "recipes")
         for path in sorted((ROOT / folder).rglob("*.py"))
-        if re.search(r"sys\.executable|\[\s*[\"']python3?[\"']", path.read_text())
+        for line in path.read_text().splitlines()
+        if re.search(r"[\[(]\s*(sys\.executable|[\"']python3?[\"']\s*,)", line)
     ]
-    assert found == ["compress/children.py"]
+    assert {place for place, _ in started} == {"compress/children.py", "compress/distribution.py"}
+    assert all('sys.executable, "-P"' in line or "{sys.executable}" in line for _, line in started)
 
 
 @pytest.mark.parametrize(
