@@ -51,7 +51,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
     options = recipe[recipe["method"]]
     flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
-    title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the weights pruned"
+    which = "prunable weights" if _left_out(report) else "weights"
+    title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned"
     lines = [f"# {escape(title)}", ""]
     if size["ranks"]:
         how = (
@@ -102,6 +103,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
             "",
         ]
+    lines += _left_out(report)
     lines += targets(report)
     for name, caption in (
         ("sparsity-per-layer", "What each layer gave up"),
@@ -192,6 +194,25 @@ def closing(report: dict[str, Any]) -> list[str]:
     return ["", *again(report), *limits(report, [said, INHERITED])]
 
 
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """The weights that were not pruned, by name, and of what share they are; reports of before do not say it."""
+    left = report.get("left_out")
+    if not left or not left["weights"]:
+        return []
+    unknown = sum(row["flops"] is None for row in left["parameters"])
+    said = f"**{100 * left['share']:.1f} % of all weights were left out** ({left['weights']:,}); of all weights"
+    said += f" {100 * report['size']['pruned_share_of_all']:.2f} % are pruned."
+    if left["flops"]:
+        said += f" Their {left['flops']:,} FLOPs a sample are in no figure above."
+    if unknown:
+        said += f" Of {unknown} of them the FLOPs are not known, or they are counted with their layer."
+    rows = [
+        f"| {code(row['name'])} | {escape(row['kind'])} | {row['weights']:,} | {escape(row['reason'])} |"
+        for row in left["parameters"]
+    ]
+    return [said, "", "| left out | layer | weights | why |", "|---|---|---|---|", *rows, ""]
+
+
 def _layers(report: dict[str, Any]) -> list[str]:
     lines = [
         "## Layers",
@@ -201,8 +222,10 @@ def _layers(report: dict[str, Any]) -> list[str]:
     ]
     for row in report["layers"]:
         floor = f"{row['floor']:,}" if row["floor"] else ""
+        tied = f" (one with {code(row['tied_to'])})" if "tied_to" in row else ""
         lines.append(
-            f"| {code(row['name'])} | {row['weights']:,} | {row['nonzero']:,} | {floor} | {row['flops']['dense']:,} |"
+            f"| {code(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
+            f" {row['flops']['dense']:,} |"
             f" {row['flops']['sparse']:,} |"
         )
     return [*lines, ""]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -280,13 +280,14 @@ def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, pruned: 
     import torch
 
     from compress.flops import count_flops
-    from compress.recipes.global_mp.network import prunable
+    from compress.recipes.global_mp.network import left_facts, prunable
 
     sample = torch.zeros(1, *setup.data.input_shape)
     before, after = loaded(setup, dense).cpu(), loaded(setup, pruned.folder, **pruned.changes).cpu()
     was = {layer.name: layer for layer in count_flops(before, sample)}
     now = {layer.name: layer for layer in count_flops(after, sample)}
-    named = {name: f"{name}.weight" if name else "weight" for name in was}
+    own = {name: f"{name}.weight" if name else "weight" for name in was}
+    named = _weight_names(before, own)
     total, left = (sum(w.numel() for w in prunable(m).values()) for m in (before, after))
     alive = sum(int(torch.count_nonzero(w)) for w in prunable(after).values())
     candidates = prunable(before, setup.recipe.options.skip)
@@ -312,7 +313,8 @@ def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, pruned: 
     size["pruned_share"] = size["pruned_weights"] / size["prunable_weights"]
     report["layers"] = [
         {
-            "name": named[name],
+            "name": own[name],
+            **({"tied_to": named[name]} if named[name] != own[name] else {}),
             "weights": was[name].weights,
             "nonzero": now[name].nonzero,
             "pruned": was[name].weights - now[name].nonzero,
@@ -321,7 +323,17 @@ def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, pruned: 
         }
         for name in was
     ]
+    skip = setup.recipe.options.skip
+    report["left_out"] = left_facts(before, skip, sample)
+    total = report["left_out"]["weights"] + size["prunable_weights"]
+    size["pruned_share_of_all"] = size["pruned_weights"] / total
     report["empty_layers"] = [row["name"] for row in report["layers"] if not row["nonzero"]]
+
+
+def _weight_names(model: nn.Module, own: Mapping[str, str]) -> dict[str, str]:
+    """Layer -> the name of its weight: the first one that the model has for it, where layers share one."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {layer: names.get(id(model.get_submodule(layer).weight), name) for layer, name in own.items()}
 
 
 def _assemble(
@@ -441,16 +453,23 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a finished run."""
+    from compress.recipes.global_mp.network import left_line
     from compress.report import latency_line, run_line
 
     size = report["size"]
-    flops = size["flops"]
+    flops, left = size["flops"], report.get("left_out") or {"weights": 0, "flops": 0}
     found = [
         f"pruned   {size['pruned_weights']:,} of {size['prunable_weights']:,} weights"
         f" ({100 * size['pruned_share']:.2f} %)"
         + (f"; ranks {size['ranks']['r_W']} / {size['ranks']['r_U']}" if size["ranks"] else ""),
+        *(
+            [f"left out {left_line(left)}; of all weights {100 * size['pruned_share_of_all']:.2f} % are pruned"]
+            if left["weights"]
+            else []
+        ),
         f"flops    {flops['dense']:,} -> {flops['sparse']:,} a sample, zeros left out"
-        f" ({100 * (1 - flops['sparse'] / flops['dense']):.1f} % fewer)",
+        f" ({100 * (1 - flops['sparse'] / flops['dense']):.1f} % fewer)"
+        + (f"; {left['flops']:,} more of what is left out" if left["flops"] else ""),
     ]
     if report["empty_layers"]:
         found.append(f"warning  {len(report['empty_layers'])} layers are empty, such as {report['empty_layers'][0]}")
@@ -490,7 +509,7 @@ def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
 
     from compress.models.zoo import build
     from compress.recipes.global_mp.fastgrnn import kept_columns
-    from compress.recipes.global_mp.network import budget, prunable
+    from compress.recipes.global_mp.network import budget, left_facts, prunable
 
     setup = prepare(model, recipe)
     if ".py:" in setup.network:
@@ -524,10 +543,13 @@ def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
         "prunable_weights": sum(w.numel() for w in weights.values()),
         "prune": prune,
         "layers": [{"name": n, "shape": list(w.shape), "floor": floors[n]} for n, w in weights.items()],
+        "left_out": left_facts(network, recipe.options.skip),
     }
 
 
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.recipes.global_mp.network import left_line
+
     epochs = facts["epochs"]
     found = [f"model    {facts['model']}: {facts['parameters']:,} parameters; {facts['source']}"]
     if "ranks" in facts:
@@ -539,6 +561,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         found += [
             f"budget   prune {facts['prune']:,} of {facts['prunable_weights']:,} weights"
             f" in {len(facts['layers'])} layers",
+            *([f"left out {left_line(facts['left_out'])}"] if facts["left_out"]["weights"] else []),
             f"floors   hold {held:,} weights" if held else "floors   none: a layer may be emptied",
         ]
     return [

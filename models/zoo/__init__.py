@@ -130,3 +130,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CompressError(f"{name} holds NaN or infinity", where=str(path), fix="use weights that are whole")
         own[name].copy_(tensor)
+    # What is tied is one: where the file says two things of it, the last one written is what all of them are now.
+    for name, tensor in tensors.items():
+        if not torch.equal(own[name], tensor.to(own[name])):
+            raise CompressError(
+                f"the network ties {name} to another parameter, and the file holds other values for the two",
+                where=str(path),
+                fix="save it from the network as it is built, tied",
+            )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,18 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
-from compress.flops import COUNTED
+from compress.flops import COUNTED, flops_elsewhere
 from compress.recipes.global_mp.floors import budget as exact_budget
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.global_mp.schedule import Shape, targets
+from compress.ties import aliases
 from compress.train import Moment, Remask
 
 
 def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Tensor]:
     """Every weight of a convolution or a linear layer by its parameter name, first layer and classifier included.
 
-    Norms and biases are left alone. A weight that several layers share stands once, under its first name.
+    Norms and biases are left alone. A weight that several layers share stands once, under the first name that the model
+    has for it; one that lies over another's memory, or is computed from other parameters, is none (`left_out` has
+    it).
 
     Args:
         skip: shell patterns of names that are left out.
@@ -30,16 +35,7 @@ def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Tensor]:
         CompressError: there is none.
         UsageError: a pattern matches nothing.
     """
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if not isinstance(module, COUNTED):
-            continue
-        weight = module.weight
-        # A weight of one dimension or none is a scale, not a matrix.
-        if weight.dim() >= 2 and weight.numel() and id(weight) not in seen:
-            seen.add(id(weight))
-            found[f"{name}.weight" if name else "weight"] = weight.detach()
+    found = _candidates(model)
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in found):
             raise UsageError(
@@ -56,6 +52,78 @@ def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Tensor]:
             fix="build it from torch.nn.Conv1d, Conv2d, Conv3d and Linear",
         )
     return kept
+
+
+def _candidates(model: nn.Module) -> dict[str, Tensor]:
+    names, two_of_one = {id(p): n for n, p in model.named_parameters()}, aliases(model)
+    found: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, COUNTED):
+            weight = module.weight
+            name = names.get(id(weight))
+            # A weight of one dimension or none is a scale, not a matrix.
+            if name is not None and name not in two_of_one and weight.dim() >= 2 and weight.numel():
+                found[name] = weight.detach()
+    return found
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A parameter of two or more dimensions that is not pruned: the layer that it is of, and why it is left."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+def left_out(model: nn.Module, skip: Sequence[str] = ()) -> list[LeftOut]:
+    """What `prunable` leaves, each parameter once: whoever reads a share is to know of what it is one."""
+    candidates, two_of_one = _candidates(model), aliases(model)
+    kept = {name for name in candidates if not any(fnmatchcase(name, p) for p in skip)}
+    found = []
+    for name, parameter in model.named_parameters():
+        if name in kept or parameter.dim() < 2 or not parameter.numel():
+            continue
+        module = model.get_submodule(name.rpartition(".")[0])
+        if name in candidates:
+            reason = "left out by the recipe"
+        elif name in two_of_one:
+            reason = f"its memory is also that of {', '.join(two_of_one[name])}"
+        else:
+            reason = "no weight of a convolution or a linear layer"
+        found.append(LeftOut(name, type(module).__name__, tuple(parameter.shape), reason))
+    return found
+
+
+def left_facts(model: nn.Module, skip: Sequence[str], sample: Tensor | None = None) -> dict[str, Any]:
+    """`left_out` for a report: its weights, their share of all, and with a ``sample`` the FLOPs that nothing else
+    counts (of a parameter: None where nothing is known of its layer)."""
+    rows, total = left_out(model, skip), sum(w.numel() for w in prunable(model, skip).values())
+    flops = flops_elsewhere(model, sample) if sample is not None else {}
+    weights = sum(row.weights for row in rows)
+    return {
+        "weights": weights,
+        "share": weights / (weights + total),
+        "flops": sum(flops.values()),
+        "parameters": [{**asdict(row), "weights": row.weights, "flops": flops.get(row.name)} for row in rows],
+    }
+
+
+def left_line(facts: Mapping[str, Any]) -> str:
+    """What a person reads of `left_facts`: how much, and of which layers."""
+    layers: dict[str, int] = {}
+    for row in facts["parameters"]:
+        label = f"{row['name'].rpartition('.')[0] or row['name']} ({row['kind']})"
+        layers[label] = layers.get(label, 0) + row["weights"]
+    largest = sorted(layers, key=lambda label: -layers[label])
+    more = f" and {len(largest) - 3} more layers" if len(largest) > 3 else ""
+    named = ", ".join(f"{label} {layers[label]:,}" for label in largest[:3])
+    return f"{facts['weights']:,} weights ({100 * facts['share']:.1f} % of all) stay dense: {named}{more}"
 
 
 def budget(weights: Mapping[str, Any], sparsity: float, options: NetworkOptions) -> tuple[int, dict[str, int]]:

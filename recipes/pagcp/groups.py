@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, cut, is_depthwise, width, zeroed
+from compress.ties import held, tied
 
 TOLERANCE = 1e-8  # of masked against sliced outputs in float64, relative to the largest
 
@@ -115,14 +116,21 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
         before = _outputs(trial, x)
     taken: set[tuple[str, str, int]] = set()
     proposals, failed = _propose(model, sample.detach().cpu(), round_to)
-    left |= failed
+    shared = _shared(model)
+    left |= failed | shared
     # The widest first: a group that holds another one's channels stands for it.
     for group in sorted(proposals, key=lambda g: -sum(len(i) for m in g.members for i in m.index)):
         atoms = {(m.layer, m.axis, i) for m in group.members if m.axis == "out" for u in m.index for i in u}
         if atoms & taken:
             continue
         skipped = next((p for p in skip for m in group.members if m.axis == "out" and fnmatch(m.layer, p)), None)
-        reason = f"left out by the recipe ({skipped})" if skipped is not None else _disprove(trial, group, x, before)
+        bound = next((m.layer for m in group.members if m.layer in shared), None)
+        if skipped is not None:
+            reason: str | None = f"left out by the recipe ({skipped})"
+        elif bound is not None:
+            reason = f"{bound} is tied to it, and {shared[bound]}"
+        else:
+            reason = _disprove(trial, group, x, before)
         if reason is None:
             taken |= atoms
             found.append(group)
@@ -138,10 +146,31 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
     )
 
 
+def _shared(model: nn.Module) -> dict[str, str]:
+    """Layers with a parameter that another one holds too: cut alone they would come apart, and the network grow."""
+    found: dict[str, str] = {}
+    for name, others in tied(model).items():
+        layer, _, key = name.rpartition(".")
+        if isinstance(model.get_submodule(layer), LAYERS):
+            found.setdefault(layer, f"its {key} is also {', '.join(others)}")
+    return found
+
+
 def _others(model: nn.Module) -> dict[str, str]:
-    """Layers that never root a group, so that none is passed over in silence."""
+    """Layers that never root a group, and weights of no layer that is cut, so that none is passed over in silence."""
     kinds = (*CONV, *TRANSPOSED, nn.Linear)
-    return {n: "nothing that was traced ends in it" for n, m in model.named_modules() if isinstance(m, kinds)}
+    found = {n: "nothing that was traced ends in it" for n, m in model.named_modules() if isinstance(m, kinds)}
+    for one in held(model):
+        module = model.get_submodule(one.module)
+        if one.tensor.dim() > 1 and isinstance(one.tensor, nn.Parameter) and not isinstance(module, LAYERS):
+            # A module of the network's own (or the network itself) may hold anything: its parameter is what is named.
+            known = type(module).__module__.startswith("torch.nn")
+            found.setdefault(one.module if known else one.name, f"{_kind(module, known)} is not cut")
+    return found
+
+
+def _kind(module: nn.Module, known: bool) -> str:
+    return type(module).__name__ if known else f"a parameter of {type(module).__name__}"
 
 
 # --- proposals --------------------------------------------------------------------------------------------------------
