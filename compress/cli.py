@@ -351,15 +351,28 @@ def bench(
     json_: Json = False,
 ) -> None:
     """Measures latency and memory of two exports, interleaved in fresh processes, here or on a target."""
-    from compress.export.on_target import bench_lines, write
+    from contextlib import nullcontext
+
+    from compress.export.on_target import RECORD, bench_lines, write
     from compress.saved import lines
     from compress.verbs import bench as run
+    from compress.written import disk_errors, refuse_replacing, written
 
-    facts = run(
-        dense, pruned, prompt=prompt, context=context, batch=batch, processes=processes, threads=threads, target=target
-    )
-    if out is not None:
-        write(facts, out)
+    # Before anything is measured: a place that cannot be written is said at once.
+    with nullcontext() if out is None else written(out, (RECORD,), refuse_replacing) as beside:
+        facts = run(
+            dense,
+            pruned,
+            prompt=prompt,
+            context=context,
+            batch=batch,
+            processes=processes,
+            threads=threads,
+            target=target,
+        )
+        if out is not None and beside is not None:
+            with disk_errors(out):
+                write(facts, beside)
     _show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
 
 

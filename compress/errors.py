@@ -18,6 +18,11 @@ class CompressError(Exception):
         self.what, self.where, self.fix = what, where, fix
         super().__init__(what)
 
+    def rename(self, before: object, after: object) -> None:
+        """What is being made has another place than what was asked for; the error speaks of the latter."""
+        self.what, self.where = (text.replace(str(before), str(after)) for text in (self.what, self.where))
+        self.args = (self.what,)
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.where:

@@ -21,9 +21,10 @@ from compress.export import gate_outputs as outputs
 from compress.export.gate_run import Artefact, Measuring, compare, find
 from compress.export.gate_run import self_test as against_itself
 from compress.recipe import Section, load_section
-from compress.written import append, disk_errors, written
+from compress.written import append, disk_errors, refuse_replacing, written
 
 GIT, WORKTREE = "git:", "worktree"
+NAMES = (*outputs.FILES, "gate.png")
 
 
 class NotJudged(CompressError):
@@ -125,7 +126,7 @@ def run(
     to = None if self_test else summary or (Path(step) if step else None)
     try:
         # Before anything is measured: a place that cannot be written is said at once.
-        with nullcontext() if out is None or self_test else written(out) as beside:
+        with nullcontext() if out is None or self_test else written(out, NAMES, refuse_replacing) as beside:
             if to is not None:
                 append(to, "")
             with _trees([str(n) for n in names], gate_file, file) as found:

@@ -110,14 +110,13 @@ def bench(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Time to first token, time per output token and memory; what is not given is as in a recipe."""
-    import onnx
-
     from compress.export.bench.local import compare_llm
     from compress.export.onnx import PREFILL
+    from compress.export.tensors import read
 
     given = {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
     spec = BenchSection(**{k: v for k, v in given.items() if v is not None}).model_dump()
-    logits = onnx.load(dense / PREFILL, load_external_data=False).graph.output[0]
+    logits = read(dense / PREFILL).graph.output[0]
     return compare_llm(dense, pruned, spec, logits.type.tensor_type.shape.dim[2].dim_value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,30 +93,20 @@ def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) ->
     """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed.
 
     Args:
+        out: see `compress.written.whole`; a place that cannot be written is said before anything is loaded.
         model: or an ONNX file, or a folder with an export.
         builds: `compress.export.formats.BuildOptions` of the formats to make beside it.
     """
     from compress.export.command import export_file, is_onnx
     from compress.saved import call, find
+    from compress.written import whole
 
-    if out.exists() and any(out.iterdir()):
-        raise UsageError("the folder is not empty", where=str(out), fix="name another --out folder")
-    kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
-    partial = out.with_name(f".{out.name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
+    with whole(out) as made:
+        kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
         if kind == "onnx":
-            facts = export_file(folder, partial, builds)
+            facts = export_file(folder, made, builds)
         else:
-            facts = call(kind, "export", folder, partial, builds=list(builds), **options)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
+            facts = call(kind, "export", folder, made, builds=list(builds), **options)
     return {"model": str(folder), "out": str(out), **facts}
 
 
@@ -138,11 +127,11 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     from compress.html_report import NAME, write_html
     from compress.pipeline import module_of
     from compress.report import read_report
-    from compress.written import disk_errors, written
+    from compress.written import disk_errors, refuse_replacing, written
 
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
-    with written(folder) as beside, disk_errors(folder):
+    with written(folder, ("README.md", NAME), refuse_replacing) as beside, disk_errors(folder):
         write_html(report, module_of(report["recipe"]).card(report, beside), beside / NAME)
     return {"card": str(folder / "README.md"), "html": str(folder / NAME), "report": report["sha256"]}
 
@@ -161,12 +150,16 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     from compress.html_report import write_html
     from compress.pipeline import module_of
     from compress.report import read_report
-    from compress.written import disk_errors, written
+    from compress.written import disk_errors, refuse_replacing, written
 
     report = read_report(run)
     if out.is_dir():
         raise UsageError("this is a folder", where=str(out), fix="name a file, such as report.html")
-    with written(out.parent) as beside, disk_errors(out), tempfile.TemporaryDirectory() as pictures:
+    with (
+        written(out.parent, (out.name,), refuse_replacing) as beside,
+        disk_errors(out),
+        tempfile.TemporaryDirectory() as pictures,
+    ):
         card = module_of(report["recipe"]).card(report, Path(pictures))
         write_html(report, card, beside / out.name)
     return {"html": str(out), "report": report["sha256"]}

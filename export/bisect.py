@@ -19,6 +19,7 @@ from compress.errors import CompressError
 from compress.export import formats, runtimes
 from compress.export.formats import BuildOptions, Source
 from compress.export.ort import Arrays
+from compress.export.tensors import read, walk
 
 
 def largest_difference(want: Any, got: Any) -> float:
@@ -38,7 +39,7 @@ class _Whole:
         import onnx
 
         self.path = path
-        self.model = onnx.shape_inference.infer_shapes(onnx.load(path))
+        self.model = onnx.shape_inference.infer_shapes(read(path, weights=True))
         graph = self.model.graph
         self.nodes = list(graph.node)
         self.made_by = {name: i for i, node in enumerate(self.nodes) for name in node.output if name}
@@ -52,7 +53,7 @@ class _Whole:
             i = self.made_by.get(todo.pop())
             if i is not None and i not in found:
                 found.add(i)
-                todo += [n for n in self.nodes[i].input if n]
+                todo += _reads(self.nodes[i])
         return sorted(found)
 
     def cut(self, name: str, target: Path) -> None:
@@ -60,7 +61,7 @@ class _Whole:
         import onnx
 
         kept = [self.nodes[i] for i in self.before(name)]
-        used = {n for node in kept for n in node.input}
+        used = {n for node in kept for n in _reads(node)}
         graph = self.model.graph
         output = onnx.helper.make_tensor_value_info(name, self.types.get(name, onnx.TensorProto.FLOAT), None)
         known = next((v for v in (*graph.output, *graph.value_info) if v.name == name), None)
@@ -70,13 +71,13 @@ class _Whole:
             [v for v in graph.input if v.name in used],
             [known if known is not None else output],
             [i for i in graph.initializer if i.name in used],
+            sparse_initializer=[i for i in graph.sparse_initializer if i.values.name in used],
             value_info=[v for v in graph.value_info if v.name in {o for node in kept for o in node.output} - {name}],
         )
         model = onnx.helper.make_model(made, opset_imports=self.model.opset_import, ir_version=self.model.ir_version)
         if len(self.model.functions):
             model.functions.extend(self.model.functions)
-        large = sum(len(i.raw_data) for i in made.initializer) > 1 << 30
-        onnx.save(model, target, save_as_external_data=large)
+        _save(model, target)
 
     def floats(self) -> list[str]:
         """The float tensors that nodes make, in their order."""
@@ -95,12 +96,25 @@ class _Whole:
         for name in names:
             if name not in have:
                 model.graph.output.append(onnx.helper.make_tensor_value_info(name, self.types[name], None))
-        large = sum(len(i.raw_data) for i in model.graph.initializer) > 1 << 30
-        onnx.save(model, target, save_as_external_data=large)
+        _save(model, target)
 
     def name_of(self, i: int) -> str:
         node = self.nodes[i]
         return f"the node {node.name or node.output[0]!r} ({node.op_type})"
+
+
+def _reads(node: Any) -> list[str]:
+    """What a node takes, and what the graphs that it holds take from around it (and from themselves)."""
+    inner = [graph for a in node.attribute for graph in (*([a.g] if a.HasField("g") else []), *a.graphs)]
+    return [n for n in node.input if n] + [n for graph in inner for one in graph.node for n in _reads(one)]
+
+
+def _save(model: Any, target: Path) -> None:
+    """A large model with its weights beside it: protobuf holds 2 GiB."""
+    import onnx
+
+    large = sum(len(held.tensor.raw_data) for held in walk(model)) > 1 << 30
+    onnx.save(model, target, save_as_external_data=large)
 
 
 def tensors(path: Path, feed: Arrays) -> Arrays:

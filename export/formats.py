@@ -17,14 +17,13 @@ size; a format that knows no varying axes takes the benchmarked one.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import importlib.util
 import json
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ import numpy as np
 from compress.cache import sha256_of
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
+from compress.export import tensors
 from compress.export.ort import Arrays
 from compress.export.runtimes import Runner
+from compress.written import whole
 
 Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
 
@@ -197,24 +198,16 @@ def read_graph(path: Path, own_operators: bool = True) -> Graph:
         own_operators: the file holds ONNX's operators alone, so that it can be checked.
 
     Raises:
-        CompressError: it is missing, or no valid ONNX.
+        CompressError: it is missing, or no valid ONNX; weights of it are missing, or lie outside its folder.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
-    if not path.is_file():
-        raise CompressError("there is no such ONNX file", where=str(path), fix="export it with `compress export`")
-    try:
-        model = onnx.load(path, load_external_data=False)
-        if own_operators:
-            onnx.checker.check_model(str(path))
-    except (DecodeError, onnx.checker.ValidationError, ValueError) as e:
-        said = next((line for line in str(e).splitlines() if line.strip()), "it cannot be read")
-        raise CompressError(f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again") from e
+    tensors.files(path)
+    model = tensors.read(path)
     graph = model.graph
     if not graph.output:
         raise CompressError("this is no valid ONNX file: it has no output", where=str(path), fix="export it again")
-    given = {i.name for i in graph.initializer}
+    given = tensors.weights_of(graph)
     ops: dict[str, int] = {}
     for node in graph.node:
         ops[node.op_type] = ops.get(node.op_type, 0) + 1
@@ -228,12 +221,22 @@ def read_graph(path: Path, own_operators: bool = True) -> Graph:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
         return Port(value.name, dtype, shape)
 
-    return Graph(
+    found = Graph(
         tuple(port(v) for v in graph.input if v.name not in given),
         tuple(port(v) for v in graph.output),
         len(graph.node),
         dict(sorted(ops.items())),
     )
+    if own_operators:
+        tensors.forget_outside(model)  # ONNX's own rule for files beside a graph takes no link; ours was asked above
+        try:
+            onnx.checker.check_model(model)
+        except (onnx.checker.ValidationError, ValueError) as e:
+            said = next((line for line in str(e).splitlines() if line.strip()), "it cannot be read")
+            raise CompressError(
+                f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again"
+            ) from e
+    return found
 
 
 def profiles_of(options: BuildOptions, component: str, graph: Graph) -> list[dict[str, tuple[int, int, int]]]:
@@ -352,20 +355,41 @@ def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = T
             where=str(source.path),
             fix="name a model that `compress` saved, or another format",
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError("the folder is not empty", where=str(folder), fix="name another folder")
     module = module_of(form)
     with whole(folder) as partial:
         facts: dict[str, Any] = {"format": form.name, "precision": options.precision}
-        facts |= module.build(source, partial, options)
-        facts["bytes"] = {p.name: p.stat().st_size for p in sorted(partial.iterdir())}
-        facts["sha256"] = {name: sha256_of(partial / name) for name in facts["bytes"]}
-        if check:
-            facts["parity"] = module.check(source, partial, options)
-            if source.evaluate is not None and "skipped" not in facts["parity"]:
-                facts["measures"] = _measures(source, partial, options, module)
+        with _for_converters(source, partial) as taken:
+            facts |= module.build(taken, partial, options)
+            written = sorted(p for p in partial.iterdir() if p.is_file())
+            facts["bytes"] = {p.name: p.stat().st_size for p in written}
+            facts["sha256"] = {name: sha256_of(partial / name) for name in facts["bytes"]}
+            if check:
+                facts["parity"] = module.check(taken, partial, options)
+                if source.evaluate is not None and "skipped" not in facts["parity"]:
+                    facts["measures"] = _measures(taken, partial, options, module)
         (partial / f"{form.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
     return facts
+
+
+@contextmanager
+def _for_converters(source: Source, beside: Path) -> Iterator[Source]:
+    """The source as every converter takes it: a copy with its weights in one file beside the graph, where they lie in
+    folders, behind links, or in attributes of nodes. Errors name the source itself."""
+    files = components(source.path)
+    if all(tensors.is_plain(path) for path in files.values()):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix=".source-", dir=beside) as place:
+        copies = {name: Path(place) / f"{name}.onnx" for name in files}
+        for name, copy in copies.items():
+            tensors.gather(files[name], copy)
+        try:
+            yield replace(source, path=Path(place))
+        except CompressError as e:
+            for name, copy in copies.items():
+                e.rename(copy, files[name])
+            e.rename(Path(place), source.path)
+            raise
 
 
 def _measures(source: Source, folder: Path, options: BuildOptions, module: Any) -> dict[str, dict[str, float]]:
@@ -377,33 +401,6 @@ def _measures(source: Source, folder: Path, options: BuildOptions, module: Any) 
     before = {name: runtimes.load("onnx", str(path), options.threads) for name, path in files.items()}
     after = {name: module.load(folder, name, options) for name in files}
     return {"before": dict(source.evaluate(before)), "after": dict(source.evaluate(after))}
-
-
-@contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A folder beside ``folder`` that becomes it when the block ends well, and is gone otherwise.
-
-    Raises:
-        CompressError: the disk is full, or cannot be written to.
-    """
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        raise CompressError(
-            f"the export cannot be written: {e.strerror}", where=str(folder), fix="make room, or name another --out"
-        ) from e
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
 
 
 def describe(folder: Path, form: str) -> dict[str, Any]:

@@ -19,10 +19,12 @@ import numpy as np
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
 from compress.export import gate
+from compress.export.bench import transport
 from compress.export.bench.local import machine_state, measure_once
 from compress.export.gate import Budget, Verdict
 from compress.export.onnx import DECODE, PREFILL
 from compress.export.onnx_module import FILE
+from compress.export.tensors import read, size, weights_of
 from compress.progress import Progress, say
 
 LABELS = ("baseline", "candidate")
@@ -61,8 +63,12 @@ class Artefact:
     vocab: int = 0
 
     @property
+    def home(self) -> Path:
+        return self.path.parent if self.kind == "network" else self.path
+
+    @property
     def bytes(self) -> int:
-        return sum(f.stat().st_size for f in self.files)
+        return size(self.files)
 
 
 def find(name: str, path: Path | None = None) -> Artefact:
@@ -115,12 +121,7 @@ def find(name: str, path: Path | None = None) -> Artefact:
 
 
 def _graph(path: Path) -> Any:
-    import onnx
-
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as e:  # protobuf's error types differ from version to version
-        raise CompressError("this is not a readable ONNX file", where=str(path), fix="export it again") from e
+    graph = read(path).graph
     if not graph.node or not graph.output:  # a file that was cut off at the right place is read without complaint
         raise CompressError("this ONNX file holds no network", where=str(path), fix="export or copy it again")
     return graph
@@ -129,7 +130,7 @@ def _graph(path: Path) -> Any:
 def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     import onnx
 
-    weights = {i.name for i in graph.initializer}
+    weights = weights_of(graph)
     found: dict[str, tuple[str, tuple[int | str, ...]]] = {}
     for value in graph.input:
         if value.name not in weights:
@@ -141,37 +142,12 @@ def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     return found
 
 
-def _stored(path: Path, graph: Any) -> set[Path]:
-    """The graph's file and the files that hold its weights.
-
-    Raises:
-        CompressError: one of these is missing or cut short.
-    """
-    found = {path}
-    for tensor in graph.initializer:
-        entry = {e.key: e.value for e in tensor.external_data}
-        if "location" not in entry:
-            continue
-        file = path.parent / entry["location"]
-        end = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-        fix = "keep it beside the ONNX file, or export that again"
-        if not file.is_file():
-            raise CompressError(f"the weights of {path.name} are missing", where=str(file), fix=fix)
-        size = file.stat().st_size
-        if size < end:
-            what = f"the weights of {path.name} are cut short: {end:,} bytes are needed, {size:,} are there"
-            raise CompressError(what, where=str(file), fix=fix)
-        found.add(file)
-    return found
-
-
 def _network(name: str, path: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:
     described = path if path.suffix == ".onnx" else path.with_name(FILE)
     if not described.exists():
         raise UsageError(f"nothing says what {path.name} takes", where=name, fix=f"keep {FILE} beside it")
     graph = _graph(described)
-    files = _stored(path, graph) if path == described else {path}
-    return Artefact(name, "network", path, tuple(sorted(files)), _inputs(graph), quality)
+    return Artefact(name, "network", path, transport.artefact(path).files, _inputs(graph), quality)
 
 
 def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:
@@ -179,9 +155,10 @@ def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) ->
         if not (folder / part).is_file():
             raise UsageError(f"there is no {part}", where=name, fix="name a folder made by `compress export`")
     graphs = {part: _graph(folder / part) for part in (PREFILL, DECODE)}
-    files = set().union(*(_stored(folder / part, graph) for part, graph in graphs.items()))
     logits = graphs[PREFILL].output[0].type.tensor_type.shape.dim[2].dim_value
-    return Artefact(name, "text", folder, tuple(sorted(files)), _inputs(graphs[DECODE]), quality, int(logits))
+    return Artefact(
+        name, "text", folder, transport.artefact(folder, "onnx").files, _inputs(graphs[DECODE]), quality, int(logits)
+    )
 
 
 def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
@@ -594,7 +571,7 @@ def _about(
             label: {
                 "name": artefact.name,
                 "bytes": artefact.bytes,
-                "sha256": {f.name: sha256_of(f) for f in artefact.files},
+                "sha256": {str(f.relative_to(artefact.home)): sha256_of(f) for f in artefact.files},
             }
             for label, artefact in artefacts.items()
         },

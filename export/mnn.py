@@ -29,7 +29,7 @@ from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.export import onnx_module
 from compress.export.bench.local import LOCAL
-from compress.export.bench.transport import answered
+from compress.export.bench.transport import answered, stored
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions, Source
@@ -102,8 +102,9 @@ def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threa
     """The outputs ``names`` for one batch, computed in a process of its own.
 
     Raises:
-        CompressError: MNN cannot load or run the file.
+        CompressError: MNN cannot load or run the file, or its weights lie outside its folder.
     """
+    stored("mnn", path)
     with tempfile.TemporaryDirectory() as beside:
         given, found = Path(beside) / "input.npy", Path(beside) / "outputs.npz"
         np.save(given, inputs)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.export.bench.transport import answered, artefact
+from compress.export.bench.transport import Absent, answered, artefact
 from compress.export.command import label
 from compress.export.formats import (
     FORMATS,
@@ -26,6 +26,7 @@ from compress.export.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down
 BUSY = 0.5  # load a core above which timings are of something else, too
+RECORD = "bench.json"
 ROOM = 1e9  # bytes an artefact and its results easily need
 
 
@@ -144,7 +145,7 @@ def place(folder: Path, target: Target) -> Path:
         describe(where, target.format)  # what was cut off or changed since is not measured
     try:
         artefact(where, target.format)
-    except CompressError as e:
+    except Absent as e:
         raise CompressError(
             e.what, where=str(folder), fix=f"build it: compress export MODEL --target {target.name} --out FOLDER"
         ) from e
@@ -218,13 +219,10 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
 
 
 def write(found: dict[str, Any], folder: Path) -> None:
-    """bench.json, with every raw sample, and the plots."""
+    """bench.json, with every raw sample, and the plots, into a folder that is there."""
     from compress.export.bench.plots import draw
 
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".bench.json.partial"
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(folder / "bench.json")
+    (folder / RECORD).write_text(json.dumps(found, indent=1) + "\n")
     draw(found, folder)
 
 

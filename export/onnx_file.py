@@ -6,13 +6,12 @@ ONNX Runtime makes of the plain file when it loads it. prefill and decode share 
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.export import formats, parity, quantize, runtimes
+from compress.export import formats, parity, quantize, runtimes, tensors
 from compress.export.cast import cast_file
 from compress.progress import say
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from compress.export.runtimes import Runner
 
 LARGE = 1 << 20  # bytes of weights from which they stand beside the graph
-SMALL = 1024  # bytes; a tensor below stays inside the graph
 
 
 def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
@@ -61,26 +59,18 @@ def convert(path: Path, target: Path, source: Source, component: str, options: B
     elif options.precision == "int8-weights":
         facts["quantised"] = quantize.weights_int8(path, first)
     else:
-        _copy(path, first)
+        tensors.gather(path, first)
     if options.fusions != "none":
         facts["nodes_before"] = formats.read_graph(first).nodes
-        fuse(first, target, options.fusions)
+        try:
+            fuse(first, target, options.fusions)
+        except CompressError as e:
+            e.rename(first, path)
+            raise
         facts["nodes"] = formats.read_graph(target, own_operators=False).nodes
-        for left in (first, first.with_suffix(".data")):
-            left.unlink(missing_ok=True)
+        for left in tensors.files(first):
+            left.unlink()
     return facts
-
-
-def _copy(path: Path, target: Path) -> None:
-    """The graph, and the weights files that it names."""
-    import onnx
-
-    shutil.copyfile(path, target)
-    for tensor in onnx.load(path, load_external_data=False).graph.initializer:
-        for entry in tensor.external_data:
-            place = target.parent / entry.value
-            if entry.key == "location" and not place.exists():
-                shutil.copyfile(path.parent / entry.value, place)
 
 
 def fuse(path: Path, target: Path, how: str) -> None:
@@ -98,20 +88,24 @@ def fuse(path: Path, target: Path, how: str) -> None:
     if how == "all":
         from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
+        beside = len(tensors.files(path)) > 1
         model, _ = optimize_for_ort(ir.load(path))
         path = path.with_name(f"patterns.{path.name}")
-        large = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-        ir.save(model, path, external_data=f"{path.stem}.data" if large > LARGE else None)
+        held = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        ir.save(model, path, external_data=f"{path.stem}.data" if beside or held > LARGE else None)
     settings = ort.SessionOptions()
     settings.log_severity_level = 3
     levels = ort.GraphOptimizationLevel
     settings.graph_optimization_level = levels.ORT_ENABLE_BASIC if how == "basic" else levels.ORT_ENABLE_EXTENDED
     settings.optimized_model_filepath = str(target)
-    if path.stat().st_size < _weights(path):
+    stored = tensors.files(path)
+    if path.stat().st_size < tensors.size(stored[1:]):
         settings.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", f"{target.stem}.data"
         )
-        settings.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(SMALL))
+        settings.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", str(tensors.SMALL)
+        )
     try:
         ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     except Exception as e:  # its exception types are not public
@@ -119,21 +113,8 @@ def fuse(path: Path, target: Path, how: str) -> None:
             f"ONNX Runtime cannot fuse the graph: {str(e).splitlines()[0][:300]}", where=str(path), fix="--fusions none"
         ) from e
     if how == "all":
-        for left in (path, path.with_suffix(".data")):
-            left.unlink(missing_ok=True)
-
-
-def _weights(path: Path) -> int:
-    """Bytes of the weights beside a graph."""
-    import onnx
-
-    places = {
-        path.parent / entry.value
-        for tensor in onnx.load(path, load_external_data=False).graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return sum(p.stat().st_size for p in places)
+        for left in stored:
+            left.unlink()
 
 
 def share_weights(folder: Path, names: list[str]) -> None:
@@ -141,39 +122,31 @@ def share_weights(folder: Path, names: list[str]) -> None:
     import hashlib
 
     import onnx
-    from onnx.external_data_helper import load_external_data_for_model
 
     from compress.export.onnx import WEIGHTS
 
-    models = {}
-    for name in names:
-        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
-        load_external_data_for_model(model, str(folder))
-        models[name] = model
-    for left in folder.glob("*.data"):
+    paths = {name: folder / f"{name}.onnx" for name in names}
+    models = {name: tensors.read(path, weights=True) for name, path in paths.items()}
+    for left in {file for path in paths.values() for file in tensors.files(path)}:
         left.unlink()
     places: dict[str, int] = {}
     with (folder / WEIGHTS).open("wb") as file:
         for model in models.values():
-            for tensor in model.graph.initializer:
+            for held in tensors.walk(model):
+                tensor = held.tensor
+                if not held.initialiser or tensor.data_type == onnx.TensorProto.STRING:
+                    continue
                 data = onnx.numpy_helper.to_array(tensor).tobytes() if not tensor.raw_data else tensor.raw_data
-                if len(data) < SMALL:
+                if len(data) < tensors.SMALL:
                     continue
                 digest = hashlib.sha256(data).hexdigest()
                 if digest not in places:
                     file.write(b"\0" * (-file.tell() % 64))
                     places[digest] = file.tell()
                     file.write(data)
-                dims, kind, label = list(tensor.dims), tensor.data_type, tensor.name
-                tensor.Clear()
-                tensor.dims.extend(dims)
-                tensor.data_type, tensor.name = kind, label
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, value in (("location", WEIGHTS), ("offset", places[digest]), ("length", len(data))):
-                    entry = tensor.external_data.add()
-                    entry.key, entry.value = key, str(value)
+                tensors.place(tensor, WEIGHTS, places[digest], len(data))
     for name, model in models.items():
-        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+        tensors.write(model, paths[name])
 
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.export.onnx import OPSET, forget_trace
 from compress.export.ort import session
+from compress.export.tensors import read, walk
 from compress.progress import say
 from compress.tasks import named
 
@@ -143,7 +144,8 @@ def first_fault(model: nn.Module, folder: Path, inputs: Tensor, tolerance: float
     """Names the first layer of an exported file whose weights or output differ from torch's."""
     import onnx
 
-    stored = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(folder / FILE).graph.initializer}
+    whole = read(folder / FILE, weights=True)
+    stored = {held.name: onnx.numpy_helper.to_array(held.tensor) for held in walk(whole)}
     for name, parameter in model.named_parameters():
         held = stored.get(f"model.{name}")
         if held is None or held.shape != parameter.shape or parameter.dim() < 2:
@@ -193,7 +195,5 @@ def write_checked_module(
 
 def input_shape(folder: Path) -> list[int]:
     """The shape of one sample, without the batch."""
-    import onnx
-
-    graph = onnx.load(folder / FILE, load_external_data=False).graph
+    graph = read(folder / FILE).graph
     return [d.dim_value for d in graph.input[0].type.tensor_type.shape.dim[1:]]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
+from compress.export.tensors import files
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -17,12 +18,11 @@ def session(path: Path, threads: int) -> Any:
     """An ONNX Runtime session on the CPU.
 
     Raises:
-        CompressError: the file is missing or is no model.
+        CompressError: the file is missing or is no model, or would have files read that lie outside its folder.
     """
     import onnxruntime as ort
 
-    if not path.exists():
-        raise CompressError("there is no such ONNX file", where=str(path), fix="export it with `compress export`")
+    files(path)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -51,17 +51,13 @@ class OrtLLM:
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
         return _run(self.prefill_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
 
-    def decode(
-        self, ids: NDArray[np.int64], present: Arrays, mask: NDArray[np.int64] | None = None
-    ) -> Arrays:
+    def decode(self, ids: NDArray[np.int64], present: Arrays, mask: NDArray[np.int64] | None = None) -> Arrays:
         """ids (b, s) behind the cache ``present`` -> logits (b, s, vocab) and the new cache."""
         past = {f"past_key_values.{k.removeprefix('present.')}": v for k, v in present.items() if k != "logits"}
         length = next(iter(past.values())).shape[2] + ids.shape[1]
         mask = np.ones((len(ids), length), dtype=np.int64) if mask is None else mask
         positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        return _run(
-            self.decode_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
-        )
+        return _run(self.decode_session, {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
 
     def empty_cache(self, batch: int) -> Arrays:
         """A cache of length 0: with it `decode` scores whole texts."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from compress.errors import CompressError, UsageError
 from compress.export.ort import Arrays
+from compress.export.tensors import read
 
 BLOCK = 32  # weights that share a scale
 
@@ -80,7 +81,7 @@ def weights_int8(source: Path, target: Path) -> int:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
-    model = onnx.load(source)
+    model = read(source, weights=True)
     with redirect_stdout(sys.stderr):
         config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, bits=8)
         quantizer = MatMulNBitsQuantizer(model, algo_config=config)

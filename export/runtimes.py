@@ -697,9 +697,10 @@ def _trt_context(trt: Any, engine: Any, cuda_graph: bool, cache_path: Optional[s
     config.set_runtime_cache(cache)
 
     def save() -> None:
-        with open(cache_path + ".partial", "wb") as file:
+        partial = f"{cache_path}.{os.getpid()}.partial"
+        with open(partial, "wb") as file:
             file.write(bytes(cache.serialize()))
-        os.replace(cache_path + ".partial", cache_path)
+        os.replace(partial, cache_path)
 
     return engine.create_execution_context(config), save
 

@@ -10,6 +10,7 @@ Source: NVIDIA's documentation of TensorRT 11 and TensorRT for RTX 1.7.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import tempfile
 import time
@@ -190,7 +191,7 @@ def _use_timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
 def _keep_timing_cache(trt: Any, config: Any, cache: Any, path: Path | None) -> None:
     if cache is None or path is None:
         return
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         partial.write_bytes(memoryview(config.get_timing_cache().serialize()))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.export.bench.transport import Transport, answered, artefact
+from compress.export.tensors import read
 
 GOAL = 0.8  # of the ideal speed-up; above it there is nothing to explain
 MATTERS = 0.02  # share of the pruned network's time that a layer must miss to be named
@@ -101,9 +102,7 @@ def profile(
 
 def _llm_shapes(graph: Path, part: str, spec: Mapping[str, Any]) -> dict[str, list[int]]:
     """Shapes of every input for one prompt, or for one token behind a cache."""
-    import onnx
-
-    inputs = onnx.load(graph, load_external_data=False).graph.input
+    inputs = read(graph).graph.input
     now, before = (spec["prompt"], 0) if part == "prefill" else (1, spec["context"])
     shapes = {}
     for value in inputs:
@@ -156,9 +155,7 @@ def _written(graph: Path) -> tuple[dict[str, str], dict[str, list[int]], dict[st
 
     An activation or a sum that stands alone behind a layer is part of it: that is how runtimes fuse them.
     """
-    import onnx
-
-    model = onnx.load(graph, load_external_data=False).graph
+    model = read(graph).graph
     weights = {i.name: list(i.dims) for i in model.initializer}
     readers: dict[str, int] = {}
     for node in model.node:

@@ -20,6 +20,7 @@ from compress.export.bench.packed import agent_file
 from compress.export.bench.stats import paired_ratio, summary
 from compress.export.bench.transport import Artefact, Transport, answered, artefact
 from compress.export.onnx import PREFILL
+from compress.export.tensors import read
 from compress.progress import Progress
 
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
@@ -35,7 +36,8 @@ class Local:
         return {}
 
     def push(self, files: Sequence[Path]) -> dict[str, str]:
-        return {path.name: str(path.resolve()) for path in files}
+        # Not resolved: a runtime looks for weights beside the name it is given, which may be a link in the hub's cache.
+        return {path.name: str(path.absolute()) for path in files}
 
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
         done = subprocess.run(
@@ -134,8 +136,6 @@ def vocab_of(prefill: Path) -> int:
     Raises:
         CompressError: there is no ONNX file, here or in the folder above.
     """
-    import onnx
-
     places = (prefill, prefill.with_name(PREFILL), prefill.parent.parent / PREFILL)
     graph = next((p for p in places if p.suffix == ".onnx" and p.is_file()), None)
     if graph is None:
@@ -144,7 +144,7 @@ def vocab_of(prefill: Path) -> int:
             where=str(prefill),
             fix=f"keep {PREFILL} where `compress export` put it, in the folder above",
         )
-    logits = onnx.load(graph, load_external_data=False).graph.output[0]
+    logits = read(graph).graph.output[0]
     return int(logits.type.tensor_type.shape.dim[2].dim_value)
 
 
@@ -209,7 +209,7 @@ def compare(
     }
     for label, measured in runs.items():
         main = next(iter(made[label].parts.values()))
-        weights = [p for p in made[label].files if p.suffix in (".data", ".bin")]
+        weights = [p for p in made[label].files if p not in made[label].parts.values()]
         found[label] = {
             "bytes": made[label].bytes,
             "sha256": sha256_of(weights[0] if weights else main),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,13 +13,19 @@ from typing import Any, Protocol
 
 from compress.cache import sha256_of
 from compress.errors import CompressError
+from compress.export import tensors
 
 # The kind of a file says its format where nobody else does.
 SUFFIXES = {
     ".onnx": "onnx", ".ort": "ort", ".mnn": "mnn", ".xml": "openvino", ".pte": "executorch", ".tflite": "litert",
     ".engine": "tensorrt", ".plan": "tensorrt",
 }  # fmt: skip
-BESIDE = (".data", ".bin")  # weights that a graph's file refers to by name
+# What a runtime reads beside a file without being asked: weights under the file's own name.
+BESIDE = {"openvino": lambda path: path.with_suffix(".bin"), "mnn": lambda path: path.with_name(f"{path.name}.weight")}
+
+
+class Absent(CompressError):
+    """There is no artefact, or none of the format."""
 
 
 class Transport(Protocol):
@@ -45,18 +52,25 @@ class Transport(Protocol):
 
 @dataclass(frozen=True)
 class Artefact:
-    """``parts``: ``model``, or ``prefill`` and ``decode`` -> file; ``files``: all that must be on the device."""
+    """``parts``: ``model``, or ``prefill`` and ``decode`` -> file; ``files``: all that must be on the device.
+
+    ``home`` is the folder that all of them lie in, or below.
+    """
 
     format: str
     parts: dict[str, Path]
     files: tuple[Path, ...]
+    home: Path
 
     @property
     def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
+        return tensors.size(self.files)
 
     def hashes(self) -> dict[str, str]:
-        return {path.name: _hash(path, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files}
+        return {
+            str(path.relative_to(self.home)): _hash(path, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in self.files
+        }
 
 
 @cache
@@ -73,7 +87,9 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
         file: the name of the file in the folder.
 
     Raises:
-        CompressError: there is none, or none of that format.
+        Absent: there is none, or none of that format.
+        CompressError: it is of no format that is known; it would have files read that lie outside its folder, or
+            weights of it are missing.
     """
     if where.is_file():
         kind = format or SUFFIXES.get(where.suffix)
@@ -83,7 +99,7 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
                 where=str(where),
                 fix=f"one of: {', '.join(SUFFIXES)}",
             )
-        return Artefact(kind, {"model": where}, (where, *_beside(where.parent)))
+        return _artefact(kind, {"model": where}, where.parent)
     suffixes = [
         s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")
     ]
@@ -98,9 +114,9 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
                 kind = format or SUFFIXES[suffix]
                 if kind == "executorch" and "prefill" in _facts(where, kind).get("components", {}):
                     found = dict.fromkeys(("prefill", "decode"), where / f"model{suffix}")
-                return Artefact(kind, found, (*dict.fromkeys(found.values()), *_beside(where)))
+                return _artefact(kind, found, where)
     wanted = file or f"model{suffixes[0]}, and no prefill{suffixes[0]} with decode{suffixes[0]}"
-    raise CompressError(f"there is no {wanted}", where=str(where), fix="name a folder made by `compress export`")
+    raise Absent(f"there is no {wanted}", where=str(where), fix="name a folder made by `compress export`")
 
 
 def _facts(folder: Path, format: str) -> dict[str, Any]:
@@ -110,12 +126,47 @@ def _facts(folder: Path, format: str) -> dict[str, Any]:
     return found
 
 
-def _beside(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix in BESIDE and not p.name.startswith("."))
+def _artefact(kind: str, parts: dict[str, Path], home: Path) -> Artefact:
+    found = [file for path in dict.fromkeys(parts.values()) for file in stored(kind, path)]
+    return Artefact(kind, parts, tuple(dict.fromkeys(found)), home)
+
+
+def stored(format: str, path: Path) -> tuple[Path, ...]:
+    """A file in ``format`` and all that its runtime reads with it.
+
+    Raises:
+        CompressError: one of these is missing, or lies outside the file's folder.
+    """
+    if format == "onnx":
+        return tensors.files(path)
+    weights = BESIDE[format](path) if format in BESIDE else None
+    if weights is None or not (weights.exists() or weights.is_symlink()):
+        return (path,)
+    if not tensors.inside(path.parent, weights):
+        raise CompressError(
+            f"the weights of {path.name} lie outside its folder:"
+            f" {weights.name} is a link to {os.path.realpath(weights)}",
+            where=str(path),
+            fix="only files in its folder are read: put them there, or export it again",
+        )
+    if not weights.is_file():
+        raise CompressError(f"the weights of {path.name} are no file", where=str(weights), fix=tensors.FIX)
+    return path, weights
 
 
 def folder_name(files: Sequence[Path]) -> str:
-    """Named by contents and names: the same files are never brought twice."""
+    """Named by contents and names: the same files are never brought twice.
+
+    Raises:
+        CompressError: they lie in several folders; a device is given one.
+    """
+    lower = next((path for path in files if path.parent != files[0].parent), None)
+    if lower is not None:
+        raise CompressError(
+            "weights in a folder below the graph are not brought to a device",
+            where=str(lower),
+            fix="compress export GRAPH --format onnx puts them beside it",
+        )
     held = json.dumps(sorted((path.name, sha256_of(path)) for path in files))
     return hashlib.sha256(held.encode()).hexdigest()[:16]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from compress.errors import CompressError
 from compress.run import Run
 from tests.command import Job, Ran, compress, one_error, start
 from tests.tiny import prose
@@ -278,3 +279,49 @@ def test_lm_evaluation_harness_says_what_to_install(job: Job, finished: Path) ->
         one_error(ran, 1, "not installed", "compress-toolchain[eval]")
     else:
         pytest.skip("lm-evaluation-harness is installed")
+
+
+def test_what_a_user_has_at_the_place_to_write_is_left_alone_by_every_verb(
+    job: Job, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports = finished / "export-dense", finished / "export-pruned"
+    (tmp_path / ".eo.partial").mkdir()
+    (tmp_path / ".eo.partial" / "thesis").write_text("years")
+    for name in ("file", "card/README.md", "bench/bench.json", "gate/junit.xml", "report.html"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("<testsuites/> {} my own")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the work has begun")
+
+    with monkeypatch.context() as patched:
+        for work in ("compress.saved.call", "compress.report.read_report", "compress.export.gate_run.measure_once"):
+            patched.setattr(work, never if work != "compress.report.read_report" else lambda _: {"recipe": {}})
+        for words, said in (
+            (("export", job.model, "--out", tmp_path / "eo"), (1, ".eo.partial is in the way")),
+            (("export", job.model, "--out", tmp_path / "file"), (2, "this is no folder")),
+            (("export", job.model, "--out", tmp_path / "file" / "x"), (1, "cannot be written")),
+            (("bench", *exports, "--out", tmp_path / "file"), (1, "cannot be written")),
+            (("bench", *exports, "--out", tmp_path / "bench"), (2, "there is a bench.json already")),
+            (("gate", *exports, "-b", "latency<=9x", "--out", tmp_path / "gate"), (2, "there is a junit.xml already")),
+            (("card", finished, "--out", tmp_path / "card"), (2, "there is a README.md already")),
+            (("report", finished, "--out", tmp_path / "report.html"), (2, "there is a report.html already")),
+        ):
+            one_error(compress(*words), *said)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    # What a verb wrote itself it writes again.
+    for _ in range(2):
+        assert compress("card", finished, "--out", tmp_path / "own").code == 0
+        assert compress("report", finished, "--out", tmp_path / "own.html").code == 0
+        ran = compress("gate", *exports, "-b", "size<=9x", "--out", tmp_path / "own-gate", "--summary", tmp_path / "s")
+        assert ran.code == 0, ran.err
+
+
+def test_a_cache_that_cannot_be_made_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from compress.cache import cache_dir
+
+    monkeypatch.setenv("COMPRESS_CACHE", "/proc/none")
+    with pytest.raises(CompressError, match="the cache cannot be written") as caught:
+        cache_dir()
+    assert caught.value.where == "/proc/none" and "COMPRESS_CACHE" in caught.value.fix

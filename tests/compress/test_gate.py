@@ -167,7 +167,7 @@ def test_without_a_verdict_the_exit_code_is_not_that_of_a_fail_and_nothing_is_le
     before = {p.name for p in tmp_path.iterdir()}
     out, summary = tmp_path / "a" / "out", tmp_path / "summary.md"
     ran = compress("gate", small, cut, *budget, "--out", out, "--summary", summary)
-    one_error(ran, 2, "not a readable ONNX file", "cut.onnx")
+    one_error(ran, 2, "no valid ONNX file", "cut.onnx")
     one_error(compress("gate", small, small, *budget, "--out", cut / "out"), 2, "cannot be written", "cut.onnx/out")
     one_error(compress("gate", small, small, *budget, "--summary", tmp_path), 2, "cannot be written", str(tmp_path))
     one_error(compress("gate", small, small, "-b", f"size<={'9' * 400}x"), 2, "no number that can be reached")

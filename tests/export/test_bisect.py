@@ -181,3 +181,30 @@ def test_executorch_that_lowers_a_layer_wrong_is_found_by_that_layer(
     source = Source(branched, model, {"model": [{INPUT: inputs(2).numpy()}]})
     with pytest.raises(CompressError, match=f"first in the output of {re.escape(name)},"):
         make(source, tmp_path / "out", BuildOptions("executorch", profiles=network_profiles(2)))
+
+
+def test_a_graph_that_is_cut_keeps_what_its_branches_take_from_around_them(tmp_path: Path) -> None:
+    value, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    weight = numpy_helper.from_array(np.eye(4, dtype=np.float32), "W")
+    never = numpy_helper.from_array(np.array(False), "never")
+
+    def branch(name: str) -> Any:
+        node = onnx.helper.make_node("MatMul", ["doubled", "W"], [name])
+        return onnx.helper.make_graph([node], name, [], [value(name, kind, None)])
+
+    nodes = [
+        onnx.helper.make_node("Add", ["x", "x"], ["doubled"]),
+        onnx.helper.make_node("If", ["never"], ["chosen"], then_branch=branch("a"), else_branch=branch("b")),
+        onnx.helper.make_node("Relu", ["chosen"], ["y"], name="last"),
+    ]
+    ends = [value("x", kind, ["batch", 4])], [value("y", kind, ["batch", 4])]
+    graph = onnx.helper.make_graph(nodes, "g", *ends, [weight, never])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "m.onnx")
+
+    def wrong(path: Path, feed: Any) -> Any:
+        (got,) = load("onnx", str(path)).run(feed).values()
+        return got + any(n.name == "last" for n in onnx.load(path).graph.node)
+
+    feed = {"x": np.ones((2, 4), np.float32)}
+    assert "first at the node 'last'" in bisect.first_node(tmp_path / "m.onnx", "y", feed, 1e-4, wrong)

@@ -74,7 +74,7 @@ def test_options_of_another_kind_are_refused(nets: tuple[Path, Path], tmp_path: 
 def test_a_corrupt_file_is_one_error(nets: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes((nets[0] / "model.onnx").read_bytes()[:500])
     one_error(
-        compress("bench", nets[0], tmp_path, "--target", target(tmp_path, "")), 1, "ONNX Runtime cannot load model.onnx"
+        compress("bench", nets[0], tmp_path, "--target", target(tmp_path, "")), 1, "no valid ONNX file", "model.onnx"
     )
 
 

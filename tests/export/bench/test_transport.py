@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import onnx
 import pytest
 
 from compress.errors import CompressError
@@ -14,15 +15,26 @@ from compress.export.bench.transport import artefact, folder_name
 def files(folder: Path, *names: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (folder / name).write_bytes(name.encode())
+        weights = "weights.data" if "weights.data" in names else None
+        (folder / name).write_bytes(graph(weights) if name.endswith(".onnx") else name.encode())
     return folder
 
 
+def graph(weights: str | None) -> bytes:
+    """An ONNX file, the bytes of its one weight in the file ``weights``."""
+    weight = onnx.TensorProto(name="w", dims=[8], data_type=onnx.TensorProto.INT8, raw_data=bytes(8))
+    if weights is not None:
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+        weight.external_data.add(key="location", value=weights)
+    return bytes(onnx.ModelProto(graph=onnx.GraphProto(initializer=[weight])).SerializeToString())
+
+
 def test_a_language_model_has_two_parts_and_their_weights(tmp_path: Path) -> None:
-    made = artefact(files(tmp_path, "prefill.onnx", "decode.onnx", "weights.data", "export.json"))
+    made = artefact(files(tmp_path, "prefill.onnx", "decode.onnx", "weights.data", "other.data", "export.json"))
     assert made.format == "onnx" and set(made.parts) == {"prefill", "decode"}
     assert {p.name for p in made.files} == {"prefill.onnx", "decode.onnx", "weights.data"}
-    assert made.bytes == sum(len(p.name) for p in made.files)
+    assert made.bytes == 2 * len(graph("weights.data")) + len("weights.data")
 
 
 def test_a_format_is_told_by_its_files_and_can_be_named_where_there_are_several(tmp_path: Path) -> None:
