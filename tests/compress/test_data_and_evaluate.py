@@ -24,7 +24,7 @@ from compress.data import (
 from compress.errors import CompressError
 from compress.evaluate import harness_tasks, perplexity
 from compress.recipe import SourceSpec
-from tests.tiny import let_it_add, tiny, tokens, word_tokenizer
+from tests.tiny import let_it_add, saved_tiny, tiny, tokens, word_tokenizer
 
 DOCS = SourceSpec(embedded="python-docs")
 
@@ -174,13 +174,15 @@ def test_the_harness_puts_in_front_what_the_tokenizer_does(
 
     manager = types.SimpleNamespace(TaskManager=lambda: types.SimpleNamespace(all_tasks=["arc_easy"]))
     monkeypatch.setitem(sys.modules, "lm_eval", types.SimpleNamespace(tasks=manager, simple_evaluate=simple_evaluate))
-    tokenizer = tokenizer_that_adds(tmp_path, template)
+    folder = saved_tiny(tmp_path / "model")
+    if template:
+        let_it_add(folder, template)
     if before and behind:
         # Its switch adds both, and behind a question that is ended there is no answer.
         with pytest.raises(CompressError, match="in front of a text and behind it"):
-            harness_tasks(tmp_path, ["arc_easy"], False, tokenizer)
+            harness_tasks(folder, ["arc_easy"])
         return
-    assert harness_tasks(tmp_path, ["arc_easy"], False, tokenizer)[0]["value"] == 0.5
+    assert harness_tasks(folder, ["arc_easy"])[0]["value"] == 0.5
     assert given["add_bos_token"] is bool(before)
 
 
