@@ -210,7 +210,7 @@ def _evaluate_unrecovered(
         if folder is not None:
             (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1))
 
-    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder)}
+    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder), **_rounding(setup)}
     stage = run.stage_together("evaluation-unrecovered", inputs, build)
     texts = json.loads((stage / "evaluation.json").read_text())["texts"]
     quality = report["quality"]
@@ -380,9 +380,16 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
         **{k: v for k, v in common.items() if k != "tasks"},
         "singles": seal_hash(run.folder / "singles-1"),
         "sparsities": setup.recipe.evaluation.curve,
+        **_rounding(setup),
     }
     points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
     return points
+
+
+def _rounding(setup: Setup) -> dict[str, str]:
+    """What decides, beside the plan, the weights of `Setup.as_saved`."""
+    stored = str(setup.stored_dtype).removeprefix("torch.")
+    return {"stored": stored} if stored != "float32" else {}
 
 
 def export(

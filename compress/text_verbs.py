@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
+from compress.metadata import plain
 from compress.recipe import TEXT, BenchSection, ExportSection
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     return [
         *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in facts["texts"].items()),
         f"ppl  geometric mean: {facts['geometric_mean']:.3f}",
-        *([f"text every window begins with {' '.join(facts['begins_with'])}"] if facts["begins_with"] else []),
+        *([f"text every window begins with {plain(' '.join(facts['begins_with']))}"] if facts["begins_with"] else []),
         *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in facts["tasks"]),
     ]
 

@@ -161,6 +161,8 @@ def test_global_mp_evaluates_as_the_tokenizer_begins(template: str, first: list[
     assert [row["id"] for row in report["text"]["begins_with"]] == first
     tokens = load_file(tmp_path / "run" / "model" / "fingerprint.safetensors")["tokens"]
     assert tokens[0, : len(first)].tolist() == first
+    said = "Every window begins with `<pad>` `<s>`" if first else "the tokenizer puts no token in front"
+    assert said in (tmp_path / "run" / "release" / "README.md").read_text()
     found = json.loads(compress("eval", tmp_path / "run" / "model", "--like", tmp_path / "run", "--json").out)
     assert found["texts"]["first text"]["tokens"] == 2 * (32 - max(1, len(first)))
     assert found["texts"]["first text"]["ppl"] == pytest.approx(report["quality"]["texts"][0]["pruned_ppl"], rel=1e-6)
