@@ -89,7 +89,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
     lines += [
-        f"Perplexity: {first['windows']} windows of {first['length']} tokens a text, none of which the pruner saw.",
+        f"Perplexity: {first['windows']} windows of {first['length']} tokens a text, none of which the pruner saw."
+        + beginning(report),
         "",
     ]
     lines += _recovery(report)
@@ -161,6 +162,16 @@ def _recovery(report: dict[str, Any]) -> list[str]:
         f" {code(report['commands']['unrecovered'])}.",
         "",
     ]
+
+
+def beginning(report: Mapping[str, Any]) -> str:
+    """What the windows of text begin with, as a sentence behind others; empty where the report does not say."""
+    if "text" not in report:
+        return ""
+    tokens = " ".join(code(row["token"]) for row in report["text"]["begins_with"])
+    if not tokens:
+        return " A window begins with text: the tokenizer puts no token in front of it."
+    return f" Every window begins with {tokens}, as the tokenizer begins every text; that is read, and not scored."
 
 
 INHERITED = "It has the limits and biases of the dense model."
@@ -438,6 +449,12 @@ RUNTIMES: dict[str, tuple[str, str]] = {
 }
 
 
+def _prompted(report: Mapping[str, Any]) -> str:
+    """The code for a language model's ONNX files; a text that is to be gone on with is not ended."""
+    ends = len((report.get("text") or {}).get("ends_with") or ())
+    return _TEXT_ONNX.replace('["input_ids"]', f'["input_ids"][:, :-{ends}]') if ends else _TEXT_ONNX
+
+
 def runtimes(report: Mapping[str, Any]) -> list[str]:
     """How the exported files are opened, a format each; a format without code here is named with its files."""
     lines = []
@@ -448,7 +465,7 @@ def runtimes(report: Mapping[str, Any]) -> list[str]:
         title, text = RUNTIMES.get(form, (form, ""))
         lines += [f"### {escape(title)}", ""]
         if form == "onnx" and "prefill.onnx" in names:
-            text = _TEXT_ONNX
+            text = _prompted(report)
         if "data" in report:
             text = text.replace("SHAPE", ", ".join(str(n) for n in report["data"]["input"]))
         if text:

@@ -263,6 +263,13 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
                     f"the pruned weight {prefix}{name} is not finite", where=str(folder), fix="raise the damping"
                 )
             kept = tensor.to("cpu", dtype).contiguous()
+            if not torch.isfinite(kept).all():
+                raise CompressError(
+                    f"the pruned weight {prefix}{name} goes up to {float(tensor.abs().max()):.3g}, which {dtype} cannot"
+                    " hold",
+                    where=str(folder),
+                    fix="store the dense model in bfloat16 or float32",
+                )
             if held and sum(t.nbytes for t in held.values()) + kept.nbytes > SHARD_BYTES:
                 flush()
             held[prefix + name] = kept

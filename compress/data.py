@@ -1,5 +1,8 @@
 """Text for calibration and evaluation: documents in a fixed order, split once, packed into full windows.
 
+Where the model's tokenizer puts something in front of a text (a begin-of-text token, as a rule), every window begins
+with it: without it a model such as Gemma is not the model that its users have. It is read, and never scored.
+
 The last tenth of a source's documents is for evaluation, the rest for calibration, so the two never overlap; a text
 that is only evaluated on is simply not named as a calibration source.
 """
@@ -7,12 +10,13 @@ that is only evaluated on is simply not named as a calibration source.
 from __future__ import annotations
 
 import glob
+import json
 import re
 import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 Split = Literal["calibration", "evaluation"]
 
 HUB_DOCUMENTS = 20_000  # documents read from a hub data set; its order is fixed, so the split is too
+# What a tokenizer does with an ordinary text is seen on this one.
+ORDINARY = "The quick brown fox jumps over the lazy dog."
 OVERLAP = 64  # a run of this many tokens in both calibration and evaluation text is an overlap
 
 NAME_FILES = "name files: --set 'calibration.sources=[{files: [text/*.txt]}]'"
@@ -74,32 +80,101 @@ def load_documents(source: SourceSpec, split: Split) -> list[str]:
     return documents[:cut] if split == "calibration" else documents[cut:]
 
 
+def around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer puts in front of an ordinary text and behind it when it is called on one.
+
+    It is asked, not its settings: many have a begin-of-text token and never add it.
+
+    Raises:
+        CompressError: what it makes of a text does not hold the text.
+    """
+    text: list[int] = list(tokenizer(ORDINARY, add_special_tokens=False)["input_ids"])
+    whole: list[int] = list(tokenizer(ORDINARY)["input_ids"])
+    for at in range(len(whole) - len(text) + 1):
+        if text and whole[at : at + len(text)] == text:
+            return whole[:at], whole[at + len(text) :]
+    if whole == text:  # a tokenizer of few words, that knows none of these
+        return [], []
+    raise CompressError(
+        f"the tokenizer gives {whole[:8]} for a text that is {text[:8]} without its special tokens",
+        where="tokenizer",
+        fix="what it adds must stand in front of the text or behind it; check the tokenizer's files",
+    )
+
+
+def opening(tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that every window begins with: what the tokenizer puts in front of a text."""
+    return tuple(around(tokenizer)[0])
+
+
+def begun(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text that is to be gone on with: what stands in front of it is there, what ends it is not."""
+    return [*opening(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+
+def text_facts(tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
+    """What the tokenizer puts around a text, for the lock file and the report: ``{"begins_with", "ends_with"}``, a row
+    a token."""
+
+    def rows(ids: Sequence[int]) -> list[dict[str, Any]]:
+        return [{"id": i, "token": str(tokenizer.convert_ids_to_tokens(i))} for i in ids]
+
+    before, behind = around(tokenizer)
+    return {"begins_with": rows(before), "ends_with": rows(behind)}
+
+
 def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, title: str) -> Tensor:
     """Joins documents with the end-of-text token, cuts full windows, and takes ``windows`` of them, evenly spaced.
 
     Returns:
-        Token ids (windows, length) int64.
+        Token ids (windows, length) int64; the first of each are the tokenizer's `opening`, the rest is text.
 
     Raises:
-        CompressError: there is less text than that.
+        CompressError: there is less text than that, or no place for it in a window.
     """
     import torch
 
     end = tokenizer.eos_token_id
+    begin = opening(tokenizer)
+    body = length - len(begin)
+    if body < 1:
+        raise CompressError(
+            f"a window of {length} tokens has no place for text behind the {len(begin)} that the tokenizer begins with",
+            where=f"source {title}",
+            fix="ask for longer windows",
+        )
     ids: list[int] = []
     for document in documents:
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
         if end is not None:
             ids.append(end)
-    available = len(ids) // length
+    available = len(ids) // body
     if available < windows:
         raise CompressError(
             f"the text gives {available} windows of {length} tokens, {windows} are asked for",
             where=f"source {title}",
             fix="ask for fewer or shorter windows, or name more text",
         )
-    packed = torch.tensor(ids[: available * length], dtype=torch.int64).view(available, length)
-    return packed[torch.linspace(0, available - 1, windows).long()]
+    packed = torch.tensor(ids[: available * body], dtype=torch.int64).view(available, body)
+    chosen = packed[torch.linspace(0, available - 1, windows).long()]
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(windows, -1), chosen], 1)
+
+
+def keep_windows(tensors: Mapping[str, Tensor], begin: Sequence[int], path: Path) -> None:
+    """Writes token windows, each (n, length) int64, and the ids that all of them begin with."""
+    from safetensors.torch import save_file
+
+    metadata = {"begins_with": json.dumps(list(begin))} if begin else None
+    save_file({name: ids.contiguous() for name, ids in tensors.items()}, path, metadata=metadata)
+
+
+def kept_windows(path: Path) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """What `keep_windows` wrote: the windows, and the ids that they begin with."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        begin = json.loads((file.metadata() or {}).get("begins_with", "[]"))
+        return {name: file.get_tensor(name) for name in file.keys()}, tuple(begin)  # noqa: SIM118  (it is no dict)
 
 
 def calibration_windows(

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data import around
 from compress.distributed import device, gather, share
 from compress.distribution import install_line
 from compress.errors import CompressError
@@ -17,11 +18,12 @@ if TYPE_CHECKING:
 BATCH = 4
 
 
-def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[str, float | int]:
+def perplexity(model: Any, windows: Tensor, label: str = "perplexity", begin: int = 0) -> dict[str, float | int]:
     """exp of the mean negative log-likelihood of every token but each window's first. Processes divide the windows.
 
     Args:
         windows: token ids (n, length) int64.
+        begin: of a window's first tokens, those that the tokenizer put there: they are read and not scored.
 
     Returns:
         ``ppl``, ``nll`` (nats per token, summed in float64) and ``tokens``.
@@ -34,6 +36,7 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
 
     from compress.models.streaming import is_streamed
 
+    scored = max(1, begin)  # the first position that is
     slices = [slice(i, i + BATCH) for i in range(0, len(windows), BATCH)]
     mine = [slices[i] for i in share(len(slices))]
     found: list[tuple[float, int]] = []
@@ -46,8 +49,8 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity") -> dict[s
             logits: Any = model(input_ids=ids[s], use_cache=False).logits if hidden is None else None
             for k, target in enumerate(ids[s]):
                 row = logits[k] if hidden is None else _logits(model, hidden[s.start - mine[0].start + k])
-                losses = cross_entropy(row[:-1].float(), target[1:], reduction="none")
-                found.append((float(losses.double().sum()), len(target) - 1))
+                losses = cross_entropy(row[scored - 1 : -1].float(), target[scored:], reduction="none")
+                found.append((float(losses.double().sum()), len(target) - scored))
             bar.update(1)
     # Summed in the order of the windows, whichever process had them.
     every = gather(found)
@@ -77,8 +80,10 @@ def geometric_mean(values: list[float]) -> float:
 def harness_tasks(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
     """Runs lm-evaluation-harness tasks on a saved model: one row a task and metric.
 
+    What the model's tokenizer puts in front of a text, the harness does too.
+
     Raises:
-        CompressError: the harness is not installed, or a task is unknown.
+        CompressError: the harness is not installed, a task is unknown, or it cannot do as the tokenizer does.
     """
     try:
         import lm_eval
@@ -88,9 +93,17 @@ def harness_tasks(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
             where="evaluation.tasks",
             fix=f"{install_line('eval')}, or leave evaluation.tasks empty",
         ) from None
-    from compress.checkpoint import remote_source
+    from compress.checkpoint import load_tokenizer, remote_source
     from compress.model_folder import seen
 
+    before, behind = around(load_tokenizer(folder))
+    if before and behind:
+        # Its one switch is for both, and a question that is ended has no answer behind it.
+        raise CompressError(
+            "the tokenizer puts tokens in front of a text and behind it; lm-evaluation-harness adds both or none",
+            where="evaluation.tasks",
+            fix="leave evaluation.tasks empty",
+        )
     known = lm_eval.tasks.TaskManager()
     unknown = [t for t in tasks if t not in known.all_tasks]
     if unknown:
@@ -102,6 +115,7 @@ def harness_tasks(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
             "pretrained": str(private),
             "dtype": "float32",
             "trust_remote_code": code is not None,
+            "add_bos_token": bool(before),
             # accelerate's dispatch over all GPUs.
             "parallelize": place == "cuda",
         }

@@ -63,10 +63,23 @@ class NetworkSetup:
         return {k: v for k, v in decided.items() if accepts(self.network, k)} | found
 
     def build(self, **changes: Any) -> nn.Module:
-        """The network with its first weights: those of the file, or drawn from the seed."""
+        """The network with its first weights: those of the file, or drawn from the seed.
+
+        Raises:
+            UsageError: it holds weights of half precision.
+        """
         from compress.models.zoo import build
 
-        return build(self.network, {**self.arguments, **changes}, self.recipe.seed).to(device())
+        model = build(self.network, {**self.arguments, **changes}, self.recipe.seed)
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and weight.dtype.itemsize < 4:
+                raise UsageError(
+                    f"the weight {name} is {str(weight.dtype).removeprefix('torch.')}; a network is trained, pruned and"
+                    " checked in float32",
+                    where=self.network,
+                    fix="let the function make it in float32 (--set train.precision=bfloat16 multiplies in bfloat16)",
+                )
+        return model.to(device())
 
     @property
     def inputs(self) -> dict[str, Any]:

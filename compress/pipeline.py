@@ -97,7 +97,6 @@ def prune(
 
 
 def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
-    from compress.plan import Plan
     from compress.recipes.tyr.prune import REFERENCE_TOKENS
 
     recipe = setup.recipe
@@ -116,8 +115,8 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         if recipe.recover is not None:
             _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
     if last >= STAGES.index("export") and recipe.export is not None:
-        makers = {"dense": lambda: setup.model, "pruned": lambda: setup.pruned(Plan.load(plan_folder))[0]}
-        exported = export(run, setup, makers["pruned"], plan_folder, report)
+        makers = {"dense": lambda: setup.model, "pruned": lambda: _sliced(setup, saved, plan_folder)}
+        exported = export(run, setup, makers["pruned"], next(iter(saved.values())), report)
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
     if last >= STAGES.index("release"):
@@ -126,12 +125,15 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
 
 
 def _write_lock(path: Path, setup: Any, command: str) -> None:
+    from compress.data import text_facts
     from compress.doctor import versions
 
     text = lock_text(
         setup.recipe,
         {
             "model": {"name": setup.resolved.name, "source": setup.resolved.source, "sha256": setup.weights},
+            # What a language model's windows begin with, and what an ended text would end with.
+            **({"text": text_facts(setup.tokenizer)} if isinstance(setup, Setup) else {}),
             "versions": versions(),
             "command": command,
         },
@@ -168,22 +170,26 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         offload=setup.recipe.memory.offload,
         dtype=setup.stored_dtype,
         judging=windows.judging if windows is not None else None,
+        begin=len(windows.begin) if windows is not None else 0,
     )
 
 
 def fixed_tokens(setup: Setup[Any], count: int = 64) -> Tensor:
-    """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do."""
+    """Fixed token ids (1, count) for fingerprints: any model's vocabulary will do. They begin as a text does."""
     import torch
 
-    return torch.randint(
+    ids = torch.randint(
         0, setup.geometry.vocab, (1, count), generator=torch.Generator().manual_seed(setup.recipe.seed)
     )
+    begin = torch.tensor(setup.begin[:count], dtype=torch.int64)
+    ids[0, : len(begin)] = begin
+    return ids
 
 
 def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> Path:
     from compress.recover import recover, training_windows
 
-    folder = recover(run, setup, training_windows(run, setup, windows), plan_folder)
+    folder = recover(run, setup, training_windows(run, setup, windows), plan_folder, len(windows.begin))
     facts = json.loads((folder / "recover.json").read_text())
     log = facts.pop("log")
     report["recover"] = {**facts, "first": log[0], "last": log[-1]}
@@ -194,18 +200,17 @@ def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report
 def _evaluate_unrecovered(
     run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]
 ) -> None:
-    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought. It is never
-    saved, so it is measured in float32, whatever type the model is stored in."""
-    from compress.evaluate import geometric_mean, perplexity
+    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought; with its
+    weights as they would be, had it been saved."""
+    from compress.evaluate import geometric_mean
     from compress.plan import Plan
 
     def build(folder: Path | None) -> None:
-        model = setup.pruned(Plan.load(plan_folder))[0]
-        texts = {n: perplexity(model, w, f"perplexity before recovery, {n}") for n, w in windows.evaluation.items()}
+        texts = perplexities(setup.as_saved(Plan.load(plan_folder)), windows, "perplexity before recovery")
         if folder is not None:
             (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1))
 
-    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder)}
+    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder), **_rounding(setup)}
     stage = run.stage_together("evaluation-unrecovered", inputs, build)
     texts = json.loads((stage / "evaluation.json").read_text())["texts"]
     quality = report["quality"]
@@ -265,6 +270,26 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
     return saved
 
 
+def _sliced(setup: Setup, saved: Mapping[str, Path], plan_folder: Path) -> Any:
+    """The sliced model, of the weights that were saved."""
+    from compress.plan import Plan
+
+    if "per-layer" in saved:
+        return setup.load(saved["per-layer"])
+    # At full shape there are zeros where the plan has nothing: what is left of the saved weights without them.
+    model = setup.load(saved["padded"])
+    Plan(Plan.load(plan_folder).blocks, {}).apply(model, setup.family)
+    return model
+
+
+def perplexities(model: Any, windows: Windows, label: str) -> dict[str, dict[str, float | int]]:
+    """What `compress.evaluate.perplexity` finds on each held-out text."""
+    from compress.evaluate import perplexity
+
+    begin = len(windows.begin)
+    return {n: perplexity(model, ids, f"{label}, {n}", begin) for n, ids in windows.evaluation.items()}
+
+
 def evaluate(
     run: Run,
     setup: Setup[Any],
@@ -274,15 +299,13 @@ def evaluate(
     curve: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
 ) -> None:
     """Measures the dense and the saved model; ``curve`` measures others, given what decides a measurement."""
-    from compress.evaluate import geometric_mean, harness_tasks, perplexity
+    from compress.evaluate import geometric_mean, harness_tasks
 
     tasks = setup.recipe.evaluation.tasks
 
     def measure(folder: Path | None, load: Callable[[], Any], label: str, source: Path) -> None:
         model = load()
-        found: dict[str, Any] = {
-            "texts": {n: perplexity(model, w, f"perplexity, {label}, {n}") for n, w in windows.evaluation.items()}
-        }
+        found: dict[str, Any] = {"texts": perplexities(model, windows, f"perplexity, {label}")}
         if folder is not None:
             found["tasks"] = harness_tasks(source, tasks) if tasks else []
             (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
@@ -340,18 +363,16 @@ def text_hash(windows: Tensor) -> str:
 
 
 def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Perplexity at other sparsities: ``{"backbone_removed", "texts": {name: perplexity}}`` each."""
-    from compress.evaluate import perplexity
+    """Perplexity at other sparsities, with the weights as they would be saved: ``{"backbone_removed", "texts": {name:
+    perplexity}}`` each."""
     from compress.recipes.tyr.prune import curve
 
     def build(folder: Path | None) -> None:
         points = []
         for removed, plan in curve(run, job_for(setup, windows, {}), setup.recipe.evaluation.curve):
             share = removed / setup.costs.backbone
-            model = setup.pruned(plan)[0]
-            label = f"perplexity at {100 * share:.1f} %"
-            texts = {n: perplexity(model, w, f"{label}, {n}")["ppl"] for n, w in windows.evaluation.items()}
-            points.append({"backbone_removed": share, "texts": texts})
+            found = perplexities(setup.as_saved(plan), windows, f"perplexity at {100 * share:.1f} %")
+            points.append({"backbone_removed": share, "texts": {n: p["ppl"] for n, p in found.items()}})
         if folder is not None:
             (folder / "curve.json").write_text(json.dumps(points, indent=1))
 
@@ -359,15 +380,22 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
         **{k: v for k, v in common.items() if k != "tasks"},
         "singles": seal_hash(run.folder / "singles-1"),
         "sparsities": setup.recipe.evaluation.curve,
+        **_rounding(setup),
     }
     points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
     return points
 
 
+def _rounding(setup: Setup) -> dict[str, str]:
+    """What decides, beside the plan, the weights of `Setup.as_saved`."""
+    stored = str(setup.stored_dtype).removeprefix("torch.")
+    return {"stored": stored} if stored != "float32" else {}
+
+
 def export(
-    run: Run, setup: Setup[Any], pruned: Callable[[], Any], plan_folder: Path, report: dict[str, Any]
+    run: Run, setup: Setup[Any], pruned: Callable[[], Any], saved: Path, report: dict[str, Any]
 ) -> dict[str, Path]:
-    """Exports the dense model and the one that ``pruned`` makes after the plan."""
+    """Exports the dense model and the one that ``pruned`` makes of the weights in the sealed folder ``saved``."""
     from compress.export.check import write_checked
     from compress.models.streaming import on_cpu
 
@@ -381,7 +409,7 @@ def export(
         ),
         "pruned": run.stage(
             "export-pruned",
-            {**common, "plan": seal_hash(plan_folder)},
+            {**common, "model": seal_hash(saved)},
             lambda f: write_checked(on_cpu(pruned()), setup.tokenizer, f, spec, vocab),
         ),
     }

@@ -108,9 +108,7 @@ def linear_names(family: Family, config: Any) -> list[str]:
 def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
     """Windows (n, length) int64 to train on: those calibrated on, or as many from the same sources as the recipe asks
     for. None is from the evaluation's part of a source, and that they do not overlap is checked."""
-    from safetensors.torch import load_file, save_file
-
-    from compress.data import assert_disjoint, calibration_windows
+    from compress.data import assert_disjoint, calibration_windows, keep_windows, kept_windows
 
     recipe = setup.recipe
     assert recipe.recover is not None  # asked by the caller
@@ -123,22 +121,25 @@ def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
         found = calibration_windows(spec.sources, setup.tokenizer, wanted, spec.length)
         for name, held_out in windows.evaluation.items():
             assert_disjoint(found, held_out, name)
-        save_file({"recover": found.contiguous()}, folder / "windows.safetensors")
+        keep_windows({"recover": found}, windows.begin, folder / "windows.safetensors")
 
     inputs = {
         "version": __version__,
         "weights": setup.weights,
         "windows": wanted,
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True, exclude={"windows"}),
+        **({"begins_with": windows.begin} if windows.begin else {}),
     }
-    return load_file(run.stage("text-recover", inputs, build) / "windows.safetensors")["recover"]
+    return kept_windows(run.stage("text-recover", inputs, build) / "windows.safetensors")[0]["recover"]
 
 
-def recover(run: Run, setup: Setup, windows: Tensor, plan_folder: Path) -> Path:
+def recover(run: Run, setup: Setup, windows: Tensor, plan_folder: Path, begin: int = 0) -> Path:
     """Trains what the plan in ``plan_folder`` leaves of the model; resumable behind the last checkpoint.
 
     Args:
         windows: token ids (n, length) int64 to train on.
+        begin: of a window's first tokens, those that stand in front of every text: they are read, and that one follows
+            on another is not learned.
 
     Returns:
         The sealed folder that holds the plan with the trained weights, and recover.json.
@@ -168,7 +169,7 @@ def recover(run: Run, setup: Setup, windows: Tensor, plan_folder: Path) -> Path:
         checkpoints = Checkpoints(scratch / fingerprint(inputs)[:16])
         steps = steps_of(spec, windows.shape[1])
         if main_says(checkpoints.latest) < steps:
-            _train(setup, plan, windows, steps, checkpoints, scratch / "offload")
+            _train(setup, plan, windows, steps, checkpoints, scratch / "offload", begin)
         if folder is not None:
             _write(setup, plan, windows, steps, checkpoints, folder)
 
@@ -367,7 +368,7 @@ def _teacher(setup: Setup, spec: RecoverSection, offload: Path) -> Any:
 
 
 def _train(
-    setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: Checkpoints, offload: Path
+    setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: Checkpoints, offload: Path, begin: int
 ) -> None:
     """Trains from the latest checkpoint on (or from the start) and leaves the last one behind."""
     import torch
@@ -402,7 +403,7 @@ def _train(
                     group["lr"] = full * rate(step, steps, spec.warmup)
                 optimizer.zero_grad()
                 chosen = windows_of(step, spec.batch, len(windows), seed)
-                kl, error = _backward(trained, teacher, told, seen, windows, chosen, spec)
+                kl, error = _backward(trained, teacher, told, seen, windows, chosen, spec, max(0, begin - 1))
                 loss, norm = spec.kl * kl + spec.hidden * error, math.nan
                 if math.isfinite(loss):
                     norm = trained.clip(spec.clip)
@@ -448,8 +449,10 @@ def _backward(
     windows: Tensor,
     chosen: Sequence[int],
     spec: RecoverSection,
+    skip: int,
 ) -> tuple[float, float]:
-    """Leaves the gradient of the step's mean loss in the weights; returns the mean KL and stream error."""
+    """Leaves the gradient of the step's mean loss in the weights; returns the mean KL and stream error. What the first
+    ``skip`` positions say of the next token is not learned from."""
     import torch
 
     parts = parts_of(chosen, spec.micro)
@@ -457,8 +460,8 @@ def _backward(
     for at, (part, counts) in enumerate(parts):
         ids = windows[part].to(device())  # (micro, length)
         with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=spec.dtype == "bfloat16"):
-            given = lesson(teacher(input_ids=ids, use_cache=False).logits.to(device()), told.take(), spec)
-        logits = trained(input_ids=ids, use_cache=False).logits
+            given = lesson(teacher(input_ids=ids, use_cache=False).logits[:, skip:].to(device()), told.take(), spec)
+        logits = trained(input_ids=ids, use_cache=False).logits[:, skip:]
         kl, error = losses(logits, seen.take(), given, spec.temperature)
         # accelerate takes the mean over processes; wanted is the mean over the windows of all.
         total = (spec.kl * kl + spec.hidden * error).sum() * (world() / len(chosen)) * float(counts)

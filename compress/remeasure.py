@@ -46,7 +46,7 @@ def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Cla
     report = subject.report
     assert report is not None
     tokenizer = load_tokenizer(subject.release)
-    texts: list[tuple[Mapping[str, Any], Any]] = []  # with token ids, or why there are none
+    texts: list[tuple[Mapping[str, Any], Any]] = []  # with token ids and how many begin each, or why there are none
     for text in report["quality"]["texts"]:
         try:
             texts.append((text, _windows(subject, report, text, tokenizer, like)))
@@ -73,14 +73,15 @@ def _perplexities(folder: Path, texts: list[tuple[Mapping[str, Any], Any]], labe
     from compress.evaluate import perplexity
 
     model, claims = None, []
-    for text, ids in texts:
+    for text, here in texts:
         title, said = f"perplexity, {text['name']}" + (", dense" if label == "dense" else ""), text[f"{label}_ppl"]
-        if isinstance(ids, str):
-            claims.append(Claim(title, f"{said:.3f}", "", OPEN, ids))
+        if isinstance(here, str):
+            claims.append(Claim(title, f"{said:.3f}", "", OPEN, here))
             continue
         try:
             model = model or _model(folder)
-            found = float(perplexity(model, ids, title)["ppl"])
+            ids, begin = here
+            found = float(perplexity(model, ids, title, begin)["ppl"])
         except CompressError as e:
             claims.append(Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})"))
             continue
@@ -115,13 +116,14 @@ def too_large(folder: Path) -> bool:
 
 def _windows(
     subject: Subject, report: Mapping[str, Any], text: Mapping[str, Any], tokenizer: Any, like: Path | None
-) -> Any:
-    """The held-out windows of one text: those of a run, or read again from where the recipe has them.
+) -> tuple[Any, int]:
+    """The held-out windows of one text, and how many tokens begin each: those of a run, or read again from where the
+    recipe has them.
 
     Raises:
         CompressError: they are not here, or others are.
     """
-    from compress.data import evaluation_windows
+    from compress.data import evaluation_windows, kept_windows, opening
     from compress.pipeline import text_hash
     from compress.recipe import SourceSpec
 
@@ -133,15 +135,14 @@ def _windows(
     if like is not None and not kept.exists():
         raise CompressError("this is not a run folder with text in it", where=str(like))
     if kept.exists():
-        from safetensors.torch import load_file
-
-        ids = load_file(kept).get(f"evaluation.{number}")
-        where = str(kept)
+        windows, begin = kept_windows(kept)
+        ids, where = windows.get(f"evaluation.{number}"), str(kept)
         if ids is None:
             raise CompressError("the run holds no such text", where=where)
     else:
         source = SourceSpec.model_validate(texts[number]["source"])
-        ids, where = evaluation_windows(source, tokenizer, text["windows"], text["length"]), f"source {source.title}"
+        ids, begin = evaluation_windows(source, tokenizer, text["windows"], text["length"]), opening(tokenizer)
+        where = f"source {source.title}"
     found = text_hash(ids)
     if found != text["sha256"]:
         raise CompressError(
@@ -149,7 +150,7 @@ def _windows(
             f" {found[:12]} here",
             where=where,
         )
-    return ids
+    return ids, len(begin)
 
 
 def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:

@@ -113,6 +113,7 @@ def _unfinished(run: Path) -> str:
 
 def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:
     """Fills in where a language model came from, the recipe, the command and the machine."""
+    from compress.data import text_facts
     from compress.doctor import environment
 
     report["model"] = {
@@ -124,6 +125,7 @@ def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> N
         "sha256": setup.weights,
     }
     report["origin"] = dict(setup.resolved.origin)
+    report["text"] = text_facts(setup.tokenizer)
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command
     report["environment"] = environment()

@@ -47,6 +47,13 @@ class Setup(Generic[AnyText]):
         return load_tokenizer(self.resolved.folder)
 
     @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """The token ids that the tokenizer puts in front of a text: every window begins with them."""
+        from compress.data import opening
+
+        return opening(self.tokenizer)
+
+    @cached_property
     def model(self) -> Any:
         """The dense model in float32, every weight checked to be finite; streamed where it would not fit."""
         from compress.checkpoint import check_weights
@@ -90,6 +97,12 @@ class Setup(Generic[AnyText]):
         model = self._beside()
         plan.mask(model, self.family)
         return model
+
+    def as_saved(self, plan: Plan) -> Any:
+        """The sliced model with the weights that it would have if it were saved, in the type the model is stored in."""
+        from compress.models.streaming import as_stored
+
+        return as_stored(self.pruned(plan)[0], self.stored_dtype)
 
     def _beside(self) -> Any:
         """A model whose blocks can be exchanged without the dense one's; all tensors are shared with it."""
@@ -164,20 +177,22 @@ def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
 
 @dataclass
 class Windows:
-    """Token windows (n, length) int64: what is calibrated on, searched on, judged on in the run-off, and held out."""
+    """Token windows (n, length) int64: what is calibrated on, searched on, judged on in the run-off, and held out.
+
+    ``begin``: the token ids that every one of them begins with, which are not scored."""
 
     calibration: Tensor
     search: Tensor
     evaluation: dict[str, Tensor]
     judging: Tensor | None = None
+    begin: tuple[int, ...] = ()
 
 
 def read_windows(setup: Setup, run: Run) -> Windows:
     """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    from compress.data import assert_disjoint, calibration_windows, evaluation_windows
+    from compress.data import assert_disjoint, calibration_windows, evaluation_windows, keep_windows, kept_windows
 
     recipe = setup.recipe
     run_off = recipe.options.run_off
@@ -199,21 +214,26 @@ def read_windows(setup: Setup, run: Run) -> Windows:
             assert_disjoint(every, ids, text.name)
             tensors[f"evaluation.{i}"] = ids
         _ = setup.model  # a fault in the weights is to be found before anything is sealed for them
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "windows.safetensors")
+        keep_windows(tensors, setup.begin, folder / "windows.safetensors")
 
     inputs = {
         "version": __version__,
         "weights": setup.weights,
         "search_windows": recipe.options.search.windows,
         **({"run_off_windows": judged} if judged else {}),
+        **({"begins_with": setup.begin} if setup.begin else {}),
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
     }
-    tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
+    tensors, begin = kept_windows(run.stage("text", inputs, build) / "windows.safetensors")
     evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
     length = recipe.options.search.length
     return Windows(
-        tensors["calibration"], tensors["search"][:, :length], evaluation, tensors["judging"] if judged else None
+        tensors["calibration"],
+        tensors["search"][:, :length],
+        evaluation,
+        tensors["judging"] if judged else None,
+        begin,
     )
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.errors import CompressError
-from compress.pipeline import STAGES, bench, evaluate, export, fixed_tokens, release
+from compress.pipeline import STAGES, bench, evaluate, export, fixed_tokens, perplexities, release
 from compress.recipe import TextRecipe
 from compress.run import Run, read_seal, seal_hash
 from compress.setup import Setup, Windows, prepare
@@ -47,7 +47,7 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, shapes, windows, common))
     if last >= STAGES.index("export") and recipe.export is not None:
         makers = {"dense": lambda: setup.model, "pruned": lambda: load_model(saved[LAYOUT], setup.family)}
-        exported = export(run, setup, makers["pruned"], plan, report)
+        exported = export(run, setup, makers["pruned"], saved[LAYOUT], report)
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
     if last >= STAGES.index("release"):
@@ -74,29 +74,30 @@ def _others(recipe: TextRecipe) -> list[float]:
 def _read_texts(run: Run, setup: Setup[TextRecipe]) -> Windows:
     """The held-out windows, sealed in the run, so that a resumed run and `compress eval --like` see the same."""
     import torch
-    from safetensors.torch import load_file, save_file
 
     from compress.checkpoint import check_weights
-    from compress.data import evaluation_windows
+    from compress.data import evaluation_windows, keep_windows, kept_windows
 
     spec = setup.recipe.evaluation
 
     def build(folder: Path) -> None:
         check_weights(setup.resolved.folder)  # a fault in the weights is to be found before anything is sealed for them
         texts = {
-            f"evaluation.{i}": evaluation_windows(text.source, setup.tokenizer, spec.windows, spec.length).contiguous()
+            f"evaluation.{i}": evaluation_windows(text.source, setup.tokenizer, spec.windows, spec.length)
             for i, text in enumerate(spec.texts)
         }
-        save_file(texts, folder / "windows.safetensors")
+        keep_windows(texts, setup.begin, folder / "windows.safetensors")
 
     inputs = {
         "version": __version__,
         "weights": setup.weights,
         "evaluation": spec.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
+        **({"begins_with": setup.begin} if setup.begin else {}),
     }
-    tensors = load_file(run.stage("text", inputs, build) / "windows.safetensors")
+    tensors, begin = kept_windows(run.stage("text", inputs, build) / "windows.safetensors")
     none = torch.zeros(0, spec.length, dtype=torch.int64)
-    return Windows(none, none, {text.name: tensors[f"evaluation.{i}"] for i, text in enumerate(spec.texts)})
+    texts = {text.name: tensors[f"evaluation.{i}"] for i, text in enumerate(spec.texts)}
+    return Windows(none, none, texts, begin=begin)
 
 
 def _plan(run: Run, setup: Setup[TextRecipe], shapes: Mapping[str, list[int]]) -> Path:
@@ -203,7 +204,6 @@ def _curve(
 ) -> list[dict[str, Any]]:
     """Perplexity at other sparsities: ``{"pruned_share", "texts": {name: perplexity}}`` each, from the smallest on."""
     from compress.checkpoint import load_model, weight_files
-    from compress.evaluate import perplexity
     from compress.recipes.global_mp.floors import target_count
     from compress.recipes.global_mp.magnitude import safetensors_source
     from compress.recipes.global_mp.prune import apply_in_place, budget, cuts_of
@@ -224,7 +224,7 @@ def _curve(
             for name, weight in safetensors_source(files, shapes)():
                 apply_in_place(model, {name: cuts[name].mask(weight)})
             label = f"perplexity at {100 * sparsity:g} %"
-            texts = {n: perplexity(model, w, f"{label}, {n}")["ppl"] for n, w in windows.evaluation.items()}
+            texts = {n: p["ppl"] for n, p in perplexities(model, windows, label).items()}
             points.append({"pruned_share": target_count(sparsity, total) / total, "texts": texts})
         if folder is not None:
             (folder / "curve.json").write_text(json.dumps(points, indent=1))

@@ -10,6 +10,7 @@ from typing import Any
 from compress.card import (
     INHERITED,
     again,
+    beginning,
     code,
     escape,
     latency_rows,
@@ -65,7 +66,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         " and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
         f" {_floors(report)}"
         f" Perplexity: {first['windows']} windows of {first['length']} tokens a text; no text was"
-        " calibrated on.",
+        " calibrated on." + beginning(report),
         "",
     ]
     lines += targets(report)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
+from compress.metadata import plain
 from compress.recipe import TEXT, BenchSection, ExportSection
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def evaluate(
     task: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Perplexity on a run's held-out windows (``like``) or on text files, and lm-evaluation-harness tasks."""
-    from compress.data import pack
+    from compress.data import kept_windows, opening, pack
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
     from compress.saved import locked_recipe
 
@@ -44,22 +45,22 @@ def evaluate(
     recipe = locked_recipe(like, TEXT) if like is not None else {}
     loaded, _, tokenizer = _load(folder)
     if like is not None:
-        from safetensors.torch import load_file
-
         source = like / "text" / "windows.safetensors"
         if not source.exists():
             raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
         names = [t["name"] for t in recipe["evaluation"]["texts"]]
-        tensors = load_file(source)
+        tensors, begin = kept_windows(source)
         texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
     else:
         from compress.data import read_files
 
+        begin = opening(tokenizer)
         texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
-    found = {name: perplexity(loaded, ids, f"perplexity, {name}") for name, ids in texts.items()}
+    found = {name: perplexity(loaded, ids, f"perplexity, {name}", len(begin)) for name, ids in texts.items()}
     return {
         "model": str(folder),
         "texts": found,
+        "begins_with": [str(tokenizer.convert_ids_to_tokens(i)) for i in begin],
         "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
         "tasks": harness_tasks(folder, list(task)) if task else [],
     }
@@ -69,6 +70,7 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     return [
         *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in facts["texts"].items()),
         f"ppl  geometric mean: {facts['geometric_mean']:.3f}",
+        *([f"text every window begins with {plain(' '.join(facts['begins_with']))}"] if facts["begins_with"] else []),
         *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in facts["tasks"]),
     ]
 
@@ -79,14 +81,15 @@ def export(folder: Path, out: Path, *, builds: Sequence[BuildOptions] = ()) -> d
     Args:
         builds: formats to make of it, each in a folder of ``out``.
     """
+    from compress.data import begun, opening
     from compress.export.check import write_checked
     from compress.export.command import make_all, text_source
 
     loaded, family, tokenizer = _load(folder)
     spec = ExportSection()
     facts = write_checked(loaded, tokenizer, out, spec, family.geometry(loaded.config).vocab)
-    ids = tokenizer(spec.prompt, return_tensors="np", add_special_tokens=False)["input_ids"][0]
-    return {**facts, "formats": make_all([(text_source(out, loaded, ids, o), o) for o in builds], out)}
+    ids, begin = begun(tokenizer, spec.prompt), len(opening(tokenizer))
+    return {**facts, "formats": make_all([(text_source(out, loaded, ids, o, begin), o) for o in builds], out)}
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:

@@ -84,11 +84,12 @@ def network_source(path: Path, model: Any, inputs: Any, options: BuildOptions, m
     return replace(source, feeds={"model": [{port.name: np.ascontiguousarray(part)} for part in parts]})
 
 
-def text_source(path: Path, model: Any, ids: Any, options: BuildOptions) -> Source:
+def text_source(path: Path, model: Any, ids: Sequence[int], options: BuildOptions, begin: int = 0) -> Source:
     """A language model with real text as feeds: a prompt, and a token behind the cache of a context.
 
     Args:
-        ids: (n,) int64, a text; repeated to the lengths that are benchmarked.
+        ids: (n,), a text; repeated to the lengths that are benchmarked.
+        begin: of its first ids, those that stand in front of every text, and are not repeated.
     """
     from compress.export.ort import OrtLLM
 
@@ -101,7 +102,9 @@ def text_source(path: Path, model: Any, ids: Any, options: BuildOptions) -> Sour
             size = {a: s[1] for a, s in axes.items()}
             feed = formats.random_feed(graph, size)
             batch, length, past = size.get("batch", 1), size.get("sequence", 1), size.get("past", 0)
-            text = np.resize(ids, (batch, past + length)).astype(np.int64)
+            opened = np.tile(np.asarray(ids[:begin], np.int64), (batch, 1))
+            body = np.resize(ids[begin:], (batch, max(0, past + length - begin))).astype(np.int64)
+            text = np.concatenate([opened, body], 1)[:, : past + length]
             feed["input_ids"] = text[:, past:]
             if component == "decode" and past:
                 present = runtime.prefill(text[:, :past])

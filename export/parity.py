@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compress.data import begun
 from compress.errors import CompressError
 from compress.export.bisect import largest_difference
 from compress.export.onnx import cached_layers
@@ -134,7 +135,7 @@ def greedy_agrees(
     Raises:
         CompressError: they differ.
     """
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([begun(tokenizer, prompt)])  # (1, n)
     with torch.no_grad():
         whole = model.generate(
             ids,

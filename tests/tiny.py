@@ -72,6 +72,18 @@ def word_tokenizer(folder: Path) -> Any:
     return made
 
 
+def let_it_add(folder: Path, template: str) -> Any:
+    """Makes the tokenizer in ``folder`` put special tokens around every text, such as ``<s> $A`` or ``$A </s>``."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(folder)
+    special = [(word, made.convert_tokens_to_ids(word)) for word in set(template.split()) - {"$A"}]
+    made.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    made.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def saved_tiny(folder: Path, model_type: str = "llama", **changes: Any) -> Path:
     """A tiny model and its tokenizer as a folder that `compress prune` takes."""
     tiny(model_type, **changes).save_pretrained(folder)

@@ -26,7 +26,8 @@ from compress.setup import Setup, Windows, prepare, read_windows
 
 def measure(setup: Setup, windows: Windows, plan: Plan | None, label: str) -> dict[str, Any]:
     model = setup.model if plan is None else setup.pruned(plan)[0]
-    found = {n: float(perplexity(model, ids, f"{label}, {n}")["ppl"]) for n, ids in windows.evaluation.items()}
+    begin = len(windows.begin)
+    found = {n: float(perplexity(model, ids, f"{label}, {n}", begin)["ppl"]) for n, ids in windows.evaluation.items()}
     return {"method": label, "texts": found, "geometric_mean": geometric_mean(list(found.values()))}
 
 
@@ -71,7 +72,7 @@ def main() -> None:
         began = time.monotonic()
         with Run.open(given.out / method) as run:
             start = run.stage("plan", {}, take_over)
-            folder = recover(run, made, trained_on, start)
+            folder = recover(run, made, trained_on, start, len(windows.begin))
         seconds = round(time.monotonic() - began)
         assert made.recipe.recover is not None  # set above
         plan = Plan.load(folder)

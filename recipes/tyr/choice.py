@@ -46,6 +46,12 @@ class Job:
     offload: bool = False  # activations lie in files, not in memory
     dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
+    begin: int = 0  # of a window's first tokens, those that stand in front of every text: read, and not scored
+
+    @property
+    def skip(self) -> int:
+        """Positions of a window whose next token is one that stands in front of every text: their KL is not counted."""
+        return max(0, self.begin - 1)
 
 
 def saving(job: Job, choice: Choice) -> int:

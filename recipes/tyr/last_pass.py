@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.errors import CompressError
 from compress.plan import BlockPlan, Plan
 from compress.progress import say
 from compress.recipes.tyr.choice import Choice, Curves, Job, saving, settle
@@ -42,13 +43,29 @@ def refitted(
             weights = {"o": attention[0].weight, "down": ffn[0].weight}
             Plan(
                 blocks=(block,),
-                weights={f"blocks.0.{k}": w.to(job.dtype) for k, w in weights.items() if w is not None},
+                weights={f"blocks.0.{k}": _stored(w, job, index) for k, w in weights.items() if w is not None},
                 meta={"block": index},
             ).save(folder)
 
         return run.stage(f"{name}/block-{index:03d}", {**inputs, "block": index}, build, began)
 
     return walk(run, job, name, inputs, calibration, block_menu, options.accumulation, metrics, write), inputs
+
+
+def _stored(weight: Tensor, job: Job, index: int) -> Tensor:
+    """A refitted weight in the type the model is stored in.
+
+    Raises:
+        CompressError: it is too large for it.
+    """
+    kept = weight.to(job.dtype)
+    if weight.isfinite().all() and not kept.isfinite().all():
+        raise CompressError(
+            f"a refitted weight goes up to {float(weight.abs().max()):.3g}, which {job.dtype} cannot hold",
+            where=f"block {index}",
+            fix="raise the damping (tyr.damping), or store the dense model in bfloat16 or float32",
+        )
+    return kept
 
 
 def joined(folders: Sequence[Path]) -> Plan:

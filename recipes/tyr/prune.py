@@ -100,12 +100,13 @@ def _evaluator(
         runner,
         Supernet(files, job.geometry),
         windows,
-        positions=min(options.positions, windows.shape[1] - 1),
+        positions=min(options.positions, windows.shape[1] - 1 - job.skip),
         top_k=options.teacher_top_k,
         seed=job.seed,
         log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
         room=room_for(run, job, name, runner, windows.numel() * (job.geometry.layers + 2)),
+        skip=job.skip,
     )
 
 

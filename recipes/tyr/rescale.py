@@ -55,8 +55,8 @@ def _kl_sums(runner: BlockRunner, teaching: Tensor, hidden: Tensor, scales: Sequ
 
 
 def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label: str) -> Tensor:
-    """Mean KL(dense || pruned) in nats over all positions of ``windows`` (n, length) at each scale of the logits:
-    (len(scales),) float64. Processes divide the windows."""
+    """Mean KL(dense || pruned) in nats over all positions of ``windows`` (n, length) that are scored, at each scale of
+    the logits: (len(scales),) float64. Processes divide the windows."""
     runner = BlockRunner(job.model, job.family, windows.shape[1])
     mine = windows[share(len(windows)).start : share(len(windows)).stop]
     with torch.no_grad(), in_step(job.model), Progress(len(runner.blocks), f"{label}: blocks") as bar:
@@ -68,7 +68,7 @@ def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label:
             pruned = [runner.run(i, hidden, smaller) for hidden in pruned]
             bar.update(1)
         found = []
-        for teaching, hidden in zip(dense, pruned, strict=True):
+        for teaching, hidden in ((a[:, job.skip :], b[:, job.skip :]) for a, b in zip(dense, pruned, strict=True)):
             sums = torch.zeros(len(scales), dtype=torch.float64)
             for rows in _chunks(hidden.shape[1], job.geometry.vocab, runner.device.type):
                 sums += _kl_sums(runner, teaching[:, rows], hidden[:, rows], scales)

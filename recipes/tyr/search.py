@@ -85,6 +85,7 @@ class Evaluator:
         supernet: the levels.
         windows: token ids (n, length) int64.
         positions: positions per window at which logits are compared, drawn with ``seed``.
+        skip: of a window's first positions, those that are not compared.
         top_k: dense outcomes kept per position.
         log: evaluations are looked up there before they are made, and noted there after.
         tag: goes into the log with every row, so that one log serves several iterations.
@@ -103,6 +104,7 @@ class Evaluator:
         log: Log,
         tag: str,
         room: Room | None = None,
+        skip: int = 0,
     ) -> None:
         self.runner, self.supernet, self.windows, self.log, self.tag = runner, supernet, windows, log, tag
         self._room = Room(None) if room is None else room
@@ -119,7 +121,8 @@ class Evaluator:
         generator = torch.Generator().manual_seed(seed)
         length = windows.shape[1]
         draw = [
-            torch.randperm(length - 1, generator=generator)[:positions].sort().values for _ in range(len(windows))
+            skip + torch.randperm(length - 1 - skip, generator=generator)[:positions].sort().values
+            for _ in range(len(windows))
         ]
         self._parent: Genome = self.dense
         # On a GPU making a block takes longer than running it: so many are kept as fit in a quarter of what is free,

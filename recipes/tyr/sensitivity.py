@@ -37,6 +37,7 @@ def output_metrics(
     scratch: Path,
     left: int,
     write: Callable[[int, dict[str, Tensor], float], None],
+    skip: int = 0,
 ) -> None:
     """The metrics of blocks ``left`` - 1 down to 0, from one backward pass per window. Processes divide the windows.
 
@@ -46,6 +47,7 @@ def output_metrics(
         scratch: a folder for the streams; a run that was stopped goes on from what is in it.
         write: called behind every block with its number, ``{"attention", "ffn": (hidden, hidden) float32}``, each
             scaled to a mean diagonal of 1, and `time.monotonic()` when the work for it began.
+        skip: of a window's first positions, those whose next token is no label.
     """
     layers, mine, total = len(runner.blocks), share(len(windows)), len(windows)
     streams, gradients_at = scratch / "streams", scratch / "gradients"
@@ -60,7 +62,7 @@ def output_metrics(
         left = layers
         _forward(runner, windows, mine, streams, last)
         hidden = _read(streams / f"{layers:03d}", mine)
-        gradients = [_at_the_top(runner, h, seed + 1_000_003 * k) for k, h in zip(mine, hidden, strict=True)]
+        gradients = [_at_the_top(runner, h, seed + 1_000_003 * k, skip) for k, h in zip(mine, hidden, strict=True)]
     else:
         gradients = _read(gradients_at / f"{left:03d}", mine)
     with Progress(layers, "sensitivities: backward", start=layers - left) as bar:
@@ -101,7 +103,7 @@ def _keep(folder: Path, windows: range, tensors: list[Tensor]) -> None:
         save_part(folder, windows, {"x": torch.cat(tensors)})
 
 
-def _at_the_top(runner: BlockRunner, hidden: Tensor, seed: int) -> Tensor:
+def _at_the_top(runner: BlockRunner, hidden: Tensor, seed: int, skip: int) -> Tensor:
     """The loss's gradient behind the last block, (1, length, hidden), for labels drawn from the model itself."""
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
@@ -109,7 +111,7 @@ def _at_the_top(runner: BlockRunner, hidden: Tensor, seed: int) -> Tensor:
         logits = runner.logits(x)[0]
         chances = logits.detach().float().softmax(-1).cpu()
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(logits[skip:], labels[skip:], reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
     return gradient.cpu()
 

@@ -69,7 +69,7 @@ def metrics_of(run: Run, job: Job) -> Metrics:
     if left:
         runner = BlockRunner(job.model, job.family, windows.shape[1])
         with in_step(job.model):
-            output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write)
+            output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write, job.skip)
     run.drop_scratch("metrics")
     return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
 

@@ -36,12 +36,12 @@ def setup_of(job: Path, model_type: str = "llama", stream: bool = False, **spec:
     return prepare(str(model), load_recipe(str(recipe), METHODS, words))
 
 
-def train(job: Path, out: Path, spec: dict[str, Any], stream: bool = False) -> None:
+def train(job: Path, out: Path, spec: dict[str, Any], stream: bool = False, begin: int = 0) -> None:
     """Recovers the ragged plan on 8 random windows into the run folder ``out``; every process of a group calls it."""
     setup = setup_of(job, stream=stream, **spec)
     with Run.open(out) as run:
         plan = run.stage("plan", {}, lambda folder: ragged_plan(tiny("llama")).save(folder))
-        recover(run, setup, tokens(8, 24, seed=3), plan)
+        recover(run, setup, tokens(8, 24, seed=3), plan, begin)
 
 
 def read(out: Path) -> Recovered:

@@ -32,6 +32,11 @@ def small(classes=3, width=4):
 def nothing(classes=3):
     return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(432))
 
+def half(classes=3):
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(800, classes))
+    body[2].to(torch.bfloat16)
+    return body
+
 class Shared(nn.Module):
     def __init__(self, classes):
         super().__init__()
@@ -311,6 +316,10 @@ def test_what_cannot_be_done_is_one_clear_error(
 
 def test_a_network_without_a_prunable_weight_is_refused(place: Path, tmp_path: Path) -> None:
     one_error(prune(place, tmp_path / "x", network="nothing"), 1, "no prunable weight")
+
+
+def test_a_network_with_weights_of_half_precision_is_refused_by_the_weights_name(place: Path, tmp_path: Path) -> None:
+    one_error(prune(place, tmp_path / "x", network="half"), 2, "the weight 2.weight is bfloat16", "float32")
 
 
 def test_weights_that_are_nan_pickled_or_of_another_network_are_refused(place: Path, tmp_path: Path) -> None:

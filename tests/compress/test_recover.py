@@ -179,6 +179,22 @@ def test_full_recovery_is_adamw_on_the_mean_kl(job: Path, tmp_path: Path) -> Non
         )
 
 
+@pytest.mark.parametrize(("begin", "skip"), [(1, 0), (3, 2)])
+def test_that_one_token_of_a_beginning_follows_on_another_is_not_learned(
+    begin: int, skip: int, job: Path, tmp_path: Path
+) -> None:
+    settings = {**FULL, "steps": 1, "hidden": 0.0, "top_k": 299}
+    train(job, tmp_path / "run", settings, begin=begin)
+    setup = setup_of(job, **settings)
+    dense, windows = setup.model, tokens(8, 24, seed=3)
+    ids = windows[windows_of(0, 5, 8, setup.recipe.seed)]
+    with torch.no_grad():
+        models: Any = (dense, setup.pruned(ragged_plan(dense))[0])
+        p, q = (m(ids).logits[:, skip:].double().log_softmax(-1) for m in models)
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    assert read(tmp_path / "run").facts["log"][0]["kl"] == pytest.approx(want, rel=1e-4)
+
+
 @pytest.mark.parametrize("settings", [LORA, FULL])
 def test_training_brings_the_model_nearer_to_the_dense_one(settings: dict[str, Any], job: Path, tmp_path: Path) -> None:
     train(job, tmp_path / "run", {**settings, "steps": 30, "batch": 8})

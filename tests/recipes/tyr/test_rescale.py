@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
 from compress.plan import BlockPlan, Plan
 from compress.recipes.tyr.choice import Job
-from compress.recipes.tyr.rescale import SCALES, fit_scale
+from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from tests.recipes.tyr.small import small_job, whole_kl
 from tests.tiny import ARCHITECTURES, tiny, tokens
 
@@ -35,6 +36,19 @@ def test_no_scale_on_the_grid_is_better_than_the_one_found(model_type: str) -> N
     assert after == pytest.approx(at(scale), rel=1e-4)
     assert all(at(s) >= after - 1e-6 for s in SCALES[::6])
     assert scale != 1.0 and after < before
+
+
+@pytest.mark.parametrize(("begin", "skip"), [(0, 0), (1, 0), (3, 2)])
+def test_a_position_whose_next_token_begins_every_text_is_not_judged(begin: int, skip: int) -> None:
+    job = replace(small_job(), begin=begin)
+    plan = cut(job)
+    pruned = copy.deepcopy(job.model)
+    plan.apply(pruned, job.family)
+    with torch.no_grad():
+        models: Any = (job.model, pruned)
+        p, q = (m(job.search).logits[:, skip:].double().log_softmax(-1) for m in models)
+    want = float((p.exp() * (p - q)).sum(-1).mean())
+    assert float(kl_at(job, plan, job.search, (1.0,), "x")) == pytest.approx(want, rel=1e-4)
 
 
 def test_a_model_that_lost_nothing_keeps_its_scale() -> None:

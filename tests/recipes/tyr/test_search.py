@@ -54,11 +54,13 @@ class World:
         menu = Menu((48, 32, 16, 0), ((2, 5), (2, 2), (1, 4), (1, 1)))
         self.supernet: Supernet = written_supernet(folder, self.job, menu)
 
-    def evaluator(self, path: Path, top_k: int = 299, tag: str = "a", positions: int = 7) -> Evaluator:
+    def evaluator(
+        self, path: Path, top_k: int = 299, tag: str = "a", positions: int = 7, **more: Any
+    ) -> Evaluator:
         runner = Counting(self.job.model, self.job.family, LENGTH)
         log = Journal(path)
         return Evaluator(
-            runner, self.supernet, self.job.search, positions=positions, top_k=top_k, seed=3, log=log, tag=tag
+            runner, self.supernet, self.job.search, positions=positions, top_k=top_k, seed=3, log=log, tag=tag, **more
         )
 
     def plan(self, genome: Genome) -> Plan:
@@ -97,6 +99,14 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def gemma2(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("gemma2"), "gemma2")
+
+
+def test_no_position_whose_next_token_begins_every_text_is_compared(llama: World, tmp_path: Path) -> None:
+    every = llama.evaluator(tmp_path / "a.jsonl", positions=LENGTH - 1).teacher.positions
+    assert every.tolist() == [list(range(LENGTH - 1))] * WINDOWS
+    # Behind three tokens that begin every text: what follows the third is text, what follows the others is not.
+    some = llama.evaluator(tmp_path / "b.jsonl", positions=LENGTH - 3, skip=2).teacher.positions
+    assert some.tolist() == [list(range(2, LENGTH - 1))] * WINDOWS
 
 
 # --- the KL ---------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ NAMES = [f"{i}.{kind}" for i in range(LAYERS) for kind in ("attention", "ffn")]
 kinds = pytest.mark.parametrize("model_type", ["llama", "gemma2", "qwen2"])
 
 
-def metrics_of(model: Any, ids: Tensor, seed: int) -> dict[str, Tensor]:
+def metrics_of(model: Any, ids: Tensor, seed: int, skip: int = 0) -> dict[str, Tensor]:
     """All sublayers' metrics by "<block>.<kind>"."""
     runner = BlockRunner(model, family_for(model.config), ids.shape[1])
     found: dict[str, Tensor] = {}
@@ -33,7 +33,7 @@ def metrics_of(model: Any, ids: Tensor, seed: int) -> dict[str, Tensor]:
         found.update({f"{block}.{kind}": metric for kind, metric in metrics.items()})
 
     with tempfile.TemporaryDirectory() as scratch:
-        output_metrics(runner, ids, seed, Path(scratch), len(runner.blocks), write)
+        output_metrics(runner, ids, seed, Path(scratch), len(runner.blocks), write, skip)
     return found
 
 
@@ -60,10 +60,11 @@ def jacobians(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {name: j.reshape(shape) for name, j in zip(NAMES, found, strict=True)}
 
 
-def fisher(logits: Tensor, jacobian: Tensor, labels: list[int]) -> Tensor:
+def fisher(logits: Tensor, jacobian: Tensor, labels: list[int], skip: int = 0) -> Tensor:
     """sum over tokens of g g^T (hidden, hidden) float64; g from the derivative of the labels' log-likelihood."""
     by_logits = logits.double().softmax(-1)
     by_logits[range(len(labels)), labels] -= 1
+    by_logits[:skip] = 0
     g = torch.einsum("tv,tvsh->sh", by_logits, jacobian.double())  # (length, hidden)
     return sum((torch.outer(row, row) for row in g), torch.zeros(40, 40, dtype=torch.float64))
 
@@ -119,6 +120,16 @@ def test_for_several_tokens_and_windows_the_outer_products_add_up(model_type: st
             totals[name] = totals.get(name, 0) + fisher(logits, jacobian[name], labels)
     for name in NAMES:
         torch.testing.assert_close(found[name], scaled(totals[name]), rtol=1e-3, atol=1e-3)
+
+
+def test_a_position_whose_next_token_begins_every_text_has_no_label(drawn: list[list[int]]) -> None:
+    model, ids = made("llama"), tokens(1, 5, seed=6)
+    found = metrics_of(model, ids, seed=1, skip=2)
+    logits, jacobian = jacobians(model, ids)
+    for name in NAMES:
+        want = scaled(fisher(logits, jacobian[name], drawn[0], skip=2))
+        torch.testing.assert_close(found[name], want, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(found[name], scaled(fisher(logits, jacobian[name], drawn[0])), rtol=1e-2, atol=1e-2)
 
 
 def test_the_mean_diagonal_is_one_and_no_direction_is_without_weight() -> None:
