@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.card import code, escape, runtimes, targets, write_readme
+from compress.card import runtimes, targets, write_readme
+from compress.escape import block, cell, code, markdown
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network_card import (
     change_row,
@@ -47,19 +48,19 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     options, trained = recipe[recipe["method"]], recipe.get("finetune")
     count = len(report["rounds"])
     lines = [
-        f"# {escape(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
+        f"# {markdown(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
         "",
         f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
         f" group after group, as many as the worst-hit task tolerates on a calibration split; {count}"
         f" round{'s' if count > 1 else ''}"
         + (
-            f", {options['between'] * (count - 1) + trained['epochs']} epochs of training after the first cut."
+            f", {options['between'] * (count - 1) + trained['epochs']:,} epochs of training after the first cut."
             if trained
             else ", nothing trained afterwards."
         )
-        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
+        + f" Data: {markdown(data['source'])}; {data['samples']['train']:,} samples trained on,"
         f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
-        f" Weights: {escape(model['source'])}.",
+        f" Weights: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -103,17 +104,17 @@ def _oracle(report: dict[str, Any]) -> list[str]:
         "A reading is the share of a task's tolerance that is used up on the calibration split, just cut, before any"
         " training.",
         "",
-        "| round | FLOPs gone | " + " | ".join(escape(t) for t in report["rounds"][0]["readings"]) + " | passes |"
+        "| round | FLOPs gone | " + " | ".join(markdown(t) for t in report["rounds"][0]["readings"]) + " | passes |"
         " reference's passes |",
         "|---|---|" + "---|" * (len(report["rounds"][0]["readings"]) + 2),
     ]
     for number, one in enumerate(report["rounds"], 1):
         said = " | ".join(f"{100 * v:.1f} %" for v in one["readings"].values())
         lines.append(
-            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']} |"
+            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']:,} |"
         )
     limits = report["rounds"][0]["tolerances"]
-    said = "; ".join(f"{escape(t)}: {_tolerance(v)}" for t, v in limits.items())
+    said = "; ".join(f"{markdown(t)}: {_tolerance(v)}" for t, v in limits.items())
     return [
         *lines,
         "",
@@ -151,32 +152,32 @@ def _trials(report: dict[str, Any]) -> list[str]:
     for number, trials in held:
         lines += [
             "",
-            "| plan | FLOPs gone | epochs | " + " | ".join(escape(t) for t in tasks) + " |",
+            "| plan | FLOPs gone | epochs | " + " | ".join(markdown(t) for t in tasks) + " |",
             "|---|---|---|" + "---|" * len(tasks),
         ]
         for row in trials["contenders"]:
             lost = " | ".join(f"{row['drops'][t]:.1f}" for t in tasks)
-            name = escape(row["name"]) if len(held) == 1 else f"round {number}: {escape(row['name'])}"
-            lines.append(f"| {name} | {100 * row['removed']:.1f} % | {row['epochs']} | {lost} |")
+            name = markdown(row["name"]) if len(held) == 1 else f"round {number}: {markdown(row['name'])}"
+            lines.append(f"| {name} | {100 * row['removed']:.1f} % | {row['epochs']:,} | {lost} |")
     return [*lines, ""]
 
 
 def _tolerance(value: Mapping[str, Any]) -> str:
     if "absolute" in value:
-        return f"{value['absolute']:g} of its {value['measure']}"
-    return f"{100 * value['relative']:g} % of its {value['measure']}"
+        return f"{value['absolute']:g} of its {markdown(value['measure'])}"
+    return f"{100 * value['relative']:g} % of its {markdown(value['measure'])}"
 
 
 def _layers(report: dict[str, Any]) -> list[str]:
     lines = ["## Layers", "", "| layer | channels | kept | FLOPs dense | FLOPs pruned |", "|---|---|---|---|---|"]
     for row in report["layers"]:
         lines.append(
-            f"| {code(row['name'])} | {row['channels']} | {row['kept']} | {row['flops']['dense']:,} |"
+            f"| {cell(row['name'])} | {row['channels']:,} | {row['kept']:,} | {row['flops']['dense']:,} |"
             f" {row['flops']['pruned']:,} |"
         )
     if report["left"]:
         lines += ["", "Left as they were:", ""]
-        lines += [f"- {code(v['layer'])}: {escape(v['reason'])}" for v in report["left"]]
+        lines += [f"- {code(v['layer'])}: {markdown(v['reason'])}" for v in report["left"]]
     return [*lines, ""]
 
 
@@ -186,14 +187,17 @@ def _loading(report: dict[str, Any]) -> list[str]:
     return [
         "## Loading",
         "",
-        "```python",
-        "from pathlib import Path",
-        "",
-        "from compress.reload_network import reload",
-        "",
-        f'model = reload(Path("model"){own}',
-        "model = model.model  # a torch module in evaluation mode",
-        "```",
+        *block(
+            [
+                "from pathlib import Path",
+                "",
+                "from compress.reload_network import reload",
+                "",
+                f'model = reload(Path("model"){own}',
+                "model = model.model  # a torch module in evaluation mode",
+            ],
+            "python",
+        ),
         "",
         "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
         " over `std` of that file, in every runtime; exports name one output a task.",

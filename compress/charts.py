@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compress.card import emulated, figure_name, figures
+from compress.escape import shown
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
@@ -21,7 +22,8 @@ def charts(report: Mapping[str, Any]) -> list[Chart]:
     makers: tuple[Callable[[Mapping[str, Any]], list[Chart]], ...] = (
         _layers, _channels, _perplexity, _metrics, _rounds, _latency, _ratios, _search
     )  # fmt: skip
-    return [chart for make in makers for chart in make(report)]
+    found: list[Chart] = shown([chart for make in makers for chart in make(report)])
+    return found
 
 
 def _chart(name: str, title: str, kind: str, x: str, y: str, series: list[Series], **more: Any) -> Chart:

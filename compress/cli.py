@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ except ImportError:
         "\n  fix:   pip uninstall compress, then pip install --force-reinstall compress-toolchain"
     )
 from compress.errors import CompressError
+from compress.escape import json_text, terminal, terminal_lines
 
 app = typer.Typer(
     help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
@@ -80,7 +82,7 @@ def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
 
 
 def _show(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
+    print(json_text(facts) if as_json else "\n".join(map(terminal, lines(facts))))
 
 
 @app.command(
@@ -405,7 +407,7 @@ def gate(
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
-    from compress.export.gate_outputs import error_command, json_text, workflow_commands
+    from compress.export.gate_outputs import error_command, workflow_commands
     from compress.gate_verbs import lines, on_github, parse_shapes, run
 
     try:
@@ -430,7 +432,7 @@ def gate(
         if on_github():
             print(error_command(e), file=sys.stderr)
         raise
-    print(json_text(record) if json_ else "\n".join(lines(record)))
+    _show(record, json_, lines)
     if on_github() and not self_test:
         print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
     if record["exit_code"]:
@@ -547,6 +549,11 @@ def doctor(target: TargetName = None, json_: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of the program, as Python shows it; what its message quotes is no command for a CI."""
+    print(terminal_lines("".join(traceback.format_exception(kind, error, trace)).rstrip()), file=sys.stderr)
+
+
 class Stopped(BaseException):
     """Ctrl-C. Not KeyboardInterrupt: typer would turn that into an exit code of its own."""
 
@@ -577,6 +584,7 @@ def main() -> None:
     from compress import distributed
 
     distributed.leave_no_gaps()
+    sys.excepthook = _trace
     try:
         signal.signal(signal.SIGINT, _stop)
         with _memory_errors():

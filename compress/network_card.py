@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.card import (
     INHERITED,
     again,
-    code,
     conditions,
-    escape,
     faster,
     limits,
     milliseconds,
@@ -20,6 +18,7 @@ from compress.card import (
     why,
     write_readme,
 )
+from compress.escape import cell, code, markdown
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
 from compress.plots import DENSE, PRUNED, draw
@@ -53,25 +52,25 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
     which = "prunable weights" if _left_out(report) else "weights"
     title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned"
-    lines = [f"# {escape(title)}", ""]
+    lines = [f"# {markdown(title)}", ""]
     if size["ranks"]:
         how = (
             "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
-            f" is really smaller (r_W {size['ranks']['r_W']}, r_U {size['ranks']['r_U']})"
+            f" is really smaller (r_W {size['ranks']['r_W']:,}, r_U {size['ranks']['r_U']:,})"
         )
     elif options["schedule"] == "gradual":
         how = (
             f"the smallest of all layers' weights were set to zero while it was trained from the start"
-            f" ({options['shape']} schedule, reached by {100 * options['until']:g} % of the epochs)"
+            f" ({markdown(options['shape'])} schedule, reached by {100 * options['until']:g} % of the epochs)"
         )
     else:
         how = "the smallest of all layers' weights were set to zero once"
     trained = recipe.get("finetune")
     lines += [
         f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {how}"
-        + (f"; then {trained['epochs']} epochs of training followed." if trained else ".")
-        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
-        f" {data['samples']['test']:,} held out. Weights: {escape(model['source'])}.",
+        + (f"; then {trained['epochs']:,} epochs of training followed." if trained else ".")
+        + f" Data: {markdown(data['source'])}; {data['samples']['train']:,} samples trained on,"
+        f" {data['samples']['test']:,} held out. Weights: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -124,7 +123,7 @@ def quality_rows(report: Mapping[str, Any]) -> list[str]:
     for row in report["quality"]["tasks"]:
         way = "higher" if row["higher_is_better"] else "lower"
         rows.append(
-            f"| {escape(row['metric'])}, {escape(row['task'])} ({way} is better) | {row['dense']:.4f} |"
+            f"| {markdown(row['metric'])}, {markdown(row['task'])} ({way} is better) | {row['dense']:.4f} |"
             f" {row['pruned']:.4f} | {row['pruned'] - row['dense']:+.4f} |"
         )
     return rows
@@ -141,7 +140,7 @@ def latency_rows(report: Mapping[str, Any]) -> list[str]:
     for runtime, bench in measured.items():
         a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
         rows.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
+            f"| latency, batch {markdown(bench['spec']['batch'])}, {runtime} | {milliseconds(a['median'])} |"
             f" {milliseconds(b['median'])} | {faster(ratio)} |"
         )
     return [
@@ -167,18 +166,18 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     """What every export was compared with, and how far it is from that."""
     lines = []
     for form, both in (report.get("export") or {}).items():
-        facts, title = both["pruned"], escape(form.upper())
+        facts, title = both["pruned"], markdown(form.upper())
         if "skipped" in facts:
-            lines.append(f"- {title}: built, and not run where it was built ({escape(facts['skipped'])}).")
+            lines.append(f"- {title}: built, and not run where it was built ({markdown(facts['skipped'])}).")
             continue
         agree = "".join(
-            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
+            f"; the largest class of {markdown(k)} is the same for {100 * v:.0f} %"
             for k, v in facts.get("agree", {}).items()
         )
         reference = "torch" if form in ("onnx", "mnn") else "ONNX"
         lines.append(
-            f"- {title} against {reference} on {facts['samples']} held-out samples:"
-            f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
+            f"- {title} against {reference} on {facts['samples']:,} held-out samples:"
+            f" {facts['outputs_compared']:,} outputs differ by at most {facts['largest_difference']:.1e} of their"
             f" largest value{agree}."
         )
     return lines
@@ -188,7 +187,7 @@ def closing(report: dict[str, Any]) -> list[str]:
     """How every number is made again, and what was not measured."""
     data = report["data"]
     said = (
-        f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
+        f"It was judged on {data['samples']['test']:,} held-out samples of {markdown(data['source'])} alone; on other"
         " data, under noise or another camera or sensor, nothing was measured."
     )
     return ["", *again(report), *limits(report, [said, INHERITED])]
@@ -207,7 +206,7 @@ def _left_out(report: Mapping[str, Any]) -> list[str]:
     if unknown:
         said += f" Of {unknown} of them the FLOPs are not known, or they are counted with their layer."
     rows = [
-        f"| {code(row['name'])} | {escape(row['kind'])} | {row['weights']:,} | {escape(row['reason'])} |"
+        f"| {code(row['name'])} | {markdown(row['kind'])} | {row['weights']:,} | {markdown(row['reason'])} |"
         for row in left["parameters"]
     ]
     return [said, "", "| left out | layer | weights | why |", "|---|---|---|---|", *rows, ""]
@@ -222,9 +221,9 @@ def _layers(report: dict[str, Any]) -> list[str]:
     ]
     for row in report["layers"]:
         floor = f"{row['floor']:,}" if row["floor"] else ""
-        tied = f" (one with {code(row['tied_to'])})" if "tied_to" in row else ""
+        tied = f" (one with {cell(row['tied_to'])})" if "tied_to" in row else ""
         lines.append(
-            f"| {code(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
+            f"| {cell(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
             f" {row['flops']['dense']:,} |"
             f" {row['flops']['sparse']:,} |"
         )

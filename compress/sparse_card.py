@@ -10,8 +10,6 @@ from typing import Any
 from compress.card import (
     INHERITED,
     again,
-    code,
-    escape,
     latency_rows,
     limits,
     loading,
@@ -21,6 +19,7 @@ from compress.card import (
     text_metadata,
     write_readme,
 )
+from compress.escape import code, markdown
 from compress.plots import DENSE, PRUNED, Plot, perplexity
 
 
@@ -34,13 +33,13 @@ def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, quality, model = report["size"], report["quality"], report["model"]
     bytes_, flops, total = size["bytes"], size["flops_per_token"], size["total_parameters"]
-    lines = [f"# {escape(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
+    lines = [f"# {markdown(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
     which = "of every 4 consecutive inputs the 2 smallest" if size["pattern"] == "2:4" else "the smallest of all layers"
     lines += [
         f"{code(model['base_model'] or model['name'])} pruned by magnitude with the recipe"
         f" {code(report['recipe']['method'])} of `compress`: {which} are zero, in place; nothing was trained"
         " afterwards."
-        f" Weights were taken from: {escape(model['source'])}.",
+        f" Weights were taken from: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -64,7 +63,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         f"Pruned are {len(report['layers'])} layers with {size['prunable_weights']:,} of {total:,} parameters; norms"
         " and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
         f" {_floors(report)}"
-        f" Perplexity: {first['windows']} windows of {first['length']} tokens a text; no text was"
+        f" Perplexity: {markdown(first['windows'])} windows of {markdown(first['length'])} tokens a text; no text was"
         " calibrated on.",
         "",
     ]
