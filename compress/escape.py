@@ -119,7 +119,7 @@ def _data(text: str) -> str:
     return terminal(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
 
-def label(text: object, most: int = 48) -> str:
+def caption(text: object, most: int = 48) -> str:
     """For a plot: cut in its middle where it is long. A legend leaves out what begins with an underscore."""
     said = line(text)
     if len(said) > most:
