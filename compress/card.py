@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.escape import block, code, markdown
+from compress.export.bench.stats import FEWEST, found_in
 from compress.metadata import assemble, card_data, text_results
+from compress.wording import counted, megabytes, milliseconds, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -79,7 +81,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
     lines += [
-        f"Perplexity: {markdown(first['windows'])} windows of {markdown(first['length'])} tokens a text, none of which"
+        f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
         " the pruner saw.",
         "",
     ]
@@ -135,8 +137,8 @@ def _training(report: dict[str, Any]) -> str:
         return "nothing was trained afterwards"
     how = "all weights of the blocks" if recovered["method"] == "full" else "low-rank updates, merged,"
     return (
-        f"then {how} were trained for {recovered['steps']:,} steps ({recovered['tokens']:,} tokens) to do what the"
-        " dense model does"
+        f"then {how} were trained for {counted(recovered['steps'], 'step')} ({recovered['tokens']:,} tokens) to do"
+        " what the dense model does"
     )
 
 
@@ -155,17 +157,6 @@ def _recovery(report: dict[str, Any]) -> list[str]:
 
 
 INHERITED = "It has the limits and biases of the dense model."
-
-
-def milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f} ms"
-
-
-def megabytes(count: float) -> str:
-    if count < 1e5:
-        return f"{count:,.0f} bytes"
-    return f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
 
 
 def quality_rows(quality: dict[str, Any]) -> list[str]:
@@ -208,21 +199,29 @@ def latency_rows(bench: dict[str, Any]) -> list[str]:
         ("ttft", f"TTFT, {markdown(spec['prompt'])} tokens"),
         ("tpot", f"TPOT at {markdown(spec['context'])} tokens of context"),
     ):
-        dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
-        rows.append(
-            f"| {name} | {milliseconds(dense['median'])} | {milliseconds(pruned['median'])} | {faster(ratio)} |"
-        )
-    dense, pruned = bench["dense"], bench["pruned"]
-    for name, key in (("peak memory", "peak_rss"), ("ONNX files", "bytes")):
-        rows.append(
-            f"| {name} | {megabytes(dense[key])} | {megabytes(pruned[key])} |"
-            f" {dense[key] / pruned[key]:.2f}x as small |"
-        )
-    return [*rows, "", conditions(bench)]
+        dense, pruned = (milliseconds(bench[side][key]["median"]) for side in ("dense", "pruned"))
+        rows.append(f"| {name} | {dense} | {pruned} | {found_in(bench, key).words} |")
+    return [*rows, *size_rows(bench, (("peak memory", "peak_rss"), ("ONNX files", "bytes"))), "", conditions(bench)]
 
 
-def faster(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+def size_rows(bench: Mapping[str, Any], rows: Sequence[tuple[str, str]], first: str = "") -> list[str]:
+    """A row of a table for each (title, key) of memory or files that both models have; ``first`` is a cell before."""
+    found = []
+    for title, key in rows:
+        dense, pruned = (bench[side].get(key) or 0 for side in ("dense", "pruned"))
+        if dense and pruned:
+            measured = key in (bench.get("ratios") or {})
+            said = found_in(bench, key).words if measured else change(dense, pruned)
+            found.append(f"|{first} {title} | {megabytes(dense)} | {megabytes(pruned)} | {said} |")
+    return found
+
+
+def change(dense: float, pruned: float) -> str:
+    """Of two sizes that no noise is in."""
+    ratio = dense / pruned
+    if f"{ratio:.2f}" == "1.00":
+        return "as large as before"
+    return f"{ratio:.2f}x as small" if ratio > 1 else f"{1 / ratio:.2f}x as large"
 
 
 def figures(record: Mapping[str, Any]) -> list[str]:
@@ -256,9 +255,9 @@ def conditions(record: Mapping[str, Any]) -> str:
     if spec.get("precision"):
         said.append(markdown(spec["precision"]))
     if spec.get("threads"):
-        said.append(f"{markdown(spec['threads'])} thread{'s' if spec['threads'] != 1 else ''}")
+        said.append(counted(int(spec["threads"]), "thread"))
     if spec.get("processes"):
-        said.append(f"{markdown(spec['processes'])} fresh processes a model")
+        said.append(f"{counted(int(spec['processes']), 'fresh process', 'fresh processes')} a model")
     if spec.get("order"):
         said.append(f"interleaved {markdown(spec['order'])}")
     between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
@@ -266,7 +265,8 @@ def conditions(record: Mapping[str, Any]) -> str:
     throttled = record.get("throttled") is True
     return (
         f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
-        " paired ratio."
+        " paired ratio;"
+        f" what that leaves open, and what fewer than {FEWEST} processes say, is not resolved."
         + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
         + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
         + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
@@ -292,15 +292,11 @@ def targets(report: Mapping[str, Any]) -> list[str]:
             dense, pruned = record["dense"][key]["median"], record["pruned"][key]["median"]
             lines.append(
                 f"| {markdown(name)}{mark} | {markdown(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
-                f" {milliseconds(pruned)} | {faster(record['ratios'][key])} |"
+                f" {milliseconds(pruned)} | {found_in(record, key).words} |"
             )
-        for title, key in (("peak memory", "peak_rss"), ("files", "bytes")):
-            a, b = ((record[m].get(key) or 0 for m in ("dense", "pruned")) if shown else (0, 0))
-            if a and b:
-                lines.append(
-                    f"| {markdown(name)}{mark} | {title} | {megabytes(a)} | {megabytes(b)} | {a / b:.2f}x as small |"
-                )
         if shown:
+            rows = (("peak memory", "peak_rss"), ("files", "bytes"))
+            lines += size_rows(record, rows, f" {markdown(name)}{mark} |")
             notes.append(f"- {markdown(name)}: {conditions(record)}")
             notes += [f"  {line}" if line else "" for line in why(record)]
         else:
@@ -311,9 +307,11 @@ def targets(report: Mapping[str, Any]) -> list[str]:
 
 def why(record: Mapping[str, Any]) -> list[str]:
     """What a bench record says of the speed-up that the FLOPs promise, and of the layers that fall short of it."""
+    from compress.export.bench.explain import lines as explained_lines
+
     lines = []
     for part, found in (record.get("why") or {}).items():
-        head, *rest = found["lines"]
+        head, *rest = explained_lines(found)
         where = "" if part == "model" else f"{markdown(part)}: "
         lines.append(f"- {where}{markdown(head)}" + (", because" if rest else "."))
         lines += [f"  - {markdown(line)}" for line in rest]
@@ -352,7 +350,7 @@ def again(report: dict[str, Any]) -> list[str]:
     environment = report["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     lines += [
-        f"Measured on {markdown(environment['cpu'])}, {markdown(environment['cores'])} cores,"
+        f"Measured on {markdown(environment['cpu'])}, {counted(environment['cores'], 'core')},"
         f" {markdown(environment['system'])};"
         f" {markdown(versions)}."
         f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`, and `report.html` shows all of"
@@ -460,9 +458,9 @@ def onnx_check(report: dict[str, Any]) -> list[str]:
         return []
     facts = report["export"]["onnx"]["pruned"]
     return [
-        f"- ONNX: {markdown(facts['outputs_compared'])} outputs compared with torch, largest relative"
-        f" difference {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e});"
-        f" {markdown(facts['greedy']['tokens'])} greedy tokens equal torch's"
+        f"- ONNX: {counted(facts['outputs_compared'], 'output')} compared with torch, largest relative"
+        f" difference {small(facts['largest_difference'])} (allowed {small(facts['tolerance'])});"
+        f" {counted(facts['greedy']['tokens'], 'greedy token')} equal torch's"
     ]
 
 
@@ -471,8 +469,9 @@ def _checks(report: dict[str, Any]) -> list[str]:
     for layout in report["verify"]["layouts"]:
         lines.append(
             f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}),"
-            f" the sliced model from the masked one by {layout['masked_difference']:.1e}"
+            f" {small(layout['max_logit_difference'])} from those it was saved with (allowed"
+            f" {small(layout['tolerance'])}), the sliced model from the masked one by"
+            f" {small(layout['masked_difference'])}"
         )
     lines += onnx_check(report)
     search = report["search"]

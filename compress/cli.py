@@ -136,6 +136,7 @@ def prune(
 
 def _prune_lines(report: dict[str, Any]) -> list[str]:
     from compress.report import latency_line, perplexity_lines, run_line
+    from compress.wording import megabytes, small
 
     size = report["size"]
     lines = [
@@ -144,8 +145,8 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
     ]
     for layout in report.get("verify", {}).get("layouts", ()):
         lines.append(
-            f"reloaded {layout['layout']} in a clean process: logits differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})"
+            f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
+            f" (allowed {small(layout['tolerance'])})"
         )
     lines += perplexity_lines(report)
     if "recover" in report:
@@ -157,10 +158,10 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
         lines.append(line)
     if "export" in report:
         onnx = report["export"]["onnx"]
-        dense, pruned = (sum(onnx[k]["bytes"].values()) for k in ("dense", "pruned"))
+        dense, pruned = (megabytes(sum(onnx[k]["bytes"].values())) for k in ("dense", "pruned"))
         lines.append(
-            f"onnx     {dense / 1e6:.0f} MB -> {pruned / 1e6:.0f} MB; outputs agree with torch to"
-            f" {onnx['pruned']['largest_difference']:.1e}"
+            f"onnx     {dense} -> {pruned}; outputs agree with torch to"
+            f" {small(onnx['pruned']['largest_difference'])}"
         )
     if "bench" in report:
         lines += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.escape import annotation, cell, code, json_text, label, markdown, terminal, xml
+from compress.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
 from compress.export import gate
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
@@ -158,7 +158,7 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
         axis.axhline(scale * row["limit"], color="#b3261e", lw=1.2, ls="--", label="budget")
         if row["kind"] == "relative":
             axis.axhline(1.0, color=DENSE, lw=0.8, ls=":")
-        axis.set_title(f"{label(row['budget'])}: {row['verdict']}", fontsize=9)
+        axis.set_title(f"{caption(row['budget'])}: {row['verdict']}", fontsize=9)
         axis.set_xlabel("round")
         unit = "ms" if row["figure"] in gate.TIMES else "MB"
         axis.set_ylabel("candidate / baseline" if row["kind"] == "relative" else unit)

@@ -14,9 +14,9 @@ import pytest
 from markdown_it import MarkdownIt
 
 from compress.card import body, metadata, write_card
-from compress.escape import markdown
 from compress.cli import app
 from compress.errors import CompressError
+from compress.escape import markdown
 from compress.report import finish, read_report
 from tests.command import Job, compress, one_error
 
@@ -66,8 +66,10 @@ def test_the_cards_table_is_the_reports(text: str, report: dict[str, Any]) -> No
     first = report["quality"]["texts"][0]
     assert row(text, "perplexity, first text")[:2] == [f"{first['dense_ppl']:.2f}", f"{first['pruned_ppl']:.2f}"]
     ttft = report["bench"]["ratios"]["ttft"]
-    assert row(text, "TTFT, 24 tokens")[2] == (
-        f"{ttft['median']:.2f}x as fast [{ttft['low']:.2f}, {ttft['high']:.2f}]"
+    spread = f"[{ttft['low']:.2f}, {ttft['high']:.2f}]"
+    assert row(text, "TTFT, 24 tokens")[2] in (
+        f"not resolved on this machine {spread}, of 2 processes",
+        f"no change {spread}",
     )
     assert f"{report['sha256'][:16]}" in text
     mean = report["quality"]["geometric_mean"]["pruned"]
@@ -143,7 +145,8 @@ def test_every_layer_of_the_card_is_the_reports(text: str, report: dict[str, Any
 def test_latency_on_each_target_stands_with_its_interval_and_conditions(report: dict[str, Any]) -> None:
     more = copy.deepcopy(report)
     board = copy.deepcopy(report["bench"])
-    board["spec"] |= {"runtime": "onnxruntime 1.32.0 on arm64", "threads": 4}
+    board["spec"] |= {"runtime": "onnxruntime 1.32.0 on arm64", "threads": 4, "processes": 5}
+    board.pop("why")
     board["ratios"]["ttft"] = {"median": 1.5, "low": 1.25, "high": 1.75}
     module = {
         "spec": {"runtime": "MNN 3.6", "threads": 1, "processes": 5, "order": "ABBA", "batch": 8},

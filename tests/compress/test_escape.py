@@ -148,7 +148,7 @@ def test_a_line_on_a_terminal_is_no_command_of_a_terminal_or_a_ci(text: str) -> 
 def test_an_error_is_three_lines_and_no_command(what: str, where: str, fix: str) -> None:
     lines = str(CompressError(what, where, fix)).split("\n")
     assert len(lines) == 1 + bool(where) + bool(fix)
-    assert not any(is_command(line) or not line.isprintable() and "\u00a0" not in line for line in lines)
+    assert not any(is_command(line) or (not line.isprintable() and "\u00a0" not in line) for line in lines)
 
 
 @given(hostile, hostile)
@@ -187,7 +187,7 @@ def test_a_line_in_a_cards_head_is_one_scalar_of_yaml(text: str) -> None:
 
 @pytest.mark.parametrize(("text", "want"), [("_hidden", " _hidden"), ("x" * 99, "x" * 24 + "…" + "x" * 23)])
 def test_a_label_of_a_plot_is_short_and_none_that_a_legend_leaves_out(text: str, want: str) -> None:
-    assert escape.label(text) == want
+    assert escape.caption(text) == want
 
 
 def test_a_traceback_is_shown_line_by_line() -> None:
