@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.metadata import assemble, card_data, plain, text_results
+from compress.escape import block, code, markdown
+from compress.export.bench.stats import FEWEST, found_in
+from compress.metadata import assemble, card_data, text_results
+from compress.wording import counted, megabytes, milliseconds, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
-
-
-def escape(text: object) -> str:
-    """Text from outside, made harmless in Markdown: no markup, no links, no new lines, nothing that turns the text."""
-    return re.sub(r"([\\`*_{}\[\]<>#|!~&])", r"\\\1", plain(text))
-
-
-def code(text: object) -> str:
-    """Text from outside as inline code."""
-    return "`" + plain(text).replace("`", "'") + "`"
 
 
 def metadata(report: dict[str, Any]) -> ModelCardData:
@@ -64,12 +56,12 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, quality, model = report["size"], report["quality"], report["model"]
     dense, pruned = size["dense"], size["pruned"]
     title = f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed"
-    lines = [f"# {escape(title)}", ""]
+    lines = [f"# {markdown(title)}", ""]
     origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
     lines += [
         f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query"
         f" heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
-        f" Weights were taken from: {escape(model['source'])}.",
+        f" Weights were taken from: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -89,8 +81,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
     lines += [
-        f"Perplexity: {first['windows']} windows of {first['length']} tokens a text, none of which the pruner saw."
-        + beginning(report),
+        f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
+        " the pruner saw." + beginning(report),
         "",
     ]
     lines += _recovery(report)
@@ -111,7 +103,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         report,
         [
             "The model was calibrated on "
-            + ", ".join(escape(_source(s)) for s in report["recipe"]["calibration"]["sources"])
+            + ", ".join(markdown(_source(s)) for s in report["recipe"]["calibration"]["sources"])
             + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and"
             " other languages was not measured.",
             INHERITED,
@@ -135,7 +127,7 @@ def _removed(report: dict[str, Any]) -> list[str]:
         )
         gone = (100 * row[f"{part}_sparsity"] for part in ("attention", "ffn"))
         shares = (f"-{share:.1f} %" if share else "0 %" for share in gone)
-        lines.append(f"| {row['layer']} | {' | '.join(counts)} | {' | '.join(shares)} |")
+        lines.append(f"| {markdown(row['layer'])} | {' | '.join(counts)} | {' | '.join(shares)} |")
     return [*lines, ""]
 
 
@@ -145,8 +137,8 @@ def _training(report: dict[str, Any]) -> str:
         return "nothing was trained afterwards"
     how = "all weights of the blocks" if recovered["method"] == "full" else "low-rank updates, merged,"
     return (
-        f"then {how} were trained for {recovered['steps']:,} steps ({recovered['tokens']:,} tokens) to do what the"
-        " dense model does"
+        f"then {how} were trained for {counted(recovered['steps'], 'step')} ({recovered['tokens']:,} tokens) to do"
+        " what the dense model does"
     )
 
 
@@ -157,8 +149,8 @@ def _recovery(report: dict[str, Any]) -> list[str]:
         return []
     mean = recovered["geometric_mean"]
     return [
-        f"Recovery ({recovered['method']}, {recovered['trained_parameters']:,} parameters trained): perplexity,"
-        f" geometric mean, {mean['before']:.2f} before and {mean['after']:.2f} after; without it:"
+        f"Recovery ({markdown(recovered['method'])}, {recovered['trained_parameters']:,} parameters trained):"
+        f" perplexity, geometric mean, {mean['before']:.2f} before and {mean['after']:.2f} after; without it:"
         f" {code(report['commands']['unrecovered'])}.",
         "",
     ]
@@ -177,17 +169,6 @@ def beginning(report: Mapping[str, Any]) -> str:
 INHERITED = "It has the limits and biases of the dense model."
 
 
-def milliseconds(seconds: float) -> str:
-    value = 1000 * seconds
-    return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f} ms"
-
-
-def megabytes(count: float) -> str:
-    if count < 1e5:
-        return f"{count:,.0f} bytes"
-    return f"{count / 1e6:.{0 if count >= 1e7 else 2}f} MB"
-
-
 def quality_rows(quality: dict[str, Any]) -> list[str]:
     """Perplexities and task scores, dense and pruned, as rows of the table."""
     rows = []
@@ -195,7 +176,7 @@ def quality_rows(quality: dict[str, Any]) -> list[str]:
     for text in quality["texts"]:
         ratio = text["pruned_ppl"] / text["dense_ppl"]
         rows.append(
-            f"| perplexity, {escape(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
+            f"| perplexity, {markdown(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
             f" {ratio:.2f}x |"
         )
     if len(quality["texts"]) > 1:
@@ -205,7 +186,7 @@ def quality_rows(quality: dict[str, Any]) -> list[str]:
         )
     for task in quality["tasks"]:
         rows.append(
-            f"| {escape(task['task'])}, {escape(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
+            f"| {markdown(task['task'])}, {markdown(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
         )
     return rows
 
@@ -225,24 +206,32 @@ def latency_rows(bench: dict[str, Any]) -> list[str]:
     spec = bench["spec"]
     rows = []
     for key, name in (
-        ("ttft", f"TTFT, {spec['prompt']} tokens"),
-        ("tpot", f"TPOT at {spec['context']} tokens of context"),
+        ("ttft", f"TTFT, {markdown(spec['prompt'])} tokens"),
+        ("tpot", f"TPOT at {markdown(spec['context'])} tokens of context"),
     ):
-        dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
-        rows.append(
-            f"| {name} | {milliseconds(dense['median'])} | {milliseconds(pruned['median'])} | {faster(ratio)} |"
-        )
-    dense, pruned = bench["dense"], bench["pruned"]
-    for name, key in (("peak memory", "peak_rss"), ("ONNX files", "bytes")):
-        rows.append(
-            f"| {name} | {megabytes(dense[key])} | {megabytes(pruned[key])} |"
-            f" {dense[key] / pruned[key]:.2f}x as small |"
-        )
-    return [*rows, "", conditions(bench)]
+        dense, pruned = (milliseconds(bench[side][key]["median"]) for side in ("dense", "pruned"))
+        rows.append(f"| {name} | {dense} | {pruned} | {found_in(bench, key).words} |")
+    return [*rows, *size_rows(bench, (("peak memory", "peak_rss"), ("ONNX files", "bytes"))), "", conditions(bench)]
 
 
-def faster(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f}x as fast [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+def size_rows(bench: Mapping[str, Any], rows: Sequence[tuple[str, str]], first: str = "") -> list[str]:
+    """A row of a table for each (title, key) of memory or files that both models have; ``first`` is a cell before."""
+    found = []
+    for title, key in rows:
+        dense, pruned = (bench[side].get(key) or 0 for side in ("dense", "pruned"))
+        if dense and pruned:
+            measured = key in (bench.get("ratios") or {})
+            said = found_in(bench, key).words if measured else change(dense, pruned)
+            found.append(f"|{first} {title} | {megabytes(dense)} | {megabytes(pruned)} | {said} |")
+    return found
+
+
+def change(dense: float, pruned: float) -> str:
+    """Of two sizes that no noise is in."""
+    ratio = dense / pruned
+    if f"{ratio:.2f}" == "1.00":
+        return "as large as before"
+    return f"{ratio:.2f}x as small" if ratio > 1 else f"{1 / ratio:.2f}x as large"
 
 
 def figures(record: Mapping[str, Any]) -> list[str]:
@@ -270,23 +259,24 @@ def conditions(record: Mapping[str, Any]) -> str:
     spec = record["spec"]
     said = []
     if spec.get("runtime"):
-        said.append(escape(spec["runtime"]))
+        said.append(markdown(spec["runtime"]))
     if (record.get("machine") or {}).get("cpu"):
-        said.append(f"on {escape(record['machine']['cpu'])}")
+        said.append(f"on {markdown(record['machine']['cpu'])}")
     if spec.get("precision"):
-        said.append(escape(spec["precision"]))
+        said.append(markdown(spec["precision"]))
     if spec.get("threads"):
-        said.append(f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}")
+        said.append(counted(int(spec["threads"]), "thread"))
     if spec.get("processes"):
-        said.append(f"{spec['processes']} fresh processes a model")
+        said.append(f"{counted(int(spec['processes']), 'fresh process', 'fresh processes')} a model")
     if spec.get("order"):
-        said.append(f"interleaved {escape(spec['order'])}")
+        said.append(f"interleaved {markdown(spec['order'])}")
     between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
     spread = [b for b in between if b is not None]
     throttled = record.get("throttled") is True
     return (
         f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
-        " paired ratio."
+        " paired ratio;"
+        f" what that leaves open, and what fewer than {FEWEST} processes say, is not resolved."
         + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
         + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
         + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
@@ -311,32 +301,30 @@ def targets(report: Mapping[str, Any]) -> list[str]:
         for key in shown:
             dense, pruned = record["dense"][key]["median"], record["pruned"][key]["median"]
             lines.append(
-                f"| {escape(name)}{mark} | {escape(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
-                f" {milliseconds(pruned)} | {faster(record['ratios'][key])} |"
+                f"| {markdown(name)}{mark} | {markdown(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
+                f" {milliseconds(pruned)} | {found_in(record, key).words} |"
             )
-        for title, key in (("peak memory", "peak_rss"), ("files", "bytes")):
-            a, b = ((record[m].get(key) or 0 for m in ("dense", "pruned")) if shown else (0, 0))
-            if a and b:
-                lines.append(
-                    f"| {escape(name)}{mark} | {title} | {megabytes(a)} | {megabytes(b)} | {a / b:.2f}x as small |"
-                )
         if shown:
-            notes.append(f"- {escape(name)}: {conditions(record)}")
+            rows = (("peak memory", "peak_rss"), ("files", "bytes"))
+            lines += size_rows(record, rows, f" {markdown(name)}{mark} |")
+            notes.append(f"- {markdown(name)}: {conditions(record)}")
             notes += [f"  {line}" if line else "" for line in why(record)]
         else:
             reason = (record.get("reason") or record.get("error")) if isinstance(record, Mapping) else None
-            lines.append(f"| {escape(name)} | not measured | | | {escape(reason or '')} |")
+            lines.append(f"| {markdown(name)} | not measured | | | {markdown(reason or '')} |")
     return [*lines, "", *notes, *([""] if notes else [])]
 
 
 def why(record: Mapping[str, Any]) -> list[str]:
     """What a bench record says of the speed-up that the FLOPs promise, and of the layers that fall short of it."""
+    from compress.export.bench.explain import lines as explained_lines
+
     lines = []
     for part, found in (record.get("why") or {}).items():
-        head, *rest = found["lines"]
-        where = "" if part == "model" else f"{escape(part)}: "
-        lines.append(f"- {where}{escape(head)}" + (", because" if rest else "."))
-        lines += [f"  - {escape(line)}" for line in rest]
+        head, *rest = explained_lines(found)
+        where = "" if part == "model" else f"{markdown(part)}: "
+        lines.append(f"- {where}{markdown(head)}" + (", because" if rest else "."))
+        lines += [f"  - {markdown(line)}" for line in rest]
     head = "Against the ideal, layer by layer under ONNX Runtime's profiler (the latency above is without it):"
     return [head, "", *lines, ""] if lines else []
 
@@ -368,15 +356,13 @@ def limits(report: Mapping[str, Any], said: list[str]) -> list[str]:
 
 def again(report: dict[str, Any]) -> list[str]:
     """The commands that make every number again, and what it was measured on."""
-    lines = ["## Every number again", "", "```sh"]
-    # A folder's name may hold a new line, and what follows would be markup.
-    lines += [c if c.isprintable() else plain(c) for c in report["commands"].values() if c]
-    lines += ["```", ""]
+    lines = ["## Every number again", "", *block([c for c in report["commands"].values() if c], "sh"), ""]
     environment = report["environment"]
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
     lines += [
-        f"Measured on {escape(environment['cpu'])}, {environment['cores']} cores, {environment['system']};"
-        f" {escape(versions)}."
+        f"Measured on {markdown(environment['cpu'])}, {counted(environment['cores'], 'core')},"
+        f" {markdown(environment['system'])};"
+        f" {markdown(versions)}."
         f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`, and `report.html` shows all of"
         " this in a browser.",
         "",
@@ -463,13 +449,13 @@ def runtimes(report: Mapping[str, Any]) -> list[str]:
         sizes = pruned.get("bytes") if isinstance(pruned, Mapping) else None
         names = sizes if isinstance(sizes, Mapping) else {}
         title, text = RUNTIMES.get(form, (form, ""))
-        lines += [f"### {escape(title)}", ""]
+        lines += [f"### {markdown(title)}", ""]
         if form == "onnx" and "prefill.onnx" in names:
             text = _prompted(report)
         if "data" in report:
-            text = text.replace("SHAPE", ", ".join(str(n) for n in report["data"]["input"]))
+            text = text.replace("SHAPE", ", ".join(str(int(n)) for n in report["data"]["input"]))
         if text:
-            lines += ["```python", *text.strip().splitlines(), "```", ""]
+            lines += [*block(text.strip().splitlines(), "python"), ""]
         listed = ", ".join(f"{code(f'{form}/{name}')} ({megabytes(size)})" for name, size in names.items())
         if listed:
             lines += [f"Files: {listed}.", ""]
@@ -488,9 +474,9 @@ def onnx_check(report: dict[str, Any]) -> list[str]:
         return []
     facts = report["export"]["onnx"]["pruned"]
     return [
-        f"- ONNX: {facts['outputs_compared']} outputs compared with torch, largest relative difference"
-        f" {facts['largest_difference']:.1e} (allowed {facts['tolerance']:.1e}); {facts['greedy']['tokens']} greedy"
-        " tokens equal torch's"
+        f"- ONNX: {counted(facts['outputs_compared'], 'output')} compared with torch, largest relative"
+        f" difference {small(facts['largest_difference'])} (allowed {small(facts['tolerance'])});"
+        f" {counted(facts['greedy']['tokens'], 'greedy token')} equal torch's"
     ]
 
 
@@ -499,8 +485,9 @@ def _checks(report: dict[str, Any]) -> list[str]:
     for layout in report["verify"]["layouts"]:
         lines.append(
             f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {layout['max_logit_difference']:.1e} from those it was saved with (allowed {layout['tolerance']:.1e}),"
-            f" the sliced model from the masked one by {layout['masked_difference']:.1e}"
+            f" {small(layout['max_logit_difference'])} from those it was saved with (allowed"
+            f" {small(layout['tolerance'])}), the sliced model from the masked one by"
+            f" {small(layout['masked_difference'])}"
         )
     lines += onnx_check(report)
     search = report["search"]
@@ -509,7 +496,7 @@ def _checks(report: dict[str, Any]) -> list[str]:
         f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
     )
     if judged := report.get("run_off"):
-        said = ", ".join(f"{escape(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
+        said = ", ".join(f"{markdown(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
         lines.append(f"- run-off, KL to the dense model in nats on text that nothing had seen: {said}")
     scale = report["logit_scale"]
     if scale is not None:

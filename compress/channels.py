@@ -34,6 +34,7 @@ from compress.network import prepare as _prepare
 from compress.pipeline import STAGES
 from compress.run import Run, fingerprint, seal_hash
 from compress.sections import NetworkRecipe, TrainSpec
+from compress.wording import small
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -527,8 +528,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         found.append(f"dense    {len(dense)} layers stay as they were: {'; '.join(dense[:3])}")
     for layout in report.get("verify", {}).get("layouts", ()):
         found.append(
-            f"reloaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})"
+            f"reloaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
+            f" (allowed {small(layout['tolerance'])})"
         )
     for row in report.get("quality", {}).get("tasks", ()):
         if row["main"]:
@@ -538,7 +539,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for form, facts in report["export"].items():
             a, b = (sum(facts[k]["bytes"].values()) for k in ("dense", "pruned"))
             off = facts["pruned"]["largest_difference"]
-            found.append(f"{form:8} {a:,} -> {b:,} bytes; outputs agree with torch to {off:.1e}")
+            found.append(f"{form:8} {a:,} -> {b:,} bytes; outputs agree with torch to {small(off)}")
     for runtime, bench in latencies(report).items():
         found.append(latency_line("latency", bench, "latency", 3, f"; {runtime}"))
     found.append(run_line(report))

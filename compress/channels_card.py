@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.card import code, escape, runtimes, targets, write_readme
+from compress.card import runtimes, targets, write_readme
+from compress.escape import block, caption, cell, code, markdown
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network_card import (
+    SLANTED,
     change_row,
     closing,
-    draw_with_latency,
+    latency_plot,
     latency_rows,
     loaded_lines,
+    measures,
     parity_lines,
     quality_rows,
 )
-from compress.plots import PRUNED, QUIET
+from compress.plots import PRUNED, QUIET, Plot, draw
+from compress.wording import counted
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -47,19 +51,20 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     options, trained = recipe[recipe["method"]], recipe.get("finetune")
     count = len(report["rounds"])
     lines = [
-        f"# {escape(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
+        f"# {markdown(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
         "",
         f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
-        f" group after group, as many as the worst-hit task tolerates on a calibration split; {count}"
-        f" round{'s' if count > 1 else ''}"
+        f" group after group, as many as the worst-hit task tolerates on a calibration split; "
+        f"{counted(count, 'round')}"
         + (
-            f", {options['between'] * (count - 1) + trained['epochs']} epochs of training after the first cut."
+            f", {counted(options['between'] * (count - 1) + trained['epochs'], 'epoch')} of training after the first"
+            " cut."
             if trained
             else ", nothing trained afterwards."
         )
-        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
+        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
         f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
-        f" Weights: {escape(model['source'])}.",
+        f" Weights: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -72,14 +77,14 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines.append(change_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
     lines += latency_rows(report)
     lines += targets(report)
-    for name, caption in (
+    for name, title in (
         ("channels", "Channels that every layer keeps"),
         ("quality", "Every task against FLOPs"),
         ("sensitivity", "Which layers each task needs"),
         ("latency", "Latency, dense and pruned"),
     ):
         if name in images:
-            lines += [f"![{caption}]({images[name]})", ""]
+            lines += [f"![{title}]({images[name]})", ""]
     lines += _oracle(report)
     lines += _trials(report)
     lines += _layers(report)
@@ -88,7 +93,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         "## Checks",
         "",
         *loaded_lines(report),
-        f"- Each of the {len(report['groups'])} channel groups: cut, it gives the same outputs as zeros in its place"
+        f"- {counted(len(report['groups']), 'channel group')}: each, cut, gives the same outputs as zeros in its place"
         " (float64, random weights); so did each round's network.",
         "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
         *parity_lines(report),
@@ -103,17 +108,17 @@ def _oracle(report: dict[str, Any]) -> list[str]:
         "A reading is the share of a task's tolerance that is used up on the calibration split, just cut, before any"
         " training.",
         "",
-        "| round | FLOPs gone | " + " | ".join(escape(t) for t in report["rounds"][0]["readings"]) + " | passes |"
+        "| round | FLOPs gone | " + " | ".join(markdown(t) for t in report["rounds"][0]["readings"]) + " | passes |"
         " reference's passes |",
         "|---|---|" + "---|" * (len(report["rounds"][0]["readings"]) + 2),
     ]
     for number, one in enumerate(report["rounds"], 1):
         said = " | ".join(f"{100 * v:.1f} %" for v in one["readings"].values())
         lines.append(
-            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']} |"
+            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']:,} |"
         )
     limits = report["rounds"][0]["tolerances"]
-    said = "; ".join(f"{escape(t)}: {_tolerance(v)}" for t, v in limits.items())
+    said = "; ".join(f"{markdown(t)}: {_tolerance(v)}" for t, v in limits.items())
     return [
         *lines,
         "",
@@ -145,38 +150,38 @@ def _trials(report: dict[str, Any]) -> list[str]:
         "",
         "Plans of one size that share out the channels differently, each cut and trained for a few epochs; the points"
         " that every task then lost on the calibration split (below 0: it gained). The plan whose worst task lost least"
-        f"{of} was taken, and trained anew from its cut.{halved} The trials took {epochs} epochs in all, on top of the"
-        " training's.",
+        f"{of} was taken, and trained anew from its cut.{halved} The trials took {counted(epochs, 'epoch')} in all,"
+        " on top of the training's.",
     ]
     for number, trials in held:
         lines += [
             "",
-            "| plan | FLOPs gone | epochs | " + " | ".join(escape(t) for t in tasks) + " |",
+            "| plan | FLOPs gone | epochs | " + " | ".join(markdown(t) for t in tasks) + " |",
             "|---|---|---|" + "---|" * len(tasks),
         ]
         for row in trials["contenders"]:
             lost = " | ".join(f"{row['drops'][t]:.1f}" for t in tasks)
-            name = escape(row["name"]) if len(held) == 1 else f"round {number}: {escape(row['name'])}"
-            lines.append(f"| {name} | {100 * row['removed']:.1f} % | {row['epochs']} | {lost} |")
+            name = markdown(row["name"]) if len(held) == 1 else f"round {number}: {markdown(row['name'])}"
+            lines.append(f"| {name} | {100 * row['removed']:.1f} % | {row['epochs']:,} | {lost} |")
     return [*lines, ""]
 
 
 def _tolerance(value: Mapping[str, Any]) -> str:
     if "absolute" in value:
-        return f"{value['absolute']:g} of its {value['measure']}"
-    return f"{100 * value['relative']:g} % of its {value['measure']}"
+        return f"{value['absolute']:g} of its {markdown(value['measure'])}"
+    return f"{100 * value['relative']:g} % of its {markdown(value['measure'])}"
 
 
 def _layers(report: dict[str, Any]) -> list[str]:
     lines = ["## Layers", "", "| layer | channels | kept | FLOPs dense | FLOPs pruned |", "|---|---|---|---|---|"]
     for row in report["layers"]:
         lines.append(
-            f"| {code(row['name'])} | {row['channels']} | {row['kept']} | {row['flops']['dense']:,} |"
+            f"| {cell(row['name'])} | {row['channels']:,} | {row['kept']:,} | {row['flops']['dense']:,} |"
             f" {row['flops']['pruned']:,} |"
         )
     if report["left"]:
         lines += ["", "Left as they were:", ""]
-        lines += [f"- {code(v['layer'])}: {escape(v['reason'])}" for v in report["left"]]
+        lines += [f"- {code(v['layer'])}: {markdown(v['reason'])}" for v in report["left"]]
     return [*lines, ""]
 
 
@@ -186,14 +191,17 @@ def _loading(report: dict[str, Any]) -> list[str]:
     return [
         "## Loading",
         "",
-        "```python",
-        "from pathlib import Path",
-        "",
-        "from compress.reload_network import reload",
-        "",
-        f'model = reload(Path("model"){own}',
-        "model = model.model  # a torch module in evaluation mode",
-        "```",
+        *block(
+            [
+                "from pathlib import Path",
+                "",
+                "from compress.reload_network import reload",
+                "",
+                f'model = reload(Path("model"){own}',
+                "model = model.model  # a torch module in evaluation mode",
+            ],
+            "python",
+        ),
         "",
         "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
         " over `std` of that file, in every runtime; exports name one output a task.",
@@ -207,8 +215,12 @@ def _loading(report: dict[str, Any]) -> list[str]:
 
 def draw_channels(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Draws what the report has figures for; returns name -> PNG."""
-    plots: dict[str, Any] = {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality}
-    return draw_with_latency(report, folder, plots)
+    return draw(report, folder, plots_of(report), latency=False)
+
+
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of such a network's report can be drawn."""
+    return {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality, **latency_plot(report)}
 
 
 def _channels(report: dict[str, Any], plt: Any) -> Any:
@@ -220,9 +232,10 @@ def _channels(report: dict[str, Any], plt: Any) -> Any:
     axis.set_ylabel("output channels")
     axis.set_xlabel("layer, from the input")
     if len(rows) <= 40:
-        axis.set_xticks(list(at), [r["name"] for r in rows], rotation=70, fontsize=6, ha="right")
+        axis.set_xticks(list(at), [caption(r["name"], 30) for r in rows], **SLANTED)
     axis.set_title("Channels that every layer keeps")
-    axis.legend(frameon=False, fontsize=8)
+    axis.set_ylim(0, 1.2 * max(r["channels"] for r in rows))  # the legend has room above the bars
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=2)
     return figure
 
 
@@ -247,8 +260,8 @@ def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
             axis.annotate(
                 f"{value:.2g}", (j, i), ha="center", va="center", fontsize=6, color="white" if dark else "black"
             )
-    axis.set_yticks(range(len(tasks)), tasks, fontsize=8)
-    axis.set_xticks(range(len(groups)), groups, rotation=60, fontsize=6, ha="right")
+    axis.set_yticks(range(len(tasks)), [caption(t, 24) for t in tasks], fontsize=8)
+    axis.set_xticks(range(len(groups)), [caption(g, 30) for g in groups], **SLANTED)
     axis.grid(False)
     axis.set_title("Loss rise, % for each % of FLOPs saved; shaded by each task's largest", fontsize=9)
     return figure
@@ -261,11 +274,12 @@ def _quality(report: dict[str, Any], plt: Any) -> Any:
         if not row["main"]:
             continue
         points = [p["trained"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
-        (line,) = axis.plot(left, [row["dense"], *points], marker="o", label=f"{row['metric']}, {row['task']}")
+        (line,) = axis.plot(left, [row["dense"], *points], marker="o", label=caption(f"{row['metric']}, {row['task']}"))
         cut = [p["cut"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
         axis.plot(left[1:], cut, "x", color=line.get_color())
     axis.plot([], [], "x", color="black", label="just cut")
     axis.set_xlabel("FLOPs left, %")
+    axis.set_ylabel(measures(report))
     axis.invert_xaxis()
     axis.set_title("Every task against FLOPs, round by round (held-out samples)")
     axis.legend(frameon=False, fontsize=8)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from compress.card import emulated, figure_name, figures
+from compress.escape import shown
+from compress.export.bench.stats import found_in
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
@@ -21,7 +23,8 @@ def charts(report: Mapping[str, Any]) -> list[Chart]:
     makers: tuple[Callable[[Mapping[str, Any]], list[Chart]], ...] = (
         _layers, _channels, _perplexity, _metrics, _rounds, _latency, _ratios, _search
     )  # fmt: skip
-    return [chart for make in makers for chart in make(report)]
+    found: list[Chart] = shown([chart for make in makers for chart in make(report)])
+    return found
 
 
 def _chart(name: str, title: str, kind: str, x: str, y: str, series: list[Series], **more: Any) -> Chart:
@@ -168,18 +171,20 @@ def _latency(report: Mapping[str, Any]) -> list[Chart]:
                 series.append({"name": label, "colour": label, "points": points,
                                "median": 1000 * record[label][key]["median"]})  # fmt: skip
             name = "latency" if not found else f"latency-{number}-{key}"
-            title = f"{figure_name(key, record['spec'])}: {where}"
+            name_ = figure_name(key, record["spec"])
+            title = f"{name_[:1].upper()}{name_[1:]}: {where}"
             found.append(_chart(name, title, "dots", "ms; a dot is a process, the bar their median", "", series))
     return found
 
 
 def _ratios(report: Mapping[str, Any]) -> list[Chart]:
     points = [
-        {"x": f"{where}: {figure_name(key, record['spec'])}", "y": r["median"], "low": r["low"], "high": r["high"]}
+        {"x": f"{where}: {figure_name(key, record['spec'])}", "y": r["median"], "low": r["low"], "high": r["high"],
+         "label": found.words, "quiet": found.kind in ("unresolved", "beyond")}
         for where, record in _records(report)
         for key in figures(record)
-        for r in (record["ratios"][key],)
-    ]
+        for r, found in ((record["ratios"][key], found_in(record, key)),)
+    ]  # fmt: skip
     if not points:
         return []
     series = [{"name": "dense / pruned, 95 % interval", "colour": "pruned", "points": points}]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -25,6 +26,7 @@ except ImportError:
         "\n  fix:   pip uninstall compress, then pip install --force-reinstall compress-toolchain"
     )
 from compress.errors import CompressError
+from compress.escape import json_text, terminal, terminal_lines
 
 app = typer.Typer(
     help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
@@ -80,7 +82,7 @@ def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
 
 
 def _show(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    print(json.dumps(facts, indent=1) if as_json else "\n".join(lines(facts)))
+    print(json_text(facts) if as_json else "\n".join(map(terminal, lines(facts))))
 
 
 @app.command(
@@ -134,6 +136,7 @@ def prune(
 
 def _prune_lines(report: dict[str, Any]) -> list[str]:
     from compress.report import latency_line, perplexity_lines, run_line
+    from compress.wording import megabytes, small
 
     size = report["size"]
     lines = [
@@ -142,8 +145,8 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
     ]
     for layout in report.get("verify", {}).get("layouts", ()):
         lines.append(
-            f"reloaded {layout['layout']} in a clean process: logits differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})"
+            f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
+            f" (allowed {small(layout['tolerance'])})"
         )
     lines += perplexity_lines(report)
     if "recover" in report:
@@ -155,10 +158,10 @@ def _prune_lines(report: dict[str, Any]) -> list[str]:
         lines.append(line)
     if "export" in report:
         onnx = report["export"]["onnx"]
-        dense, pruned = (sum(onnx[k]["bytes"].values()) for k in ("dense", "pruned"))
+        dense, pruned = (megabytes(sum(onnx[k]["bytes"].values())) for k in ("dense", "pruned"))
         lines.append(
-            f"onnx     {dense / 1e6:.0f} MB -> {pruned / 1e6:.0f} MB; outputs agree with torch to"
-            f" {onnx['pruned']['largest_difference']:.1e}"
+            f"onnx     {dense} -> {pruned}; outputs agree with torch to"
+            f" {small(onnx['pruned']['largest_difference'])}"
         )
     if "bench" in report:
         lines += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
@@ -418,7 +421,7 @@ def gate(
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
-    from compress.export.gate_outputs import error_command, json_text, workflow_commands
+    from compress.export.gate_outputs import error_command, workflow_commands
     from compress.gate_verbs import lines, on_github, parse_shapes, run
 
     try:
@@ -443,7 +446,7 @@ def gate(
         if on_github():
             print(error_command(e), file=sys.stderr)
         raise
-    print(json_text(record) if json_ else "\n".join(lines(record)))
+    _show(record, json_, lines)
     if on_github() and not self_test:
         print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
     if record["exit_code"]:
@@ -560,6 +563,11 @@ def doctor(target: TargetName = None, json_: Json = False) -> None:
         raise typer.Exit(1)
 
 
+def _trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """A fault of the program, as Python shows it; what its message quotes is no command for a CI."""
+    print(terminal_lines("".join(traceback.format_exception(kind, error, trace)).rstrip()), file=sys.stderr)
+
+
 class Stopped(BaseException):
     """Ctrl-C. Not KeyboardInterrupt: typer would turn that into an exit code of its own."""
 
@@ -590,6 +598,7 @@ def main() -> None:
     from compress import distributed
 
     distributed.leave_no_gaps()
+    sys.excepthook = _trace
     try:
         signal.signal(signal.SIGINT, _stop)
         with _memory_errors():

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.children import python
 from compress.errors import CompressError, UsageError
+from compress.escape import terminal_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -701,15 +702,15 @@ def _explain(folder: Path, codes: Sequence[int | None]) -> int:
     if reports:
         first = reports[0]
         if first["trace"]:
-            print(first["trace"], file=sys.stderr)
+            print(terminal_lines(first["trace"]), file=sys.stderr)
         # What all would have said alike needs no rank.
         who = f"rank {first['rank']}: " if first["rank"] else ""
         if first["text"]:
-            print(f"error: {who}{first['text']}", file=sys.stderr)
+            print(terminal_lines(f"error: {who}{first['text']}"), file=sys.stderr)
         return int(first["code"])
     number = next(i for i, code in enumerate(codes) if code)
     tail = (folder / f"{number}.stderr").read_text()[-2000:]
-    print(f"{tail}\nerror: rank {number} ended with exit code {codes[number]}", file=sys.stderr)
+    print(f"{terminal_lines(tail)}\nerror: rank {number} ended with exit code {codes[number]}", file=sys.stderr)
     return codes[number] or 1
 
 

@@ -1,5 +1,7 @@
 """The one kind of error a user sees: what is wrong, where, and how to mend it."""
 
+from compress.escape import terminal
+
 
 class CompressError(Exception):
     """A fault the user can act on.
@@ -9,7 +11,8 @@ class CompressError(Exception):
         where: the file, key, layer or device it concerns.
         fix: what to do about it.
 
-    The command line prints it without a traceback and exits with ``exit_code``.
+    The command line prints it without a traceback and exits with ``exit_code``. What the parts quote may come from
+    anywhere: as a string they are three lines at most, and no command for a terminal or a CI.
     """
 
     exit_code = 1
@@ -24,11 +27,11 @@ class CompressError(Exception):
         self.args = (self.what,)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [terminal(self.what)]
         if self.where:
-            lines.append(f"  where: {self.where}")
+            lines.append(f"  where: {terminal(self.where)}")
         if self.fix:
-            lines.append(f"  fix:   {self.fix}")
+            lines.append(f"  fix:   {terminal(self.fix)}")
         return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ def run(
                 with disk_errors(out):
                     record["files"] = {name: str(out / name) for name in outputs.write(record, beside)}
         if to is not None:
-            append(to, outputs.markdown(record) + "\n")
+            append(to, outputs.summary(record) + "\n")
     except UsageError:
         raise
     except CompressError as e:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from compress.charts import Chart, charts
+from compress.escape import html, script_json
 
 NAME = "report.html"
 
@@ -57,15 +55,15 @@ def page(report: Mapping[str, Any], text: str, folder: Path) -> str:
             '<meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
+            f"<title>{html(title)}</title>",
             f"<style>\n{style}</style>",
             "</head>",
             "<body>",
             '<header><span>compress</span><button id="theme" type="button" hidden>dark</button></header>',
             f"<main>\n{body}</main>",
-            f"<footer>report.json {escape(report['sha256'])}</footer>",
+            f"<footer>report.json {html(report['sha256'])}</footer>",
             '<div id="tip" role="status" hidden></div>',
-            f'<script type="application/json" id="charts">{embedded(found)}</script>',
+            f'<script type="application/json" id="charts">{script_json(found)}</script>',
             f"<script>{script}</script>",
             "</body>",
             "</html>",
@@ -74,14 +72,8 @@ def page(report: Mapping[str, Any], text: str, folder: Path) -> str:
     )
 
 
-def embedded(value: Any) -> str:
-    """JSON that cannot end the element it stands in, nor be read as markup."""
-    text = json.dumps(value, ensure_ascii=True)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
 def _render(text: str, found: Sequence[Chart], folder: Path) -> tuple[str, str]:
-    """(HTML of the Markdown with its pictures replaced by figures, the text of its first heading)."""
+    """(HTML of the Markdown with its pictures replaced by figures, its first heading as plain text)."""
     from markdown_it import MarkdownIt
     from markdown_it.token import Token
 
@@ -96,19 +88,20 @@ def _render(text: str, found: Sequence[Chart], folder: Path) -> tuple[str, str]:
             return "".join(_figure(by_id[n]) for n in _together(name, by_id, shown))
         picture = folder / source
         if Path(source).is_absolute() or ".." in Path(source).parts or not picture.is_file():
-            return escape(caption)
+            return html(caption)
         data = base64.b64encode(picture.read_bytes()).decode()
-        return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        return f'<img alt="{html(caption)}" src="data:image/png;base64,{data}">'
 
     tokens = reader.parse(text)
-    title = next((t.content for before, t in pairwise(tokens) if before.tag == "h1"), "report")
+    heading = next((t for before, t in pairwise(tokens) if before.tag == "h1"), None)
+    title = "".join(t.content for t in heading.children or ()) if heading is not None else "report"
     reader.renderer.rules["image"] = image  # type: ignore[attr-defined]
     body = reader.renderer.render(tokens, reader.options, {})
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     left = [chart for chart in found if chart["id"] not in shown]
     if left:
         body += "<h2>More plots</h2>\n" + "".join(_figure(chart) for chart in left)
-    return body, _unescaped(title)
+    return body, title
 
 
 def _together(name: str, by_id: Mapping[str, Chart], shown: set[str]) -> list[str]:
@@ -121,12 +114,7 @@ def _together(name: str, by_id: Mapping[str, Chart], shown: set[str]) -> list[st
 
 def _figure(chart: Chart) -> str:
     return (
-        f'<figure class="chart" id="chart-{escape(chart["id"])}" data-chart="{escape(chart["id"])}">'
-        f"<figcaption>{escape(chart['title'])}</figcaption>"
+        f'<figure class="chart" id="chart-{html(chart["id"])}" data-chart="{html(chart["id"])}">'
+        f"<figcaption>{html(chart['title'])}</figcaption>"
         "<noscript>The plot is drawn by a script of this file; the tables need none.</noscript></figure>\n"
     )
-
-
-def _unescaped(markdown: str) -> str:
-    """The plain text of a heading that `compress.card.escape` has escaped."""
-    return re.sub(r"\\([\\`*_{}\[\]<>#|!~&])", r"\1", markdown)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.escape import line
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -41,12 +41,6 @@ LICENSES = frozenset(
 )
 
 
-def plain(text: object) -> str:
-    """Text from outside as one line without control characters: what may stand in the head."""
-    kept = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in str(text))
-    return re.sub(r"\s+", " ", kept).strip()
-
-
 def card_data(
     report: Mapping[str, Any],
     *,
@@ -71,7 +65,7 @@ def card_data(
     base = model["base_model"] if model["base_model"] and is_repo(model["base_model"]) else None
     if base:
         more["base_model_relation"] = "finetune"
-    license_ = plain(model["license"] or "") or None
+    license_ = line(model["license"] or "") or None
     if license_ and license_ not in LICENSES:
         more["license_name"] = re.sub(r"[^a-z0-9.]+", "-", license_.lower()).strip("-") or "unnamed"
         license_ = "other"
@@ -82,10 +76,10 @@ def card_data(
         base_model=base,
         library_name=library,
         pipeline_tag=task,
-        tags=["pruned", *tags, plain(report["recipe"]["method"]), *(plain(f) for f in report.get("export") or {})],
+        tags=["pruned", *tags, line(report["recipe"]["method"]), *(line(f) for f in report.get("export") or {})],
         datasets=datasets or None,
         metrics=sorted({r.metric_type for r in measured}) or None,
-        model_name=f"{plain(model['name'])}-pruned-{round(100 * removed)}" if measured else None,
+        model_name=f"{line(model['name'])}-pruned-{round(100 * removed)}" if measured else None,
         eval_results=measured or None,
         **more,
     )
@@ -129,9 +123,9 @@ def text_results(report: Mapping[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset,
-            dataset_name=plain(title),
-            metric_type=plain(metric),
-            metric_name=plain(metric),
+            dataset_name=line(title),
+            metric_type=line(metric),
+            metric_name=line(metric),
             metric_value=round(value, 4),
         )
         for (_, title, _, metric, value), dataset in zip(rows, _datasets([r[:3] for r in rows]), strict=True)
@@ -145,17 +139,17 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
     data = report["data"]
     # Where a task has several measures, its main one stands in the head.
     rows = [r for r in (report.get("quality") or {}).get("tasks", ()) if r.get("main", r["metric"] != "loss")]
-    name = f"{plain(data['source'])} (held out)"
+    name = f"{line(data['source'])} (held out)"
     types = {t["name"]: task_type(t, data["input"]) for t in data["tasks"]}
     return [
         EvalResult(
             task_type=types[row["task"]],
-            task_name=plain(row["task"]),
+            task_name=line(row["task"]),
             dataset_type=slug(data["source"]),
             dataset_name=name,
-            dataset_config=plain(row["task"]),
-            metric_type=plain(row["metric"]),
-            metric_name=f"{plain(row['metric'])}, {plain(row['task'])}",
+            dataset_config=line(row["task"]),
+            metric_type=line(row["metric"]),
+            metric_name=f"{line(row['metric'])}, {line(row['task'])}",
             metric_value=round(row["pruned"], 4),
         )
         for row in rows
@@ -165,10 +159,10 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
 def task_type(task: Mapping[str, Any], shape: Sequence[int]) -> str:
     """The hub's word for a network's task: what the report says, or what its kind and its input's shape come to."""
     if task.get("type"):
-        return plain(task["type"])
+        return line(task["type"])
     if task["kind"] == "classes":
         return "image-classification" if len(shape) == 3 else "time-series-classification"
-    return plain(task["kind"])
+    return line(task["kind"])
 
 
 def pipeline_tag(data: Mapping[str, Any]) -> str | None:
@@ -183,7 +177,7 @@ def results(report: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def slug(text: object) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", plain(text).lower()).strip("-") or "unnamed"
+    return re.sub(r"[^a-z0-9]+", "-", line(text).lower()).strip("-") or "unnamed"
 
 
 def _datasets(rows: Sequence[tuple[str, str, str | None]]) -> list[str]:

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 from compress.card import (
     INHERITED,
     again,
-    code,
     conditions,
-    escape,
-    faster,
     limits,
-    milliseconds,
     runtimes,
     targets,
     why,
     write_readme,
 )
+from compress.escape import caption, cell, code, markdown
+from compress.export.bench.stats import found_in
 from compress.metadata import card_data, network_results, pipeline_tag
 from compress.network import latencies
-from compress.plots import DENSE, PRUNED, draw
+from compress.plots import DENSE, PRUNED, Plot, draw, wrapped
+from compress.wording import counted, milliseconds, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -53,25 +52,25 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
     which = "prunable weights" if _left_out(report) else "weights"
     title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned"
-    lines = [f"# {escape(title)}", ""]
+    lines = [f"# {markdown(title)}", ""]
     if size["ranks"]:
         how = (
             "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
-            f" is really smaller (r_W {size['ranks']['r_W']}, r_U {size['ranks']['r_U']})"
+            f" is really smaller (r_W {size['ranks']['r_W']:,}, r_U {size['ranks']['r_U']:,})"
         )
     elif options["schedule"] == "gradual":
         how = (
             f"the smallest of all layers' weights were set to zero while it was trained from the start"
-            f" ({options['shape']} schedule, reached by {100 * options['until']:g} % of the epochs)"
+            f" ({markdown(options['shape'])} schedule, reached by {100 * options['until']:g} % of the epochs)"
         )
     else:
         how = "the smallest of all layers' weights were set to zero once"
     trained = recipe.get("finetune")
     lines += [
         f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {how}"
-        + (f"; then {trained['epochs']} epochs of training followed." if trained else ".")
-        + f" Data: {escape(data['source'])}; {data['samples']['train']:,} samples trained on,"
-        f" {data['samples']['test']:,} held out. Weights: {escape(model['source'])}.",
+        + (f"; then {counted(trained['epochs'], 'epoch')} of training followed." if trained else ".")
+        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
+        f" {data['samples']['test']:,} held out. Weights: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -99,19 +98,19 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         ]
     if report["empty_layers"]:
         lines += [
-            f"**{len(report['empty_layers'])} layers have lost every weight** (such as"
+            f"**{counted(len(report['empty_layers']), 'layer has', 'layers have')} lost every weight** (such as"
             f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
             "",
         ]
     lines += _left_out(report)
     lines += targets(report)
-    for name, caption in (
+    for name, title in (
         ("sparsity-per-layer", "What each layer gave up"),
         ("accuracy", "Quality against sparsity"),
         ("latency", "Latency, dense and pruned"),
     ):
         if name in images:
-            lines += [f"![{caption}]({images[name]})", ""]
+            lines += [f"![{title}]({images[name]})", ""]
     lines += _layers(report)
     lines += _loading(report)
     lines += ["## Checks", "", *loaded_lines(report), *parity_lines(report)]
@@ -124,7 +123,7 @@ def quality_rows(report: Mapping[str, Any]) -> list[str]:
     for row in report["quality"]["tasks"]:
         way = "higher" if row["higher_is_better"] else "lower"
         rows.append(
-            f"| {escape(row['metric'])}, {escape(row['task'])} ({way} is better) | {row['dense']:.4f} |"
+            f"| {markdown(row['metric'])}, {markdown(row['task'])} ({way} is better) | {row['dense']:.4f} |"
             f" {row['pruned']:.4f} | {row['pruned'] - row['dense']:+.4f} |"
         )
     return rows
@@ -139,10 +138,10 @@ def latency_rows(report: Mapping[str, Any]) -> list[str]:
     measured = latencies(report)
     rows = []
     for runtime, bench in measured.items():
-        a, b, ratio = bench["dense"]["latency"], bench["pruned"]["latency"], bench["ratios"]["latency"]
+        a, b = bench["dense"]["latency"], bench["pruned"]["latency"]
         rows.append(
-            f"| latency, batch {bench['spec']['batch']}, {runtime} | {milliseconds(a['median'])} |"
-            f" {milliseconds(b['median'])} | {faster(ratio)} |"
+            f"| latency, batch {markdown(bench['spec']['batch'])}, {runtime} | {milliseconds(a['median'])} |"
+            f" {milliseconds(b['median'])} | {found_in(bench, 'latency').words} |"
         )
     return [
         *rows,
@@ -157,8 +156,8 @@ def latency_rows(report: Mapping[str, Any]) -> list[str]:
 
 def loaded_lines(report: Mapping[str, Any]) -> list[str]:
     return [
-        f"- Loaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
-        f" (allowed {layout['tolerance']:.1e})."
+        f"- Loaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
+        f" (allowed {small(layout['tolerance'])})."
         for layout in report["verify"]["layouts"]
     ]
 
@@ -167,19 +166,20 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     """What every export was compared with, and how far it is from that."""
     lines = []
     for form, both in (report.get("export") or {}).items():
-        facts, title = both["pruned"], escape(form.upper())
+        facts, title = both["pruned"], markdown(form.upper())
         if "skipped" in facts:
-            lines.append(f"- {title}: built, and not run where it was built ({escape(facts['skipped'])}).")
+            lines.append(f"- {title}: built, and not run where it was built ({markdown(facts['skipped'])}).")
             continue
         agree = "".join(
-            f"; the largest class of {escape(k)} is the same for {100 * v:.0f} %"
+            f"; the largest class of {markdown(k)} is the same for {100 * v:.0f} %"
             for k, v in facts.get("agree", {}).items()
         )
         reference = "torch" if form in ("onnx", "mnn") else "ONNX"
         lines.append(
-            f"- {title} against {reference} on {facts['samples']} held-out samples:"
-            f" {facts['outputs_compared']} outputs differ by at most {facts['largest_difference']:.1e} of their"
-            f" largest value{agree}."
+            f"- {title} against {reference} on {counted(facts['samples'], 'held-out sample')}:"
+            f" {counted(facts['outputs_compared'], 'output')} "
+            f"{'differs' if facts['outputs_compared'] == 1 else 'differ'} by at most"
+            f" {small(facts['largest_difference'])} of the largest value{agree}."
         )
     return lines
 
@@ -188,8 +188,8 @@ def closing(report: dict[str, Any]) -> list[str]:
     """How every number is made again, and what was not measured."""
     data = report["data"]
     said = (
-        f"It was judged on {data['samples']['test']:,} held-out samples of {escape(data['source'])} alone; on other"
-        " data, under noise or another camera or sensor, nothing was measured."
+        f"It was judged on {counted(data['samples']['test'], 'held-out sample')} of {markdown(data['source'])} alone;"
+        " on other data, under noise or another camera or sensor, nothing was measured."
     )
     return ["", *again(report), *limits(report, [said, INHERITED])]
 
@@ -207,7 +207,7 @@ def _left_out(report: Mapping[str, Any]) -> list[str]:
     if unknown:
         said += f" Of {unknown} of them the FLOPs are not known, or they are counted with their layer."
     rows = [
-        f"| {code(row['name'])} | {escape(row['kind'])} | {row['weights']:,} | {escape(row['reason'])} |"
+        f"| {cell(row['name'])} | {markdown(row['kind'])} | {row['weights']:,} | {markdown(row['reason'])} |"
         for row in left["parameters"]
     ]
     return [said, "", "| left out | layer | weights | why |", "|---|---|---|---|", *rows, ""]
@@ -222,9 +222,9 @@ def _layers(report: dict[str, Any]) -> list[str]:
     ]
     for row in report["layers"]:
         floor = f"{row['floor']:,}" if row["floor"] else ""
-        tied = f" (one with {code(row['tied_to'])})" if "tied_to" in row else ""
+        tied = f" (one with {cell(row['tied_to'])})" if "tied_to" in row else ""
         lines.append(
-            f"| {code(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
+            f"| {cell(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
             f" {row['flops']['dense']:,} |"
             f" {row['flops']['sparse']:,} |"
         )
@@ -258,17 +258,21 @@ def _loading(report: dict[str, Any]) -> list[str]:
 
 def draw_network(report: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Draws what the report has figures for; returns name -> PNG."""
-    plots: dict[str, Any] = {"sparsity-per-layer": _sparsity}
-    if report["quality"]["curve"]:
-        plots["accuracy"] = _accuracy
-    return draw_with_latency(report, folder, plots)
+    return draw(report, folder, plots_of(report), latency=False)
 
 
-def draw_with_latency(report: dict[str, Any], folder: Path, plots: Mapping[str, Any]) -> dict[str, Path]:
-    """Draws ``plots``, and the latency where it was measured: one figure here, with a plot of its own."""
-    own = {"latency": _latency} if "bench" in report else {}
-    others = {k: v for k, v in report.items() if k != "bench"}
-    return draw(others | {"latency": report.get("bench")}, folder, {**plots, **own})
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of a network's report can be drawn."""
+    accuracy = {"accuracy": _accuracy} if report["quality"]["curve"] else {}
+    return {"sparsity-per-layer": _sparsity, **accuracy, **latency_plot(report)}
+
+
+def latency_plot(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """One figure here, with a plot of its own; none where it was not measured."""
+    return {"latency": _latency} if "bench" in report else {}
+
+
+SLANTED: dict[str, Any] = {"rotation": 60, "fontsize": 6, "ha": "right", "rotation_mode": "anchor"}
 
 
 def _sparsity(report: dict[str, Any], plt: Any) -> Any:
@@ -283,15 +287,16 @@ def _sparsity(report: dict[str, Any], plt: Any) -> Any:
             axis.plot([i - 0.4, i + 0.4], [most, most], color="black", lw=1.5, label="floor" if first else None)
             first = False
     axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="whole network")
-    axis.set_ylim(0, 102)
+    axis.set_ylim(0, 125)  # the legend has room above the bars
+    axis.set_yticks(range(0, 101, 20))
     axis.set_ylabel("pruned, %")
     axis.set_xlabel("layer, from the input")
     if len(rows) <= 24:
         axis.set_xticks(
-            list(at), [r["name"].removesuffix(".weight") for r in rows], rotation=70, fontsize=6, ha="right"
+            list(at), [caption(r["name"].removesuffix(".weight"), 30) for r in rows], **SLANTED
         )
     axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
     return figure
 
 
@@ -303,24 +308,32 @@ def _accuracy(report: dict[str, Any], plt: Any) -> Any:
         points = [(100 * p["sparsity"], p["tasks"][row["task"]][row["metric"]]) for p in report["quality"]["curve"]]
         points.append((100 * report["size"]["pruned_share"], row["pruned"]))
         points = sorted(set(points))
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=f"{row['metric']}, {row['task']}")
-        axis.axhline(row["dense"], color=line.get_color(), lw=1, ls="--", label=f"dense, {row['task']}")
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=caption(f"{row['metric']}, {row['task']}"))
+        axis.axhline(row["dense"], color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {row['task']}"))
     axis.set_xlabel("weights pruned, %")
+    axis.set_ylabel(measures(report))
     axis.set_title("Quality against sparsity, each point trained alike")
     axis.legend(frameon=False, fontsize=8)
     return figure
 
 
+def measures(report: Mapping[str, Any]) -> str:
+    """For an axis: the one measure that all tasks are judged by, or what holds for several."""
+    names = {row["metric"] for row in report["quality"]["tasks"] if row["main"]}
+    return caption(names.pop()) if len(names) == 1 else "quality, each task by its own measure"
+
+
 def _latency(report: dict[str, Any], plt: Any) -> Any:
-    bench = report["latency"]
+    bench = report["bench"]
     figure, axis = plt.subplots(figsize=(7, 2.6))
     for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
         medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
         axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
-        axis.plot([sorted(medians)[len(medians) // 2]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
+        axis.plot([1000 * bench[label]["latency"]["median"]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
     axis.set_yticks([0, 1], ["dense", "pruned"])
-    axis.set_ylim(-0.6, 1.6)
+    axis.set_ylim(1.6, -0.6)
+    axis.margins(x=0.06)
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process")
-    axis.set_title("Latency, measured")
+    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process, the bar their median")
+    axis.set_title(wrapped(f"Latency: {found_in(bench, 'latency').words}", 80))
     return figure

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 from compress.reload_network import Reloaded
 from compress.sections import DataSpec, NetworkBench, NetworkExport
+from compress.wording import counted, small
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions
@@ -186,7 +187,8 @@ def export_lines(facts: dict[str, Any]) -> list[str]:
 
     return [
         *(f"onnx     {name}: {size:,} bytes" for name, size in facts["bytes"].items()),
-        f"parity   {facts['samples']} held-out samples, largest relative difference {facts['largest_difference']:.1e}",
+        f"parity   {counted(facts['samples'], 'held-out sample')}, largest relative difference"
+        f" {small(facts['largest_difference'])}",
         *(f"agree    {name}: {100 * share:.0f} % of the classes" for name, share in facts["agree"].items()),
         *lines(facts),
     ]
@@ -218,6 +220,8 @@ def bench(
 
 
 def bench_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.export.bench.stats import found_in
+
     lines = []
     for label in ("dense", "pruned"):
         m = facts[label]["latency"]
@@ -229,8 +233,7 @@ def bench_lines(facts: dict[str, Any]) -> list[str]:
             f"latency {label:7} {1000 * m['median']:8.3f} ms  (between processes {100 * m['spread_between']:.1f} %,"
             f" within {100 * m['all']['spread_within']:.1f} %; {', '.join(phases) or 'load and first are not told'})"
         )
-    ratio = facts["ratios"]["latency"]
-    lines.append(f"latency ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
+    lines.append(f"latency ratio   {found_in(facts, 'latency').words}")
     for label in ("dense", "pruned"):
         peak = facts[label]["peak_rss"]
         told = f"{peak / 1e6:8.0f} MB" if peak is not None else "not told   "

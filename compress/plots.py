@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from compress.escape import caption
+from compress.export.bench.stats import found_in
+from compress.wording import number
 
 # Two colours that stay apart for colour-blind readers and in grey.
 DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
@@ -23,35 +29,79 @@ def draw(
         plots: by name, in place of those of a method that removes whole units; latency comes with either.
         latency: draws the report's own, where it has one.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = dict(plots or {name: job for name, job in DRAWN.items() if name != "latency"})
+    if latency and "bench" in report:
+        jobs["latency"] = _latency
+    drawn = {}
+    for name, figure in figures(report, jobs):
+        drawn[name] = folder / f"{name}.png"
+        figure.savefig(drawn[name], metadata={"Software": None})
+    return drawn
+
+
+STYLE: dict[Any, Any] = {
+    "figure.dpi": 130,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e6e8ec",
+    "axes.axisbelow": True,
+    "font.size": 9,
+    "text.parse_math": False,  # a name with $ in it is no formula
+}
+
+
+def figures(report: dict[str, Any], jobs: Mapping[str, Plot]) -> Iterator[tuple[str, Any]]:
+    """(name, matplotlib figure) of each plot, laid out and ready to be saved; each is closed behind its turn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    style: Any = {
-        "figure.dpi": 130,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.grid.axis": "y",
-        "grid.color": "#e6e8ec",
-        "axes.axisbelow": True,
-        "font.size": 9,
-        "text.parse_math": False,  # a name with $ in it is no formula
-    }
-    drawn = {}
-    with plt.rc_context(style):
-        jobs = dict(plots or {"sparsity-per-layer": _layers, "search": _search, "perplexity": perplexity})
-        if latency and "bench" in report:
-            jobs["latency"] = _latency
-        for name, job in jobs.items():
+    for name, job in jobs.items():
+        with plt.rc_context(STYLE):
             figure = job(report, plt)
+            for axes in figure.axes:
+                _plain_ticks(axes)
             figure.tight_layout()
-            drawn[name] = folder / f"{name}.png"
-            figure.savefig(drawn[name], metadata={"Software": None})
+            yield name, figure
             plt.close(figure)
-    return drawn
+
+
+def _plain_ticks(axes: Any) -> None:
+    """Labels as a person writes numbers. matplotlib's own of a log scale are formulas, which are not read here."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
+
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        low, high = sorted(limits)
+        if axis.get_scale() == "log":
+            powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+            at = [v for v in (m * 10.0**p for p in powers for m in (1, 2, 5)) if low <= v <= high]
+            if len(at) < 3:
+                at = [v for v in MaxNLocator(6).tick_values(low, high) if low <= v <= high]
+            axis.set_major_locator(FixedLocator(at))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+        elif isinstance(axis.get_major_formatter(), ScalarFormatter):
+            if max(abs(low), abs(high)) >= 10_000:
+                axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+            else:
+                axis.get_major_formatter().set_useOffset(False)
+                axis.get_major_formatter().set_scientific(False)
+
+
+def wrapped(text: str, width: int = 42) -> str:
+    """For a title above a plot that is not wide."""
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def whole_steps(axis: Any) -> None:
+    """Ticks where something is counted, such as layers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _layers(report: dict[str, Any], plt: Any) -> Any:
@@ -66,6 +116,7 @@ def _layers(report: dict[str, Any], plt: Any) -> Any:
         axis.set_ylabel(f"{title}\nremoved, %")
         axis.set_ylim(0, 100)
     axes[1].set_xlabel("layer")
+    whole_steps(axes[1].xaxis)
     axes[0].set_title(
         f"What each layer gave up: {100 * report['size']['backbone_removed']:.1f} % of the backbone in all"
     )
@@ -121,10 +172,10 @@ def perplexity(
     for text in report["quality"]["texts"]:
         xs = [0.0, *(100 * point[share] for point in curve)]
         ys = [text["dense_ppl"], *(point["texts"][text["name"]] for point in curve)]
-        (line,) = axis.plot(xs, ys, "o--", lw=1, ms=3, label=text["name"])
+        (line,) = axis.plot(xs, ys, "o--", lw=1, ms=3, label=caption(text["name"]))
         axis.plot([removed], [text["pruned_ppl"]], "*", ms=13, color=line.get_color())
         axis.annotate(
-            f"{text['pruned_ppl']:.1f}",
+            number(text["pruned_ppl"]),
             (removed, text["pruned_ppl"]),
             xytext=(8, -3),
             textcoords="offset points",
@@ -134,6 +185,7 @@ def perplexity(
     if curve:
         axis.plot([], [], "o--", lw=1, ms=3, color="black", label=others)
     axis.set_yscale("log")
+    axis.margins(y=0.12)
     axis.set_xlim(-2, max([removed, *(100 * point[share] for point in curve)]) * 1.08)
     axis.set_xlabel(f"{unit}, %")
     axis.set_ylabel("perplexity (log scale)")
@@ -142,30 +194,44 @@ def perplexity(
     return figure
 
 
+def _smaller(bench: Mapping[str, Any]) -> str:
+    ratio = f"{bench['dense']['bytes'] / bench['pruned']['bytes']:.2f}x"
+    return "no change" if ratio == "1.00x" else ratio
+
+
 def _latency(report: dict[str, Any], plt: Any) -> Any:
     bench = report["bench"]
     figure, axes = plt.subplots(1, 3, figsize=(7.4, 3))
     spec = bench["spec"]
     for axis, key, title in (
-        (axes[0], "ttft", f"TTFT, {spec['prompt']} tokens\nms"),
-        (axes[1], "tpot", f"TPOT at {spec['context']} tokens\nms"),
+        (axes[0], "ttft", f"TTFT, {spec['prompt']} tokens"),
+        (axes[1], "tpot", f"TPOT at {spec['context']} tokens"),
     ):
         for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
             values = [1000 * v for v in bench[label][key]["process_medians"]]
             middle = 1000 * bench[label][key]["median"]
             axis.bar(x, middle, color=colour, width=0.65)
             axis.errorbar(x, middle, [[middle - min(values)], [max(values) - middle]], color="black", capsize=4, lw=1)
-            axis.annotate(f"{middle:.3g}", (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
-        ratio = bench["ratios"][key]
-        axis.set_title(f"{title}", loc="left")
-        axis.set_xticks([0, 1], ["dense", f"pruned\n{ratio['median']:.2f}x"])
+            axis.annotate(number(middle), (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
+        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_ylabel("ms")
+        axis.set_xticks([0, 1], ["dense", f"pruned\n{found_in(bench, key).short}"])
         axis.margins(y=0.15)
     axis = axes[2]
     for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
         size = bench[label]["bytes"] / 1e6
         axis.bar(x, size, color=colour, width=0.65)
-        axis.annotate(f"{size:.3g}", (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
-    axis.set_title("ONNX files\nMB", loc="left")
-    axis.set_xticks([0, 1], ["dense", f"pruned\n{bench['dense']['bytes'] / bench['pruned']['bytes']:.2f}x"])
+        axis.annotate(number(size), (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
+    axis.set_title("ONNX files", loc="left", fontsize=10)
+    axis.set_ylabel("MB")
+    axis.set_xticks([0, 1], ["dense", f"pruned\n{_smaller(bench)}"])
     axis.margins(y=0.15)
     return figure
+
+
+DRAWN: dict[str, Plot] = {
+    "sparsity-per-layer": _layers,
+    "search": _search,
+    "perplexity": perplexity,
+    "latency": _latency,
+}

@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from compress import distributed
+from compress.escape import terminal
 
 QUIET_SECONDS = 2.0  # shorter work shows nothing
 LINE_SECONDS = 15.0  # distance of two plain lines
@@ -48,7 +49,7 @@ class Progress:
         spent = now - self._began
         fresh = self.done - self._from
         left = f", {_clock(spent / fresh * (self.total - self.done))} left" if fresh else ""
-        text = f"{self.label} {self.done}/{self.total} ({_clock(spent)}{left}) {self._note}".rstrip()
+        text = terminal(f"{self.label} {self.done}/{self.total} ({_clock(spent)}{left}) {self._note}".rstrip())
         if self._live:
             filled = round(20 * self.done / max(1, self.total))
             print(f"\r\x1b[K[{'#' * filled}{'.' * (20 - filled)}] {text}", end="", file=sys.stderr, flush=True)
@@ -73,4 +74,4 @@ def _clock(seconds: float) -> str:
 def say(text: str) -> None:
     """A line for the person at the terminal, on standard error; of several processes the main one speaks."""
     if distributed.is_main():
-        print(text, file=sys.stderr, flush=True)
+        print(terminal(text), file=sys.stderr, flush=True)

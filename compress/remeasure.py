@@ -16,9 +16,9 @@ from typing import Any
 from compress.cache import sha256_of
 from compress.dense import Dense, find_dense
 from compress.errors import CompressError
+from compress.export.bench.stats import FEWEST, finding
 from compress.verification import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict, inside
 
-ENOUGH = 5  # fresh processes a model, for an interval that can contradict another
 SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
 
 
@@ -228,7 +228,7 @@ def _latency(subject: Subject, dense: Dense) -> list[Claim]:
                 if isinstance(beside, Claim):
                     claims.append(beside)
                     raise CompressError("the export of the dense model that is here is another", where=beside.found)
-                spec = {**record["spec"], "processes": max(ENOUGH, record["spec"]["processes"])}
+                spec = {**record["spec"], "processes": max(FEWEST, record["spec"]["processes"])}
                 found = _measure(subject, form, beside, spec)
         except CompressError as e:
             why = f"{e.what} ({e.where})" if e.where else e.what
@@ -339,8 +339,8 @@ def judge(said: Mapping[str, float], found: Mapping[str, float], processes: int)
             way round, once in 252 times; of two, once in 6.
     """
     if found["high"] < said["low"]:
-        if processes < ENOUGH:
-            return OPEN, f"slower, but {processes} processes are too few for an interval ({ENOUGH} are needed)"
+        if processes < FEWEST:
+            return OPEN, f"slower, but {processes} processes are too few for an interval ({FEWEST} are needed)"
         return FAILS, "slower here than the report's interval allows"
     if found["low"] > said["high"]:
         return HOLDS, "faster here than the report says"
@@ -348,7 +348,7 @@ def judge(said: Mapping[str, float], found: Mapping[str, float], processes: int)
 
 
 def interval(ratio: Mapping[str, float]) -> str:
-    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return finding(ratio).words
 
 
 def _cpus(report: Mapping[str, Any]) -> str:

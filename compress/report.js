@@ -131,14 +131,14 @@
         const text = label(row.length > fits ? row.slice(0, fits - 1) + "\u2026" : row, left - 8, y + 4, { "text-anchor": "end" });
         make(text, "title", {}, row);
         for (const series of live) {
-          const fill = colour(series, series.index);
           for (const point of series.points.filter((p) => p.x === row)) {
+            const fill = point.quiet ? "var(--quiet)" : colour(series, series.index);
             if (point.low !== undefined)
               make(svg, "line", { x1: x(point.low), x2: x(point.high), y1: y, y2: y, stroke: fill, "stroke-width": 3 });
             tell(make(svg, "circle", { cx: x(point.y), cy: y, r: 5, fill, "fill-opacity": 0.8 }), words(chart, series, point), point.y);
           }
           if (series.median !== undefined && series.points[0].x === row)
-            make(svg, "line", { x1: x(series.median), x2: x(series.median), y1: y - 12, y2: y + 12, stroke: fill, "stroke-width": 2.5 });
+            make(svg, "line", { x1: x(series.median), x2: x(series.median), y1: y - 12, y2: y + 12, stroke: colour(series, series.index), "stroke-width": 2.5 });
         }
       });
       return;

@@ -200,10 +200,12 @@ def perplexity_lines(report: dict[str, Any]) -> list[str]:
 
 def latency_line(label: str, bench: dict[str, Any], key: str, digits: int = 1, where: str = "") -> str:
     """What the command line says of one latency, dense against pruned."""
-    dense, pruned, ratio = bench["dense"][key], bench["pruned"][key], bench["ratios"][key]
+    from compress.export.bench.stats import found_in
+
+    dense, pruned = bench["dense"][key], bench["pruned"][key]
     return (
         f"{label:8} {1000 * dense['median']:.{digits}f} ms -> {1000 * pruned['median']:.{digits}f} ms"
-        f" ({ratio['median']:.2f}x as fast, 95 %: {ratio['low']:.2f} to {ratio['high']:.2f}{where})"
+        f" ({found_in(bench, key).words}{where})"
     )
 
 

@@ -19,6 +19,7 @@ from compress.pipeline import STAGES, bench, evaluate, export, fixed_tokens, per
 from compress.recipe import TextRecipe
 from compress.run import Run, read_seal, seal_hash
 from compress.setup import Setup, Windows, prepare
+from compress.wording import small
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -328,13 +329,13 @@ def lines(report: dict[str, Any]) -> list[str]:
         said.append(f"flops    {flops['dense'] / 1e6:.1f} M a token dense, {flops['sparse'] / 1e6:.1f} M without zeros")
     for layout in report.get("verify", {}).get("layouts", ()):
         said.append(
-            f"reloaded in a clean process as {layout['class']}: logits differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})"
+            f"reloaded in a clean process as {layout['class']}: logits differ by"
+            f" {small(layout['max_logit_difference'])} (allowed {small(layout['tolerance'])})"
         )
     said += perplexity_lines(report)
     if "export" in report:
         pruned = report["export"]["onnx"]["pruned"]
-        said.append(f"onnx     outputs agree with torch to {pruned['largest_difference']:.1e}")
+        said.append(f"onnx     outputs agree with torch to {small(pruned['largest_difference'])}")
     if "bench" in report:
         said += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
     said.append(run_line(report))

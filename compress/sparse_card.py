@@ -11,8 +11,6 @@ from compress.card import (
     INHERITED,
     again,
     beginning,
-    code,
-    escape,
     latency_rows,
     limits,
     loading,
@@ -22,7 +20,10 @@ from compress.card import (
     text_metadata,
     write_readme,
 )
+from compress.escape import code, markdown
+from compress.export.bench.stats import found_in
 from compress.plots import DENSE, PRUNED, Plot, perplexity
+from compress.wording import counted, megabytes, small
 
 
 def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
@@ -35,13 +36,13 @@ def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, quality, model = report["size"], report["quality"], report["model"]
     bytes_, flops, total = size["bytes"], size["flops_per_token"], size["total_parameters"]
-    lines = [f"# {escape(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
+    lines = [f"# {markdown(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
     which = "of every 4 consecutive inputs the 2 smallest" if size["pattern"] == "2:4" else "the smallest of all layers"
     lines += [
         f"{code(model['base_model'] or model['name'])} pruned by magnitude with the recipe"
         f" {code(report['recipe']['method'])} of `compress`: {which} are zero, in place; nothing was trained"
         " afterwards."
-        f" Weights were taken from: {escape(model['source'])}.",
+        f" Weights were taken from: {markdown(model['source'])}.",
         "",
         "## What was won and what was lost",
         "",
@@ -50,9 +51,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         _row("non-zeros, pruned layers", size["dense_nonzero_weights"], size["nonzero_weights"]),
         _row("non-zeros, all parameters", size["dense_nonzero_parameters"], size["nonzero_parameters"]),
         _row("FLOPs a token (pruned: without zeros)", flops["dense"], flops["sparse"]),
-        f"| weight files, packed | {bytes_['dense'] / 1e6:.1f} MB | {bytes_['packed'] / 1e6:.1f} MB |"
+        f"| weight files, packed | {megabytes(bytes_['dense'])} | {megabytes(bytes_['packed'])} |"
         f" {bytes_['packed'] / bytes_['dense']:.2f}x |",
-        f"| weight files, as they load | {bytes_['dense'] / 1e6:.1f} MB | {bytes_['saved'] / 1e6:.1f} MB |"
+        f"| weight files, as they load | {megabytes(bytes_['dense'])} | {megabytes(bytes_['saved'])} |"
         f" {bytes_['saved'] / bytes_['dense']:.2f}x |",
         *quality_rows(quality),
     ]
@@ -62,10 +63,10 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     lines += ["", _speed(bench, size["pattern"]), ""]
     first = quality["texts"][0]
     lines += [
-        f"Pruned are {len(report['layers'])} layers with {size['prunable_weights']:,} of {total:,} parameters; norms"
-        " and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
+        f"Pruned: {counted(len(report['layers']), 'layer')} with {size['prunable_weights']:,} of {total:,} parameters;"
+        " norms and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
         f" {_floors(report)}"
-        f" Perplexity: {first['windows']} windows of {first['length']} tokens a text; no text was"
+        f" Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text; no text was"
         " calibrated on." + beginning(report),
         "",
     ]
@@ -89,8 +90,8 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     for layout in report["verify"]["layouts"]:
         lines.append(
             f"- loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {layout['max_logit_difference']:.1e} from those of the dense model masked in memory (allowed"
-            f" {layout['tolerance']:.1e})"
+            f" {small(layout['max_logit_difference'])} from those of the dense model masked in memory (allowed"
+            f" {small(layout['tolerance'])})"
         )
     lines += [
         f"- {size['pruned_weights']:,} weights were pruned, which is the number asked for; the non-zeros were counted"
@@ -117,13 +118,13 @@ def _speed(bench: dict[str, Any] | None, pattern: str) -> str:
         " do: the gain is the packed size."
     )
     if bench:
-        ratios = [bench["ratios"][key] for key in ("ttft", "tpot")]
-        if all(r["high"] < 1.1 for r in ratios):
+        kinds = {found_in(bench, key).kind for key in ("ttft", "tpot")}
+        if kinds <= {"same", "less"}:
             said += " The latency above is measured, and no faster than the dense model's."
-        elif all(r["low"] > 1 for r in ratios):
+        elif kinds == {"more"}:
             said += " The latency above is measured, and faster than the dense model's."
         else:
-            said += " The latency above is measured; its intervals do not tell the two models apart."
+            said += " The latency above is measured; it does not tell the two models apart."
     else:
         said += " Latency was not measured in this run."
     if pattern == "2:4":
@@ -147,8 +148,10 @@ def _layers(report: dict[str, Any], plt: Any) -> Any:
     at = range(len(rows))
     axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.9)
     limits = [100 * (1 - r["floor"] / r["weights"]) for r in rows]
-    axis.step(at, limits, where="mid", color=DENSE, lw=1, label="the most its floor allows")
-    axis.axhline(100 * report["size"]["pruned_share"], color="black", lw=0.8, ls="--", label="all layers together")
+    if any(r["floor"] for r in rows):
+        ends = [i - 0.45 for i in at], [i + 0.45 for i in at]
+        axis.hlines(limits, *ends, color="black", lw=1.5, label="the most its floor allows")
+    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="all layers together")
     axis.set_ylim(0, 125)
     axis.set_yticks(range(0, 101, 20))
     axis.set_xlabel("layer, first to last")

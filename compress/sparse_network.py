@@ -37,6 +37,7 @@ from compress.network import prepare as _prepare
 from compress.pipeline import STAGES
 from compress.run import Run, seal_hash
 from compress.sections import NetworkRecipe
+from compress.wording import small
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -480,8 +481,8 @@ def lines(report: dict[str, Any]) -> list[str]:
         )
     for layout in report.get("verify", {}).get("layouts", ()):
         found.append(
-            f"reloaded in a clean process: outputs differ by {layout['max_logit_difference']:.1e}"
-            f" (allowed {layout['tolerance']:.1e})"
+            f"reloaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
+            f" (allowed {small(layout['tolerance'])})"
         )
     for row in report.get("quality", {}).get("tasks", ()):
         if row["metric"] != "loss":
@@ -495,7 +496,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         for form, facts in report["export"].items():
             a, b = (sum(facts[k]["bytes"].values()) for k in ("dense", "pruned"))
             off = facts["pruned"].get("largest_difference")
-            told = f"outputs agree to {off:.1e}" if off is not None else f"not run here: {facts['pruned']['skipped']}"
+            told = f"outputs agree to {small(off)}" if off is not None else f"not run: {facts['pruned']['skipped']}"
             found.append(f"{form:8} {a:,} -> {b:,} bytes; {told}")
     for runtime, bench in latencies(report).items():
         found.append(latency_line("latency", bench, "latency", 3, f"; {runtime}"))

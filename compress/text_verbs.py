@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
-from compress.metadata import plain
+from compress.escape import visible
 from compress.recipe import TEXT, BenchSection, ExportSection
+from compress.wording import counted, small
 
 if TYPE_CHECKING:
     from compress.export.formats import BuildOptions
@@ -70,7 +71,7 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     return [
         *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in facts["texts"].items()),
         f"ppl  geometric mean: {facts['geometric_mean']:.3f}",
-        *([f"text every window begins with {plain(' '.join(facts['begins_with']))}"] if facts["begins_with"] else []),
+        *([f"text every window begins with {visible(' '.join(facts['begins_with']))}"] if facts["begins_with"] else []),
         *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in facts["tasks"]),
     ]
 
@@ -97,7 +98,8 @@ def export_lines(facts: dict[str, Any]) -> list[str]:
 
     return [
         *(f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in facts["bytes"].items()),
-        f"parity   {facts['outputs_compared']} outputs, largest relative difference {facts['largest_difference']:.1e}",
+        f"parity   {counted(facts['outputs_compared'], 'output')}, largest relative difference"
+        f" {small(facts['largest_difference'])}",
         f"greedy   {facts['greedy']['tokens']} tokens equal torch's",
         *lines(facts),
     ]
@@ -124,9 +126,10 @@ def bench(
 
 
 def bench_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.export.bench.stats import found_in
+
     lines = []
     for key in ("ttft", "tpot"):
-        ratio = facts["ratios"][key]
         for label in ("dense", "pruned"):
             m = facts[label][key]
             lines.append(
@@ -134,7 +137,7 @@ def bench_lines(facts: dict[str, Any]) -> list[str]:
                 f" within {100 * m['all']['spread_within']:.1f} %;"
                 f" load {m['load']:.2f} s, first {1000 * m['first']:.1f} ms)"
             )
-        lines.append(f"{key} ratio   {ratio['median']:.3f}x  (95 %: {ratio['low']:.3f} to {ratio['high']:.3f})")
+        lines.append(f"{key} ratio   {found_in(facts, key).words}")
     for label in ("dense", "pruned"):
         lines.append(
             f"rss  {label:7} {facts[label]['peak_rss'] / 1e6:8.0f} MB   files {facts[label]['bytes'] / 1e6:.0f} MB"

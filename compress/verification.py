@@ -15,6 +15,7 @@ from typing import Any, Literal
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
 from compress.run import SEAL, fingerprint, read_seal
+from compress.wording import small
 
 Verdict = Literal["holds", "does not hold", "is another", "cannot be checked here"]
 HOLDS: Verdict = "holds"
@@ -142,8 +143,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     said = [f"sealed   {found['sealed_files']} files are named in seals"] if found["sealed_files"] else []
     for folder, m in found["models"].items():
         said.append(
-            f"reloaded {folder} as {m['class']}: logits differ by {m['max_logit_difference']:.1e}"
-            f" (allowed {m['tolerance']:.1e})"
+            f"reloaded {folder} as {m['class']}: logits differ by {small(m['max_logit_difference'])}"
+            f" (allowed {small(m['tolerance'])})"
         )
     if "report" in found:
         said.append(f"report   {found['report'][:16]}")
@@ -346,8 +347,8 @@ def _load(place: Path, name: str, network: str | None) -> tuple[dict[str, Any] |
         if "no fingerprint" in e.what or "did not write" in e.what:
             raise
         return None, Claim(title, "the outputs it was saved with", "", FAILS, e.what)
-    said = f"outputs within {found['tolerance']:.1e}"
-    return found, Claim(title, said, f"{found['max_logit_difference']:.1e}, as {found['class']}", HOLDS)
+    said = f"outputs within {small(found['tolerance'])}"
+    return found, Claim(title, said, f"{small(found['max_logit_difference'])}, as {found['class']}", HOLDS)
 
 
 def _counts(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
@@ -403,10 +404,10 @@ def _parity(subject: Subject) -> list[Claim]:
             claims.append(Claim(title, "", "", OPEN, check))
         else:
             tolerance = float(pruned["tolerance"])
-            said = f"{pruned['largest_difference']:.1e} (allowed {tolerance:.1e})"
+            said = f"{small(pruned['largest_difference'])} (allowed {small(tolerance)})"
             try:
                 worst = max(check(folder, tolerance).values())
-                claims.append(Claim(title, said, f"{worst:.1e}", HOLDS))
+                claims.append(Claim(title, said, small(worst), HOLDS))
             except CompressError as e:
                 claims.append(Claim(title, said, "", FAILS, e.what))
     return claims

@@ -5,30 +5,18 @@ Names come from outside (files, tasks, revisions): each form escapes what it quo
 
 from __future__ import annotations
 
-import json
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compress.card import code, escape
 from compress.errors import CompressError
+from compress.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
 from compress.export import gate
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
 MARKS = {"pass": "✅ pass", "inconclusive": "⚠️ inconclusive", "fail": "❌ fail"}
-
-
-def flat(text: object) -> str:
-    """Text on one line that no CI takes for a command of its own (``##[error]`` counts anywhere in a line)."""
-    return re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", str(text)).strip().replace("##[", "# #[")
-
-
-def json_text(record: Mapping[str, Any]) -> str:
-    """The record as JSON, which holds no command for a CI either."""
-    return json.dumps(record, indent=1, allow_nan=False).replace("##[", "#\\u0023[")
 
 
 def quantity(row: Mapping[str, Any], value: float) -> str:
@@ -48,7 +36,7 @@ def plain(figure: str, value: float) -> str:
 
 
 def title(row: Mapping[str, Any]) -> str:
-    return flat(row["budget"] + (f" ({row['part']})" if "part" in row else ""))
+    return terminal(row["budget"] + (f" ({row['part']})" if "part" in row else ""))
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -57,7 +45,7 @@ def line(row: Mapping[str, Any]) -> str:
     if "low" in row:
         said += f", 95 %: {quantity(row, row['low'])} to {quantity(row, row['high'])}, {row['rounds']} rounds"
     said += f" ({plain(row['figure'], row['baseline'])} -> {plain(row['figure'], row['candidate'])})"
-    return said + (f"; {flat(row['reason'])}" if row["reason"] else "")
+    return said + (f"; {terminal(row['reason'])}" if row["reason"] else "")
 
 
 def workflow_commands(record: Mapping[str, Any]) -> list[str]:
@@ -65,29 +53,14 @@ def workflow_commands(record: Mapping[str, Any]) -> list[str]:
     found = []
     for row in record["budgets"]:
         level = "error" if row["verdict"] == "inconclusive" and record["strict"] else LEVELS[row["verdict"]]
-        head = _property(f"gate: {row['verdict']}: {title(row)}")
-        names = f"{flat(record['baseline']['name'])} -> {flat(record['candidate']['name'])}"
-        found.append(f"::{level} title={head}::{_data(f'{line(row)} [{names}]')}")
+        names = f"{record['baseline']['name']} -> {record['candidate']['name']}"
+        found.append(annotation(level, f"gate: {row['verdict']}: {title(row)}", f"{line(row)} [{names}]"))
     return found
 
 
 def error_command(error: CompressError) -> str:
     """GitHub's workflow command for an error that left no verdict."""
-    said = "; ".join(flat(part) for part in (error.what, error.where, error.fix) if part)
-    return f"::error title={_property('gate: error')}::{_data(said)}"
-
-
-def _data(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _property(text: str) -> str:
-    return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def _xml(text: object) -> str:
-    """Without the characters that XML 1.0 cannot hold; markup is escaped by the writer."""
-    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", str(text))
+    return annotation("error", "gate: error", "; ".join(p for p in (error.what, error.where, error.fix) if p))
 
 
 def junit(record: Mapping[str, Any]) -> bytes:
@@ -110,15 +83,15 @@ def junit(record: Mapping[str, Any]) -> bytes:
         },
     )
     properties = ET.SubElement(suite, "properties")
-    for label in ("baseline", "candidate"):
-        ET.SubElement(properties, "property", {"name": label, "value": _xml(record[label]["name"])})
+    for side in ("baseline", "candidate"):
+        ET.SubElement(properties, "property", {"name": side, "value": xml(record[side]["name"])})
     for row, fails, skips in zip(rows, failed, skipped, strict=True):
         case = ET.SubElement(
             suite,
             "testcase",
-            {"classname": f"gate.{row['figure']}", "name": _xml(title(row)), "time": "0"},
+            {"classname": f"gate.{row['figure']}", "name": xml(title(row)), "time": "0"},
         )
-        said = _xml(line(row))
+        said = xml(line(row))
         if fails:
             element = ET.SubElement(case, "failure", {"message": said, "type": row["verdict"]})
             element.text = said
@@ -129,18 +102,13 @@ def junit(record: Mapping[str, Any]) -> bytes:
     return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=True)) + b"\n"
 
 
-def _cell(text: object) -> str:
-    """Inline code in a table: a bar would end the cell even there."""
-    return code(flat(text)).replace("|", "\\|")
-
-
-def markdown(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     """The summary: what was asked, what came out, and under which conditions."""
     said = MARKS[record["verdict"]] + (" (strict: fails)" if record["strict"] and record["exit_code"] == 1 else "")
     lines = [
         f"## compress gate: {said}",
         "",
-        f"Baseline {code(flat(record['baseline']['name']))}, candidate {code(flat(record['candidate']['name']))}.",
+        f"Baseline {code(record['baseline']['name'])}, candidate {code(record['candidate']['name'])}.",
         "",
         "| budget | verdict | measured | 95 % interval | baseline | candidate | rounds |",
         "|---|---|---|---|---|---|---|",
@@ -148,7 +116,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     for row in record["budgets"]:
         interval = f"{quantity(row, row['low'])} to {quantity(row, row['high'])}" if "low" in row else "exact"
         cells = (
-            _cell(title(row)),
+            cell(title(row)),
             MARKS[row["verdict"]],
             quantity(row, row["value"]),
             interval,
@@ -158,11 +126,11 @@ def markdown(record: Mapping[str, Any]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [f"- {code(title(row))}: {escape(flat(row['reason']))}." for row in record["budgets"] if row["reason"]]
+    lines += [f"- {code(title(row))}: {markdown(row['reason'])}." for row in record["budgets"] if row["reason"]]
     spec, machine = record["spec"], record["machine"]
     if spec["runtime"]:
-        where = f"pinned device {code(flat(machine['pinned']))}" if machine["pinned"] else "this machine"
-        runtime = escape(flat(spec["runtime"]))
+        where = f"pinned device {code(machine['pinned'])}" if machine["pinned"] else "this machine"
+        runtime = markdown(spec["runtime"])
         threads = f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}"
         lines += [
             "",
@@ -171,7 +139,7 @@ def markdown(record: Mapping[str, Any]) -> str:
             f" {machine['before']['load_average']:.1f} to {machine['after']['load_average']:.1f}. A time is that of a"
             " process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
         ]
-    lines += ["", f"Again: {code(flat(record['command']))}", ""]
+    lines += ["", f"Again: {code(record['command'])}", ""]
     return "\n".join(lines)
 
 
@@ -190,7 +158,7 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
         axis.axhline(scale * row["limit"], color="#b3261e", lw=1.2, ls="--", label="budget")
         if row["kind"] == "relative":
             axis.axhline(1.0, color=DENSE, lw=0.8, ls=":")
-        axis.set_title(f"{row['budget']}: {row['verdict']}", fontsize=9)
+        axis.set_title(f"{caption(row['budget'])}: {row['verdict']}", fontsize=9)
         axis.set_xlabel("round")
         unit = "ms" if row["figure"] in gate.TIMES else "MB"
         axis.set_ylabel("candidate / baseline" if row["kind"] == "relative" else unit)
@@ -206,7 +174,7 @@ def write(record: Mapping[str, Any], folder: Path) -> list[str]:
     """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured; their names."""
     from compress.plots import draw
 
-    texts = ((json_text(record) + "\n").encode(), junit(record), markdown(record).encode())
+    texts = ((json_text(record, nan=False) + "\n").encode(), junit(record), summary(record).encode())
     for name, text in zip(FILES, texts, strict=True):
         (folder / name).write_bytes(text)
     if not any("values" in row for row in record["budgets"]):

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from compress.errors import CompressError
-from compress.export.bench.explain import GOAL, why
+from compress.export.bench.explain import GOAL, lines, why
 from compress.export.bench.local import LOCAL, measure_once
 from compress.export.bench.plots import speed_up
 from compress.export.bench.stats import paired_ratio
@@ -109,7 +109,7 @@ def judged(case: Case, form: str, figure: str, runs: Mapping[str, list[dict[str,
             one["why"] = explained(*profiles, (work[dense], work[size]), case.units[figure])
             if form == "onnx":
                 spec = tuple(case.spec.items())
-                one["why"] += by_layer(case.folders[dense], case.folders[size], spec)[PART[figure]]["lines"]
+                one["why"] += lines(by_layer(case.folders[dense], case.folders[size], spec)[PART[figure]])
             for line in one["why"]:
                 print(f"      {line}", flush=True)
     return found

@@ -15,10 +15,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from compress.export.bench.stats import FEWEST, Found, against, paired_ratio
 from compress.export.bench.transport import Transport, answered, artefact
 from compress.export.tensors import read
 
@@ -27,7 +29,7 @@ MATTERS = 0.02  # share of the pruned network's time that a layer must miss to b
 OVERHEAD_SECONDS = 10e-6  # what ONNX Runtime spends on a node that does nothing, rounded up; measured on x86: 2 to 6 us
 SMALL_SHARE = 0.3  # of the time in nodes that do next to nothing, from which that is said
 BLOCKS = (1, 4, 8, 16, 32)  # channels a kernel computes at a time: a NEON, AVX2, AVX-512 register of float32, or two
-CALLS = 30
+CALLS, FEW_CALLS = 30, 6  # of a model in all its processes, and of one at least
 ITEMSIZE = {
     "float": 4,
     "float16": 2,
@@ -47,7 +49,8 @@ class Layer:
     """One node of the network as it was written, and what became of it in the runtime.
 
     ``seconds`` a call; ``flops`` 0 where it only moves values; ``bytes`` read and written; ``channels`` that go in and
-    come out (a product's or convolution's; ``groups`` of a convolution).
+    come out (a product's or convolution's; ``groups`` of a convolution). ``rounds``: the seconds of each process that
+    they are the median of; none where there was one.
     """
 
     name: str
@@ -57,11 +60,12 @@ class Layer:
     bytes: int
     channels: tuple[int, int] | None = None
     groups: int = 1
+    rounds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A layer whose time fell by less than its work. ``missing``: seconds above the ideal."""
+    """A layer whose time fell by less than its work, in every round. ``missing``: seconds above the ideal."""
 
     name: str
     dense_seconds: float
@@ -196,13 +200,14 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
             times of the pruned layers best.
 
     Returns:
-        ``ideal`` and ``measured`` speed-up (by FLOPs; by the sum over nodes), ``findings`` (worst first), ``lines`` for
-        a report or a card, ``layers`` for a plot, and ``block``.
+        ``ideal``, ``ideal_bytes`` and ``measured`` speed-up (by FLOPs; by bytes moved; by the sum over nodes) with its
+        ``ratio`` over the rounds (None without), ``findings`` (worst first), ``layers`` for a plot, and ``block``. What
+        is said of it is `lines`.
     """
     after = {layer.name: layer for layer in pruned}
     pairs = [(d, after[d.name]) for d in dense if d.name in after]
     totals = [sum(layer.seconds for layer in side) for side in (dense, pruned)]
-    flops = [sum(layer.flops for layer in side) for side in (dense, pruned)]
+    flops, moved = ([sum(getattr(layer, k) for layer in side) for side in (dense, pruned)] for k in ("flops", "bytes"))
     fastest = max(
         (x.flops / x.seconds for x in (*dense, *pruned) if x.flops and x.seconds > OVERHEAD_SECONDS), default=0.0
     )
@@ -213,7 +218,8 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
         share = p.flops / d.flops if d.flops else p.bytes / max(d.bytes, 1)
         ideal = d.seconds * min(share, 1.0)
         missing = p.seconds - ideal
-        if missing > MATTERS * totals[1]:
+        always = all(after > before * min(share, 1.0) for before, after in zip(d.rounds, p.rounds, strict=True))
+        if missing > MATTERS * totals[1] and always:
             cause, words, fix = _cause(d, p, ideal, block, fastest / widest)
             findings.append(Finding(d.name, d.seconds, p.seconds, ideal, missing, cause, words, fix))
     findings.sort(key=lambda f: -f.missing)
@@ -221,7 +227,9 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
     extra = sum(layer.seconds for layer in new)
     found: dict[str, Any] = {
         "ideal": flops[0] / flops[1] if flops[1] else 1.0,
+        "ideal_bytes": moved[0] / moved[1] if moved[1] else 1.0,
         "measured": totals[0] / totals[1],
+        "ratio": _over_rounds(dense, pruned),
         "block": block,
         "dense_seconds": totals[0],
         "pruned_seconds": totals[1],
@@ -237,8 +245,18 @@ def explain(dense: Sequence[Layer], pruned: Sequence[Layer], *, block: int | Non
     small = [layer for layer in pruned if layer.seconds < OVERHEAD_SECONDS]
     found["small"] = {"nodes": len(small), "of": len(pruned), "share": sum(x.seconds for x in small) / totals[1]}
     found["reached"] = found["measured"] / found["ideal"]
-    found["lines"] = lines(found)
     return found
+
+
+def _over_rounds(dense: Sequence[Layer], pruned: Sequence[Layer]) -> dict[str, Any] | None:
+    """The speed-up by the sums over nodes, a pair a round."""
+    totals = [[sum(times) for times in zip(*(layer.rounds for layer in side), strict=True)] for side in (dense, pruned)]
+    return paired_ratio(totals[0], totals[1]) if totals[0] and totals[1] else None
+
+
+def said_of(found: Mapping[str, Any]) -> Found:
+    """What may be said of an explained speed-up as a whole; records of before had no rounds."""
+    return against(found.get("ratio"), found["ideal"], found.get("ideal_bytes"))
 
 
 def fitted_block(pairs: Sequence[tuple[Layer, Layer]]) -> int:
@@ -288,12 +306,10 @@ def _cause(d: Layer, p: Layer, ideal: float, block: int, balance: float) -> tupl
 
 
 def lines(found: Mapping[str, Any], most: int = 6) -> list[str]:
-    """For a report or a card: one line a layer, worst first."""
-    said = [
-        f"{found['measured']:.2f}x as fast where the FLOPs promise {found['ideal']:.2f}x"
-        f" ({100 * found['reached']:.0f} %)"
-    ]
-    if found["reached"] >= GOAL:
+    """For a report or a card: what was reached, and one line a layer, worst first, where that is a finding."""
+    whole = said_of(found)
+    said = [whole.words]
+    if whole.kind in ("unresolved", "beyond") or found["ratio"]["median"] >= GOAL * found["ideal"]:
         return said
     for f in found["findings"][:most]:
         said.append(
@@ -329,12 +345,32 @@ def why(
     block: int | None = None,
     calls: int = CALLS,
 ) -> dict[str, dict[str, Any]]:
-    """Profiles two models on the device and explains the speed-up of every part; see `explain` and `profile`."""
-    found = []
-    for where in (dense, pruned):
-        graphs = artefact(where, "onnx").parts
-        found.append({part: layers(p, graphs[part]) for part, p in profile(where, spec, transport, calls).items()})
-    return {part: explain(rows, found[1][part], block=block) for part, rows in found[0].items()}
+    """Profiles two models on the device and explains the speed-up of every part; see `explain` and `profile`.
+
+    As many times each as a bench measures them (``spec["processes"]``), in turn, for the spread; the ``calls`` are
+    shared out.
+    """
+    rounds = spec.get("processes", FEWEST)
+    each = max(FEW_CALLS, math.ceil(calls / rounds))
+    found: list[list[dict[str, list[Layer]]]] = [[], []]
+    for number in range(rounds):
+        for side in (0, 1) if number % 2 == 0 else (1, 0):
+            where = (dense, pruned)[side]
+            graphs = artefact(where, "onnx").parts
+            profiles = profile(where, spec, transport, each)
+            found[side].append({part: layers(p, graphs[part]) for part, p in profiles.items()})
+    parts = [{part: over_rounds([one[part] for one in side]) for part in side[0]} for side in found]
+    return {part: explain(rows, parts[1][part], block=block) for part, rows in parts[0].items()}
 
 
-__all__ = ["Finding", "Layer", "explain", "layers", "lines", "profile", "why"]
+def over_rounds(rounds: Sequence[Sequence[Layer]]) -> list[Layer]:
+    """The layers of several profiles of one model as one: median seconds, and those of each."""
+    times = [{layer.name: layer.seconds for layer in one} for one in rounds]
+    merged = []
+    for layer in rounds[0]:
+        of = tuple(one.get(layer.name, 0.0) for one in times)
+        merged.append(replace(layer, seconds=median(of), rounds=of))
+    return merged
+
+
+__all__ = ["Finding", "Layer", "explain", "layers", "lines", "over_rounds", "profile", "said_of", "why"]

@@ -8,18 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from compress.plots import DENSE, PRUNED, QUIET
+from compress.escape import caption
+from compress.export.bench.explain import lines, said_of
+from compress.export.bench.stats import found_in
+from compress.plots import DENSE, PRUNED, QUIET, Plot, wrapped
 from compress.plots import draw as draw_all
+from compress.wording import number
 
 NAMES = {"latency": "latency of one call", "ttft": "time to first token", "tpot": "time per output token"}
 
 
 def draw(bench: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """The plots of one comparison (`local.compare`); returns name -> PNG."""
-    jobs: dict[str, Any] = {"distribution": distribution, "memory": memory}
+    return draw_all(dict(bench), folder, jobs(bench), latency=False)
+
+
+def jobs(bench: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of a bench record can be drawn."""
+    found: dict[str, Plot] = {"distribution": distribution, "memory": memory}
     for part in bench.get("why", {}):
-        jobs[f"layers-{part}"] = lambda found, plt, part=part: layers(found["why"][part], plt)
-    return draw_all(dict(bench), folder, jobs, latency=False)
+        found[f"layers-{part}"] = lambda record, plt, part=part: layers(record["why"][part], plt)  # type: ignore[misc]
+    return found
 
 
 def figures_of(bench: Mapping[str, Any]) -> list[str]:
@@ -38,10 +47,7 @@ def distribution(bench: Mapping[str, Any], plt: Any) -> Any:
             every = np.sort(np.concatenate(runs))
             axis.step(every, np.arange(1, len(every) + 1) / len(every), where="post", color=colour, lw=1.8, label=label)
             axis.axvline(1000 * bench[label][name]["median"], color=colour, lw=0.8, ls="--")
-        ratio = bench["ratios"][name]
-        axis.set_title(
-            f"{NAMES[name]}\n{ratio['median']:.2f}x as fast ({ratio['low']:.2f} to {ratio['high']:.2f})", loc="left"
-        )
+        axis.set_title(f"{NAMES[name]}\n{wrapped(found_in(bench, name).words)}", loc="left", fontsize=9)
         axis.set_xlabel("ms" + (", emulated" if bench.get("emulated") else ""))
         axis.set_ylim(0, 1.02)
         axis.set_xlim(left=0)
@@ -73,10 +79,10 @@ def speed_up(panels: Sequence[Mapping[str, Any]], plt: Any) -> Any:
             # All runtimes have the same abscissas: side by side, so that none hides another.
             aside = (i - (len(runtimes) - 1) / 2) * 1.2 * x[-1]
             at = [100 * p["removed"] + aside for p in rows]
-            axis.errorbar(at, middle, [below, above], fmt="o", ms=4, lw=1.2, capsize=2, label=runtime)
+            axis.errorbar(at, middle, [below, above], fmt="o", ms=4, lw=1.2, capsize=2, label=caption(runtime))
         axis.axhline(1, color=DENSE, lw=0.8)
         axis.set_xlabel(f"{panel['work']} removed, %")
-        axis.set_title(panel["title"], loc="left")
+        axis.set_title(caption(panel["title"]), loc="left")
         axis.legend(frameon=False, loc="upper left", fontsize=7.5)
     axes[0][0].set_ylabel("times as fast as dense")
     return figure
@@ -87,27 +93,27 @@ def layers(explained: Mapping[str, Any], plt: Any, most: int = 18) -> Any:
     rows = sorted(explained["layers"], key=lambda r: -max(r["dense_seconds"], r["pruned_seconds"]))[:most]
     order = {row["name"]: i for i, row in enumerate(explained["layers"])}
     rows.sort(key=lambda r: -order[r["name"]])
-    figure, axis = plt.subplots(figsize=(7, 0.28 * len(rows) + 1.6))
+    figure, axis = plt.subplots(figsize=(8.6, 0.28 * len(rows) + 1.6))
     at = np.arange(len(rows))
     axis.barh(at + 0.2, [1e3 * r["dense_seconds"] for r in rows], 0.4, color=DENSE, label="dense")
     axis.barh(at - 0.2, [1e3 * r["pruned_seconds"] for r in rows], 0.4, color=PRUNED, label="pruned")
     shares = [r["pruned_flops"] / r["dense_flops"] if r["dense_flops"] else np.nan for r in rows]
     ideal = [1e3 * r["dense_seconds"] * share for r, share in zip(rows, shares, strict=True)]
     axis.plot(ideal, at - 0.2, "|", color="black", ms=9, mew=1.5, label="had it fallen with its FLOPs")
-    causes = {f["name"]: f["cause"] for f in explained["findings"]}
+    causes = {f["name"]: f["cause"] for f in explained["findings"] if len(lines(explained)) > 1}
     for y, row in zip(at, rows, strict=True):
         if row["name"] in causes:
             axis.annotate(
                 causes[row["name"]], (1e3 * max(row["dense_seconds"], row["pruned_seconds"]), y), xytext=(4, 0),
                 textcoords="offset points", va="center", fontsize=7,
             )  # fmt: skip
-    axis.set_yticks(at, [r["name"][-40:] for r in rows])
+    axis.set_yticks(at, [caption(r["name"], 40) for r in rows])
     axis.grid(axis="x", color="#e6e8ec")
     axis.grid(axis="y", visible=False)
     axis.margins(x=0.14)
     axis.set_xlabel("ms a call, under ONNX Runtime's profiler")
-    axis.set_title(f"{explained['measured']:.2f}x as fast; the FLOPs promise {explained['ideal']:.2f}x", loc="left")
-    axis.legend(frameon=False, loc="best")
+    axis.set_title(wrapped(said_of(explained).words, 90), loc="left", fontsize=9)
+    axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # no bar is free of it inside
     return figure
 
 
@@ -122,7 +128,7 @@ def memory(bench: Mapping[str, Any], plt: Any) -> Any:
                 continue
             axis.bar(x, value / 1e6, color=colour, width=0.65)
             axis.annotate(
-                f"{value / 1e6:.3g}", (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center"
+                number(value / 1e6), (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center"
             )
         axis.set_title(title, loc="left")
         axis.set_xticks([0, 1], ["dense", "pruned"])

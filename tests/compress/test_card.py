@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
-from compress.card import body, escape, metadata, write_card
+from compress.card import body, metadata, write_card
 from compress.cli import app
 from compress.errors import CompressError
+from compress.escape import markdown
 from compress.report import finish, read_report
 from tests.command import Job, compress, one_error
 
@@ -64,8 +66,10 @@ def test_the_cards_table_is_the_reports(text: str, report: dict[str, Any]) -> No
     first = report["quality"]["texts"][0]
     assert row(text, "perplexity, first text")[:2] == [f"{first['dense_ppl']:.2f}", f"{first['pruned_ppl']:.2f}"]
     ttft = report["bench"]["ratios"]["ttft"]
-    assert row(text, "TTFT, 24 tokens")[2] == (
-        f"{ttft['median']:.2f}x as fast [{ttft['low']:.2f}, {ttft['high']:.2f}]"
+    spread = f"[{ttft['low']:.2f}, {ttft['high']:.2f}]"
+    assert row(text, "TTFT, 24 tokens")[2] in (
+        f"not resolved on this machine {spread}, of 2 processes",
+        f"no change {spread}",
     )
     assert f"{report['sha256'][:16]}" in text
     mean = report["quality"]["geometric_mean"]["pruned"]
@@ -141,7 +145,8 @@ def test_every_layer_of_the_card_is_the_reports(text: str, report: dict[str, Any
 def test_latency_on_each_target_stands_with_its_interval_and_conditions(report: dict[str, Any]) -> None:
     more = copy.deepcopy(report)
     board = copy.deepcopy(report["bench"])
-    board["spec"] |= {"runtime": "onnxruntime 1.32.0 on arm64", "threads": 4}
+    board["spec"] |= {"runtime": "onnxruntime 1.32.0 on arm64", "threads": 4, "processes": 5}
+    board.pop("why")
     board["ratios"]["ttft"] = {"median": 1.5, "low": 1.25, "high": 1.75}
     module = {
         "spec": {"runtime": "MNN 3.6", "threads": 1, "processes": 5, "order": "ABBA", "batch": 8},
@@ -200,22 +205,19 @@ def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
     bad["model"] |= {"name": evil, "source": evil, "base_model": evil}
     bad["environment"]["cpu"] = evil
     text = body(bad, {})
-    assert "\n# head" not in text and "<script>" not in re.sub(r"`[^`\n]*`", "", text).replace("\\<", "")
-    assert "![i](" not in re.sub(r"`[^`\n]*`", "", text)
+    html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    assert "<h1>head" not in html and "<script" not in html and "<img" not in html and "e.vil\"" not in html
     (line,) = [line for line in text.splitlines() if line.startswith("| perplexity, \\<script")]
     assert len(re.split(r"(?<!\\)\|", line)) == 6, "five bars: the name has added none"
-    assert escape("a*b_c[d](e)|f#g!h<i>~&") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>\~\&"
-    assert escape("exe.\u202egnp\x1b[2J") == r"exe. gnp \[2J", "nothing turns the text or speaks to a terminal"
+    assert markdown("a*b_c[d](e)|f#g!h<i>~&") == r"a\*b\_c\[d\](e)\|f\#g\!h\<i\>\~\&"
     head = metadata(bad).to_dict()
     assert "base_model" not in head, "it is no id of the hub"
-    assert head["model-index"][0]["results"][0]["dataset"]["name"] == evil.replace("\n", " ") + " (held out)"
+    assert head["model-index"][0]["results"][0]["dataset"]["name"] == evil.replace("\n", "\\n") + " (held out)"
 
 
 def test_a_name_with_markup_or_a_formula_is_shown_as_it_is_in_card_plots_and_page(
     report: dict[str, Any], tmp_path: Path
 ) -> None:
-    from markdown_it import MarkdownIt
-
     name = "<b>x</b>[y](http://z) $x^{$ ![i](j)"
     bad = copy.deepcopy(report)
     bad["model"] |= {"name": name, "source": name}

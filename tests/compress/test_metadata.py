@@ -13,7 +13,8 @@ import yaml
 
 from compress.card import text_metadata
 from compress.errors import CompressError
-from compress.metadata import LICENSES, RELATIONS, assemble, card_data, faults, plain
+from compress.escape import line
+from compress.metadata import LICENSES, RELATIONS, assemble, card_data, faults
 
 REPORT: dict[str, Any] = {
     "model": {"name": "smollm2-135m", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"},
@@ -108,9 +109,9 @@ def test_a_name_cannot_end_the_head_or_add_to_it(evil: str) -> None:
     bad["quality"] = {"texts": [{"name": evil, "dense_ppl": 1.0, "pruned_ppl": 2.0}], "tasks": []}
     found = head(bad)
     assert found["license"] == "apache-2.0"
-    assert found["model-index"][0]["name"] == f"{plain(evil)}-pruned-25"
-    assert found["model-index"][0]["results"][0]["dataset"]["name"] == f"{plain(evil)} (held out)"
-    assert "\n" not in plain(evil) and "\u202e" not in plain(evil)
+    assert found["model-index"][0]["name"] == f"{line(evil)}-pruned-25"
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == f"{line(evil)} (held out)"
+    assert "\n" not in line(evil) and "\u202e" not in line(evil)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_lines_on_the_terminal_hold_no_command() -> None:
 
 
 def test_the_summary_stays_a_table_and_holds_no_markup_of_others() -> None:
-    text = outputs.markdown(nasty())
+    text = outputs.summary(nasty())
     html = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
     assert "<script" not in html and html.count("<table>") == 1
     rows = re.findall(r"<tr>(.*?)</tr>", html, re.DOTALL)
@@ -160,7 +160,7 @@ def test_the_summary_stays_a_table_and_holds_no_markup_of_others() -> None:
 
 
 def test_the_summary_says_what_came_out() -> None:
-    text = outputs.markdown(record(*ROWS))
+    text = outputs.summary(record(*ROWS))
     assert "## compress gate: ❌ fail" in text
     assert "| `latency<=1.05x` | ❌ fail | 1.100x | 1.080x to 1.120x | 1.000 ms | 1.100 ms | 3 |" in text
     assert "- `memory<=1.1x`: too noisy." in text

@@ -33,7 +33,7 @@ case $code in
   *) verdict=error ;;
 esac
 if [ -n "${GITHUB_OUTPUT:-}" ]; then
-  printf 'verdict=%s\nfolder=%s\n' "$verdict" "${out//$'\n'/ }" >>"$GITHUB_OUTPUT"
+  printf 'verdict=%s\nfolder=%s\n' "$verdict" "${out//[$'\r\n']/ }" >>"$GITHUB_OUTPUT"
 fi
 [ "$verdict" = inconclusive ] && exit 0
 exit "$code"

@@ -15,7 +15,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.export.bench import local
-from compress.export.bench.explain import why
+from compress.export.bench.explain import lines, why
 from compress.export.bench.local import LOCAL, compare_llm
 from compress.export.bench.packed import agent_file
 
@@ -88,11 +88,12 @@ def test_a_measuring_process_that_fails_is_one_error(finished: Path, tmp_path: P
 
 
 def test_a_language_models_two_graphs_are_explained(finished: Path) -> None:
-    spec = {"threads": 1, "prompt": 16, "context": 16}
+    spec = {"threads": 1, "prompt": 16, "context": 16, "processes": 2}
     found = why(finished / "export-dense", finished / "export-pruned", spec, LOCAL)
     assert set(found) == {"prefill", "decode"}
     for part in found.values():
         assert part["ideal"] > 1.05 and sum(bool(r["dense_flops"]) for r in part["layers"]) > 20
         assert part["small"]["nodes"] > 0.8 * part["small"]["of"], "a tiny model is all overhead"
         if part["reached"] < 0.8:
-            assert any("nodes take under" in line for line in part["lines"])
+            said = lines({**part, "ratio": {"median": part["measured"], "low": 1.0, "high": 1.0, "pairs": [1.0] * 5}})
+            assert any("nodes take under" in line for line in said)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from compress.export.bench.stats import paired_ratio, summary
+from compress.export.bench.stats import against, finding, found_in, paired_ratio, summary
 
 
 def test_tails_are_told_only_where_there_are_samples_for_them() -> None:
@@ -45,3 +47,71 @@ def test_pairs_that_do_not_match_are_refused() -> None:
     for before, after in (([1.0], [1.0, 2.0]), ([], [])):
         with pytest.raises(ValueError, match="pairs of equal number"):
             paired_ratio(before, after)
+
+
+def ratio(middle: float, low: float, high: float, pairs: int = 5) -> dict[str, Any]:
+    return {"median": middle, "low": low, "high": high, "pairs": [middle] * pairs}
+
+
+@pytest.mark.parametrize(
+    ("given", "promised", "kind"),
+    [
+        (ratio(1.50, 1.25, 1.75), 2.0, "more"),
+        (ratio(0.80, 0.70, 0.90), 2.0, "less"),
+        (ratio(1.11, 0.79, 1.96), 2.0, "unresolved"),
+        (ratio(1.20, 1.00, 1.40), 2.0, "unresolved"),
+        (ratio(1.01, 0.97, 1.04), 2.0, "same"),
+        (ratio(1.50, 1.25, 1.75, pairs=4), 2.0, "unresolved"),
+        (ratio(2.48, 2.40, 2.60), 1.29, "beyond"),
+        (ratio(1.35, 1.25, 1.45), 1.29, "more"),
+        (ratio(1.20, 1.10, 1.30), 1.0, "beyond"),
+        (ratio(1.20, 1.10, 1.30), 0.5, "beyond"),
+        (ratio(1.50, 1.25, 1.75), None, "more"),
+    ],
+)
+def test_what_the_spread_does_not_support_is_no_finding(given: Any, promised: float | None, kind: str) -> None:
+    found = finding(given, promised)
+    assert found.kind == kind
+    assert f"[{given['low']:.2f}, {given['high']:.2f}]" in found.words, "the spread always stands there"
+    number = f"{given['median']:.2f}x"
+    if kind in ("more", "less"):
+        assert found.words.startswith(f"{number} as fast") and found.short == number
+    else:
+        assert number not in found.words and number not in found.short
+        assert found.words.startswith("no change" if kind == "same" else "not resolved on this machine")
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        (ratio(1.19, 1.15, 1.22), "1.19x as fast [1.15, 1.22] where the FLOPs promise 1.29x (92 %)"),
+        (ratio(0.90, 0.85, 0.95), "0.90x as fast [0.85, 0.95] where the FLOPs promise 1.29x (70 %)"),
+        (ratio(1.05, 0.95, 1.12), "no gain that can be told [0.95, 1.12] where the FLOPs promise 1.29x"),
+        (ratio(1.60, 1.10, 2.40), "not resolved on this machine [1.10, 2.40]; the FLOPs promise 1.29x"),
+        (ratio(1.19, 1.15, 1.22, pairs=2), "not resolved on this machine [1.15, 1.22], of 2 processes; the FLOPs"),
+        (ratio(2.48, 2.40, 2.60), "not resolved on this machine [2.40, 2.60]: above the 1.29x that the work promises"),
+        (None, "not resolved on this machine: each model was profiled once"),
+    ],
+)
+def test_a_share_of_the_ideal_is_told_where_its_interval_is_narrow_and_below_it(given: Any, want: str) -> None:
+    assert against(given, 1.29).words.startswith(want)
+
+
+def test_bytes_that_fell_by_more_than_the_flops_may_explain_a_speed_up() -> None:
+    assert against(ratio(2.48, 2.40, 2.60), 1.29, 2.5).kind == "more"
+
+
+def test_a_record_tells_what_its_work_promises() -> None:
+    record: dict[str, Any] = {
+        "spec": {"runtime": "onnxruntime 1.32.0", "processes": 5},
+        "dense": {"bytes": 1000},
+        "pruned": {"bytes": 1000},
+        "ratios": {"tpot": ratio(1.2, 1.1, 1.3)},
+    }
+    assert found_in(record, "tpot").kind == "beyond", "zeros are multiplied by: as much work as before"
+    assert found_in({**record, "spec": {"runtime": "MNN 3.6"}}, "tpot").kind == "more", "its kernels skip zeros"
+    assert found_in({**record, "pruned": {"bytes": 500}}, "tpot").kind == "more"
+    record["why"] = {"prefill": {"ideal": 9.0}, "decode": {"ideal": 1.05}}
+    assert found_in(record, "tpot").kind == "beyond"
+    record["why"]["decode"]["ideal_bytes"] = 1.5
+    assert found_in(record, "tpot").kind == "more"
