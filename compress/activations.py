@@ -1,7 +1,7 @@
 """Activations on disk: kept so that a run can be resumed by any number of processes, or because memory is short.
 
-A kept folder holds one file per range of windows, named by it: every process writes its own range, and reads whatever
-files its range needs, so that three processes go on where two have stopped.
+A kept folder holds one file per range of windows, named by it and by its own hash: every process writes its own range,
+and reads whatever files its range needs, so that three processes go on where two have stopped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.cache import sha256_of
 from compress.distributed import rank
+from compress.errors import CompressError
 from compress.run import sync
 
 if TYPE_CHECKING:
@@ -54,11 +56,11 @@ def save_part(folder: Path, windows: range, tensors: dict[str, Tensor]) -> None:
     if not windows:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{windows.start:08d}-{windows.stop:08d}.safetensors"
-    partial = path.with_suffix(".partial")
+    range_ = f"{windows.start:08d}-{windows.stop:08d}"
+    partial = folder / f"{range_}.partial"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     sync(partial)
-    partial.replace(path)
+    partial.replace(folder / f"{range_}-{sha256_of(partial)[:16]}.safetensors")
 
 
 def is_whole(folder: Path, total: int) -> bool:
@@ -72,7 +74,11 @@ def is_whole(folder: Path, total: int) -> bool:
 
 
 def load_part(folder: Path, windows: range) -> dict[str, Tensor]:
-    """The tensors of the given windows; the folder is whole."""
+    """The tensors of the given windows; the folder is whole.
+
+    Raises:
+        CompressError: a file is not as it was written.
+    """
     import torch
     from safetensors import safe_open
 
@@ -81,6 +87,12 @@ def load_part(folder: Path, windows: range) -> dict[str, Tensor]:
     for first, last, path in sorted(_parts(folder)):
         if last <= reached or first >= windows.stop:
             continue
+        if sha256_of(path)[:16] != path.stem.split("-")[2]:
+            raise CompressError(
+                "what was kept on the way was changed since it was written",
+                where=str(path),
+                fix=f"delete {folder.parent}: what it holds is then computed again",
+            )
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118  (it has keys() alone)
                 piece = file.get_slice(name)[reached - first : min(last, windows.stop) - first]
@@ -92,6 +104,6 @@ def load_part(folder: Path, windows: range) -> dict[str, Tensor]:
 def _parts(folder: Path) -> list[tuple[int, int, Path]]:
     found = []
     for path in folder.glob("*.safetensors"):
-        first, last = path.stem.split("-")
+        first, last, _ = path.stem.split("-")
         found.append((int(first), int(last), path))
     return found

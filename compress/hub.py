@@ -14,7 +14,7 @@ from typing import Any
 from compress.errors import CompressError, UsageError
 from compress.metadata import is_repo
 from compress.progress import say
-from compress.run import SEAL
+from compress.run import SEAL, read_seal
 
 REPORT = "report.json"
 HUBS_OWN = {".gitattributes"}  # what the hub puts into a new repository by itself
@@ -117,7 +117,7 @@ def _verified(release: Path, network: str | None) -> dict[str, Any]:
                 where=str(release),
                 fix="finish the run with `compress prune`, and name its folder",
             )
-    sealed = json.loads((release / SEAL).read_text()).get("files", {})
+    sealed = read_seal(release)["files"]
     more = sorted(
         name
         for name in (p.relative_to(release).as_posix() for p in release.rglob("*") if p.is_file())

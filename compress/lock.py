@@ -20,6 +20,7 @@ from compress.errors import CompressError
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+MARK = b"This file keeps two runs of compress out of one another's way. It marks the folder as a run's.\n"
 NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
@@ -41,26 +42,11 @@ class Lock:
             OSError: the disk is full.
         """
         folder = path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            strangers = [e.name for e in folder.iterdir()]
-            if strangers and path.name not in strangers:
-                raise CompressError(
-                    "the folder is not empty and was not made by compress",
-                    where=str(folder),
-                    fix="name another --out folder",
-                )
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as e:
-            if e.errno == errno.ENOSPC:
-                raise
-            raise CompressError(
-                f"the run folder cannot be written: {e.strerror}",
-                where=str(folder),
-                fix="name another folder with --out",
-            ) from e
+        handle = _opened(path)
         try:
             alone = _flock(handle)
+            if not os.path.samestat(os.fstat(handle), os.lstat(path)):
+                raise FileNotFoundError  # the run that held it has removed it meanwhile
             holder = _holder(handle)
             if alone is False or (holder and _lives(holder, handle, path, alone)):
                 raise CompressError(
@@ -69,6 +55,11 @@ class Lock:
                     fix="wait for it, stop it, or name another folder with --out",
                 )
             _write(handle, {"process": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+        except FileNotFoundError as e:
+            os.close(handle)
+            raise CompressError(
+                "another run has just removed this folder", where=str(folder), fix="give the same command again"
+            ) from e
         except BaseException:
             os.close(handle)
             raise
@@ -84,8 +75,43 @@ class Lock:
         self._stop.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            os.ftruncate(self._handle, 0)
+            os.ftruncate(self._handle, len(MARK))
         os.close(self._handle)
+
+
+def _opened(path: Path) -> int:
+    """A handle of the lock file, which is made in an empty folder, and is known by its mark anywhere else."""
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {e.name for e in folder.iterdir()}
+        if there and path.name not in there:
+            raise _foreign(folder)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise _foreign(folder)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise
+        raise CompressError(
+            f"the run folder cannot be written: {e.strerror}",
+            where=str(folder),
+            fix="name another folder with --out",
+        ) from e
+    head = os.pread(handle, len(MARK), 0)
+    # A crash can cut the mark short before there is anything else.
+    if head != MARK and (there - {path.name} or not MARK.startswith(head)):
+        os.close(handle)
+        raise _foreign(folder)
+    return handle
+
+
+def _foreign(folder: Path) -> CompressError:
+    return CompressError(
+        "the folder is not empty and was not made by compress (nor by this version of it)",
+        where=str(folder),
+        fix="name another --out folder",
+    )
 
 
 def _flock(handle: int) -> bool | None:
@@ -103,17 +129,19 @@ def _flock(handle: int) -> bool | None:
 
 def _holder(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 1000, 0) or b"{}")
-    except json.JSONDecodeError:
+        found = json.loads(os.pread(handle, 1000, len(MARK)) or b"{}")
+    except ValueError:
         return {}  # a crash cut it short
-    return found if isinstance(found, dict) else {}
+    kinds = {"process": int, "host": str, "started": str}
+    whole = isinstance(found, dict) and all(type(found.get(key)) is kind for key, kind in kinds.items())
+    return found if whole else {}
 
 
 def _lives(holder: dict[str, Any], handle: int, path: Path, alone: bool | None) -> bool:
     """Whether the process that wrote ``holder`` still runs, as far as can be told from here."""
     if holder.get("host") == socket.gethostname():
         # The kernel has said it, or else the process table does: a number used again has another start.
-        return alone is None and _started(int(holder.get("process", 0))) == holder.get("started", "")
+        return alone is None and _started(holder["process"]) == holder["started"]
     # By the file system's own clock, since two machines' differ.
     mine = path.with_name(f"{path.name}.{os.getpid()}.clock")
     mine.touch()
@@ -135,6 +163,8 @@ def _words(holder: dict[str, Any]) -> str:
 
 
 def _write(handle: int, holder: dict[str, Any]) -> None:
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps(holder).encode(), 0)
+    # In this order the mark is never away.
+    text = MARK + json.dumps(holder).encode()
+    os.pwrite(handle, text, 0)
+    os.ftruncate(handle, len(text))
     os.fsync(handle)

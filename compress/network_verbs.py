@@ -45,8 +45,8 @@ def run_data(run: Path) -> Splits:
     from pydantic import ValidationError
 
     from compress.images import load
-    from compress.run import read_seal
-    from compress.saved import LOCK, locked_recipe
+    from compress.run import RECIPE_LOCK, read_seal
+    from compress.saved import locked_recipe
 
     recipe = locked_recipe(run, "network")
     if not (run / "dense").is_dir():
@@ -57,13 +57,13 @@ def run_data(run: Path) -> Splits:
         spec = DataSpec.model_validate(recipe.get("data"))
     except ValidationError as e:
         raise CompressError(
-            "the run does not say what data it was made with", where=str(run / LOCK), fix="name a newer run"
+            "the run does not say what data it was made with", where=str(run / RECIPE_LOCK), fix="name a newer run"
         ) from e
     try:
         data = load(spec)
     except CompressError as e:
         raise CompressError(f"the run's data cannot be had: {e.what}", where=e.where, fix=e.fix) from e
-    if data.sha256 != read_seal(run / "dense")["inputs"]["data"]:
+    if data.sha256 != read_seal(run / "dense")["inputs"].get("data"):
         raise CompressError(
             "the data has changed since the run was made", where=f"data {spec.title}", fix="bring back what it was"
         )

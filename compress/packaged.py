@@ -24,6 +24,7 @@ from compress.data import fetch
 from compress.decode import pixels, upright
 from compress.errors import CompressError
 from compress.images import NAME_FOLDER, Split, Splits, resized, splits_of
+from compress.network import tensors_sha
 from compress.progress import say
 from compress.sections import DataSpec
 from compress.tasks import Task
@@ -49,16 +50,34 @@ def _npm(archive: tuple[str, str, str]) -> Path:
 
 
 def _kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Decoded tensors, from the cache or made once."""
-    from safetensors.torch import load_file, save_file
+    """Decoded tensors, from the cache or made once; made again where the cache was damaged."""
+    from safetensors.torch import save_file
 
     path = cache_dir() / "images" / f"{name}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{name}.partial")
-        save_file({k: v.contiguous() for k, v in make().items()}, partial)
-        partial.replace(path)
-    return load_file(path)
+    if path.exists():
+        found = _whole(path)
+        if found is not None:
+            return found
+        say(f"{path} is not as this version wrote it: it is made again")
+    made = {k: v.contiguous() for k, v in make().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{name}.partial")
+    save_file(made, partial, {"sha256": tensors_sha(made)})
+    partial.replace(path)
+    return made
+
+
+def _whole(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file that carries their hash; None where they are not what it says."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            said = (file.metadata() or {}).get("sha256")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, UnicodeDecodeError):
+        return None
+    return tensors if tensors_sha(tensors) == said else None
 
 
 # Skin tones as the images' names have them; two people of two tones are a kind of their own.

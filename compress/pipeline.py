@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.tyr import TyrOptions
 from compress.report import describe_plan
-from compress.run import Run, fingerprint, link, seal_hash
+from compress.run import RECIPE_LOCK, Run, fingerprint, link, seal_hash
+from compress.seals import read_stamped, stamped
 from compress.sections import NetworkRecipe
 from compress.setup import Setup, Windows, fingerprint_of, read_windows
 from compress.setup import prepare as prepare  # Týr's, by `module_of`
@@ -86,9 +88,8 @@ def prune(
     distributed.main_says(lambda: checked.append(ready()))
     module, setup = checked[0] if checked else ready()
     with Run.open(out, fresh) as run:
-        lock = run.folder / "recipe.lock.yaml"
-        if not lock.exists() and distributed.is_main():
-            _write_lock(lock, setup, command)
+        lock = run.folder / RECIPE_LOCK
+        distributed.main_says(lambda: _read_or_write_lock(lock, setup, command))
         report: dict[str, Any] = module.stages(run, setup, until, command)
         # Only now: a recipe that was refused must not stand for the stages that another one made.
         if distributed.is_main():
@@ -124,6 +125,13 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     return report
 
 
+def _read_or_write_lock(path: Path, setup: Any, command: str) -> None:
+    if os.path.lexists(path):
+        read_stamped(path, path.name, "delete it: the same command writes it again")
+    else:
+        _write_lock(path, setup, command)
+
+
 def _write_lock(path: Path, setup: Any, command: str) -> None:
     from compress.data import text_facts
     from compress.doctor import versions
@@ -139,7 +147,7 @@ def _write_lock(path: Path, setup: Any, command: str) -> None:
         },
     )
     partial = path.with_name(".recipe.lock.tmp")
-    partial.write_text(text)
+    partial.write_text(stamped(text))
     partial.replace(path)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.cache import sha256_of
 from compress.distributed import (
     Trainer,
     device,
@@ -45,6 +46,7 @@ from compress.plan import Plan
 from compress.progress import Progress
 from compress.recipe import Recipe, RecoverSection, nearest
 from compress.run import Run, fingerprint, seal_hash, sync
+from compress.strict_json import read_json, typed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -515,7 +517,9 @@ class Checkpoints:
         main_says(lambda: self._finish(step, partial, log))
 
     def _finish(self, step: int, partial: Path, log: list[dict[str, Any]]) -> None:
-        (partial / "state.json").write_text(json.dumps({"step": step, "log": log}))
+        files = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
+        facts = {"step": step, "log": log, "files": files}
+        (partial / "state.json").write_text(json.dumps({**facts, "sha256": fingerprint(facts)}))
         sync(partial / "state.json")
         sync(partial)
         partial.rename(self._at(step))
@@ -532,6 +536,7 @@ class Checkpoints:
         step = main_says(self.latest)
         if step == 0:
             return 0, []
+        log = main_says(lambda: self.checked(step)["log"])
         for path, names in _files(weights).items():
             with safe_open(self._at(step) / path, "pt") as file, torch.no_grad():
                 there = set(file.keys())
@@ -543,7 +548,7 @@ class Checkpoints:
                             "step": torch.tensor(float(step)),
                             **{kind: like_shard(file.get_tensor(f"{kind}:{name}"), parameter) for kind in MOMENTS},
                         }
-        return step, self.log(step)
+        return step, log
 
     def weights(self, step: int) -> dict[str, Tensor]:
         """The trained weights by name."""
@@ -557,10 +562,26 @@ class Checkpoints:
                         found[name.removeprefix("weight:")] = file.get_tensor(name)
         return found
 
-    def log(self, step: int) -> list[dict[str, Any]]:
-        """A row for every step so far."""
-        rows: list[dict[str, Any]] = json.loads((self._at(step) / "state.json").read_text())["log"]
-        return rows
+    def checked(self, step: int) -> dict[str, Any]:
+        """The state behind a step: ``log`` has a row for every step so far.
+
+        Raises:
+            CompressError: a file is missing, or is not as it was written.
+        """
+        folder, fix = self._at(step), f"delete {self._at(step)}: training then starts over"
+        facts = typed(
+            read_json(folder / "state.json", "the state", constants=True, fix=fix), dict, "", "the state", str(folder)
+        )
+        if facts.pop("sha256", None) != fingerprint(facts):
+            raise CompressError("the state was changed since it was written", where=str(folder), fix=fix)
+        for name, sha256 in facts["files"].items():
+            if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
+                raise CompressError(
+                    "the checkpoint is not as it was written: a file was changed or is missing",
+                    where=str(folder / name),
+                    fix=fix,
+                )
+        return facts
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, beside the number of steps
@@ -590,6 +611,7 @@ def _write(
 ) -> None:
     spec = setup.recipe.recover
     assert spec is not None  # asked by the caller
+    log = checkpoints.checked(steps)["log"]
     weights = checkpoints.weights(steps)
     model = student(setup, plan)
     _, unexpected = model.load_state_dict(weights, strict=False)
@@ -602,7 +624,7 @@ def _write(
         "trained_parameters": sum(w.numel() for w in weights.values()),
     }
     Plan(plan.blocks, {**plan.weights, **merged(model, spec)}, {**plan.meta, "recovered": facts}).save(folder)
-    (folder / "recover.json").write_text(json.dumps({**facts, "log": checkpoints.log(steps)}, indent=1) + "\n")
+    (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n")
 
 
 def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:

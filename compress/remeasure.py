@@ -17,7 +17,8 @@ from compress.cache import sha256_of
 from compress.dense import Dense, find_dense
 from compress.errors import CompressError
 from compress.export.bench.stats import FEWEST, finding
-from compress.verification import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict, inside
+from compress.seals import inside, verify_seal
+from compress.verification import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict
 
 SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
 
@@ -135,6 +136,7 @@ def _windows(
     if like is not None and not kept.exists():
         raise CompressError("this is not a run folder with text in it", where=str(like))
     if kept.exists():
+        verify_seal(kept.parent)
         windows, begin = kept_windows(kept)
         ids, where = windows.get(f"evaluation.{number}"), str(kept)
         if ids is None:

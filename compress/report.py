@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.run import SEAL, fingerprint
+from compress.run import RECIPE_LOCK, SEAL, fingerprint
+from compress.strict_json import member, read_json, typed
 
 if TYPE_CHECKING:
     from compress.setup import Setup
@@ -78,13 +79,8 @@ def read_report(path: Path) -> dict[str, Any]:
             where=str(path),
             fix="name a run folder in which `compress prune` has finished",
         )
-    try:
-        report = json.loads(found.read_text())
-        stamp = report.pop("sha256")
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as e:
-        raise CompressError(
-            "report.json cannot be read", where=str(found), fix="make it again with `compress prune`"
-        ) from e
+    report = own_json(found)
+    stamp = report.pop("sha256")
     content = fingerprint(report)
     if content != stamp:
         raise CompressError(
@@ -97,9 +93,17 @@ def read_report(path: Path) -> dict[str, Any]:
     return dict(report)
 
 
+def own_json(path: Path) -> dict[str, Any]:
+    """A report as it stands in a file, whatever its hash; `CompressError` where it is none, or has no hash."""
+    what, where = "report.json", str(path)
+    report = typed(read_json(path, what, constants=True), dict, "", what, where)
+    member(report, "sha256", str, what, where)
+    return report
+
+
 def _unfinished(run: Path) -> str:
     """What a run that has no report has not measured; nothing where the folder is no run."""
-    if not (run / "recipe.lock.yaml").is_file():
+    if not (run / RECIPE_LOCK).is_file():
         return ""
     stages = {
         "model": "saved no model",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
 from compress.recipe import TEXT
-
-LOCK = "recipe.lock.yaml"
+from compress.run import RECIPE_LOCK
+from compress.seals import SEAL, read_stamped, verify_seal
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def find(model: str) -> tuple[str, Path]:
     """(kind, folder) of a saved model: the folder itself, a run folder's model, or what `resolve` knows by name.
 
     Raises:
-        CompressError: there is no model, or it cannot be fetched.
+        CompressError: there is no model, it cannot be fetched, or it is not what was sealed.
         UsageError: there is no such name, or it is that of a network, which no folder comes with.
     """
     from compress.models.sources import NetworkAlias, alias_names, load_alias, resolve
@@ -63,6 +64,7 @@ def find(model: str) -> tuple[str, Path]:
                 fix="keep each in a folder of its own",
             )
         if kinds:
+            check_where_sealed(place)
             return kinds[0], place
     raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
 
@@ -71,10 +73,11 @@ def exported_kind(folders: tuple[Path, Path]) -> str:
     """The kind that two export folders share.
 
     Raises:
-        CompressError: one is no export, or they are not of one kind.
+        CompressError: one is no export, is not what was sealed, or they are not of one kind.
     """
     found = []
     for folder in folders:
+        check_where_sealed(folder)
         kinds = [name for name, kind in KINDS.items() if (folder / kind.graph).is_file()]
         if len(kinds) != 1:
             graphs = [kind.graph for kind in KINDS.values()]
@@ -93,6 +96,12 @@ def exported_kind(folders: tuple[Path, Path]) -> str:
     return found[0]
 
 
+def check_where_sealed(folder: Path) -> None:
+    """Raises CompressError where a folder has a seal and does not hold what it says. Files more are no matter here."""
+    if os.path.lexists(folder / SEAL):
+        verify_seal(folder, strangers=False)
+
+
 def locked_recipe(run: Path, kind: str) -> dict[str, Any]:
     """The recipe that a run folder was made by, as `AnyRecipe.resolved` wrote it.
 
@@ -101,16 +110,15 @@ def locked_recipe(run: Path, kind: str) -> dict[str, Any]:
     """
     import yaml
 
-    lock = run / LOCK
+    lock = run / RECIPE_LOCK
+    fix = "name a folder that `compress prune` made; it writes the file again where it is deleted"
     try:
-        recipe: dict[str, Any] = yaml.safe_load(lock.read_text())["recipe"]
+        recipe: dict[str, Any] = yaml.safe_load(read_stamped(lock, RECIPE_LOCK, fix))["recipe"]
         task = recipe.get("task", TEXT)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
-        raise CompressError(
-            f"this is not a run folder: it has no whole {LOCK}",
-            where=str(run),
-            fix="name a folder that `compress prune` made",
-        ) from e
+    except CompressError as e:
+        raise CompressError(f"this is not a run folder: {e.what}", where=e.where, fix=e.fix) from e
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        raise CompressError(f"this is not a run folder: it has no whole {RECIPE_LOCK}", where=str(run), fix=fix) from e
     if task != kind:
         what = KINDS[task].title if task in KINDS else f"a {task}"
         raise CompressError(

@@ -40,6 +40,7 @@ def evaluate(
     from compress.data import kept_windows, opening, pack
     from compress.evaluate import geometric_mean, harness_tasks, perplexity
     from compress.saved import locked_recipe
+    from compress.seals import verify_seal
 
     if bool(like) == bool(text):
         raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
@@ -49,6 +50,7 @@ def evaluate(
         source = like / "text" / "windows.safetensors"
         if not source.exists():
             raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
+        verify_seal(source.parent)
         names = [t["name"] for t in recipe["evaluation"]["texts"]]
         tensors, begin = kept_windows(source)
         texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}

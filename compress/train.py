@@ -22,6 +22,7 @@ from compress import boxes
 from compress.distributed import from_main, gather, is_main, meet, rank, sum_floats, world
 from compress.errors import CompressError
 from compress.images import FolderImages, Split, Splits, batches
+from compress.network import tensors_sha
 from compress.progress import Progress
 from compress.run import fingerprint, sync
 from compress.sections import TrainSpec
@@ -467,7 +468,9 @@ class _State:
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         facts = {"mark": mark, "step": step, "total": total, "rows": rows, "scalars": scalars}
         partial_file = path.with_name(f".{path.name}.partial")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial_file, {"training": json.dumps(facts)})
+        held = {k: v.contiguous() for k, v in tensors.items()}
+        said = json.dumps(facts)
+        save_file(held, partial_file, {"training": said, "sha256": fingerprint({said: tensors_sha(held)})})
         sync(partial_file)
         partial_file.replace(path)
 
@@ -477,12 +480,20 @@ class _State:
 
         try:
             with safe_open(path, "pt") as file:
-                facts = json.loads((file.metadata() or {})["training"])
+                noted = file.metadata() or {}
+                said, sha256 = noted["training"], noted["sha256"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, KeyError, json.JSONDecodeError) as e:
+        except (SafetensorError, KeyError, UnicodeDecodeError) as e:
             raise CompressError(
                 f"the checkpoint cannot be read: {e}", where=str(path), fix="delete it; training then starts over"
             ) from e
+        if fingerprint({said: tensors_sha(tensors)}) != sha256:
+            raise CompressError(
+                "the checkpoint was changed since it was written",
+                where=str(path),
+                fix="delete it; training then starts over",
+            )
+        facts = json.loads(said)
         if facts["mark"] != mark:
             raise CompressError(
                 "the checkpoint was made with other settings, data or weights",

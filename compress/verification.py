@@ -6,7 +6,7 @@ written for and of its own content. A hash shows that a file was changed; it doe
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.run import SEAL, fingerprint, read_seal
+from compress.run import RECIPE_LOCK, SEAL, STAGE_NAMES, fingerprint, read_seal, sealed_folders
+from compress.seals import entries, inside, read_stamped
 from compress.wording import small
 
 Verdict = Literal["holds", "does not hold", "is another", "cannot be checked here"]
@@ -177,12 +178,6 @@ def located(where: str) -> Path:
     raise UsageError("there is no such folder", where=where, fix="name a run folder, a model folder, or a hub id")
 
 
-def inside(name: str) -> bool:
-    """Whether a file that a report or a seal names lies in its folder."""
-    path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name
-
-
 def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) -> list[Claim]:
     """A row for all files that are as they were named, and one for each that is not."""
     bad = []
@@ -190,6 +185,9 @@ def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) ->
         shown = (f"{title}/{name}" if title else name) + (", sealed" if source.endswith(SEAL) else "")
         if not inside(name):
             bad.append(Claim(shown, "", "", FAILS, f"{source} names a file outside its folder"))
+            continue
+        if not (isinstance(facts, dict) and type(facts.get("bytes")) is int and isinstance(facts.get("sha256"), str)):
+            bad.append(Claim(shown, "", "", FAILS, f"{source} gives no size and hash of it"))
             continue
         path = folder / name
         if not path.is_file():
@@ -210,16 +208,46 @@ def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) ->
 
 
 def _seals(folder: Path) -> tuple[int, list[Claim]]:
-    """(how many files seals name, the claims about them)."""
+    """(how many files seals name, the claims about them, and about what no seal names)."""
     count, bad = 0, []
-    for path in sorted(folder.rglob(SEAL)):
-        files = read_seal(path.parent)["files"]
+    sealed = list(sealed_folders(folder))
+    for place in sealed:
+        title = str(place.relative_to(folder)) if place != folder else ""
+        source = str(PurePosixPath(title) / SEAL)
+        try:
+            files = read_seal(place)["files"]
+        except CompressError as e:
+            bad.append(Claim(source, "", "", FAILS, e.what))
+            continue
         count += len(files)
-        title = str(path.parent.relative_to(folder)) if path.parent != folder else ""
-        bad += _compare(path.parent, files, title, str(PurePosixPath(title) / SEAL))
-    if not count:
-        return 0, []
-    return count, bad or [Claim("files named in seals", f"{count} files", "all unchanged", HOLDS)]
+        bad += _compare(place, files, title, source)
+        if title:
+            named = {SEAL, *files}
+            more = (p for p in entries(place) if p.relative_to(place).as_posix() not in named)
+            bad += [
+                Claim(str(p.relative_to(folder)), "", "a file more", FAILS, f"{source} does not name it") for p in more
+            ]
+    if os.path.lexists(folder / RECIPE_LOCK):
+        bad += _of_run(folder, sealed)
+    return count, bad or ([Claim("files named in seals", f"{count} files", "all unchanged", HOLDS)] if count else [])
+
+
+def _of_run(folder: Path, sealed: list[Path]) -> list[Claim]:
+    """What of a run folder is damaged outside its seals: the recipe's lock, and stages that have none."""
+    bad = []
+    try:
+        read_stamped(folder / RECIPE_LOCK, RECIPE_LOCK, "")
+    except CompressError as e:
+        bad.append(Claim(RECIPE_LOCK, "", "", FAILS, e.what))
+    known = set(sealed)
+    bare = {p.parent if not p.is_symlink() else p for p in entries(folder) if known.isdisjoint(p.parents)}
+    for place in sorted(bare):
+        name = place.relative_to(folder)
+        if name.parts and STAGE_NAMES.fullmatch(name.parts[0]):
+            bad.append(
+                Claim(str(name), "", "no seal", FAILS, "what is in it has no seal: it is gone, or it is not a stage")
+            )
+    return bad
 
 
 def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
@@ -227,12 +255,14 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
     path = folder / REPORT
     if not path.exists():
         return None, []
+    from compress.report import own_json
+
     try:
-        report = json.loads(path.read_text())
-        stamp = report.pop("sha256")
-        found = fingerprint(report)
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None, [Claim(REPORT, "", "", FAILS, "it cannot be read, or has no hash of its own")]
+        report = own_json(path)
+    except CompressError as e:
+        return None, [Claim(REPORT, "", "", FAILS, e.what)]
+    stamp = report.pop("sha256")
+    found = fingerprint(report)
     if found != stamp:
         reason = "the report was changed since it was written"
         return None, [Claim(REPORT, f"sha256 {str(stamp)[:12]}", f"sha256 {found[:12]}", FAILS, reason)]
@@ -244,7 +274,8 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
     bad = _compare(folder, files, "", REPORT)
     bad += _strangers(folder, files)
     claims += bad or [Claim("files of the model", f"{len(files)} files", "all unchanged", HOLDS)]
-    return report, [*claims, *_card(folder, report), *_sample(folder, report)]
+    claims += _card(folder, report)
+    return report, claims if bad else claims + _sample(folder, report)  # what was changed is not read
 
 
 def _strangers(folder: Path, files: Mapping[str, Any]) -> list[Claim]:
@@ -278,12 +309,13 @@ def _card(folder: Path, report: dict[str, Any]) -> list[Claim]:
     path = folder / "README.md"
     if not path.exists():
         return []
+    import yaml
     from huggingface_hub import ModelCard
 
     try:
         data: Any = ModelCard(path.read_text(encoding="utf-8")).data
         shown = {(r.dataset_name, r.metric_name): r.metric_value for r in data.eval_results or ()}
-    except ValueError as e:
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as e:
         return [Claim("README.md", "", "", FAILS, f"its head cannot be read: {' '.join(str(e).split())}")]
     said = {(r.dataset_name, r.metric_name): r.metric_value for r in results(report)}
     if shown == said:

@@ -33,7 +33,7 @@ def agent_file() -> Path:
     """Where it lies on this machine; written when it is not there yet."""
     made = pack()
     path = cache_dir() / "agent" / f"agent-{hashlib.sha256(made).hexdigest()[:16]}.pyz"
-    if not path.exists():
+    if not path.is_file() or path.read_bytes() != made:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{id(made)}.partial")
         partial.write_bytes(made)

@@ -126,7 +126,8 @@ def run_off(
         folders, inputs = refitted(run, job, names[label], choices, few, metrics)
 
         def judge(folder: Path | None, label: str = label, folders: list[Path] = folders) -> None:
-            kl = float(kl_at(job, joined(folders), job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
+            plan = joined([run.check(f) for f in folders])
+            kl = float(kl_at(job, plan, job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
             if folder is not None:
                 (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
 
@@ -154,7 +155,7 @@ def final_pass(
     folders, inputs = refitted(run, job, name, choices, job.calibration, metrics)
 
     def build(folder: Path | None) -> None:
-        plan = joined(folders)
+        plan = joined([run.check(f) for f in folders])
         plan.meta.update(
             {
                 "method": "tyr",

@@ -98,7 +98,7 @@ def _evaluator(
     runner = BlockRunner(job.model, job.family, windows.shape[1])
     return Evaluator(
         runner,
-        Supernet(files, job.geometry),
+        Supernet([run.check(path.parent) / path.name for path in files], job.geometry),
         windows,
         positions=min(options.positions, windows.shape[1] - 1 - job.skip),
         top_k=options.teacher_top_k,
@@ -223,8 +223,8 @@ def curve(run: Run, job: Job, sparsities: Sequence[float]) -> Iterator[tuple[int
 
     Sparsities that the candidates cannot reach are left out.
     """
-    files = sorted((run.folder / "supernet-1").glob("block-*/levels.safetensors"))
-    supernet = Supernet(files, job.geometry)
+    folders = [run.check(run.folder / f"supernet-1/block-{i:03d}") for i in range(job.geometry.layers)]
+    supernet = Supernet([folder / "levels.safetensors" for folder in folders], job.geometry)
     facts = json.loads((run.folder / "singles-1" / "singles.json").read_text())
     priced = _priced(facts)
     most = sum(max(o.saving for o in menu) for menu in priced)

@@ -30,15 +30,17 @@ from compress.run import Run, fingerprint, seal_hash
 
 @dataclass(frozen=True)
 class Metrics:
-    """The sealed output metrics of all sublayers; a block's are read when they are asked for. None: no metric."""
+    """The sealed output metrics of all sublayers; a block's are read, and checked, when they are asked for. None: no
+    metric."""
 
     folders: list[Path] | None
+    run: Run
 
     def of(self, block: int) -> tuple[Tensor | None, Tensor | None]:
-        """(attention's, FFN's), each (hidden, hidden) float32 or None."""
+        """(attention's, FFN's), each (hidden, hidden) float32 or None. All processes ask for it together."""
         if self.folders is None:
             return None, None
-        with safe_open(self.folders[block] / "metrics.safetensors", "pt") as file:
+        with safe_open(self.run.check(self.folders[block]) / "metrics.safetensors", "pt") as file:
             return file.get_tensor("attention"), file.get_tensor("ffn")
 
     def hash(self) -> str | None:
@@ -48,7 +50,7 @@ class Metrics:
 def metrics_of(run: Run, job: Job) -> Metrics:
     options = job.options
     if options.metric == "none":
-        return Metrics(None)
+        return Metrics(None, run)
     windows = job.calibration[: options.metric_windows]
     inputs = {**job.inputs, "windows": len(windows), "seed": job.seed}
     layers = job.geometry.layers
@@ -64,14 +66,14 @@ def metrics_of(run: Run, job: Job) -> Metrics:
     # The backward pass goes from the last block to the first.
     left = layers
     while left and run.is_sealed(f"metrics/block-{left - 1:03d}"):
-        run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, never)
+        run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, never, read=False)
         left -= 1
     if left:
         runner = BlockRunner(job.model, job.family, windows.shape[1])
         with in_step(job.model):
             output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write, job.skip)
     run.drop_scratch("metrics")
-    return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)])
+    return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)], run)
 
 
 CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a stop costs what keeping would have
@@ -96,7 +98,7 @@ def walk(
     sealed = 0
     while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}"):
         # Raises where the sealed block was made from other inputs.
-        run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, never)
+        run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, never, read=False)
         sealed += 1
     folders = [run.folder / name / f"block-{i:03d}" for i in range(sealed)]
     if sealed == layers:

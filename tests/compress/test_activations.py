@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from compress.activations import Room, is_whole, load_part, save_part
+from compress.errors import CompressError
 
 WHOLE = torch.arange(11 * 6, dtype=torch.float32).reshape(11, 2, 3)
 
@@ -36,6 +37,19 @@ def test_parts_of_two_numbers_of_processes_may_lie_side_by_side(tmp_path: Path) 
     written(tmp_path, [0, 6, 11])
     assert is_whole(tmp_path, 11)
     assert torch.equal(load_part(tmp_path, range(2, 9))["a"], WHOLE[2:9])
+
+
+def test_a_kept_file_that_was_changed_is_named_and_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "walk" / "before-003"
+    written(folder, [0, 6, 11])
+    _, second = sorted(folder.iterdir())
+    whole = second.read_bytes()
+    for at in range(0, len(whole), 7):
+        second.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(CompressError, match="changed since it was written") as said:
+            load_part(folder, range(11))
+        assert said.value.where == str(second) and str(tmp_path / "walk") in said.value.fix
+        assert torch.equal(load_part(folder, range(6))["a"], WHOLE[:6]), "another's part is not read"
 
 
 def test_what_a_kill_left_half_written_is_not_taken_for_whole(tmp_path: Path) -> None:

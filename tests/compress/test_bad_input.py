@@ -15,6 +15,7 @@ import pytest
 from compress.errors import CompressError
 from compress.run import Run
 from tests.command import Job, Ran, compress, one_error, start
+from tests.networks import write_class_folders
 from tests.tiny import prose
 
 
@@ -325,3 +326,54 @@ def test_a_cache_that_cannot_be_made_is_one_error(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(CompressError, match="the cache cannot be written") as caught:
         cache_dir()
     assert caught.value.where == "/proc/none" and "COMPRESS_CACHE" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("raw", "part"),
+    [
+        (bytes(range(128, 228)), "not UTF-8"),
+        (b"", "no JSON"),
+        (b"[]", "a list, not an object"),
+        (b"{}", "'sha256' is missing"),
+        (b'{"sha256": 3}', "'sha256' is a whole number, not a text"),
+        (b'{"sha256": "a", "sha256": "b"}', "'sha256' twice"),
+        (b'{"model": ' + b"[" * 5000, "nests"),
+        (b'{"sha256": "a", "size": ' + b"7" * 5000 + b"}", "digits"),
+        (b'{"sha256": "a"}', "changed since it was written"),
+    ],
+)
+def test_a_report_that_is_none_is_one_error(raw: bytes, part: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_bytes(raw)
+    for words in (("card", tmp_path), ("card", path), ("report", tmp_path, "--out", tmp_path / "page.html")):
+        one_error(compress(*words), 1, "report.json", part)
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+NETWORKS = {
+    "pagcp": "extends: pagcp\narguments: {}\n",
+    "global-mp": "method: global-mp\ntask: network\nsparsity: 0.5\ntrain: {epochs: 1}\n",
+}
+
+
+@pytest.mark.parametrize("method", NETWORKS)
+def test_a_fault_of_a_network_found_before_its_first_stage_leaves_no_folder(method: str, tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "data", 12, 6)
+    (tmp_path / "net.yaml").write_text(f"{NETWORKS[method]}data: {{folder: {tmp_path / 'data'}}}\n")
+    (tmp_path / "net.py").write_text("import torch\n\ndef small(classes=3):\n    return torch.nn.Linear(7, classes)\n")
+    for function, words in (("nosuch", ()), ("small", ()), ("small", ("--set", "data.folder=/nowhere"))):
+        given = (f"{tmp_path / 'net.py'}:{function}", "-r", tmp_path / "net.yaml", *words)
+        ran = compress("prune", *given, "--out", tmp_path / "runs" / "left")
+        assert ran.code in (1, 2) and ran.err.count("error: ") == 1, ran.err
+        assert not (tmp_path / "runs").exists(), (function, words)
+
+
+def test_a_fault_of_a_text_that_is_found_in_the_first_stage_leaves_no_folder(mine: Job, tmp_path: Path) -> None:
+    (mine.folder / "first.txt").write_text("too short")
+    masks = mine.folder / "masks.yaml"
+    texts = f"[{{name: a, source: {{files: [{mine.folder / 'first.txt'}]}}}}]"
+    masks.write_text(f"method: global-mp\nsparsity: 0.5\nevaluation: {{texts: {texts}, windows: 2, length: 32}}\n")
+    for recipe in (mine.recipe, masks):
+        ran = compress("prune", mine.model, "-r", recipe, "--out", tmp_path / "runs" / "left")
+        assert ran.code == 1 and ran.err.count("error: ") == 1, ran.err
+        assert not (tmp_path / "runs").exists(), recipe

@@ -247,3 +247,29 @@ def test_faults_are_told_by_name(tmp_path: Path) -> None:
     refused("'star' is not among", folder=write_class_folders(classes))
     with pytest.raises(ValueError, match="name one of"):
         DataSpec(package="emoji", hub="a/b")
+
+
+def test_a_damaged_file_of_the_cache_is_noticed_and_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path))
+    made = {"images": torch.arange(2 * 3 * 8 * 8, dtype=torch.uint8).view(2, 3, 8, 8), "class": torch.tensor([1, 0])}
+    asked: list[int] = []
+
+    def kept() -> dict[str, torch.Tensor]:
+        return packaged._kept("tiny-8", lambda: (asked.append(1), made)[1])
+
+    def same() -> bool:
+        found = kept()
+        return found.keys() == made.keys() and all(torch.equal(found[n], t) for n, t in made.items())
+
+    assert same() and same() and len(asked) == 1 and capsys.readouterr().err == ""
+    path = tmp_path / "images" / "tiny-8.safetensors"
+    whole = path.read_bytes()
+    for number, at in enumerate((0, 9, 60, 150, len(whole) - 200, len(whole) - 1), 2):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        assert same() and len(asked) == number, at
+        assert str(path) in capsys.readouterr().err
+        assert path.read_bytes() == whole
+    path.write_bytes(whole[:-3])
+    assert same() and same() and path.read_bytes() == whole

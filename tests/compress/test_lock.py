@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def held_elsewhere(path: Path, age: float) -> None:
     path.parent.mkdir()
-    path.write_text(json.dumps({"process": 77, "host": "another-machine", "started": "1"}))
+    path.write_text(module.MARK.decode() + json.dumps({"process": 77, "host": "another-machine", "started": "1"}))
     os.utime(path, (time.time() - age, time.time() - age))
 
 
@@ -112,5 +113,48 @@ def test_the_holder_shows_life(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_lock_file_that_a_crash_cut_short_is_no_obstacle(path: Path) -> None:
     path.parent.mkdir()
-    path.write_text('{"process": 7')
+    mark = module.MARK.decode()
+    for left in ("", mark[:20], mark, mark + '{"process": 7', mark + "[1]", mark + '{"process": "x", "host": 3}'):
+        path.write_text(left)
+        Lock.take(path).release()
+        assert path.read_text() == mark, "what marks the folder stays"
+
+
+@pytest.mark.parametrize("kind", ["empty", "other words", "link", "dangling link", "pipe", "folder"])
+def test_a_lock_file_of_something_else_is_not_taken_for_ours(kind: str, path: Path) -> None:
+    path.parent.mkdir()
+    (path.parent / "thesis.txt").write_text("years of work")
+    elsewhere = path.parent.parent / "elsewhere"
+    if kind == "other words":
+        path.write_text("locked by an editor\n" + module.MARK.decode())
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif "link" in kind:
+        path.symlink_to(elsewhere)
+        if kind == "link":
+            elsewhere.write_bytes(module.MARK)
+    else:
+        path.touch()
+    before = path.lstat()
+    with pytest.raises(CompressError, match="not made by compress"):
+        Lock.take(path)
+    assert path.lstat().st_mtime_ns == before.st_mtime_ns and path.lstat().st_size == before.st_size
+    assert elsewhere.exists() == (kind == "link")
+
+
+def test_the_mark_is_there_whenever_another_process_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for name in ("pwrite", "ftruncate"):
+        real = getattr(os, name)
+
+        def looked(*given: object, real: Callable[..., object] = real) -> object:
+            done = real(*given)
+            seen.append(path.read_bytes())
+            return done
+
+        monkeypatch.setattr(os, name, looked)
     Lock.take(path).release()
+    Lock.take(path).release()
+    assert len(seen) >= 6 and all(text.startswith(module.MARK) for text in seen)

@@ -18,6 +18,7 @@ from compress.export.ort import session
 from compress.models.zoo import build
 from compress.pipeline import METHODS
 from compress.saved import KINDS
+from compress.seals import read_stamped, stamped
 from tests.command import Job, compress, one_error
 from tests.networks import write_class_folders, write_har
 
@@ -229,7 +230,8 @@ def test_two_kinds_of_model_are_not_mixed(job: Job, run: Path, exports: tuple[Pa
     language, plain = "a language model", "a plain network"
     # All that is looked at before these are refused: the lock of a language model's run, the name of its export.
     text, graphs = tmp_path / "text", tmp_path / "graphs"
-    for folder, name, words in ((text, "recipe.lock.yaml", "recipe: {method: tyr}"), (graphs, "prefill.onnx", "")):
+    lock = stamped("recipe: {method: tyr}\n")
+    for folder, name, words in ((text, "recipe.lock.yaml", lock), (graphs, "prefill.onnx", "")):
         folder.mkdir()
         (folder / name).write_text(words)
     one_error(compress("eval", run, "--like", text), 1, f"the model is {plain}, the run is of {language}")
@@ -259,18 +261,20 @@ def test_a_run_whose_data_cannot_be_had_or_fits_no_more_is_refused(run: Path, pl
     one_error(compress("eval", run), 2, "--like RUN")
     one_error(compress("eval", run, "--like", tmp_path), 1, "not a run folder")
     one_error(compress("eval", run, "--like", run / "model"), 1, "not a run folder")
-    lock = (run / "recipe.lock.yaml").read_text()
+    lock = read_stamped(run / "recipe.lock.yaml", "the lock", "")
 
     def like(name: str, text: str, dense: bool = True) -> Path:
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "recipe.lock.yaml").write_text(text)
+        (folder / "recipe.lock.yaml").write_text(stamped(text))
         if dense:
             shutil.copytree(run / "dense", folder / "dense")
         return folder
 
-    one_error(compress("eval", run, "--like", like("broken", "recipe: [")), 1, "not a run folder")
+    one_error(compress("eval", run, "--like", like("broken", "recipe: [\n")), 1, "not a run folder")
     one_error(compress("eval", run, "--like", like("empty", "")), 1, "not a run folder")
+    (like("torn", lock) / "recipe.lock.yaml").write_text(lock)
+    one_error(compress("eval", run, "--like", tmp_path / "torn"), 1, "not a run folder", "no hash of its own")
     one_error(compress("eval", run, "--like", like("untrained", lock, dense=False)), 1, "trained no network yet")
     data = f"folder: {place / 'data'}"
     assert data in lock
@@ -308,7 +312,9 @@ def test_a_network_and_data_of_other_classes_or_another_size_are_told_apart(
 
 def test_a_model_folder_that_is_not_whole_is_refused(run: Path, tmp_path: Path) -> None:
     def broken(name: str) -> Path:
-        return Path(shutil.copytree(run / "model", tmp_path / name))
+        folder = Path(shutil.copytree(run / "model", tmp_path / name))
+        (folder / "seal.json").unlink()  # else it is what says so
+        return folder
 
     def refused(folder: Path, part: str) -> None:
         for words in (("eval", folder, "--like", run), ("export", folder, "--out", tmp_path / "onnx")):

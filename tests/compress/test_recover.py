@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,32 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_checkpoint(job: P
     (kept,) = (tmp_path / "run" / ".scratch" / "recover").iterdir()
     assert [p.name for p in kept.iterdir()] == ["step-00000001"]
     assert not (tmp_path / "run" / "recover").exists()
+
+
+def test_a_checkpoint_that_was_changed_is_not_gone_on_from(tmp_path: Path) -> None:
+    weights = {name: torch.nn.Parameter(torch.randn(3, 2)) for name in ("model.layers.0.mlp.w", "model.norm.weight")}
+    optimizer = torch.optim.AdamW(weights.values())
+    sum(w.square().sum() for w in weights.values()).backward()
+    optimizer.step()
+    kept = recover.Checkpoints(tmp_path)
+    kept.save(7, weights, optimizer, [{"step": 7, "kl": 0.25}])
+    assert kept.load(weights, torch.optim.AdamW(weights.values())) == (7, [{"step": 7, "kl": 0.25}])
+    draw = random.Random(0)
+    files = sorted((tmp_path / "step-00000007").iterdir())
+    assert [p.suffix for p in files] == [".safetensors", ".safetensors", ".json"]
+    for path in files:
+        whole = path.read_bytes()
+        for _ in range(40):
+            at = draw.randrange(len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+            with pytest.raises(CompressError) as said:
+                kept.load(weights, torch.optim.AdamW(weights.values()))
+            assert "step-00000007" in said.value.where and "training then starts over" in said.value.fix
+        path.unlink()
+        with pytest.raises(CompressError, match="missing"):
+            kept.load(weights, torch.optim.AdamW(weights.values()))
+        path.write_bytes(whole)
+    assert kept.load(weights, torch.optim.AdamW(weights.values()))[0] == 7
 
 
 def test_a_full_device_is_one_clear_error() -> None:

@@ -443,6 +443,13 @@ def test_what_cannot_go_on_is_told(tmp_path: Path) -> None:
     there.write_bytes(there.read_bytes()[:-9])
     with pytest.raises(CompressError, match="cannot be read"):
         train(small(), data, TrainSpec(epochs=1, batch=32), checkpoint=there)
+    whole = there.read_bytes()
+    train(small(), data, TrainSpec(epochs=1, batch=32), checkpoint=tmp_path / "d")
+    whole = (tmp_path / "d").read_bytes()
+    for at in range(0, len(whole), len(whole) // 60):
+        there.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        with pytest.raises(CompressError, match=r"cannot be read|was changed since it was written"):
+            train(small(), data, TrainSpec(epochs=1, batch=32), checkpoint=there)
     torch.save({}, there)
     with pytest.raises(CompressError, match="cannot be read"):
         train(small(), data, TrainSpec(epochs=1, batch=32), checkpoint=there)

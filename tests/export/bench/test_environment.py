@@ -53,6 +53,10 @@ def test_free_disk_of_a_folder_that_is_yet_to_be_made(tmp_path: Path) -> None:
 
 def test_the_agent_is_one_file_that_stands_alone_and_is_the_same_each_time() -> None:
     assert pack() == pack() == agent_file().read_bytes()
+    whole = agent_file().read_bytes()
+    agent_file().write_bytes(whole[:-1] + b"?")  # a damaged cache is not what runs on a device
+    agent_file.cache_clear()
+    assert agent_file().read_bytes() == whole
     with zipfile.ZipFile(agent_file()) as file:
         assert set(file.namelist()) == {"__main__.py", "protocol.py", "environment.py", "runtimes.py"}
         for name in file.namelist():
