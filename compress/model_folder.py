@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.seals import entries
 from compress.strict_json import read_json
 
 CONFIG = "config.json"
@@ -326,14 +327,6 @@ def refuse_code(folder: Path, written: Mapping[str, str]) -> None:
                 where=str(path),
                 fix="take it out, or prune the model again",
             )
-
-
-def entries(folder: Path) -> list[Path]:
-    """All that lies below a folder, hidden things too; links to folders are named, not followed."""
-    found = []
-    for at, folders, files in os.walk(folder, followlinks=False):
-        found += [Path(at) / name for name in (*folders, *files)]
-    return sorted(found)
 
 
 def _same(path: Path, text: str) -> bool:

@@ -281,7 +281,7 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
 def _strangers(folder: Path, files: Mapping[str, Any]) -> list[Claim]:
     """What could be run and is none of ours, whether the report names it or not: anybody can write a report."""
     from compress.checkpoint import remote_source
-    from compress.model_folder import CONFIG, REMOTE_FILE, entries, is_code, is_pickle
+    from compress.model_folder import CONFIG, REMOTE_FILE, is_code, is_pickle
 
     written: dict[str, bytes] = {}
     if (folder / CONFIG).is_file():

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import check_code, load_config, load_model, load_tokenizer, verify_clean
 from compress.errors import CompressError
-from compress.model_folder import entries, is_code, own_file, read_config, seen, weights_of
+from compress.model_folder import is_code, own_file, read_config, seen, weights_of
 from compress.models.families import family_for
+from compress.seals import entries
 from tests.command import compress, one_error
 from tests.tiny import saved_tiny
 
