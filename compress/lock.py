@@ -20,7 +20,7 @@ from compress.errors import CompressError
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
-MARK = b"This file keeps two runs of compress out of one another's way. It marks the folder as a run's.\n"
+MARK = b"This file keeps two processes of compress out of one another's way, and marks the folder as made by it.\n"
 NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compress.errors import CompressError, UsageError
+from compress.lock import MARK as LOCKED
 from compress.lock import Lock
 
 MARK = ".compress-writes-here"  # in a folder that is being made: the lock of the process that makes it
@@ -150,11 +150,7 @@ def _left_by_us(partial: Path) -> bool:
     becomes = partial.name.removeprefix(".").removesuffix(".partial")
     if {p.name for p in partial.iterdir() if not p.name.startswith(MARK)} - {becomes}:
         return False
-    try:
-        holder = json.loads(mark.read_bytes()[:1000])
-    except ValueError:
-        return False
-    return isinstance(holder, dict) and {"process", "host"} <= set(holder)
+    return mark.read_bytes().startswith(LOCKED)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from compress import lock
 from compress.errors import CompressError, UsageError
 from compress.written import MARK, append, disk_errors, is_ours, refuse_replacing, whole, written
 
@@ -119,7 +120,7 @@ def strangers(partial: Path) -> dict[str, Callable[[], object]]:
         for name, text in files.items():
             (partial / name).write_text(text)
 
-    holder = '{"process": 1, "host": "h", "started": "1"}'
+    holder = lock.MARK.decode() + '{"process": 1, "host": "h", "started": "1"}'
     return {
         "a file": lambda: partial.write_text("mine"),
         "an empty folder": folder,
@@ -128,6 +129,7 @@ def strangers(partial: Path) -> dict[str, Callable[[], object]]:
                                        partial.symlink_to("away")),
         "a link to nothing": lambda: partial.symlink_to("nowhere"),
         "an empty mark": lambda: folder(**{MARK: ""}),
+        "a mark with words of another's": lambda: folder(**{MARK: holder[1:], "out": "x"}),
         "a mark of another's": lambda: folder(**{MARK: '["process", "host"]', "out": "x"}),
         "our mark beside what is not ours": lambda: folder(**{MARK: holder, "thesis": "years"}),
         "a mark that is a folder": lambda: (partial / MARK).mkdir(parents=True),
