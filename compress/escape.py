@@ -21,7 +21,7 @@ _AT_START = re.compile(r"^(\s*):(?=:)")
 # ASCII that is markup somewhere in a line of Markdown; a backslash and a dollar sign go as character references, as
 # math between `\(` or `$` is found in the source before Markdown is.
 _MARKUP = re.compile(r"([`*_{}\[\]<>#|!~&^])")
-_LINE_START = re.compile(r"^(?=[-+=:])|^(\d+)(?=[.)])")
+_LINE_START = re.compile(r"^(?=[-+=:])|^(\d+)(?=[.)](?:\s|$))")
 _ADDRESS = re.compile(r"(?<=:)/(?=/)|(?<=www)\.", re.IGNORECASE)
 
 

@@ -171,15 +171,21 @@ def test_the_card_says_what_zeros_do_not_bring(finished: Path, report: dict[str,
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "part"),
-    [(0.95, 1.05, "and no faster than"), (1.2, 1.4, "and faster than"), (0.3, 1.6, "do not tell the two models apart")],
+    ("low", "high", "runtime", "part"),
+    [
+        (0.95, 1.05, "onnxruntime 1.32.0", "and no faster than"),
+        (0.3, 1.6, "onnxruntime 1.32.0", "does not tell the two models apart"),
+        (1.2, 1.4, "onnxruntime 1.32.0", "does not tell the two models apart"),  # it multiplies by the zeros
+        (1.2, 1.4, "one that skips zeros", "and faster than"),
+    ],
 )
 def test_the_card_claims_of_speed_what_the_intervals_allow(
-    report: dict[str, Any], low: float, high: float, part: str
+    report: dict[str, Any], low: float, high: float, runtime: str, part: str
 ) -> None:
     changed = copy.deepcopy(report)
+    changed["bench"]["spec"]["runtime"] = runtime
     for ratio in changed["bench"]["ratios"].values():
-        ratio.update(low=low, high=high)
+        ratio.update(low=low, high=high, pairs=[low] * 5)
     assert part in body(changed, {})
     del changed["bench"]
     assert "Latency was not measured in this run" in body(changed, {})
