@@ -1,11 +1,11 @@
-# make demo · make test · make slow · make lint · make gate: each sets up .venv by itself.
+# make demo · make test · make slow · make lint · make gate · make docs: each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 RUN ?= runs/demo
 GATE ?= build/gate
 
-.PHONY: demo test slow lint gate clean
+.PHONY: demo test slow lint gate docs clean
 
 demo: $(READY)
 	$(BIN)/compress prune smollm2-135m --recipe tyr-demo --out $(RUN)
@@ -29,6 +29,15 @@ gate: $(READY)
 	PYTHONPATH=. $(BIN)/python tools/ci/models.py $(GATE)
 	GATE_COMPRESS=$(BIN)/compress GATE_BASELINE=$(GATE)/dense.onnx GATE_CANDIDATE=$(GATE)/pruned.onnx GATE_OUT=$(GATE)/out \
 		GATE_BUDGETS='latency<=0.95x,memory<=1.05x,size<=0.7x' OMP_NUM_THREADS=1 tools/ci/gate.sh
+
+# The site, in build/site; a link that leads nowhere fails it.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "the site: build/site/index.html"
+
+.venv/docs: $(READY)
+	$(BIN)/python -P -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
