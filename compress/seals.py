@@ -54,13 +54,13 @@ def read_seal(folder: Path) -> dict[str, Any]:
     path = folder / SEAL
     what, where = "the seal", str(path)
     raw = read_bytes(path, what, fix=MEND)
-    seal = typed(parse_json(raw, what, where, constants=True, fix=MEND), dict, "", what, where)
+    seal = typed(parse_json(raw, what, where, constants=True, fix=MEND), dict, "", what, where, MEND)
     for key, kind in FACTS.items():
-        member(seal, key, kind, what, where)
+        member(seal, key, kind, what, where, fix=MEND)
     for name, facts in seal["files"].items():
         within = f"files.{name}"
-        member(typed(facts, dict, within, what, where), "bytes", int, what, where, within)
-        if not HEX.fullmatch(member(facts, "sha256", str, what, where, within)):
+        member(typed(facts, dict, within, what, where, MEND), "bytes", int, what, where, within, MEND)
+        if not HEX.fullmatch(member(facts, "sha256", str, what, where, within, MEND)):
             raise CompressError(f"{what} is not what it should be: {within!r} has no SHA-256", where=where, fix=MEND)
         if not inside(name) or name == SEAL:
             raise CompressError(f"{what} names a file outside its folder: {name!r}", where=where, fix=MEND)

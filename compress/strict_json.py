@@ -104,12 +104,14 @@ def typed(value: Any, kind: type[T], field: str, what: str, where: str, fix: str
     return value  # type: ignore[no-any-return]
 
 
-def member(facts: dict[str, Any], key: str, kind: type[T], what: str, where: str, within: str = "") -> T:
+def member(
+    facts: dict[str, Any], key: str, kind: type[T], what: str, where: str, within: str = "", fix: str = FIX
+) -> T:
     """``facts[key]`` as a ``kind``; a `CompressError` names the key where it is missing or another (see `typed`)."""
     field = f"{within}.{key}" if within else key
     if key not in facts:
-        raise CompressError(f"{what} is not what it should be: {field!r} is missing", where=where, fix=FIX)
-    return typed(facts[key], kind, field, what, where)
+        raise CompressError(f"{what} is not what it should be: {field!r} is missing", where=where, fix=fix)
+    return typed(facts[key], kind, field, what, where, fix)
 
 
 NAMES: dict[type, str] = {
