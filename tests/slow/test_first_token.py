@@ -19,7 +19,7 @@ from tests.command import compress
 
 pytestmark = pytest.mark.slow
 
-WINDOWS, LENGTH = 6, 384
+WINDOWS, LENGTH = 4, 256
 
 
 @pytest.fixture(scope="module")
