@@ -26,7 +26,7 @@ except ImportError:
         "\n  fix:   pip uninstall compress, then pip install --force-reinstall compress-toolchain"
     )
 from compress.errors import CompressError
-from compress.escape import json_text, terminal, terminal_lines
+from compress.words.escape import json_text, terminal, terminal_lines
 
 app = typer.Typer(
     help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
@@ -69,7 +69,7 @@ def _options(
     global _debug
     _debug = debug
     if context.invoked_subcommand != "prune":
-        from compress import distributed
+        from compress.processes import distributed
 
         # Under torchrun and the like: what the other verbs do is done once.
         if not distributed.is_main():
@@ -112,8 +112,8 @@ def prune(
 
     The same command again goes on where it was stopped.
     """
-    from compress import distributed
     from compress.errors import UsageError
+    from compress.processes import distributed
 
     count = distributed.wanted(processes)
     if count > 1:
@@ -135,8 +135,8 @@ def prune(
 
 
 def _prune_lines(report: dict[str, Any]) -> list[str]:
-    from compress.report import latency_line, perplexity_lines, run_line
-    from compress.wording import megabytes, small
+    from compress.report.build import latency_line, perplexity_lines, run_line
+    from compress.words.wording import megabytes, small
 
     size = report["size"]
     lines = [
@@ -185,7 +185,7 @@ def plan(
 ) -> None:
     """Says what `prune` would do: budget, shapes, and memory, disk and time stage by stage. Reads no weight."""
     from compress.pipeline import module_of
-    from compress.verbs import plan as run
+    from compress.verbs.common import plan as run
 
     facts = run(model, recipe, _overrides(set_, sparsity), on)
     _show(facts, json_, getattr(module_of(facts), "forecast_lines", _plan_lines) if "method" in facts else _plan_lines)
@@ -287,8 +287,8 @@ def eval_(
     json_: Json = False,
 ) -> None:
     """Measures perplexity on held-out text; of a network, accuracy on a run's test split."""
-    from compress.saved import lines
-    from compress.verbs import evaluate
+    from compress.models.saved import lines
+    from compress.verbs.common import evaluate
 
     facts = evaluate(model, like, text=text, windows=windows, length=length, task=task, network=network)
     _show(facts, json_, partial(lines, "evaluate"))
@@ -325,13 +325,13 @@ def export(
     json_: Json = False,
 ) -> None:
     """Exports a model to ONNX (language models: prefill and decode with KV cache) and on; each is checked."""
-    from compress.export.command import builds
-    from compress.saved import lines
-    from compress.verbs import export as run
+    from compress.exporters.command import builds
+    from compress.models.saved import lines
+    from compress.verbs.common import export as run
 
     asked = builds(format_ or [], precision, shape or [], capability or [], fusions)
     if target is not None:
-        from compress.export.on_target import build_options
+        from compress.exporters.on_target import build_options
 
         asked.append(build_options(target))
     _show(run(model, out, asked, network=network, like=like), json_, partial(lines, "export"))
@@ -356,10 +356,10 @@ def bench(
     """Measures latency and memory of two exports, interleaved in fresh processes, here or on a target."""
     from contextlib import nullcontext
 
-    from compress.export.on_target import RECORD, bench_lines, write
-    from compress.saved import lines
-    from compress.verbs import bench as run
-    from compress.written import disk_errors, refuse_replacing, written
+    from compress.exporters.on_target import RECORD, bench_lines, write
+    from compress.models.saved import lines
+    from compress.run.written import disk_errors, refuse_replacing, written
+    from compress.verbs.common import bench as run
 
     # Before anything is measured: a place that cannot be written is said at once.
     with nullcontext() if out is None else written(out, (RECORD,), refuse_replacing) as beside:
@@ -421,8 +421,8 @@ def gate(
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
-    from compress.export.gate_outputs import error_command, workflow_commands
-    from compress.gate_verbs import lines, on_github, parse_shapes, run
+    from compress.exporters.gate_outputs import error_command, workflow_commands
+    from compress.verbs.gate import lines, on_github, parse_shapes, run
 
     try:
         record = run(
@@ -469,8 +469,8 @@ def card(
 
     A release is uploaded as it was sealed, once it is verified. A new repository is private unless --public is given.
     """
-    from compress.verbs import card as write
-    from compress.verbs import push as upload
+    from compress.verbs.common import card as write
+    from compress.verbs.common import push as upload
 
     if push is not None:
         if out is not None:
@@ -502,7 +502,7 @@ def report(
     json_: Json = False,
 ) -> None:
     """Writes the report of a run as one HTML file with plots that can be asked; it needs no server."""
-    from compress.verbs import report_page
+    from compress.verbs.common import report_page
 
     _show(report_page(run, out), json_, lambda f: [f"report   {f['html']}"])
 
@@ -520,8 +520,8 @@ def verify(
     json_: Json = False,
 ) -> None:
     """Checks a model against its own report: hashes, a clean reload, its exports, and what is measured again."""
-    from compress.verification import lines, refuse_failed
-    from compress.verification import verify as run
+    from compress.claims.verify import lines, refuse_failed
+    from compress.claims.verify import verify as run
 
     facts = run(model, network, measure=measure, like=like, dense=dense)
     _show(facts, json_, lines)
@@ -534,7 +534,7 @@ def list_(
     json_: Json = False,
 ) -> None:
     """Lists recipes, models and targets."""
-    from compress.verbs import listing
+    from compress.verbs.common import listing
 
     _show(
         listing(what),
@@ -547,11 +547,11 @@ def list_(
 def doctor(target: TargetName = None, json_: Json = False) -> None:
     """Says which parts are installed here, and what to do about those that are not; or how a target is."""
     if target is None:
-        from compress.doctor import examine
+        from compress.run.doctor import examine
 
         rows = examine()
     else:
-        from compress.export.on_target import doctor as examine_target
+        from compress.exporters.on_target import doctor as examine_target
 
         rows = examine_target(target)
     _show(
@@ -595,7 +595,7 @@ def _memory_errors() -> Iterator[None]:
 
 def main() -> None:
     """Runs the command line; every error a user can act on is one message and an exit code."""
-    from compress import distributed
+    from compress.processes import distributed
 
     distributed.leave_no_gaps()
     sys.excepthook = _trace

@@ -1,6 +1,6 @@
 """The one kind of error a user sees: what is wrong, where, and how to mend it."""
 
-from compress.escape import terminal
+from compress.words.escape import terminal
 
 
 class CompressError(Exception):

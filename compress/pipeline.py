@@ -10,19 +10,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import __version__, distributed
+from compress import __version__
 from compress.errors import CompressError
-from compress.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
+from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
+from compress.language.setup import prepare as prepare  # Týr's, by `module_of`
+from compress.processes import distributed
 from compress.recipes.global_mp import GlobalMPOptions
 from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.tyr import TyrOptions
-from compress.report import describe_plan
-from compress.run import RECIPE_LOCK, Run, fingerprint, link, seal_hash
-from compress.seals import read_stamped, stamped
-from compress.sections import NetworkRecipe
-from compress.setup import Setup, Windows, fingerprint_of, read_windows
-from compress.setup import prepare as prepare  # Týr's, by `module_of`
+from compress.report.build import describe_plan
+from compress.run.folder import RECIPE_LOCK, Run, fingerprint, link, seal_hash
+from compress.run.seals import read_stamped, stamped
+from compress.schema.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
+from compress.schema.sections import NetworkRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +31,10 @@ if TYPE_CHECKING:
 METHODS: dict[str, dict[str, Task]] = {
     "tyr": {"text": Task(TyrOptions, Recipe, "compress.pipeline")},
     "global-mp": {
-        "text": Task(GlobalMPOptions, TextRecipe, "compress.sparse"),
-        "network": Task(NetworkOptions, NetworkRecipe, "compress.sparse_network"),
+        "text": Task(GlobalMPOptions, TextRecipe, "compress.recipes.global_mp.text_stages"),
+        "network": Task(NetworkOptions, NetworkRecipe, "compress.recipes.global_mp.network_stages"),
     },
-    "pagcp": {"network": Task(PAGCPOptions, NetworkRecipe, "compress.channels")},
+    "pagcp": {"network": Task(PAGCPOptions, NetworkRecipe, "compress.recipes.pagcp.stages")},
 }
 STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
 
@@ -75,7 +76,7 @@ def prune(
         if getattr(recipe, "bench", None) is not None and recipe.export is None:
             raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
         if recipe.targets:
-            from compress.on_targets import check
+            from compress.exporters.stages import check
 
             if getattr(recipe, "export", None) is None:
                 raise CompressError("targets need the exported model", where="export", fix="leave targets out as well")
@@ -133,8 +134,8 @@ def _read_or_write_lock(path: Path, setup: Any, command: str) -> None:
 
 
 def _write_lock(path: Path, setup: Any, command: str) -> None:
-    from compress.data import text_facts
-    from compress.doctor import versions
+    from compress.data.text import text_facts
+    from compress.run.doctor import versions
 
     text = lock_text(
         setup.recipe,
@@ -195,7 +196,7 @@ def fixed_tokens(setup: Setup[Any], count: int = 64) -> Tensor:
 
 
 def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> Path:
-    from compress.recover import recover, training_windows
+    from compress.language.recover import recover, training_windows
 
     folder = recover(run, setup, training_windows(run, setup, windows), plan_folder, len(windows.begin))
     facts = json.loads((folder / "recover.json").read_text())
@@ -210,8 +211,8 @@ def _evaluate_unrecovered(
 ) -> None:
     """Perplexity of what was pruned and not yet trained, so that the report tells what training brought; with its
     weights as they would be, had it been saved."""
-    from compress.evaluate import geometric_mean
-    from compress.plan import Plan
+    from compress.language.evaluate import geometric_mean
+    from compress.language.plan import Plan
 
     def build(folder: Path | None) -> None:
         texts = perplexities(setup.as_saved(Plan.load(plan_folder)), windows, "perplexity before recovery")
@@ -237,8 +238,8 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
     """Slices, saves in every layout, and seals each only when a clean process has given the masked model's logits."""
     import torch
 
-    from compress.checkpoint import save_model, verify_clean
-    from compress.plan import Plan
+    from compress.language.checkpoint import save_model, verify_clean
+    from compress.language.plan import Plan
 
     saved: dict[str, Path] = {}
     report["verify"] = {"layouts": []}
@@ -280,7 +281,7 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
 
 def _sliced(setup: Setup, saved: Mapping[str, Path], plan_folder: Path) -> Any:
     """The sliced model, of the weights that were saved."""
-    from compress.plan import Plan
+    from compress.language.plan import Plan
 
     if "per-layer" in saved:
         return setup.load(saved["per-layer"])
@@ -291,8 +292,8 @@ def _sliced(setup: Setup, saved: Mapping[str, Path], plan_folder: Path) -> Any:
 
 
 def perplexities(model: Any, windows: Windows, label: str) -> dict[str, dict[str, float | int]]:
-    """What `compress.evaluate.perplexity` finds on each held-out text."""
-    from compress.evaluate import perplexity
+    """What `compress.language.evaluate.perplexity` finds on each held-out text."""
+    from compress.language.evaluate import perplexity
 
     begin = len(windows.begin)
     return {n: perplexity(model, ids, f"{label}, {n}", begin) for n, ids in windows.evaluation.items()}
@@ -307,7 +308,7 @@ def evaluate(
     curve: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
 ) -> None:
     """Measures the dense and the saved model; ``curve`` measures others, given what decides a measurement."""
-    from compress.evaluate import geometric_mean, harness_tasks
+    from compress.language.evaluate import geometric_mean, harness_tasks
 
     tasks = setup.recipe.evaluation.tasks
 
@@ -404,7 +405,7 @@ def export(
     run: Run, setup: Setup[Any], pruned: Callable[[], Any], saved: Path, report: dict[str, Any]
 ) -> dict[str, Path]:
     """Exports the dense model and the one that ``pruned`` makes of the weights in the sealed folder ``saved``."""
-    from compress.export.check import write_checked
+    from compress.exporters.check import write_checked
     from compress.models.streaming import on_cpu
 
     assert setup.recipe.export is not None  # asked by the caller
@@ -438,7 +439,7 @@ def bench(
     report: dict[str, Any],
 ) -> None:
     """Latency here and on the recipe's targets; ``models`` make the torch modules of ``exported``."""
-    from compress.on_targets import on_targets
+    from compress.exporters.stages import on_targets
 
     if setup.recipe.bench is not None:
         _bench(run, setup, exported, report)
@@ -446,8 +447,8 @@ def bench(
 
 
 def _bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: dict[str, Any]) -> None:
-    from compress.export.bench.explain import why
-    from compress.export.bench.local import LOCAL, compare_llm
+    from compress.exporters.bench.explain import why
+    from compress.exporters.bench.local import LOCAL, compare_llm
 
     spec = setup.recipe.bench
     assert spec is not None  # asked by the caller
@@ -473,7 +474,7 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
     Returns:
         The report as it was sealed, by this run or an earlier one.
     """
-    from compress.report import finish, read_report, write_release
+    from compress.report.build import finish, read_report, write_release
 
     report["commands"] = commands(setup, run.folder, report["command"])
     finish(report)
@@ -496,8 +497,8 @@ def release(run: Run, setup: Setup[Any], saved: Mapping[str, Path], report: dict
 
 
 def card(report: dict[str, Any], folder: Path) -> Path:
-    from compress.card import write_card
-    from compress.plots import draw
+    from compress.report.card import write_card
+    from compress.report.plots import draw
 
     return write_card(report, folder, draw(report, folder / "plots"))
 

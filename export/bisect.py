@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from compress.errors import CompressError
-from compress.export import formats, runtimes
-from compress.export.formats import BuildOptions, Source
-from compress.export.ort import Arrays
-from compress.export.tensors import read, walk
+from compress.exporters import formats, runtimes
+from compress.exporters.formats import BuildOptions, Source
+from compress.exporters.ort import Arrays
+from compress.exporters.tensors import read, walk
 
 
 def largest_difference(want: Any, got: Any) -> float:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.export.onnx import export_llm
-from compress.export.parity import check_llm, greedy_agrees
+from compress.exporters.onnx import export_llm
+from compress.exporters.parity import check_llm, greedy_agrees
 
 if TYPE_CHECKING:
-    from compress.recipe import ExportSection
+    from compress.schema.recipe import ExportSection
 
 
 def write_checked(model: Any, tokenizer: Any, folder: Path, spec: ExportSection, vocab: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from compress.errors import UsageError
-from compress.export import formats
-from compress.export.formats import BuildOptions, Source
-from compress.export.ort import Arrays
+from compress.exporters import formats
+from compress.exporters.formats import BuildOptions, Source
+from compress.exporters.ort import Arrays
 
 SAMPLES = 16  # inputs that a network is compared on
 
@@ -91,7 +91,7 @@ def text_source(path: Path, model: Any, ids: Sequence[int], options: BuildOption
         ids: (n,), a text; repeated to the lengths that are benchmarked.
         begin: of its first ids, those that stand in front of every text, and are not repeated.
     """
-    from compress.export.ort import OrtLLM
+    from compress.exporters.ort import OrtLLM
 
     runtime = OrtLLM(path, options.threads)
     feeds: dict[str, list[Arrays]] = {"prefill": [], "decode": []}

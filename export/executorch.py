@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
-from compress.export import formats, parity, runtimes
-from compress.progress import say
+from compress.exporters import formats, parity, runtimes
+from compress.run.progress import say
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Graph, Source
-    from compress.export.ort import Arrays
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Graph, Source
+    from compress.exporters.ort import Arrays
+    from compress.exporters.runtimes import Runner
 
 FILE = "model.pte"
 
@@ -140,8 +140,8 @@ def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, in
     """The exported program of a component, its varying axes bounded as the profile says."""
     import copy
 
-    from compress.export.onnx import _WithCache, cached_layers
-    from compress.export.onnx_module import _Outputs
+    from compress.exporters.onnx import _WithCache, cached_layers
+    from compress.exporters.onnx_module import _Outputs
 
     if name == "model":
         module: nn.Module = _Outputs(copy.deepcopy(model), [p.name for p in graph.outputs])
@@ -242,8 +242,8 @@ def first_layer(source: Source, options: BuildOptions, feed: Arrays, tolerance: 
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    from compress.export.bisect import largest_difference
-    from compress.export.onnx_module import _Outputs
+    from compress.exporters.bisect import largest_difference
+    from compress.exporters.onnx_module import _Outputs
 
     kinds = nn.Conv2d | nn.Conv1d | nn.Linear
     layers = [name for name, m in source.model.named_modules() if isinstance(m, kinds)]

@@ -29,13 +29,13 @@ from typing import Any
 
 import numpy as np
 
-from compress.cache import sha256_of
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
-from compress.export import tensors
-from compress.export.ort import Arrays
-from compress.export.runtimes import Runner
-from compress.written import whole
+from compress.exporters import tensors
+from compress.exporters.ort import Arrays
+from compress.exporters.runtimes import Runner
+from compress.run.cache import sha256_of
+from compress.run.written import whole
 
 Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
 
@@ -46,7 +46,7 @@ class Format:
 
     name: str
     title: str
-    module: str  # in compress.export
+    module: str  # in compress.exporters
     precisions: tuple[str, ...]
     package: str  # that must be importable to build
     extra: str  # of this package's own extras; empty where it is always there
@@ -136,7 +136,7 @@ def check_options(options: BuildOptions) -> Format:
 
 
 def module_of(form: Format) -> Any:
-    return importlib.import_module(f"compress.export.{form.module}")
+    return importlib.import_module(f"compress.exporters.{form.module}")
 
 
 def components(path: Path) -> dict[str, Path]:
@@ -145,8 +145,8 @@ def components(path: Path) -> dict[str, Path]:
     Raises:
         CompressError: there is no ONNX here.
     """
-    from compress.export.onnx import DECODE, PREFILL
-    from compress.export.onnx_module import FILE
+    from compress.exporters.onnx import DECODE, PREFILL
+    from compress.exporters.onnx_module import FILE
 
     if path.is_file():
         return {"model": path}
@@ -394,7 +394,7 @@ def _for_converters(source: Source, beside: Path) -> Iterator[Source]:
 
 def _measures(source: Source, folder: Path, options: BuildOptions, module: Any) -> dict[str, dict[str, float]]:
     """What the ONNX file and the built one are worth, by the source's own function."""
-    from compress.export import runtimes
+    from compress.exporters import runtimes
 
     assert source.evaluate is not None  # asked by the caller
     files = components(source.path)

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UsageError
-from compress.export.bench.stats import P90_FROM, P99_FROM
+from compress.report.stats import P90_FROM, P99_FROM
 
 FIRST, LAST = 7, 21  # rounds
 PILOT = 3  # from this round to the first look the machine's noise is watched
@@ -88,7 +88,7 @@ def parse_budget(text: str) -> Budget:
         raise _wrong(text, "this is no budget", f"for example: {EXAMPLES}")
     figure, statistic, sign, number, unit = match.groups()
     if figure not in FIGURES:
-        from compress.recipe import nearest
+        from compress.schema.recipe import nearest
 
         raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, FIGURES))
     value = float(number)

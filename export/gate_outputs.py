@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
-from compress.export import gate
+from compress.exporters import gate
+from compress.words.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
 
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
 MARKS = {"pass": "✅ pass", "inconclusive": "⚠️ inconclusive", "fail": "❌ fail"}
@@ -145,7 +145,7 @@ def summary(record: Mapping[str, Any]) -> str:
 
 def plot(record: Mapping[str, Any], plt: Any) -> Any:
     """The pairs of every measured budget, with interval and limit."""
-    from compress.plots import DENSE, PRUNED, QUIET
+    from compress.report.plots import DENSE, PRUNED, QUIET
 
     rows = [r for r in record["budgets"] if "values" in r]
     figure, axes = plt.subplots(1, len(rows), figsize=(1.2 + 3.2 * len(rows), 3.2), squeeze=False)
@@ -172,7 +172,7 @@ FILES = ("gate.json", "junit.xml", "summary.md")
 
 def write(record: Mapping[str, Any], folder: Path) -> list[str]:
     """gate.json (with the raw samples), junit.xml, summary.md and gate.png where anything was measured; their names."""
-    from compress.plots import draw
+    from compress.report.plots import draw
 
     texts = ((json_text(record, nan=False) + "\n").encode(), junit(record), summary(record).encode())
     for name, text in zip(FILES, texts, strict=True):

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export import gate
-from compress.export.bench import transport
-from compress.export.bench.local import machine_state, measure_once
-from compress.export.gate import Budget, Verdict
-from compress.export.onnx import DECODE, PREFILL
-from compress.export.onnx_module import FILE
-from compress.export.tensors import read, size, weights_of
-from compress.progress import Progress, say
+from compress.exporters import gate
+from compress.exporters.bench import transport
+from compress.exporters.bench.local import machine_state, measure_once
+from compress.exporters.gate import Budget, Verdict
+from compress.exporters.onnx import DECODE, PREFILL
+from compress.exporters.onnx_module import FILE
+from compress.exporters.tensors import read, size, weights_of
+from compress.run.cache import sha256_of
+from compress.run.progress import Progress, say
 
 LABELS = ("baseline", "candidate")
 MODELS = (".onnx", ".mnn")
@@ -163,7 +163,7 @@ def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) ->
 
 def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
     """What the run's report says of the dense or the pruned model; None where the run has not got so far."""
-    from compress.report import read_report
+    from compress.report.build import read_report
 
     if not (run / "release" / "report.json").is_file():
         return None

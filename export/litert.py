@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.export import formats, parity, runtimes
-from compress.progress import say
+from compress.exporters import formats, parity, runtimes
+from compress.run.progress import say
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 FILE, SIGNATURE = "model.tflite", "signature.json"
 
@@ -34,7 +34,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     """
     import litert_torch
 
-    from compress.export.onnx_module import _Outputs
+    from compress.exporters.onnx_module import _Outputs
 
     began = time.monotonic()
     files = formats.components(source.path)

@@ -24,16 +24,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.children import python
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
-from compress.export import onnx_module
-from compress.export.bench.local import LOCAL
-from compress.export.bench.transport import answered, stored
+from compress.exporters import onnx_module
+from compress.exporters.bench.local import LOCAL
+from compress.exporters.bench.transport import answered, stored
+from compress.processes.children import python
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 FILE = "model.mnn"
 CONVERT = "import sys, _tools; _tools.mnnconvert(sys.argv)"
@@ -196,7 +196,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
         UsageError: it is a language model: MNN's converter has its own exporter for those.
         CompressError: MNN cannot convert the graph.
     """
-    from compress.export import formats
+    from compress.exporters import formats
 
     files = formats.components(source.path)
     if list(files) != ["model"]:
@@ -204,7 +204,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
             "a language model is not exported to MNN", where=str(source.path), fix="name another --format, as ort"
         )
     made = export_mnn(files["model"], folder)
-    from compress.export.runtimes import available
+    from compress.exporters.runtimes import available
 
     return {
         "components": {"model": {"ops": dict(formats.read_graph(files["model"]).ops)}},
@@ -214,12 +214,12 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:
-    from compress.export import parity
+    from compress.exporters import parity
 
     return parity.check_built(source, folder, options, load)
 
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
-    from compress.export import runtimes
+    from compress.exporters import runtimes
 
     return runtimes.load("mnn", str(folder / FILE), options.threads)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.export.bench.transport import Absent, answered, artefact
-from compress.export.command import label
-from compress.export.formats import (
+from compress.exporters.bench.transport import Absent, answered, artefact
+from compress.exporters.command import label
+from compress.exporters.formats import (
     FORMATS,
     BuildOptions,
     Source,
@@ -22,7 +22,7 @@ from compress.export.formats import (
     network_profiles,
     text_profiles,
 )
-from compress.export.target import Target, load_target, transport_of
+from compress.exporters.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down
 BUSY = 0.5  # load a core above which timings are of something else, too
@@ -163,7 +163,7 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
         As `local.compare`; and ``kind``, ``target`` and ``budget``: the milliseconds it allows, and by figure whether
         the pruned model keeps to them in every process (None where some do, or the processor is emulated).
     """
-    from compress.export.bench.local import compare
+    from compress.exporters.bench.local import compare
 
     target = load_target(name)
     dense, pruned = place(dense, target), place(pruned, target)
@@ -187,7 +187,7 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
         }
         found["budget"] = {"milliseconds": target.budget, "kept": kept}
     if target.format == "onnx" and not found["emulated"]:
-        from compress.export.bench.explain import why
+        from compress.exporters.bench.explain import why
 
         found["why"] = why(dense, pruned, spec, transport, block=target.round_to)
     return found
@@ -200,9 +200,9 @@ def _kept(medians: Sequence[float], milliseconds: float) -> bool | None:
 
 
 def bench_lines(found: dict[str, Any]) -> list[str]:
-    from compress.export.bench.explain import lines as explained_lines
-    from compress.export.bench.stats import UNRESOLVED
-    from compress.saved import KINDS
+    from compress.exporters.bench.explain import lines as explained_lines
+    from compress.models.saved import KINDS
+    from compress.report.stats import UNRESOLVED
 
     lines: list[str] = importlib.import_module(KINDS[found["kind"]].verbs).bench_lines(found)
     for side in ("dense", "pruned"):
@@ -228,13 +228,13 @@ def bench_lines(found: dict[str, Any]) -> list[str]:
 
 def write(found: dict[str, Any], folder: Path) -> None:
     """bench.json, with every raw sample, and the plots, into a folder that is there."""
-    from compress.export.bench.plots import draw
+    from compress.exporters.bench.plots import draw
 
     (folder / RECORD).write_text(json.dumps(found, indent=1) + "\n")
     draw(found, folder)
 
 
 def listing() -> dict[str, str]:
-    from compress.export.target import target_names
+    from compress.exporters.target import target_names
 
     return {name: load_target(name).description for name in target_names()}

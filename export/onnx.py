@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
-from compress.progress import say
+from compress.run.progress import say
 
 OPSET = 20
 WEIGHTS = "weights.data"

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.export import formats, parity, quantize, runtimes, tensors
-from compress.export.cast import cast_file
-from compress.progress import say
+from compress.exporters import formats, parity, quantize, runtimes, tensors
+from compress.exporters.cast import cast_file
+from compress.run.progress import say
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 LARGE = 1 << 20  # bytes of weights from which they stand beside the graph
 
@@ -123,7 +123,7 @@ def share_weights(folder: Path, names: list[str]) -> None:
 
     import onnx
 
-    from compress.export.onnx import WEIGHTS
+    from compress.exporters.onnx import WEIGHTS
 
     paths = {name: folder / f"{name}.onnx" for name in names}
     models = {name: tensors.read(path, weights=True) for name, path in paths.items()}

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.data.tasks import named
 from compress.errors import CompressError
-from compress.export.onnx import OPSET, forget_trace
-from compress.export.ort import session
-from compress.export.tensors import read, walk
-from compress.progress import say
-from compress.tasks import named
+from compress.exporters.onnx import OPSET, forget_trace
+from compress.exporters.ort import session
+from compress.exporters.tensors import read, walk
+from compress.run.progress import say
 
 FILE = "model.onnx"
 INPUT = "input"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.export import formats, parity, quantize, runtimes
-from compress.progress import say
+from compress.exporters import formats, parity, quantize, runtimes
+from compress.run.progress import say
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 
 def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import CompressError
-from compress.export.tensors import files
+from compress.exporters.tensors import files
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -39,7 +39,7 @@ class OrtLLM:
     """`prefill.onnx` and `decode.onnx` of one folder."""
 
     def __init__(self, folder: Path, threads: int = 2) -> None:
-        from compress.export.onnx import DECODE, PREFILL
+        from compress.exporters.onnx import DECODE, PREFILL
 
         self.prefill_session = session(folder / PREFILL, threads)
         self.decode_session = session(folder / DECODE, threads)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
-from compress.export import formats, onnx_file, parity, runtimes
+from compress.exporters import formats, onnx_file, parity, runtimes
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 CONFIG = "required_operators.config"
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data import begun
+from compress.data.text import begun
 from compress.errors import CompressError
-from compress.export.bisect import largest_difference
-from compress.export.onnx import cached_layers
-from compress.export.ort import Arrays, OrtLLM
+from compress.exporters.bisect import largest_difference
+from compress.exporters.onnx import cached_layers
+from compress.exporters.ort import Arrays, OrtLLM
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
     Load = Callable[[Path, str, BuildOptions], Runner]
 
@@ -174,7 +174,7 @@ def check_built(source: Source, folder: Path, options: BuildOptions, load: Load)
         CompressError: an output differs by more than the tolerance, or the file does not run; the first node at fault
             is named.
     """
-    from compress.export import formats, runtimes
+    from compress.exporters import formats, runtimes
 
     tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
     worst: dict[str, float] = {}
@@ -212,14 +212,14 @@ def first_fault_built(
     source: Source, folder: Path, options: BuildOptions, component: str, output: str, feed: Arrays
 ) -> str:
     """Names the first node at fault: by building again what lies before the output, cut shorter and shorter."""
-    from compress.export import bisect, formats
+    from compress.exporters import bisect, formats
 
     tolerance = options.tolerance if options.tolerance is not None else TOLERANCE[options.precision]
     path = formats.components(source.path)[component]
     if options.precision == "int8":
         return "calibrate on more inputs, or leave the layer with the widest range in float32"
     if options.format == "executorch" and component == "model" and options.precision == "fp32":
-        from compress.export.executorch import first_layer
+        from compress.exporters.executorch import first_layer
 
         return first_layer(source, options, feed, tolerance)
     if formats.FORMATS[options.format].of_torch:
@@ -242,7 +242,7 @@ def check_modules(
     Raises:
         CompressError: an output differs by more than ``tolerance``; the first layer at fault is named.
     """
-    from compress.export.onnx_module import _Outputs
+    from compress.exporters.onnx_module import _Outputs
 
     with torch.no_grad():
         pairs = zip(names, _Outputs(before, names).eval()(inputs), _Outputs(after, names).eval()(inputs), strict=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.export.ort import Arrays
-from compress.export.tensors import read
+from compress.exporters.ort import Arrays
+from compress.exporters.tensors import read
 
 BLOCK = 32  # weights that share a scale
 

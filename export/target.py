@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import UsageError
-from compress.export.bench.transport import Transport
-from compress.recipe import Path_, Place, Section, explain, named_file, read_layers
+from compress.exporters.bench.transport import Transport
+from compress.schema.recipe import Path_, Place, Section, explain, named_file, read_layers
 
 TARGETS = Path(__file__).parent / "targets"
 HERE = "this-machine"
@@ -92,7 +92,7 @@ class Target(Section):
     notes: str = ""
 
     def spec(self, **given: Any) -> dict[str, Any]:
-        """What `compress.export.bench.local.compare` takes; ``given`` has the last word where it is not None."""
+        """What `compress.exporters.bench.local.compare` takes; ``given`` has the last word where it is not None."""
         found: dict[str, Any] = {
             "threads": self.threads,
             **self.measure.model_dump(),
@@ -141,7 +141,7 @@ def transport_of(target: Target) -> Transport:
     """
     how = target.transport
     if how.kind == "ssh":
-        from compress.export.bench.ssh import Ssh
+        from compress.exporters.bench.ssh import Ssh
 
         if how.host is None:
             raise UsageError(
@@ -161,7 +161,7 @@ def transport_of(target: Target) -> Transport:
             folder=how.folder or "~/.cache/compress",
         )
     if how.kind == "adb":
-        from compress.export.bench.adb import Adb
+        from compress.exporters.bench.adb import Adb
 
         return Adb(
             serial=how.serial,
@@ -169,7 +169,7 @@ def transport_of(target: Target) -> Transport:
             benchmark=how.benchmark,
             **{"folder": how.folder} if how.folder is not None else {},
         )
-    from compress.export.bench.local import Local
+    from compress.exporters.bench.local import Local
 
     return Local(title=target.name)
 

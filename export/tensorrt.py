@@ -2,7 +2,7 @@
 
 `tensorrt_rtx` builds without a GPU for the compute capabilities that are named, and compiles the rest where the engine
 is loaded. `tensorrt` builds for the GPU that is there. Both take the types of the graph as they are (strongly typed),
-so a lower precision is written into the graph first, see `compress.export.cast`.
+so a lower precision is written into the graph first, see `compress.exporters.cast`.
 
 Source: NVIDIA's documentation of TensorRT 11 and TensorRT for RTX 1.7.
 """
@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export import formats, parity, runtimes
-from compress.export.cast import cast_file
+from compress.exporters import formats, parity, runtimes
+from compress.exporters.cast import cast_file
+from compress.run.cache import sha256_of
 
 if TYPE_CHECKING:
-    from compress.export.formats import BuildOptions, Source
-    from compress.export.runtimes import Runner
+    from compress.exporters.formats import BuildOptions, Source
+    from compress.exporters.runtimes import Runner
 
 SUFFIX = ".engine"
 
@@ -66,7 +66,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 def _build_one(
     trt: Any, log: Any, name: str, graph: Path, original: Path, target: Path, options: BuildOptions, doing: str
 ) -> dict[str, Any]:
-    from compress.progress import say
+    from compress.run.progress import say
 
     say(doing)
     began = time.monotonic()

@@ -17,11 +17,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from compress.cache import cache_dir, sha256_of
-from compress.children import python
 from compress.errors import CompressError, UsageError
-from compress.model_folder import refuse_adapter
-from compress.progress import say
+from compress.models.folder import refuse_adapter
+from compress.processes.children import python
+from compress.run.cache import cache_dir, sha256_of
+from compress.run.progress import say
 
 ALIASES = Path(__file__).parent
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -263,7 +263,7 @@ def describe(name: str) -> tuple[Resolved, Any]:
     Raises:
         UsageError, CompressError: as `resolve`.
     """
-    from compress.checkpoint import load_config
+    from compress.language.checkpoint import load_config
 
     if Path(name).is_dir() and name not in alias_names():
         found = resolve(name)
@@ -427,7 +427,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compress.checkpoint import NO_CODE
+    from compress.language.checkpoint import NO_CODE
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_CODE)

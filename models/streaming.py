@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import from_config, is_ragged, load_config
-from compress.distributed import empty_weights, world
 from compress.errors import CompressError
-from compress.model_folder import weights_of
-from compress.shards import Shards
+from compress.language.checkpoint import from_config, is_ragged, load_config
+from compress.models.folder import weights_of
+from compress.models.shards import Shards
+from compress.processes.distributed import empty_weights, world
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family

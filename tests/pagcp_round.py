@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from compress.flops import count_flops
-from compress.images import Splits
+from compress.data.images import Splits
+from compress.networks.flops import count_flops
+from compress.networks.train import train
 from compress.recipes.pagcp.greedy import Pruner
 from compress.recipes.pagcp.groups import find_groups
 from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
 from compress.recipes.pagcp.saliency import rankings
-from compress.run import Journal
-from compress.sections import TrainSpec
-from compress.train import train
+from compress.run.folder import Journal
+from compress.schema.sections import TrainSpec
 from tests import channel_nets as nets
 
 LOSS = PAGCPOptions(round_to=2, batch=16, keep=0.0, saliency="l1", total=60.0, settle=0)

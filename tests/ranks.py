@@ -1,4 +1,4 @@
-"""Functions run by several real processes of one gloo group, as `compress.distributed.launch` starts them."""
+"""Functions run by several real processes of one gloo group, as `compress.processes.distributed.launch` starts them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from compress import distributed
+from compress.processes import distributed
 
 # A server that has torch loaded already forks every process.
 Process = multiprocessing.process.BaseProcess
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "compress.recover", "transformers", "peft"]
+    ["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "compress.language.recover", "transformers", "peft"]
 )
 
 

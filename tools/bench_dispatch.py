@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import distributed
+from compress.language.setup import quiet
 from compress.models.families import family_for
 from compress.models.streaming import in_step, stream_model
-from compress.setup import quiet
+from compress.processes import distributed
 from tools.bench_streaming import make
 
 WAYS = {"streamed": 1, "dispatched": 1, "streamed x 2": 2, "sharded x 2": 2}

@@ -22,11 +22,11 @@ from statistics import median
 from typing import Any
 
 from compress.errors import CompressError
-from compress.export.bench.explain import GOAL, lines, why
-from compress.export.bench.local import LOCAL, measure_once
-from compress.export.bench.plots import speed_up
-from compress.export.bench.stats import paired_ratio
-from compress.plots import draw
+from compress.exporters.bench.explain import GOAL, lines, why
+from compress.exporters.bench.local import LOCAL, measure_once
+from compress.exporters.bench.plots import speed_up
+from compress.report.plots import draw
+from compress.report.stats import paired_ratio
 from tools.format_cases import Case, llm_case, network_case
 from tools.format_profile import PART, explained, kinds_of
 

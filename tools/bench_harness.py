@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from compress.export import runtimes
-from compress.export.bench.protocol import SAMPLE_SECONDS, steady
-from compress.export.bench.stats import paired_ratio
+from compress.exporters import runtimes
+from compress.exporters.bench.protocol import SAMPLE_SECONDS, steady
+from compress.report.stats import paired_ratio
 
 TEN = 0.01  # seconds
 

@@ -82,9 +82,9 @@ def main() -> None:
     parser.add_argument("--until", default="model", choices=["plan", "model"])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     given = parser.parse_args()
-    from compress.distributed import device, leave_no_gaps
     from compress.pipeline import prune
-    from compress.verbs import plan
+    from compress.processes.distributed import device, leave_no_gaps
+    from compress.verbs.common import plan
 
     leave_no_gaps()
     where = device()

@@ -109,7 +109,7 @@ def write_network(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from compress.export.onnx_module import export_module
+    from compress.exporters.onnx_module import export_module
     from compress.models.zoo import build
 
     for label in ["dense", *labels("random"), *labels("4x1")]:
@@ -190,7 +190,7 @@ def mnn(folder: Path) -> Call:
     import MNN.expr as expr
     import MNN.nn as nn
 
-    from compress.export.mnn import FILE, export_mnn
+    from compress.exporters.mnn import FILE, export_mnn
 
     made = folder / FILE
     if not made.exists():
@@ -540,7 +540,7 @@ def agent(spec: dict[str, Any]) -> dict[str, Any]:
 
 def rows(task: str, runtime: str, folder: Path, spec: argparse.Namespace, python: str) -> Iterator[dict[str, Any]]:
     """A row a label, or one that says why there is none."""
-    from compress.export.bench.stats import paired_ratio
+    from compress.report.stats import paired_ratio
 
     needs = TASKS[task][runtime][1]
     request = {"task": task, "runtime": runtime, "folder": str(folder), "rounds": spec.rounds}

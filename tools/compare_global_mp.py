@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.images import DataSpec, Split, Splits, load
+from compress.data.images import DataSpec, Split, Splits, load
+from compress.data.tasks import loss_sum
 from compress.models.zoo import build
-from compress.progress import say
+from compress.networks.train import TrainSpec as Spec
+from compress.networks.train import apply_masks, evaluate, train
 from compress.recipes.global_mp.floors import layer_floors, target_count
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.network import gradual, masks_of, prunable
-from compress.run import Journal
-from compress.tasks import loss_sum
-from compress.train import TrainSpec as Spec
-from compress.train import apply_masks, evaluate, train
+from compress.run.folder import Journal
+from compress.run.progress import say
 
 SIZE = 24  # pixels
 DENSE, AFTER = 16, 8  # epochs
@@ -129,7 +129,7 @@ def held_out(data: Splits) -> Split:
 
 
 def facts(model: nn.Module, data: Splits, masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    from compress.flops import count_flops
+    from compress.networks.flops import count_flops
 
     layers = count_flops(model, torch.zeros(1, *data.input_shape), masks)
     found = evaluate(model, data, held_out(data))["category"]

@@ -19,16 +19,16 @@ from typing import Any
 
 import torch
 
-from compress.evaluate import geometric_mean, perplexity
+from compress.language.evaluate import geometric_mean, perplexity
+from compress.language.plan import BlockPlan, Plan
+from compress.language.setup import Setup, Windows, fingerprint_of, prepare, read_windows
 from compress.pipeline import METHODS, job_for
-from compress.plan import BlockPlan, Plan
-from compress.progress import say
-from compress.recipe import load_recipe
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
 from compress.recipes.tyr.last_pass import final_pass, joined
 from compress.recipes.tyr.prune import produce_plan
-from compress.run import SEAL, Journal, Run
-from compress.setup import Setup, Windows, fingerprint_of, prepare, read_windows
+from compress.run.folder import SEAL, Journal, Run
+from compress.run.progress import say
+from compress.schema.recipe import load_recipe
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 

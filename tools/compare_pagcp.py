@@ -34,10 +34,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.flops import count_flops
-from compress.images import DataSpec, Splits, load
+from compress.data.images import DataSpec, Splits, load
 from compress.models.zoo import build
-from compress.progress import say
+from compress.networks.flops import count_flops
+from compress.networks.train import TrainSpec as Spec
+from compress.networks.train import evaluate, train
 from compress.recipes.pagcp.greedy import Pruner, State
 from compress.recipes.pagcp.groups import Group, find_groups
 from compress.recipes.pagcp.norms import Settle
@@ -45,9 +46,8 @@ from compress.recipes.pagcp.options import PAGCPOptions, TrialOptions
 from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
 from compress.recipes.pagcp.saliency import rankings, weight_scores
 from compress.recipes.pagcp.trials import Trials, choose
-from compress.run import Journal
-from compress.train import TrainSpec as Spec
-from compress.train import evaluate, train
+from compress.run.folder import Journal
+from compress.run.progress import say
 
 NETWORK = "multitask-resnet"
 ARGUMENTS: dict[str, Any] = {
@@ -239,8 +239,8 @@ def row(method: str, dense: nn.Module, data: Splits, target: float, seed: int, o
 
 def speed(dense: nn.Module, model: nn.Module, data: Splits, place: Path) -> dict[str, Any]:
     """Latency of both in ONNX Runtime, one sample and sixteen, in fresh processes that take turns."""
-    from compress.export.bench.local import compare_modules
-    from compress.export.onnx_module import write_checked_module
+    from compress.exporters.bench.local import compare_modules
+    from compress.exporters.onnx_module import write_checked_module
 
     x = data.prepare(data.test.inputs[:4])
     for label, network in (("onnx-dense", dense), ("onnx-pruned", model)):

@@ -14,14 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compress.evaluate import geometric_mean, perplexity
+from compress.language.evaluate import geometric_mean, perplexity
+from compress.language.plan import Plan
+from compress.language.recover import recover, training_windows
+from compress.language.setup import Setup, Windows, prepare, read_windows
 from compress.pipeline import METHODS
-from compress.plan import Plan
-from compress.progress import say
-from compress.recipe import load_recipe
-from compress.recover import recover, training_windows
-from compress.run import Journal, Run
-from compress.setup import Setup, Windows, prepare, read_windows
+from compress.run.folder import Journal, Run
+from compress.run.progress import say
+from compress.schema.recipe import load_recipe
 
 
 def measure(setup: Setup, windows: Windows, plan: Plan | None, label: str) -> dict[str, Any]:

@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from compress.budget import Option, knapsack, nearest_feasible
-from compress.forecast import FITTED, KINDS, Fit, Stage, cpu_seconds, held, load_fit
-from compress.run import SEAL, Journal
+from compress.language.budget import Option, knapsack, nearest_feasible
+from compress.run.folder import SEAL, Journal
+from compress.run.forecast import FITTED, KINDS, Fit, Stage, cpu_seconds, held, load_fit
 
 # Measured alone: bytes read as blocks are, kept as streams are, hashed into a seal, summed and gathered between
 # processes; cells of the knapsack.
@@ -230,13 +230,13 @@ def foreseen(case: Case, found: Sequence[Sequence[int]] | None = None) -> list[S
     import torch
     from transformers import LlamaConfig
 
+    from compress.language.setup import Setup
     from compress.models.families import family_for
     from compress.pipeline import job_for
-    from compress.recipe import Recipe
     from compress.recipes.tyr import TyrOptions
     from compress.recipes.tyr.choice import Choice
     from compress.recipes.tyr.forecast import shape_of, stages
-    from compress.setup import Setup
+    from compress.schema.recipe import Recipe
 
     config = LlamaConfig(
         hidden_size=case.hidden,
@@ -422,7 +422,7 @@ def speeds() -> dict[str, float]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    from compress.machines import speed
+    from compress.run.machines import speed
 
     torch.set_num_threads(1)
     where = torch.device("cpu")

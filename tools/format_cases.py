@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.budget import target_removed
-from compress.export.command import network_source, text_source
-from compress.export.formats import BuildOptions, make, text_profiles
-from compress.export.onnx import export_llm
-from compress.export.onnx_module import export_module
-from compress.flops import count_flops
+from compress.exporters.command import network_source, text_source
+from compress.exporters.formats import BuildOptions, make, text_profiles
+from compress.exporters.onnx import export_llm
+from compress.exporters.onnx_module import export_module
+from compress.language.budget import target_removed
+from compress.language.plan import BlockPlan, Plan
 from compress.models.families.base import Costs
-from compress.plan import BlockPlan, Plan
+from compress.networks.flops import count_flops
 from compress.recipes.tyr.choice import left_alone
 from tools.format_profile import ATTENTION, WEIGHTS
 
@@ -144,7 +144,7 @@ def plans(costs: Costs, given: Sequence[Path]) -> Iterator[tuple[str, Plan]]:
 
 def llm_case(name: str, given: Sequence[Path], formats: Sequence[str], out: Path) -> Case:
     """A language model from `compress list models`, sliced by every plan and exported."""
-    from compress.checkpoint import load_config, load_model
+    from compress.language.checkpoint import load_config, load_model
     from compress.models.families import family_for
     from compress.models.sources import resolve
 

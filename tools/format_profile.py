@@ -61,8 +61,8 @@ def _kind(operator: str) -> str:
 
 
 def _onnx(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
-    from compress.export.bench.explain import COMPUTE, profile
-    from compress.export.bench.local import LOCAL
+    from compress.exporters.bench.explain import COMPUTE, profile
+    from compress.exporters.bench.local import LOCAL
 
     def kind(node: Mapping[str, Any]) -> str:
         if not any(operator in node["op"] for operator in COMPUTE):
@@ -77,7 +77,7 @@ def _onnx(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
 
 def _feed(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, Any]:
     """Random inputs of the measured sizes."""
-    from compress.export.formats import BuildOptions, components, profiles_of, random_feed, read_graph, text_profiles
+    from compress.exporters.formats import BuildOptions, components, profiles_of, random_feed, read_graph, text_profiles
 
     said = {} if part == "model" else text_profiles(spec["prompt"], spec["context"])
     graph = read_graph(components(folder)[part])
@@ -86,7 +86,7 @@ def _feed(folder: Path, part: str, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _openvino(folder: Path, part: str, spec: Mapping[str, Any]) -> Kinds:
-    from compress.export.runtimes import load
+    from compress.exporters.runtimes import load
 
     runner = load("openvino", str(folder / "openvino" / f"{part}.xml"), spec["threads"], profile=True)
     call = runner.prepare(_feed(folder, part, spec))

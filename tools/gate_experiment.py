@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.export import gate
-from compress.export.gate_run import Measuring, compare, find, measure
+from compress.exporters import gate
+from compress.exporters.gate_run import Measuring, compare, find, measure
 from tools.ci.models import chain
 
 LAYERS, MORE = 10, 11  # all alike: a tenth of the time more

@@ -13,13 +13,13 @@ import time
 import torch
 import yaml
 
-from compress.distributed import device
-from compress.flops import count_flops
-from compress.images import load
+from compress.data.images import load
 from compress.models.sources import network_alias
 from compress.models.zoo import build
-from compress.sections import DataSpec, TrainSpec
-from compress.train import evaluate, train
+from compress.networks.flops import count_flops
+from compress.networks.train import evaluate, train
+from compress.processes.distributed import device
+from compress.schema.sections import DataSpec, TrainSpec
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export.bench.packed import agent_file
-from compress.export.bench.programs import PROGRAMS, figure
-from compress.export.bench.transport import folder_name
+from compress.exporters.bench.packed import agent_file
+from compress.exporters.bench.programs import PROGRAMS, figure
+from compress.exporters.bench.transport import folder_name
+from compress.run.cache import sha256_of
 
 ATTEMPTS = 3
 FOLDER = "/data/local/tmp/compress"

@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compress.export.bench.stats import FEWEST, Found, against, paired_ratio
-from compress.export.bench.transport import Transport, answered, artefact
-from compress.export.tensors import read
+from compress.exporters.bench.transport import Transport, answered, artefact
+from compress.exporters.tensors import read
+from compress.report.stats import FEWEST, Found, against, paired_ratio
 
 GOAL = 0.8  # of the ideal speed-up; above it there is nothing to explain
 MATTERS = 0.02  # share of the pruned network's time that a layer must miss to be named

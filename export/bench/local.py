@@ -13,15 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from compress.cache import sha256_of
-from compress.children import python
 from compress.errors import CompressError
-from compress.export.bench.packed import agent_file
-from compress.export.bench.stats import paired_ratio, summary
-from compress.export.bench.transport import Artefact, Transport, answered, artefact
-from compress.export.onnx import PREFILL
-from compress.export.tensors import read
-from compress.progress import Progress
+from compress.exporters.bench.packed import agent_file
+from compress.exporters.bench.transport import Artefact, Transport, answered, artefact
+from compress.exporters.onnx import PREFILL
+from compress.exporters.tensors import read
+from compress.processes.children import python
+from compress.report.stats import paired_ratio, summary
+from compress.run.cache import sha256_of
+from compress.run.progress import Progress
 
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
 

@@ -8,7 +8,7 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
-from compress.cache import cache_dir
+from compress.run.cache import cache_dir
 
 _HERE = Path(__file__).parent
 FILES = {

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from compress.escape import caption
-from compress.export.bench.explain import lines, said_of
-from compress.export.bench.stats import found_in
-from compress.plots import DENSE, PRUNED, QUIET, Plot, wrapped
-from compress.plots import draw as draw_all
-from compress.wording import number
+from compress.exporters.bench.explain import lines, said_of
+from compress.report.plots import DENSE, PRUNED, QUIET, Plot, wrapped
+from compress.report.plots import draw as draw_all
+from compress.report.stats import found_in
+from compress.words.escape import caption
+from compress.words.wording import number
 
 NAMES = {"latency": "latency of one call", "ttft": "time to first token", "tpot": "time per output token"}
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import CompressError
-from compress.export.bench.protocol import throttled
+from compress.exporters.bench.protocol import throttled
 
 NUMBER = r"([0-9.]+(?:e[+-]?[0-9]+)?)"
 Figures = dict[str, Any]

@@ -19,10 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress.cache import sha256_of
 from compress.errors import CompressError, UsageError
-from compress.export.bench.packed import agent_file
-from compress.export.bench.transport import answered, folder_name
+from compress.exporters.bench.packed import agent_file
+from compress.exporters.bench.transport import answered, folder_name
+from compress.run.cache import sha256_of
 
 RECEIVER = Path(__file__).with_name("receiver.py")
 LOST = 255  # ssh's own exit code, whatever befell the connection

@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from compress.cache import sha256_of
 from compress.errors import CompressError
-from compress.export import tensors
+from compress.exporters import tensors
+from compress.run.cache import sha256_of
 
 # The kind of a file says its format where nobody else does.
 SUFFIXES = {

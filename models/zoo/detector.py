@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.boxes import cells_of, decode
+from compress.data.boxes import cells_of, decode
 from compress.models.zoo.resnet32 import initialise
 
 PRIOR = -4.0  # logit of an object in a cell of an untrained head: few cells hold one
@@ -67,7 +67,7 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
-    """Square images (b, channels, s, s) -> {"boxes": (b, 5 + classes, cells)} as `compress.boxes` has it.
+    """Square images (b, channels, s, s) -> {"boxes": (b, 5 + classes, cells)} as `compress.data.boxes` has it.
 
     Grids have strides 8 and 16.
     """

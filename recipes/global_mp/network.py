@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, UsageError
-from compress.flops import COUNTED, flops_elsewhere
+from compress.networks.flops import COUNTED, flops_elsewhere
+from compress.networks.ties import aliases
+from compress.networks.train import Moment, Remask
 from compress.recipes.global_mp.floors import budget as exact_budget
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.options import NetworkOptions
 from compress.recipes.global_mp.schedule import Shape, targets
-from compress.ties import aliases
-from compress.train import Moment, Remask
 
 
 def prunable(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
-from compress.progress import Progress
 from compress.recipes.global_mp import GlobalMPOptions
 from compress.recipes.global_mp.floors import budget as exact_budget
 from compress.recipes.global_mp.magnitude import Cut, Source, find_cuts, safetensors_source
 from compress.recipes.global_mp.masks import load_masks, masked, save_masks
 from compress.recipes.global_mp.pattern import PATTERN, check_two_four, fits, two_four_mask
+from compress.run.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor

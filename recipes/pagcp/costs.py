@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.flops import count_flops
-from compress.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, width
+from compress.networks.flops import count_flops
+from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, width
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Costs:
         return found
 
     def flops(self, removed: Mapping[tuple[str, str], Sequence[int]]) -> dict[str, int]:
-        """FLOPs a sample of every layer, as `compress.flops` counts them."""
+        """FLOPs a sample of every layer, as `compress.networks.flops` counts them."""
         return {name: 2 * count * self.layers[name].uses for name, count in self.weights(removed).items()}
 
     def parameters(self, removed: Mapping[tuple[str, str], Sequence[int]]) -> int:

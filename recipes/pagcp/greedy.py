@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.progress import Progress
+from compress.networks.surgery import cut
 from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Group
 from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions
 from compress.recipes.pagcp.oracle import Found, Oracle, Readings
 from compress.recipes.pagcp.replay import Replay, calls
-from compress.surgery import cut
+from compress.run.progress import Progress
 
 State = dict[str, int]  # group -> units kept
 REFERENCE_RATIOS = 19  # the reference tries .05, .10 ... .95 of every group

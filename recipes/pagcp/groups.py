@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, cut, is_depthwise, width, zeroed
-from compress.ties import held, tied
+from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, cut, is_depthwise, width, zeroed
+from compress.networks.ties import held, tied
 
 TOLERANCE = 1e-8  # of masked against sliced outputs in float64, relative to the largest
 

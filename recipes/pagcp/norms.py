@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress.images import Splits
+from compress.data.images import Splits
 
 
 class Settle:

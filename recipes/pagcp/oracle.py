@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distributed import gather, rank, world
+from compress.data.images import FolderImages, Split, Splits, batches
+from compress.data.tasks import KINDS, Counts, Task, by_task, exact, task_loss, together
 from compress.errors import CompressError, UsageError
-from compress.images import FolderImages, Split, Splits, batches
-from compress.recipe import nearest
+from compress.processes.distributed import gather, rank, world
 from compress.recipes.pagcp.options import PAGCPOptions, Tolerance
 from compress.recipes.pagcp.replay import Replay
-from compress.run import Journal, Notes
-from compress.tasks import KINDS, Counts, Task, by_task, exact, task_loss, together
+from compress.run.folder import Journal, Notes
+from compress.schema.recipe import nearest
 
 Readings = dict[str, float]  # task -> share of its tolerance
 

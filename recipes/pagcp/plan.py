@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError
-from compress.surgery import cut, width, widths, zeroed
+from compress.networks.surgery import cut, width, widths, zeroed
 
 FILE, INDICES = "plan.json", "plan.safetensors"
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distributed import gather, rank, world
-from compress.images import Split, Splits, batches
+from compress.data.images import Split, Splits, batches
+from compress.data.tasks import by_task, task_loss
+from compress.networks.surgery import CHANNELWISE, TRANSPOSED
+from compress.processes.distributed import gather, rank, world
 from compress.recipes.pagcp.groups import Group
-from compress.surgery import CHANNELWISE, TRANSPOSED
-from compress.tasks import by_task, task_loss
 
 BATCH = 32  # samples of one gradient: their squares are what is averaged
 

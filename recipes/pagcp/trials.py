@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.distributed import alone, gather, rank, world
-from compress.images import Split, Splits
+from compress.data.images import Split, Splits
+from compress.data.tasks import KINDS, Task
+from compress.networks.train import evaluate, train
+from compress.processes.distributed import alone, gather, rank, world
 from compress.recipes.pagcp.contenders import contenders
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
 from compress.recipes.pagcp.options import PAGCPOptions
-from compress.run import Journal, Notes, fingerprint
-from compress.sections import TrainSpec
-from compress.tasks import KINDS, Task
-from compress.train import evaluate, train
+from compress.run.folder import Journal, Notes, fingerprint
+from compress.schema.sections import TrainSpec
 
 Values = Mapping[str, Mapping[str, float]]  # task -> figures by name
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.budget import Option, target_removed
 from compress.errors import CompressError
+from compress.language.budget import Option, target_removed
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.supernet import Menu, neuron_counts
 

@@ -1,7 +1,7 @@
 """What the stages of a Týr run do, reckoned from shapes alone: work by kind, bytes held, bytes on disk.
 
 The figures follow the code of this folder line by line, so they must change when it does; `tools/fit_forecast.py
---check` holds them against runs. How fast a machine does the work is `compress.forecast`'s business.
+--check` holds them against runs. How fast a machine does the work is `compress.run.forecast`'s business.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.budget import Option, common_unit, nearest_feasible, target_removed
-from compress.forecast import Stage
+from compress.language.budget import Option, common_unit, nearest_feasible, target_removed
+from compress.language.recover_forecast import recover_stage
+from compress.models.shards import SHARE
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Choice, Job, block_menus, head_choices
 from compress.recipes.tyr.local import SHRINK, Moments
@@ -20,12 +21,11 @@ from compress.recipes.tyr.prune import REFERENCE_TOKENS
 from compress.recipes.tyr.rescale import SCALES
 from compress.recipes.tyr.search import activation_bytes
 from compress.recipes.tyr.supernet import BATCHES, KEEP_BYTES, Menu, batch_tokens, predicted_bytes
-from compress.recover_forecast import recover_stage
-from compress.shards import SHARE
+from compress.run.forecast import Stage
 
 if TYPE_CHECKING:
     from compress.models.families.base import Costs, Geometry
-    from compress.recipe import RecoverSection
+    from compress.schema.recipe import RecoverSection
 
 # Bytes moved for an element that `ExactSum.add` takes: to double, divided, its size, rounded, to int64, added.
 SUMMED = 116
@@ -622,7 +622,7 @@ def reference_token_layers(layers: int) -> float:
 
 
 def shape_of(setup: Any, world: int, streamed: bool, gpu: float | None) -> Shape:
-    """The sizes of a checked model and recipe (`compress.setup.Setup`)."""
+    """The sizes of a checked model and recipe (`compress.language.setup.Setup`)."""
     recipe = setup.recipe
     return Shape(
         setup.geometry,

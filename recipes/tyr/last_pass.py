@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.plan import BlockPlan, Plan
-from compress.progress import say
+from compress.language.plan import BlockPlan, Plan
 from compress.recipes.tyr.choice import Choice, Curves, Job, saving, settle
 from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from compress.recipes.tyr.supernet import Menu
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
-from compress.run import Run
+from compress.run.folder import Run
+from compress.run.progress import say
 
 
 def refitted(

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from compress.distributed import ExactSum, agree
 from compress.errors import CompressError
+from compress.processes.distributed import ExactSum, agree
 
 Score = Literal["obs", "tyr"]
 SHRINK = 0.85  # the matrices are shrunk when this share of their rows is still alive

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.budget import Option, knapsack, nearest_feasible, target_removed
+from compress.language.budget import Option, knapsack, nearest_feasible, target_removed
+from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
-from compress.plan import BlockPlan, Plan
-from compress.progress import Progress
 from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.supernet import Accumulation, Supernet, head_choice, write_block
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, room_for, walk
-from compress.run import Run, fingerprint
+from compress.run.folder import Run, fingerprint
+from compress.run.progress import Progress
 
 # Tokens x layers of the paper's search: 4 iterations of 50 generations, each 128 offspring on 2,048 tokens, 16 on
 # 16,384, and 4 with the parent on 131,072 (arXiv 2503.09657, section 3.3 and appendix).

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compress.distributed import gather, share
+from compress.language.plan import Plan
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
-from compress.plan import Plan
-from compress.progress import Progress
+from compress.processes.distributed import gather, share
+from compress.run.progress import Progress
 
 if TYPE_CHECKING:
     from compress.recipes.tyr.choice import Job

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.activations import Room
-from compress.budget import Option, knapsack
-from compress.distributed import device_bytes, gather, main_says, rank, share, stack, world
+from compress.language.activations import Room
+from compress.language.budget import Option, knapsack
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import is_in_step, is_streamed
+from compress.processes.distributed import device_bytes, gather, main_says, rank, share, stack, world
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import left_alone
 from compress.recipes.tyr.supernet import Supernet, runner_tokens

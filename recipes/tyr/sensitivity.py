@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.activations import is_whole, load_part, save_part
-from compress.distributed import ExactSum, gather, is_main, main_says, meet, share
 from compress.errors import CompressError
+from compress.language.activations import is_whole, load_part, save_part
 from compress.models.blocks import BlockRunner
-from compress.progress import Progress
+from compress.processes.distributed import ExactSum, gather, is_main, main_says, meet, share
+from compress.run.progress import Progress
 
 RIDGE = 1e-3  # share of the mean diagonal added, so that directions no gradient was seen in still count
 KINDS = ("attention", "ffn")

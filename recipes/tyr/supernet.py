@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compress.activations import Room, load_part, save_part
-from compress.distributed import from_main, is_main, main_says, share, world
 from compress.errors import CompressError
+from compress.language.activations import Room, load_part, save_part
 from compress.models.blocks import BlockRunner
+from compress.processes.distributed import from_main, is_main, main_says, share, world
 from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, neuron_levels, prune_heads
 
 if TYPE_CHECKING:

@@ -17,15 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.activations import Room, is_whole
-from compress.distributed import device_bytes, is_main, main_says, meet
+from compress.language.activations import Room, is_whole
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step, is_streamed, only_blocks
-from compress.progress import Progress
+from compress.processes.distributed import device_bytes, is_main, main_says, meet
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.sensitivity import output_metrics
 from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, prune_block, runner_tokens
-from compress.run import Run, fingerprint, seal_hash
+from compress.run.folder import Run, fingerprint, seal_hash
+from compress.run.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compress.errors import CompressError
-from compress.run import Run
+from compress.run.folder import Run
 from tests.command import Job, Ran, compress, one_error, start
 from tests.networks import write_class_folders
 from tests.tiny import prose
@@ -297,8 +297,8 @@ def test_what_a_user_has_at_the_place_to_write_is_left_alone_by_every_verb(
         raise AssertionError("the work has begun")
 
     with monkeypatch.context() as patched:
-        for work in ("compress.saved.call", "compress.report.read_report", "compress.export.gate_run.measure_once"):
-            patched.setattr(work, never if work != "compress.report.read_report" else lambda _: {"recipe": {}})
+        for work in ("compress.models.saved.call", "compress.report.build.read_report", "compress.exporters.gate_run.measure_once"):
+            patched.setattr(work, never if work != "compress.report.build.read_report" else lambda _: {"recipe": {}})
         for words, said in (
             (("export", job.model, "--out", tmp_path / "eo"), (1, ".eo.partial is in the way")),
             (("export", job.model, "--out", tmp_path / "file"), (2, "this is no folder")),
@@ -320,7 +320,7 @@ def test_what_a_user_has_at_the_place_to_write_is_left_alone_by_every_verb(
 
 
 def test_a_cache_that_cannot_be_made_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from compress.cache import cache_dir
+    from compress.run.cache import cache_dir
 
     monkeypatch.setenv("COMPRESS_CACHE", "/proc/none")
     with pytest.raises(CompressError, match="the cache cannot be written") as caught:

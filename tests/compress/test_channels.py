@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.channels import GROUPS
-from compress.channels_card import body
-from compress.export.onnx_module import write_checked_module
-from compress.flops import count_flops
+from compress.exporters.onnx_module import write_checked_module
+from compress.networks.flops import count_flops
+from compress.networks.reload import reload
+from compress.networks.surgery import cut
+from compress.recipes.pagcp.card import body
 from compress.recipes.pagcp.groups import find_groups
 from compress.recipes.pagcp.plan import Plan
-from compress.reload_network import reload
-from compress.surgery import cut
+from compress.recipes.pagcp.stages import GROUPS
 from tests import channel_nets as nets
 from tests import ranks
 from tests.command import compress, one_error

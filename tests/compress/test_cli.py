@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.progress import Progress
+from compress.run.progress import Progress
 from tests.command import Job, compress, one_error
 
 VERBS = ("prune", "plan", "eval", "export", "bench", "gate", "card", "report", "verify", "list", "doctor")
@@ -90,7 +90,7 @@ def test_debug_shows_the_traceback() -> None:
 def test_a_gpu_whose_memory_is_full_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from compress import verbs
+    from compress.verbs import common as verbs
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(
@@ -120,7 +120,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("compress.progress.time", made)
+    monkeypatch.setattr("compress.run.progress.time", made)
     return made
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from compress.claims.verify import verify
 from compress.errors import CompressError
-from compress.run import SEAL, STAGE_NAMES
-from compress.verification import verify
+from compress.run.folder import SEAL, STAGE_NAMES
 from tests.command import compress, one_error
 from tests.compress import test_channels, test_network
 from tests.networks import write_class_folders

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import distributed
-from compress.distributed import ExactSum, share
 from compress.errors import UsageError
+from compress.processes import distributed
+from compress.processes.distributed import ExactSum, share
 from tests import ranks
 from tests.command import Job, Ran, one_error
 

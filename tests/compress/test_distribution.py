@@ -110,7 +110,7 @@ def test_project_constant_and_version_agree() -> None:
 
 
 def test_every_install_hint_names_an_extra_that_exists() -> None:
-    from compress.export.formats import FORMATS
+    from compress.exporters.formats import FORMATS
 
     extras = set(PROJECT["optional-dependencies"])
     said = {form.extra for form in FORMATS.values() if form.extra}
@@ -180,7 +180,7 @@ def test_doctor_notices_files_that_another_package_wrote_over(site: Path, monkey
 
 
 def test_the_version_is_that_of_the_code_and_not_of_the_namesake(site: Path) -> None:
-    from compress.doctor import versions
+    from compress.run.doctor import versions
 
     write_distribution(site, "compress", "99.0")
     assert versions()["compress"] == package.__version__

@@ -12,13 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from compress.card import body
+from compress.language.recover import training_windows
+from compress.language.setup import prepare, read_windows
 from compress.pipeline import METHODS
-from compress.recipe import load_recipe
-from compress.recover import training_windows
-from compress.report import read_report
-from compress.run import Run
-from compress.setup import prepare, read_windows
+from compress.report.build import read_report
+from compress.report.card import body
+from compress.run.folder import Run
+from compress.schema.recipe import load_recipe
 from tests.command import Job, compress, one_error
 from tests.tiny import let_it_add, tiny_job
 

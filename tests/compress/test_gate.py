@@ -15,7 +15,7 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 
-from compress.export import gate_run
+from compress.exporters import gate_run
 from tests.command import compress, one_error
 from tests.export.test_gate_run import Machine, net
 from tools.ci.models import chain
@@ -82,7 +82,7 @@ def test_a_report_that_was_edited_is_no_quality(finished: Path, tmp_path: Path) 
 
 def test_a_self_test_prints_what_can_be_detected(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawn times: the real ones are measured in tests/slow.
-    from compress import gate_verbs
+    from compress.verbs import gate as gate_verbs
 
     def drawn(*words: Any, **more: Any) -> Any:
         return gate_run.self_test(*words, **more, measure=Machine({"small": 1.0}, noise=0.02))
@@ -177,7 +177,7 @@ def test_without_a_verdict_the_exit_code_is_not_that_of_a_fail_and_nothing_is_le
 def test_a_place_that_cannot_be_written_is_said_before_anything_is_measured(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import gate_verbs
+    from compress.verbs import gate as gate_verbs
 
     def measured(*words: Any, **more: Any) -> Any:
         raise AssertionError("it was measured in vain")
@@ -401,7 +401,7 @@ def test_a_plain_shell_ci_fails_on_a_fail_and_not_on_inconclusive(
 
 
 def test_the_files_to_copy_are_whole() -> None:
-    from compress.gate_verbs import load_gate
+    from compress.verbs.gate import load_gate
 
     workflow = yaml.safe_load((TOP / "tools/ci/latency-gate.yml").read_text())
     action = yaml.safe_load((TOP / "action.yml").read_text())

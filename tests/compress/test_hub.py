@@ -42,8 +42,8 @@ def release(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is verified before an upload is the same each time, and takes seconds: here only the hub's part counts."""
-    from compress import hub as ours
-    from compress.report import read_report
+    from compress.claims import hub as ours
+    from compress.report.build import read_report
 
     monkeypatch.setattr(ours, "_verified", lambda release, network: read_report(release))
 
@@ -151,7 +151,7 @@ def test_the_dense_model_is_fetched_from_the_hub_at_the_commit_that_the_report_n
     hub: Hub, release: Path, job: Job
 ) -> None:
     from compress.models.sources import resolve
-    from compress.report import finish
+    from compress.report.build import finish
 
     hub.repos["org/dense"] = Repo(False, {p.name: p.read_bytes() for p in job.model.iterdir()})
     origin = dict(resolve("org/dense").origin)

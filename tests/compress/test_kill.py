@@ -82,7 +82,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(job:
 
 @pytest.mark.parametrize("moment", ["before the seal", "before the rename", "behind the rename"])
 def test_killed_around_the_rename_a_stage_is_whole_or_not_there(moment: str, tmp_path: Path) -> None:
-    from compress.run import Run, verify_seal
+    from compress.run.folder import Run, verify_seal
 
     process = server.Process(target=_dies, args=(tmp_path / "run", moment))
     process.start()
@@ -98,7 +98,7 @@ def test_killed_around_the_rename_a_stage_is_whole_or_not_there(moment: str, tmp
 def _dies(folder: Path, moment: str) -> None:
     import signal
 
-    from compress import run as module
+    from compress.run import folder as module
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

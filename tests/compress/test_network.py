@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress.export.ort import session
+from compress.exporters.ort import session
 from compress.models.zoo import build
 from compress.recipes.global_mp.masks import load_masks
 from tests import ranks
@@ -235,7 +235,7 @@ def test_fastgrnn_loses_columns_and_is_really_smaller(tmp_path: Path) -> None:
 
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.command", "compress.sparse_network", "compress.train", "tests.networks"])
+server.set_forkserver_preload(["tests.command", "compress.recipes.global_mp.network_stages", "compress.networks.train", "tests.networks"])
 
 
 def killed_run(place: Path, out: Path) -> None:
@@ -437,7 +437,7 @@ def test_verify_measures_a_network_again_and_its_report_is_a_page(finished: tupl
 def test_the_dense_network_of_a_release_is_the_one_that_is_named_if_its_hash_fits(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from compress import remeasure
+    from compress.claims import remeasure
 
     timed: list[Path] = []
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from compress.export import onnx, onnx_module
-from compress.export.ort import session
+from compress.exporters import onnx, onnx_module
+from compress.exporters.ort import session
+from compress.models.saved import KINDS
 from compress.models.zoo import build
 from compress.pipeline import METHODS
-from compress.saved import KINDS
-from compress.seals import read_stamped, stamped
+from compress.run.seals import read_stamped, stamped
 from tests.command import Job, compress, one_error
 from tests.networks import write_class_folders, write_har
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 
-from compress.cache import sha256_of
-from compress.evaluate import perplexity
+from compress.language.evaluate import perplexity
+from compress.language.plan import Plan
 from compress.pipeline import METHODS
-from compress.plan import Plan
-from compress.recipe import load_recipe
-from compress.report import read_report
-from compress.run import SEAL
+from compress.report.build import read_report
+from compress.run.cache import sha256_of
+from compress.run.folder import SEAL
+from compress.schema.recipe import load_recipe
 from tests.command import Job, compress
 
 

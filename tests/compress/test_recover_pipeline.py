@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.evaluate import perplexity
+from compress.language.evaluate import perplexity
+from compress.language.plan import Plan
+from compress.language.setup import prepare
 from compress.pipeline import METHODS
-from compress.plan import Plan
-from compress.recipe import load_recipe
-from compress.report import read_report
-from compress.setup import prepare
+from compress.report.build import read_report
+from compress.schema.recipe import load_recipe
 from tests import ranks
 from tests.command import Job, compress, one_error
 

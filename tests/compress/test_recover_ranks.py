@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from compress import distributed, recover
-from compress.recover import student
+from compress.language import recover
+from compress.language.recover import student
+from compress.processes import distributed
 from tests import ranks
-from tests.compress.recovery import FULL, LORA, distance, read, setup_of, start_of, train
+from tests.language.recovery import FULL, LORA, distance, read, setup_of, start_of, train
 from tests.models.families.test_families import ragged_plan
 
 # Five windows a step: two or three processes cannot have equally many. Two: one of three has none.

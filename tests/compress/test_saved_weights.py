@@ -15,15 +15,15 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file
 
-from compress.checkpoint import load_model, save_model
 from compress.errors import CompressError
+from compress.language.checkpoint import load_model, save_model
+from compress.language.plan import Plan
+from compress.language.setup import prepare
 from compress.models.families import family_for
 from compress.models.streaming import stream_model
 from compress.pipeline import METHODS
-from compress.plan import Plan
-from compress.recipe import load_recipe
-from compress.report import read_report
-from compress.setup import prepare
+from compress.report.build import read_report
+from compress.schema.recipe import load_recipe
 from tests.command import Job, compress
 from tests.tiny import tiny, tiny_job, tokens, word_tokenizer
 

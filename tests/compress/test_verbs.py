@@ -105,7 +105,7 @@ def test_verify_finds_one_changed_byte(finished: Path, tmp_path: Path) -> None:
 def test_export_of_a_dense_model_and_a_failed_check_leaves_no_folder(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.export.parity._compare", _far_off)
+    monkeypatch.setattr("compress.exporters.parity._compare", _far_off)
     one_error(compress("export", job.model, "--out", tmp_path / "onnx"), 1, "differs from torch")
     assert not list(tmp_path.iterdir())
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from compress.remeasure import judge
-from compress.report import finish
-from compress.verification import FAILS, HOLDS, OPEN, OTHER
+from compress.claims.remeasure import judge
+from compress.claims.verify import FAILS, HOLDS, OPEN, OTHER
+from compress.report.build import finish
 from tests.command import Job, Ran, compress, one_error
 from tests.tiny import saved_tiny
 
@@ -96,7 +96,7 @@ def test_a_report_whose_own_hash_was_made_to_fit_is_named_by_the_seal_and_the_ca
 
 def test_a_claim_that_was_made_up_does_not_survive_measuring(release: Path) -> None:
     """Hashes cannot tell who wrote a report: a forger who makes all of them fit is found by measuring again."""
-    from compress.card import write_card
+    from compress.report.card import write_card
 
     change_report(release, without_times, stamp=True)
     change_report(release, claim_better, stamp=True)
@@ -190,7 +190,7 @@ def test_what_cannot_be_checked_here_is_said_with_its_reason(release: Path) -> N
 @pytest.fixture
 def unrun(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Notes which dense export would be measured, and gives the figures of the report for it."""
-    from compress import remeasure
+    from compress.claims import remeasure
 
     seen: list[Path] = []
 
@@ -220,7 +220,7 @@ def test_the_dense_model_of_a_release_is_found_where_the_report_says_and_exporte
 
 def test_a_dense_figure_that_was_made_up_does_not_survive_measuring(release: Path) -> None:
     """A worse dense model makes the pruned one look better."""
-    from compress.card import write_card
+    from compress.report.card import write_card
 
     change_report(release, without_times, stamp=True)
     change_report(release, lambda r: r["quality"]["texts"][0].update(dense_ppl=1e3), stamp=True)
@@ -261,7 +261,7 @@ def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job
 def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
     release: Path, job: Job, tmp_path: Path
 ) -> None:
-    from compress.checkpoint import weights_hash
+    from compress.language.checkpoint import weights_hash
 
     other = saved_tiny(tmp_path / "other", seed=5)
     ran = compress("verify", release, "--measure", "--dense", other, "--json")

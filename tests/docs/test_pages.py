@@ -13,7 +13,7 @@ import yaml
 
 from compress.cli import app
 from compress.errors import CompressError
-from compress.recipe import load_recipe, recipe_names
+from compress.schema.recipe import load_recipe, recipe_names
 from tests.docs.pages import PAGES, ROOT, Block, anchors, blocks, links, read
 
 README = ROOT / "README.md"
@@ -109,10 +109,10 @@ def whole(text: str) -> str:
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_every_recipe_target_and_gate_file_that_is_shown_is_read(block: Block, tmp_path: Path) -> None:
-    from compress.export.target import load_target
-    from compress.gate_verbs import GateFile
+    from compress.exporters.target import load_target
     from compress.pipeline import METHODS
-    from compress.recipe import load_section
+    from compress.schema.recipe import load_section
+    from compress.verbs.gate import GateFile
 
     (tmp_path / "text").mkdir()
     path = tmp_path / "shown.yaml"

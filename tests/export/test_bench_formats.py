@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress.export.command import network_source, text_source
-from compress.export.formats import BuildOptions, make, text_profiles
-from compress.export.onnx import export_llm
-from compress.export.onnx_module import export_module
+from compress.exporters.command import network_source, text_source
+from compress.exporters.formats import BuildOptions, make, text_profiles
+from compress.exporters.onnx import export_llm
+from compress.exporters.onnx_module import export_module
 from compress.models.families import family_for
 from tests.tiny import tiny
 from tools import format_cases

@@ -15,11 +15,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from compress.errors import CompressError
-from compress.export import bisect, formats, onnx_file, parity
-from compress.export.formats import BuildOptions, Source, make, network_profiles, text_profiles
-from compress.export.onnx import DECODE, export_llm
-from compress.export.onnx_module import INPUT, _Outputs, export_module
-from compress.export.runtimes import load
+from compress.exporters import bisect, formats, onnx_file, parity
+from compress.exporters.formats import BuildOptions, Source, make, network_profiles, text_profiles
+from compress.exporters.onnx import DECODE, export_llm
+from compress.exporters.onnx_module import INPUT, _Outputs, export_module
+from compress.exporters.runtimes import load
 from compress.models.zoo import build
 from tests.export.test_onnx import ragged
 from tests.export.test_onnx_module import inputs

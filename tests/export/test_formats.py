@@ -13,14 +13,14 @@ import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.export.formats import FORMATS, BuildOptions, Source, describe, make, network_profiles, text_profiles
-from compress.export.onnx import export_llm
-from compress.export.onnx_module import INPUT, export_module
+from compress.exporters.formats import FORMATS, BuildOptions, Source, describe, make, network_profiles, text_profiles
+from compress.exporters.onnx import export_llm
+from compress.exporters.onnx_module import INPUT, export_module
 from compress.models.zoo import build
 from tests.command import compress, one_error
-from tests.compress.test_train import TwoHeads
 from tests.export.test_onnx import ragged
 from tests.networks import shape_data
+from tests.networks.test_train import TwoHeads
 
 
 def feeds(count: int, first: int = 0) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ import pytest
 from scipy.stats import binom
 
 from compress.errors import UsageError
-from compress.export import gate
-from compress.export.bench.stats import paired_ratio
-from compress.export.gate import Budget, parse_budget
+from compress.exporters import gate
+from compress.exporters.gate import Budget, parse_budget
+from compress.report.stats import paired_ratio
 
 
 def test_budgets_say_what_they_say() -> None:

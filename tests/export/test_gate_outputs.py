@@ -13,7 +13,7 @@ from junitparser import Failure, JUnitXml, Skipped
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from compress.export import gate_outputs as outputs
+from compress.exporters import gate_outputs as outputs
 
 NASTY = 'a|b`c`<script>alert(1)</script> ##[error]x ]]> & "q" %0A::error::y\n::error::z\x00\x1b[31m $\\alpha$ \ud800'
 
@@ -143,7 +143,7 @@ def test_annotations_have_the_level_of_their_verdict() -> None:
 
 
 def test_lines_on_the_terminal_hold_no_command() -> None:
-    from compress.gate_verbs import lines
+    from compress.verbs.gate import lines
 
     for line in lines(nasty()):
         assert "\n" not in line and "##[" not in line and "\x1b" not in line and not line.lstrip().startswith("::")

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from compress.errors import CompressError, UsageError
-from compress.export import gate
-from compress.export.gate import parse_budget
-from compress.export.gate_run import Artefact, Measuring, check_inputs, compare, find, self_test, whole_shape
-from compress.export.gate_run import measure as really
+from compress.exporters import gate
+from compress.exporters.gate import parse_budget
+from compress.exporters.gate_run import Artefact, Measuring, check_inputs, compare, find, self_test, whole_shape
+from compress.exporters.gate_run import measure as really
 from tools.ci.models import chain
 
 

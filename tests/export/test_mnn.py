@@ -16,16 +16,16 @@ from torch import nn
 pytest.importorskip("MNN", reason="needs the extra [mnn]")
 
 from compress.errors import CompressError, UsageError
-from compress.export import mnn
-from compress.export.bench.local import compare_modules
-from compress.export.mnn import CONVERT, FILE, check_mnn, export_mnn, run_mnn, write_checked_mnn
-from compress.export.onnx_module import export_module
+from compress.exporters import mnn
+from compress.exporters.bench.local import compare_modules
+from compress.exporters.mnn import CONVERT, FILE, check_mnn, export_mnn, run_mnn, write_checked_mnn
+from compress.exporters.onnx_module import export_module
 from compress.models.zoo import build
 from tests.command import compress, one_error
 from tests.compress.test_network import NETWORK, RECIPE
-from tests.compress.test_train import TwoHeads
 from tests.export.test_onnx_module import inputs
 from tests.networks import write_class_folders
+from tests.networks.test_train import TwoHeads
 
 Made = tuple[nn.Module, Path]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from compress.export.bench.plots import speed_up
-from compress.export.on_target import bench_lines, build_options
-from compress.plots import draw
+from compress.exporters.bench.plots import speed_up
+from compress.exporters.on_target import bench_lines, build_options
+from compress.report.plots import draw
 from tests.command import compress, one_error
 from tests.export.bench.nets import conv_net
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.export.onnx import DECODE, PREFILL, WEIGHTS, cached_layers, export_llm
-from compress.export.ort import OrtLLM
-from compress.export.parity import check_llm
+from compress.exporters.onnx import DECODE, PREFILL, WEIGHTS, cached_layers, export_llm
+from compress.exporters.ort import OrtLLM
+from compress.exporters.parity import check_llm
 from compress.models.families import family_for
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import ARCHITECTURES, tiny, tokens

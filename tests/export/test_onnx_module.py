@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.export.bench.local import compare_modules
-from compress.export.onnx_module import FILE, check_module, export_module, input_shape, write_checked_module
-from compress.export.ort import session
+from compress.exporters.bench.local import compare_modules
+from compress.exporters.onnx_module import FILE, check_module, export_module, input_shape, write_checked_module
+from compress.exporters.ort import session
 from compress.models.zoo import build
-from tests.compress.test_train import TwoHeads
 from tests.networks import shape_data
+from tests.networks.test_train import TwoHeads
 
 
 def inputs(count: int = 9) -> Tensor:

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.export.check import write_checked
-from compress.export.onnx import WEIGHTS, export_llm
-from compress.export.ort import session
-from compress.export.parity import check_llm, first_fault, greedy_agrees
+from compress.exporters.check import write_checked
+from compress.exporters.onnx import WEIGHTS, export_llm
+from compress.exporters.ort import session
+from compress.exporters.parity import check_llm, first_fault, greedy_agrees
 from compress.models.families import family_for
-from compress.recipe import ExportSection
+from compress.schema.recipe import ExportSection
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import tiny, word_tokenizer
 

@@ -13,8 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.export import runtimes
-from compress.export.runtimes import CannotRun, Missing, bound, load
+from compress.exporters import runtimes
+from compress.exporters.runtimes import CannotRun, Missing, bound, load
 
 WEIGHT = np.random.default_rng(0).standard_normal((4, 6)).astype(np.float32)
 
@@ -102,7 +102,7 @@ def test_openvino_gives_the_same_under_the_same_names(tmp_path: Path) -> None:
     # It sends usage figures away when it is imported, unless this module cannot be. In a process of its own: here
     # another library may have come first.
     code = (
-        "import sys; from compress.export.runtimes import load; load('openvino', sys.argv[1], 1);"
+        "import sys; from compress.exporters.runtimes import load; load('openvino', sys.argv[1], 1);"
         "assert sys.modules.get('openvino_telemetry', 'loaded') is None"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.onnx")], check=True)
@@ -110,7 +110,7 @@ def test_openvino_gives_the_same_under_the_same_names(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not find_spec("MNN"), reason="needs the extra [mnn]")
 def test_mnn_gives_the_same_and_leaves_standard_output_alone(tmp_path: Path, capfd: Any) -> None:
-    from compress.export.mnn import FILE, export_mnn
+    from compress.exporters.mnn import FILE, export_mnn
 
     export_mnn(two_in_two_out(tmp_path / "m.onnx"), tmp_path)
     runner = load("mnn", str(tmp_path / FILE), 1)

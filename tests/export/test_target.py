@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UsageError
-from compress.export.bench.local import Local
-from compress.export.bench.ssh import Ssh
-from compress.export.target import load_target, target_names, transport_of
+from compress.exporters.bench.local import Local
+from compress.exporters.bench.ssh import Ssh
+from compress.exporters.target import load_target, target_names, transport_of
 from tests.command import compress, one_error
 
 

@@ -19,16 +19,16 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("tensorrt_rtx", reason="needs the extra [tensorrt]")
 
 from compress.errors import CompressError, UsageError
-from compress.export import formats, tensorrt
-from compress.export.cast import cast_file
-from compress.export.formats import BuildOptions, Source, make, network_profiles, text_profiles
-from compress.export.onnx import export_llm
-from compress.export.onnx_module import export_module
-from compress.export.runtimes import load
+from compress.exporters import formats, tensorrt
+from compress.exporters.cast import cast_file
+from compress.exporters.formats import BuildOptions, Source, make, network_profiles, text_profiles
+from compress.exporters.onnx import export_llm
+from compress.exporters.onnx_module import export_module
+from compress.exporters.runtimes import load
 from compress.models.zoo import build
-from tests.compress.test_train import TwoHeads
 from tests.export.test_onnx import ragged
 from tests.export.test_onnx_module import inputs
+from tests.networks.test_train import TwoHeads
 
 DEVICES = ("sm86", "sm89")
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.export import runtimes
-from compress.export.runtimes import CannotRun, Missing, load
+from compress.exporters import runtimes
+from compress.exporters.runtimes import CannotRun, Missing, load
 
 pytestmark = pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
 

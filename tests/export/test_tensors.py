@@ -15,14 +15,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import CompressError
-from compress.export import formats, runtimes
-from compress.export.bench.transport import artefact, folder_name
-from compress.export.bisect import tensors as every_tensor
-from compress.export.formats import BuildOptions, Source, make
-from compress.export.gate_run import find
-from compress.export.onnx_module import input_shape
-from compress.export.ort import session
-from compress.export.tensors import files, gather, read, size, walk
+from compress.exporters import formats, runtimes
+from compress.exporters.bench.transport import artefact, folder_name
+from compress.exporters.bisect import tensors as every_tensor
+from compress.exporters.formats import BuildOptions, Source, make
+from compress.exporters.gate_run import find
+from compress.exporters.onnx_module import input_shape
+from compress.exporters.ort import session
+from compress.exporters.tensors import files, gather, read, size, walk
 from tests.command import compress, one_error
 
 W = np.random.default_rng(3).standard_normal((32, 32)).astype(np.float32)

@@ -20,7 +20,7 @@ from compress.models import sources
 from compress.models.families import FAMILIES
 from compress.models.sources import NetworkAlias, alias_names, describe_alias, load_alias, resolve
 from compress.models.zoo import build
-from compress.sections import DataSpec
+from compress.schema.sections import DataSpec
 from tests.tiny import saved_tiny
 
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compress import checkpoint
-from compress.checkpoint import load_model
 from compress.errors import CompressError
-from compress.evaluate import perplexity
+from compress.language import checkpoint
+from compress.language.checkpoint import load_model
+from compress.language.evaluate import perplexity
 from compress.models.families import family_for
 from compress.models.streaming import StreamedBlocks, is_streamed, only_blocks, stream_model
 from tests.command import Job, compress

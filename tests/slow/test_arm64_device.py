@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from compress.export.bench.local import LOCAL
-from compress.export.bench.transport import Transport, answered, artefact
-from compress.export.on_target import bench, bench_lines, doctor
-from compress.export.onnx_module import export_module
-from compress.export.target import load_target, transport_of
+from compress.exporters.bench.local import LOCAL
+from compress.exporters.bench.transport import Transport, answered, artefact
+from compress.exporters.on_target import bench, bench_lines, doctor
+from compress.exporters.onnx_module import export_module
+from compress.exporters.target import load_target, transport_of
 from compress.models.zoo import build
 from tools import arm64_device
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from compress.models.zoo import build
-from compress.sections import TrainSpec
-from compress.train import evaluate, train
+from compress.networks.train import evaluate, train
+from compress.schema.sections import TrainSpec
 from tests.models.zoo.test_multitask import scene_data
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint import load_config, load_model, load_tokenizer
-from compress.data import load_documents, pack
+from compress.data.text import load_documents, pack
 from compress.errors import CompressError
-from compress.evaluate import perplexity
+from compress.language.checkpoint import load_config, load_model, load_tokenizer
+from compress.language.evaluate import perplexity
 from compress.models.families import family_for
 from compress.models.sources import resolve
-from compress.recipe import SourceSpec
+from compress.schema.recipe import SourceSpec
 from tests.command import compress
 
 pytestmark = pytest.mark.slow

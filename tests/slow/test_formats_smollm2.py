@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.checkpoint import load_config, load_model
-from compress.export.command import text_source
-from compress.export.formats import BuildOptions, make, text_profiles
-from compress.export.onnx import export_llm
+from compress.exporters.command import text_source
+from compress.exporters.formats import BuildOptions, make, text_profiles
+from compress.exporters.onnx import export_llm
+from compress.language.checkpoint import load_config, load_model
+from compress.language.plan import BlockPlan, Plan
 from compress.models.families import family_for
 from compress.models.sources import resolve
-from compress.plan import BlockPlan, Plan
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def test_engines_shrink_with_the_weights(
     size = {}
     for keep, (_, folder) in exported.items():
         options = BuildOptions("tensorrt_rtx", precision, text_profiles(128, 128, most=512), ("sm86", "sm89"))
-        from compress.export.formats import Source
+        from compress.exporters.formats import Source
 
         facts = make(Source(folder), tmp_path / f"{precision}-{keep}", options)
         size[keep] = facts["bytes"]

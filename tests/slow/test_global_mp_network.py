@@ -11,8 +11,8 @@ import onnx
 import pytest
 import torch
 
-from compress.images import load
-from compress.sections import DataSpec
+from compress.data.images import load
+from compress.schema.sections import DataSpec
 from tests.command import compress
 from tests.networks import write_har
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 def whole_run(job: Job, out: Path, counts: Path) -> None:
     """`compress prune` to the end; every block's elimination leaves a line in ``counts``."""
-    from compress import distributed
+    from compress.processes import distributed
     from compress.recipes.tyr import supernet, walk
     from tests.command import compress
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from compress.export.bench.ssh import Ssh
+from compress.exporters.bench.ssh import Ssh
 
 SSHD = shutil.which("sshd") or shutil.which("sshd", path="/usr/sbin:/usr/local/sbin")
 

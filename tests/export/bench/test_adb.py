@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CompressError, UsageError
-from compress.export.bench.adb import Adb, read_battery
-from compress.export.bench.local import compare, measure_once
-from compress.export.on_target import bench, bench_lines, doctor
+from compress.exporters.bench.adb import Adb, read_battery
+from compress.exporters.bench.local import compare, measure_once
+from compress.exporters.on_target import bench, bench_lines, doctor
 from tests.export.bench.adbd import adbd
 from tests.export.bench.nets import conv_net
 from tests.export.bench.test_programs import ORT
@@ -142,8 +142,8 @@ def test_a_file_is_pushed_once_and_checked(device: str, tmp_path: Path, monkeypa
     phone.pull(there, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
     # What arrives damaged never gets its name.
-    monkeypatch.setattr("compress.export.bench.adb.sha256_of", lambda _: "0" * 64)
-    monkeypatch.setattr("compress.export.bench.adb.ATTEMPTS", 1)
+    monkeypatch.setattr("compress.exporters.bench.adb.sha256_of", lambda _: "0" * 64)
+    monkeypatch.setattr("compress.exporters.bench.adb.ATTEMPTS", 1)
     other = Adb(serial=device, folder=str(tmp_path / "other"))
     with pytest.raises(CompressError, match="what arrived is not what was sent"):
         other.push([file])

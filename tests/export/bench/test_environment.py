@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.export.bench import environment
-from compress.export.bench.packed import agent_file, pack
+from compress.exporters.bench import environment
+from compress.exporters.bench.packed import agent_file, pack
 
 
 def test_the_record_names_processor_cores_and_memory() -> None:

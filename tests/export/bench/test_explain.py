@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.export.bench.explain import Layer, explain, fitted_block, lines, over_rounds, why
-from compress.export.bench.local import LOCAL
+from compress.exporters.bench.explain import Layer, explain, fitted_block, lines, over_rounds, why
+from compress.exporters.bench.local import LOCAL
 from tests.export.bench.nets import conv_net
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from compress.errors import CompressError
-from compress.export.bench import local
-from compress.export.bench.explain import lines, why
-from compress.export.bench.local import LOCAL, compare_llm
-from compress.export.bench.packed import agent_file
+from compress.exporters.bench import local
+from compress.exporters.bench.explain import lines, why
+from compress.exporters.bench.local import LOCAL, compare_llm
+from compress.exporters.bench.packed import agent_file
 
 SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
 

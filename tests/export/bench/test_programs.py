@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from compress.errors import CompressError
-from compress.export.bench.programs import PROGRAMS, figure, read_litert, read_mnn, read_ort
+from compress.exporters.bench.programs import PROGRAMS, figure, read_litert, read_mnn, read_ort
 
 # onnxruntime/test/perftest: README.md and performance_runner.cc.
 ORT = """\

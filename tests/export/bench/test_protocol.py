@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from compress.export.bench.protocol import WARM_CALLS, steady, throttled
+from compress.exporters.bench.protocol import WARM_CALLS, steady, throttled
 
 
 class Machine:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from compress.errors import CompressError
-from compress.export.bench import ssh
-from compress.export.bench.local import LOCAL, compare, measure_once
+from compress.exporters.bench import ssh
+from compress.exporters.bench.local import LOCAL, compare, measure_once
 from tests.export.bench.loopback import Daemon, sshd
 from tests.export.bench.nets import conv_net
 
@@ -117,8 +117,8 @@ def test_a_part_that_was_damaged_is_sent_again(daemon: Daemon, tmp_path: Path) -
     file = tmp_path / "weights.data"
     file.write_bytes(bytes(range(256)) * 100)
     host = daemon.host(folder=str(daemon.folder / "damaged"))
-    from compress.cache import sha256_of
-    from compress.export.bench.transport import folder_name
+    from compress.exporters.bench.transport import folder_name
+    from compress.run.cache import sha256_of
 
     folder = daemon.folder / "damaged" / folder_name([file])
     folder.mkdir(parents=True)

@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from compress.errors import CompressError
-from compress.export.bench.transport import artefact, folder_name
+from compress.exporters.bench.transport import artefact, folder_name
 
 
 def files(folder: Path, *names: str) -> Path:

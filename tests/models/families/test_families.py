@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import load_model, save_model, verify_clean
 from compress.errors import CompressError
+from compress.language.checkpoint import load_model, save_model, verify_clean
+from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
-from compress.plan import BlockPlan, Plan
 from tests.tiny import ARCHITECTURES, tiny, tokens, word_tokenizer
 
 families = pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.boxes import grids
+from compress.data.boxes import grids
+from compress.data.images import Split, Splits
+from compress.data.packaged import compose
+from compress.data.tasks import Task, by_task
 from compress.errors import UsageError
-from compress.export.onnx_module import write_checked_module
-from compress.images import Split, Splits
+from compress.exporters.onnx_module import write_checked_module
 from compress.models.sources import NetworkAlias, alias_names, load_alias
 from compress.models.zoo import build
-from compress.packaged import compose
-from compress.sections import DataSpec, TrainSpec
-from compress.tasks import Task, by_task
-from compress.train import evaluate, train
+from compress.networks.train import evaluate, train
+from compress.schema.sections import DataSpec, TrainSpec
 
 HEADS = {"pixels": {"depth": 1, "normals": 3, "labels": 5}, "labels": {"kind": 4, "words": 7}}
 SMALL = {"widths": [8, 16], "blocks": [1, 1], "decoder": 8, "hidden": 8}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from compress.flops import count_flops, flops_elsewhere
+from compress.networks.flops import count_flops, flops_elsewhere
 from compress.recipes.global_mp.network import left_facts, left_line, left_out, prunable
 from tests import tied_nets as nets
 from tests.command import compress

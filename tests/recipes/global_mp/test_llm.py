@@ -15,15 +15,15 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from compress.checkpoint import weight_files
+from compress.language.checkpoint import weight_files
+from compress.recipes.global_mp.card import body
 from compress.recipes.global_mp.floors import target_count
 from compress.recipes.global_mp.magnitude import global_masks
 from compress.recipes.global_mp.masks import load_masks, masked
 from compress.recipes.global_mp.packed import unpack_folder
 from compress.recipes.global_mp.pattern import check_two_four
 from compress.recipes.global_mp.prune import write_masked
-from compress.report import read_report
-from compress.sparse_card import body
+from compress.report.build import read_report
 from tests.command import compress, one_error
 from tests.tiny import prose, saved_tiny, tokens
 

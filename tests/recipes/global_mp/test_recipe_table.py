@@ -10,9 +10,9 @@ import torch
 from compress.models.sources import network_alias
 from compress.models.zoo import build
 from compress.pipeline import METHODS
-from compress.recipe import load_recipe, recipe_names
 from compress.recipes.global_mp.fastgrnn import kept_columns
 from compress.recipes.global_mp.network import budget, prunable
+from compress.schema.recipe import load_recipe, recipe_names
 
 # (model, sparsity, epochs, batch, momentum, weight decay, rate, warm-up, smoothing, nesterov, MT in per cent)
 ONE_SHOT = {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.flops import count_flops
 from compress.models.zoo import build
+from compress.networks.flops import count_flops
+from compress.networks.surgery import changed_widths, cut, resize, zeroed
 from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Groups, find_groups, tensors
-from compress.surgery import changed_widths, cut, resize, zeroed
 from tests import channel_nets as nets
 
 IMAGES = (2, 3, 16, 16)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from compress.data.images import Splits
 from compress.errors import CompressError, UsageError
-from compress.flops import count_flops
-from compress.images import Splits
+from compress.networks.flops import count_flops
+from compress.networks.surgery import cut
+from compress.networks.train import evaluate
 from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, decay, first_rate, portions
 from compress.recipes.pagcp.groups import find_groups, tensors
 from compress.recipes.pagcp.norms import Settle
@@ -24,8 +26,6 @@ from compress.recipes.pagcp.oracle import calibration, tolerances, used
 from compress.recipes.pagcp.plan import Plan
 from compress.recipes.pagcp.replay import Replay, before, calls
 from compress.recipes.pagcp.saliency import taylor_scores, weight_scores
-from compress.surgery import cut
-from compress.train import evaluate
 from tests import ranks
 from tests.networks import shape_data
 from tests.pagcp_round import LOSS, SETTLED, Small, pruner, trained_small
@@ -269,7 +269,7 @@ def test_a_stopped_pass_goes_on_to_the_same_decision_without_measuring_again(
 
 def _decided(folder: str, saliency: str) -> Any:
     """In a process of its own: the decision, and every measurement that led to it."""
-    from compress import distributed
+    from compress.processes import distributed
 
     data = shape_data(multitask=True)
     torch.manual_seed(0)

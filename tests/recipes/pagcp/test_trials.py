@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from compress import distributed
-from compress.images import Splits
+from compress.data.images import Splits
+from compress.data.tasks import Task
+from compress.networks.train import evaluate, train
+from compress.processes import distributed
 from compress.recipes.pagcp import trials as module
 from compress.recipes.pagcp.contenders import blend, contenders, uniform
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
 from compress.recipes.pagcp.options import PAGCPOptions, Tolerance, TrialOptions
 from compress.recipes.pagcp.trials import Trials, choose, drop, heats, short, weights
-from compress.run import Journal
-from compress.sections import TrainSpec
-from compress.tasks import Task
-from compress.train import evaluate, train
+from compress.run.folder import Journal
+from compress.schema.sections import TrainSpec
 from tests import ranks
 from tests.networks import shape_data
 from tests.pagcp_round import LOSS, SETTLED, Small, pruner, trained_small

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from compress.language.plan import Plan
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
-from compress.plan import Plan
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from compress.budget import target_removed
 from compress.errors import CompressError
+from compress.language.budget import target_removed
 from compress.models.families.base import Geometry
 from compress.recipes.tyr.choice import (
     Choice,

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from compress.budget import target_removed
 from compress.errors import CompressError
+from compress.language.budget import target_removed
+from compress.language.plan import Plan
 from compress.models.blocks import BlockRunner
-from compress.plan import Plan
 from compress.recipes.tyr import walk
 from compress.recipes.tyr.choice import Choice, Job, block_menus, saving, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, joined
 from compress.recipes.tyr.prune import full_shape_bytes, produce_plan
 from compress.recipes.tyr.supernet import Streams, Supernet
-from compress.run import Journal, Run
+from compress.run.folder import Journal, Run
 from tests.models.families.test_families import linear_parameters
 from tests.recipes.tyr.small import pruned_block, small_job, whole_kl
 from tests.tiny import tokens

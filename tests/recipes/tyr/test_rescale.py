@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
-from compress.plan import BlockPlan, Plan
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from tests.recipes.tyr.small import small_job, whole_kl

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compress.budget import Option, nearest_feasible
 from compress.errors import CompressError
+from compress.language.budget import Option, nearest_feasible
+from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
-from compress.plan import BlockPlan, Plan
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, offspring, starts
 from compress.recipes.tyr.supernet import Menu, Supernet
-from compress.run import Journal
+from compress.run.folder import Journal
 from tests.recipes.tyr.small import small_job, written_supernet
 
 LAYERS, WINDOWS, LENGTH = 3, 4, 20

@@ -1,0 +1,1 @@
+"""A claim and how it is checked; measuring again; fetching the dense model."""

@@ -1,0 +1,1 @@
+"""Text, images, splits and what a task asks of a head."""

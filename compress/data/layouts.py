@@ -1,0 +1,557 @@
+"""Folders of images, pixels and boxes, in the layouts that data sets come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.data.decode import SUFFIXES, opened, pixels, size_of, upright, white_of
+from compress.data.images import FolderImages, Split, Splits, held_out, resized, splits_of
+from compress.data.tasks import IGNORE, KindName, Task
+from compress.errors import CompressError
+from compress.run.progress import Progress
+from compress.schema.sections import DataSpec
+
+HELD_OUT_NAMES = ("test", "val", "validation")
+
+
+def from_folder(folder: Path, spec: DataSpec) -> Splits:
+    if not folder.is_dir():
+        raise CompressError("there is no such folder", where=f"data {folder}", fix="check the path of the data")
+    if (folder / "data_batch_1.bin").exists():
+        return _cifar10_binary(folder, spec)
+    if (folder / "data_batch_1").exists():
+        raise CompressError(
+            "these are CIFAR-10's pickled files, which are not read: a pickle can run code",
+            where=str(folder),
+            fix="take the binary version (cifar-10-binary), or a folder train/CLASS/*.png",
+        )
+    if (folder / "train" / "Inertial Signals").is_dir():
+        return _har(folder, spec)
+    if (folder / "gt_sets").is_dir():
+        return _nyud(folder, spec)
+    if (folder / "JPEGImages").is_dir():
+        return _pascal(folder, spec)
+    if (folder / "annotations").is_dir():
+        return _coco(folder, spec)
+    if (folder / "images").is_dir() and (folder / "labels").is_dir():
+        return _yolo(folder, spec)
+    if (folder / "train").is_dir():
+        return _class_folders(folder, spec)
+    raise CompressError(
+        "the layout of the data is not known",
+        where=str(folder),
+        fix="train/CLASS/*.png, data_batch_1.bin ... test_batch.bin, train/Inertial Signals/*.txt, gt_sets/ (NYUDv2),"
+        " JPEGImages/ (PASCAL-Context), images/ and labels/ (YOLO), or annotations/*.json (COCO)",
+    )
+
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def _cifar10_binary(folder: Path, spec: DataSpec) -> Splits:
+    """CIFAR-10's binary version: records of one label and 3 x 32 x 32 bytes."""
+
+    def read(names: Sequence[str]) -> Split:
+        parts = []
+        for name in names:
+            path = folder / name
+            if not path.exists():
+                raise CompressError("a file of CIFAR-10 is missing", where=str(path), fix="unpack the archive again")
+            data = np.fromfile(path, dtype=np.uint8)
+            if not len(data) or len(data) % 3073:
+                raise CompressError(
+                    f"the file holds {len(data):,} bytes, no multiple of 3,073", where=str(path), fix="fetch it again"
+                )
+            parts.append(data.reshape(-1, 3073))
+        rows = torch.from_numpy(np.concatenate(parts))
+        labels = rows[:, 0].long()
+        if int(labels.max()) > 9:
+            raise CompressError("a label is above 9", where=str(folder), fix="is this CIFAR-100? fetch CIFAR-10")
+        return Split(resized(rows[:, 1:].reshape(-1, 3, 32, 32), spec.size), {"class": labels})
+
+    names = sorted(p.name for p in folder.glob("data_batch_*.bin"))
+    tasks = [Task("class", "classes", CIFAR10)]
+    return splits_of(read(names), read(["test_batch.bin"]), tasks, spec, f"folder {folder}")
+
+
+def _class_folders(folder: Path, spec: DataSpec) -> Splits:
+    """train/CLASS/image, and test/ or val/ likewise; read into memory where it is small, else as it goes."""
+    classes = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))
+    if len(classes) < 2:
+        raise CompressError(
+            "there are fewer than two classes", where=str(folder / "train"), fix="one folder a class, images in it"
+        )
+
+    def read(part: Path) -> Split:
+        strangers = sorted({p.name for p in part.iterdir() if p.is_dir()} - set(classes))
+        if strangers:
+            raise CompressError(
+                f"class {strangers[0]!r} is not among the classes of train", where=str(part), fix="use the same folders"
+            )
+        paths, labels = [], []
+        for i, name in enumerate(classes):
+            # resolve() would hide that two names are one file; the layout decides, not the disk.
+            found = sorted(p for p in (part / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+            paths += found
+            labels += [i] * len(found)
+        if not paths:
+            raise CompressError("there is no image", where=str(part), fix=f"images are {', '.join(sorted(SUFFIXES))}")
+        size = spec.size or min(size_of(paths[0]))
+        lazy = FolderImages(paths, size, spec.white)
+        small = len(paths) * 3 * size * size <= 2**30
+        return Split(_whole(lazy) if small else lazy, {"class": torch.tensor(labels)})
+
+    part = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
+    test = read(part) if part is not None else None
+    own = folder / "calibration"
+    calibration = read(own) if own.is_dir() else None
+    return splits_of(
+        read(folder / "train"), test, [Task("class", "classes", classes)], spec, f"folder {folder}", calibration
+    )
+
+
+def _whole(lazy: FolderImages) -> Tensor:
+    size = lazy.size
+    images = torch.empty(len(lazy), 3, size, size, dtype=torch.uint8)
+    with Progress(len(lazy), "decoding images") as bar:
+        for i, path in enumerate(lazy.paths):
+            with opened(path, lazy.white) as image:
+                # An image that has the size already is taken as it is.
+                images[i] = pixels(image) if image.size == (size, size) else lazy._read(path, None)
+            bar.update(1)
+    return images
+
+
+HAR_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
+HAR_CLASSES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")
+
+
+def _har(folder: Path, spec: DataSpec) -> Splits:
+    """UCI-HAR: 9 signals of 128 steps; ``binary`` (HAR-2) tells moving from resting. Calibration by person."""
+
+    def read(part: str) -> tuple[Split, Tensor]:
+        def table(name: str) -> NDArray[np.float64]:
+            path = folder / part / name
+            try:
+                return np.loadtxt(path, ndmin=2)
+            except (OSError, ValueError) as e:
+                raise CompressError(f"a file of HAR cannot be read: {e}", where=str(path), fix="unpack it again") from e
+
+        signals = np.stack([table(f"Inertial Signals/{name}_{part}.txt") for name in HAR_SIGNALS], axis=1)
+        labels = torch.from_numpy(table(f"y_{part}.txt")[:, 0]).long() - 1
+        people = torch.from_numpy(table(f"subject_{part}.txt")[:, 0]).long()
+        if not len(signals) == len(labels) == len(people):
+            raise CompressError("signals and labels differ in number", where=str(folder / part), fix="unpack it again")
+        # (n, 9, steps)
+        return Split(torch.from_numpy(signals).float(), {"class": labels, "binary": (labels < 3).long()}), people
+
+    (train, people), (test, _) = read("train"), read("test")
+    tasks = [Task("class", "classes", HAR_CLASSES), Task("binary", "classes", ("resting", "moving"))]
+    names = people.unique()
+    if len(names) < 2:
+        return splits_of(train, test, tasks, spec, f"folder {folder}")
+    _, out = held_out(len(names), spec.seed)
+    held = torch.isin(people, names[out])
+    return splits_of(
+        train.take((~held).nonzero()[:, 0]),
+        test,
+        tasks,
+        spec,
+        f"folder {folder}",
+        calibration=train.take(held.nonzero()[:, 0]),
+    )
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """A task whose targets are files beside the images, in the first of ``folders`` that is there."""
+
+    name: str
+    kind: KindName
+    folders: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    from_one: bool = False  # labels: 0 stands for unknown, the first class is 1
+
+
+NYUD_CLASSES = 40
+VOC_CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog",
+    "horse", "motorbike", "person", "plant", "sheep", "sofa", "train", "tv",
+)  # fmt: skip
+PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+
+
+def _nyud(folder: Path, spec: DataSpec) -> Splits:
+    """NYUDv2 as multitask work has it: images/, segmentation/ (0 unknown, 1 to 40), depth/ (npy metres, png mm),
+    normals/ and edges/; names in gt_sets/train.txt and val.txt. Held in memory, all pixels of one size."""
+    sources = [
+        _Pixels("segmentation", "labels", ("segmentation",), tuple(map(str, range(1, NYUD_CLASSES + 1))), True),
+        _Pixels("depth", "depth", ("depth",)),
+        _Pixels("normals", "normals", ("normals",)),
+        _Pixels("edges", "edges", ("edges", "edge")),
+    ]
+    return _pixel_folder(folder, "images", folder / "gt_sets", sources, spec)
+
+
+def _pascal(folder: Path, spec: DataSpec) -> Splits:
+    """PASCAL-Context as multitask work has it: JPEGImages/, label images (255 unknown), human_parts/, normals_distill/,
+    sal_distill/ and edges/; names in ImageSets/Context or ImageSets/Segmentation."""
+    sources = [
+        _Pixels("segmentation", "labels", ("semseg", "SegmentationClassContext", "SegmentationClass"), VOC_CLASSES),
+        _Pixels("parts", "labels", ("human_parts",), PARTS),
+        _Pixels("normals", "normals", ("normals_distill", "normals")),
+        _Pixels("edges", "edges", ("edges", "edge")),
+        _Pixels("saliency", "mask", ("sal_distill", "saliency")),
+    ]
+    every = (folder / "ImageSets" / name for name in ("Context", "Segmentation"))
+    sets = next((place for place in every if place.is_dir()), folder / "ImageSets")
+    return _pixel_folder(folder, "JPEGImages", sets, sources, spec)
+
+
+def _names(sets: Path, part: str) -> list[str] | None:
+    path = sets / f"{part}.txt"
+    return path.read_text().split() if path.is_file() else None
+
+
+def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixels], spec: DataSpec) -> Splits:
+    """Images and the targets that lie beside them under the same names."""
+    there = [
+        (s, found) for s in sources if (found := next((folder / f for f in s.folders if (folder / f).is_dir()), None))
+    ]
+    # What is not asked for is not read: the first by default, as in `compress.data.images.load`.
+    there = [(s, p) for s, p in there if s.name in spec.tasks] or there[:1]
+    train_names = _names(sets, "train")
+    test_names = next((n for n in (_names(sets, part) for part in ("val", "test")) if n is not None), None)
+    if not there or train_names is None:
+        what = "lists no training images" if there else "holds no target of any task"
+        fix = f"add {sets.name}/train.txt" if there else f"such as {', '.join(f for s in sources for f in s.folders)}"
+        raise CompressError(f"the folder {what}", where=str(folder), fix=fix)
+    every = _sized(folder / images, [*train_names, *(test_names or [])], spec)
+
+    def read(names: Sequence[str]) -> Split:
+        whole = torch.empty(len(names), 3, *every, dtype=torch.uint8)
+        targets: dict[str, list[NDArray[Any]]] = {s.name: [] for s, _ in there}
+        with Progress(len(names), "reading images and their pixels") as bar:
+            for i, name in enumerate(names):
+                with opened(_named(folder / images, name, SUFFIXES), spec.white) as image:
+                    size = image.size
+                    whole[i] = pixels(_cropped(image, every))
+                for source, place in there:
+                    path = _named(place, name, {".png", ".npy"})
+                    values = _array(path)
+                    if values.shape[:2] != (size[1], size[0]):
+                        raise CompressError(
+                            f"the target has {values.shape[1]}x{values.shape[0]} pixels, the image {size[0]}x{size[1]}"
+                            " when it is upright",
+                            where=str(path),
+                            fix="give both the same size; a target is of the image turned as its EXIF says",
+                        )
+                    targets[source.name].append(_target(source, values, every, path))
+                bar.update(1)
+        return Split(whole, {name: torch.from_numpy(np.stack(t)) for name, t in targets.items()})
+
+    train, test = read(train_names), read(test_names) if test_names is not None else None
+    own = _names(sets, "calibration")
+    tasks = [Task(s.name, s.kind, s.classes) for s, _ in there]
+    for task in tasks:
+        if task.kind != "labels":
+            continue
+        labels = torch.cat([split.targets[task.name].flatten() for split in (train, test) if split is not None])
+        most = int(torch.where(labels == IGNORE, 0, labels).max())
+        if most >= len(task.classes):
+            # PASCAL-Context's other sets of classes (60, 460) have no names in the folder.
+            tasks = [Task(t.name, t.kind, tuple(map(str, range(most + 1)))) if t is task else t for t in tasks]
+    return splits_of(train, test, tasks, spec, f"folder {folder}", read(own) if own is not None else None)
+
+
+def _named(place: Path, name: str, suffixes: set[str]) -> Path:
+    """The file ``name`` with one of the suffixes.
+
+    Raises:
+        CompressError: there is none.
+    """
+    found = [p for p in (place / f"{name}{suffix}" for suffix in sorted(suffixes)) if p.is_file()]
+    if not found:
+        other = next(iter(sorted(place.glob(f"{name}.*"))), None)
+        fix = "add it, or take the name off the list"
+        if other is not None and other.suffix == ".mat":
+            fix = "write the array of the MATLAB file as .npy or .png: .mat is not read"
+        raise CompressError(f"the file of {name!r} is missing", where=str(place), fix=fix)
+    return found[0]
+
+
+def _sized(place: Path, names: Sequence[str], spec: DataSpec) -> tuple[int, int]:
+    """(h, w) that all images get.
+
+    Raises:
+        CompressError: they differ, and no size is asked for.
+    """
+    if spec.size is not None:
+        return spec.size, spec.size
+    sizes = {size_of(_named(place, name, SUFFIXES)) for name in names}
+    if len(sizes) != 1:
+        raise CompressError(
+            f"the images have {len(sizes)} sizes", where=str(place), fix="name one: --set data.size=256"
+        )
+    width, height = sizes.pop()
+    return height, width
+
+
+def _scaled(size: tuple[int, int], every: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of an image (h, w) whose shorter way covers ``every``."""
+    factor = max(every[0] / size[0], every[1] / size[1])
+    return max(every[0], round(size[0] * factor)), max(every[1], round(size[1] * factor))
+
+
+def _cropped(image: Any, every: tuple[int, int]) -> Any:
+    """A PIL image scaled to cover ``every`` (h, w), its centre cut out."""
+    from PIL import Image
+
+    height, width = _scaled((image.height, image.width), every)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    top, left = (height - every[0]) // 2, (width - every[1]) // 2
+    return image.crop((left, top, left + every[1], top + every[0]))
+
+
+def _nearest(values: NDArray[Any], every: tuple[int, int]) -> NDArray[Any]:
+    """As `_cropped`, of (h, w, ...), each pixel taken as it is: labels and distances have no mean."""
+    at = []
+    for old, new, wanted in zip(values.shape[:2], _scaled(values.shape[:2], every), every, strict=True):
+        first = (new - wanted) // 2
+        at.append(((np.arange(first, first + wanted) + 0.5) * old / new).astype(np.int64))
+    found: NDArray[Any] = values[at[0][:, None], at[1][None]]
+    return found
+
+
+def _array(path: Path) -> NDArray[Any]:
+    """(h, w) or (h, w, c) of a PNG, upright, or a numpy file without objects."""
+    if path.suffix != ".npy":
+        return np.array(upright(path, str(path)))
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as e:
+        raise CompressError(f"the target cannot be read: {e}", where=str(path), fix="mend or remove the file") from e
+
+
+def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path: Path) -> NDArray[Any]:
+    """A file's values as `compress.data.tasks.Task` wants them."""
+    if source.kind in ("labels", "mask", "depth", "edges") and values.ndim == 3:
+        values = values[..., 0]
+    if source.kind == "labels":
+        labels: NDArray[Any] = _nearest(values, every).astype(np.int64)
+        if source.from_one:
+            labels = np.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
+        if labels.min() < 0 or labels.max() > IGNORE:
+            raise CompressError("a label is not from 0 to 255", where=str(path), fix="write 255 where none is known")
+        return labels.astype(np.uint8)
+    if source.kind == "depth":
+        metres = _nearest(values, every).astype(np.float32) / (1 if np.issubdtype(values.dtype, np.floating) else 1000)
+        return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+    if source.kind == "normals":
+        if values.ndim != 3 or values.shape[2] != 3:
+            raise CompressError("normals need three channels", where=str(path), fix="write x, y and z")
+        near = _nearest(values, every)
+        unit = near.astype(np.float32)
+        if not np.issubdtype(values.dtype, np.floating):
+            unit = np.where(near.any(2, keepdims=True), unit / (white_of(values, str(path)) / 2) - 1, 0)
+        length = np.sqrt((unit * unit).sum(2, keepdims=True))
+        # Black, NaN or next to no length: nothing is known there.
+        known: NDArray[Any] = np.where(length > 0.1, unit / np.maximum(length, 1e-6), 0)
+        return known.astype(np.float32).transpose(2, 0, 1)
+    if source.kind == "edges":
+        # A line a pixel wide stays one, however much smaller the image gets.
+        share = np.array(_cropped(_grey((values > 0).astype(np.float32)), every))
+        thin = min(1.0, max(every[0] / values.shape[0], every[1] / values.shape[1]))
+        return np.asarray((share >= 0.5 * thin) * 255, dtype=np.uint8)
+    most = 1 if values.max() <= 1 else white_of(values, str(path))
+    return (_nearest(values, every).astype(np.float32) * (255 / most)).astype(np.uint8)
+
+
+def _grey(values: NDArray[np.float32]) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(values)
+
+
+# --- boxes ----------------------------------------------------------------------------------------------------------
+
+GREY = 114
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """One image's file, and (label, centre x, centre y, width, height) of every object (n, 5), in pixels of the upright
+    image; ``size`` is (width, height) as the annotations say it."""
+
+    path: Path
+    rows: NDArray[np.float64]
+    size: tuple[int, int] | None = None
+
+
+def _yolo(folder: Path, spec: DataSpec) -> Splits:
+    """images/train/*, labels/train/*.txt with lines `class x y w h` as shares; val or test likewise, or no parts."""
+
+    def read(part: str) -> list[_Objects] | None:
+        place = folder / "images" / part
+        if not place.is_dir():
+            return None
+        found = []
+        for path in sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES):
+            words = folder / "labels" / path.relative_to(folder / "images").with_suffix(".txt")
+            size = np.array([1.0, *2 * size_of(path)])
+            rows = np.zeros((0, 5))
+            if words.is_file() and words.read_text().strip():
+                try:
+                    rows = np.loadtxt(words, ndmin=2)[:, :5]
+                except ValueError as e:
+                    raise CompressError(f"the boxes cannot be read: {e}", where=str(words), fix="mend the file") from e
+            outside = (rows[:, 1:] < 0) | (rows[:, 1:] > 1)
+            if rows.shape[1] != 5 or outside.any() or (rows[:, 0] % 1 != 0).any() or (rows[:, 0] < 0).any():
+                raise CompressError(
+                    "a line is not `class x y width height` with shares from 0 to 1", where=str(words), fix="mend it"
+                )
+            found.append(_Objects(path, rows * size))
+        return found
+
+    own = (folder / "images" / "train").is_dir()
+    train = read("train" if own else "") or []
+    test = next((f for f in map(read, HELD_OUT_NAMES) if f is not None), None) if own else None
+    names: tuple[str, ...] = ()
+    for file in ("data.yaml", "dataset.yaml", "classes.txt"):
+        path = folder / file
+        if path.is_file() and not names:
+            held = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else None
+            listed = held.get("names", ()) if isinstance(held, dict) else path.read_text().split("\n")
+            names = tuple(str(n) for n in (listed.values() if isinstance(listed, dict) else listed) if str(n).strip())
+    return _box_splits(folder, train, test, read("calibration") if own else None, names, spec)
+
+
+def _coco(folder: Path, spec: DataSpec) -> Splits:
+    """annotations/instances_train2017.json and the images in train2017/ (or images/train2017/); val2017 likewise."""
+    categories: dict[int, str] = {}
+
+    def read(part: str) -> list[_Objects] | None:
+        path = next(iter(sorted((folder / "annotations").glob(f"*{part}*.json"))), None)
+        if path is None:
+            return None
+        try:
+            held = json.loads(path.read_text())
+            for category in held["categories"]:
+                categories[int(category["id"])] = str(category["name"])
+            boxes: dict[int, list[list[float]]] = {image["id"]: [] for image in held["images"]}
+            order = sorted(categories)
+            for a in held["annotations"]:
+                if not a.get("iscrowd"):
+                    x, y, w, h = a["bbox"]
+                    boxes[a["image_id"]].append([order.index(a["category_id"]), x + w / 2, y + h / 2, w, h])
+            images = [
+                (str(image["file_name"]), boxes[image["id"]], _said_size(image.get("width"), image.get("height")))
+                for image in held["images"]
+            ]
+        except (ValueError, KeyError, TypeError) as e:
+            raise CompressError(
+                f"the annotations are not COCO's: {type(e).__name__} {e}", where=str(path), fix="mend the file"
+            ) from e
+        stem = path.stem.removeprefix("instances_")
+        roots = [r for r in (folder / stem, folder / "images" / stem, folder / "images") if r.is_dir()]
+        found = []
+        for name, rows, size in images:
+            file = next((r / name for r in roots if (r / name).is_file()), None)
+            if file is None:
+                raise CompressError(f"the image {name!r} is missing", where=str(folder), fix=f"put it into {stem}/")
+            found.append(_Objects(file, np.array(rows, dtype=np.float64).reshape(-1, 5), size))
+        return found
+
+    train = read("train") or []
+    test = next((f for f in map(read, HELD_OUT_NAMES) if f is not None), None)
+    calibration = read("calibration")
+    return _box_splits(folder, train, test, calibration, tuple(categories[i] for i in sorted(categories)), spec)
+
+
+def _said_size(width: Any, height: Any) -> tuple[int, int] | None:
+    return (int(width), int(height)) if width and height else None
+
+
+def _box_splits(
+    folder: Path,
+    train: list[_Objects],
+    test: list[_Objects] | None,
+    calibration: list[_Objects] | None,
+    names: tuple[str, ...],
+    spec: DataSpec,
+) -> Splits:
+    """Images scaled into a square, grey beside them, and the boxes as shares of it."""
+    if spec.size is None:
+        raise CompressError("images for a detector need one size", where=f"data {folder}", fix="--set data.size=320")
+    size, parts = spec.size, [p for p in (train, test, calibration) if p is not None]
+    every = [one.rows for part in parts for one in part]
+    most = max([1, *(len(rows) for rows in every)])
+    largest = max([-1.0, *(rows[:, 0].max() for rows in every if len(rows))])
+    if largest < 0:
+        raise CompressError("there is no box", where=f"data {folder}", fix="check where the annotations lie")
+    if names and largest >= len(names):
+        raise CompressError(
+            f"class {int(largest)} is not among the {len(names)} names", where=f"data {folder}", fix="name all classes"
+        )
+
+    def read(part: list[_Objects]) -> Split:
+        from PIL import Image
+
+        images = torch.full((len(part), 3, size, size), GREY, dtype=torch.uint8)
+        boxes = torch.zeros(len(part), most, 5)
+        boxes[..., 0] = -1
+        with Progress(len(part), "reading images and boxes") as bar:
+            for i, one in enumerate(part):
+                with opened(one.path, spec.white) as image:
+                    _check_size(one, image.size)
+                    factor = size / max(image.size)
+                    width, height = (max(1, round(side * factor)) for side in image.size)
+                    left, top = (size - width) // 2, (size - height) // 2
+                    small = image.resize((width, height), Image.Resampling.BILINEAR)
+                    images[i, :, top : top + height, left : left + width] = pixels(small)
+                    scale = np.array([width / image.width, height / image.height])
+                placed = one.rows.copy()
+                placed[:, 1:3] = one.rows[:, 1:3] * scale + [left, top]
+                placed[:, 3:5] = one.rows[:, 3:5] * scale
+                placed[:, 1:] /= size
+                boxes[i, : len(placed)] = torch.from_numpy(placed).float()
+                bar.update(1)
+        return Split(images, {"boxes": boxes})
+
+    classes = names or tuple(map(str, range(int(largest) + 1)))
+    return splits_of(
+        read(train),
+        read(test) if test is not None else None,
+        [Task("boxes", "boxes", classes)],
+        spec,
+        f"folder {folder}",
+        read(calibration) if calibration is not None else None,
+    )
+
+
+def _check_size(one: _Objects, size: tuple[int, int]) -> None:
+    """Raises CompressError where the annotations were made for an image of another size, or for one not yet upright."""
+    if one.size is not None and one.size != size:
+        turned = one.size == size[::-1]
+        raise CompressError(
+            f"the annotations are of an image of {one.size[0]}x{one.size[1]} pixels, the file has {size[0]}x{size[1]}"
+            + (" when it is turned upright as its EXIF says" if turned else ""),
+            where=str(one.path),
+            fix="annotate the upright image, or take the orientation out of the file's EXIF"
+            if turned
+            else "use the images that the annotations were made for",
+        )

@@ -1,0 +1,1 @@
+"""Language models: set-up, checkpoints, budget, plan, evaluation, recovery, activations."""

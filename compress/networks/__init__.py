@@ -1,0 +1,1 @@
+"""Networks of any kind: set-up, training, surgery, saving and loading, FLOPs."""

@@ -1,0 +1,339 @@
+"""The card and the plots of a plain network, every number taken from report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.networks.setup import latencies
+from compress.report.card import (
+    INHERITED,
+    again,
+    conditions,
+    limits,
+    runtimes,
+    targets,
+    why,
+    write_readme,
+)
+from compress.report.metadata import card_data, network_results, pipeline_tag
+from compress.report.plots import DENSE, PRUNED, Plot, draw, wrapped
+from compress.report.stats import found_in
+from compress.words.escape import caption, cell, code, markdown
+from compress.words.wording import counted, milliseconds, small
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of a network's card."""
+    size = report["size"]
+    return card_data(
+        report,
+        removed=size["pruned_share"],
+        tags=["structured-pruning" if size["ranks"] else "unstructured-pruning"],
+        library="pytorch",
+        results=network_results(report),
+        task=pipeline_tag(report["data"]),
+    )
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    options = recipe[recipe["method"]]
+    flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
+    which = "prunable weights" if _left_out(report) else "weights"
+    title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned"
+    lines = [f"# {markdown(title)}", ""]
+    if size["ranks"]:
+        how = (
+            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
+            f" is really smaller (r_W {size['ranks']['r_W']:,}, r_U {size['ranks']['r_U']:,})"
+        )
+    elif options["schedule"] == "gradual":
+        how = (
+            f"the smallest of all layers' weights were set to zero while it was trained from the start"
+            f" ({markdown(options['shape'])} schedule, reached by {100 * options['until']:g} % of the epochs)"
+        )
+    else:
+        how = "the smallest of all layers' weights were set to zero once"
+    trained = recipe.get("finetune")
+    lines += [
+        f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {how}"
+        + (f"; then {counted(trained['epochs'], 'epoch')} of training followed." if trained else ".")
+        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
+        f" {data['samples']['test']:,} held out. Weights: {markdown(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+    ]
+    lines += quality_rows(report)
+    lines += [
+        change_row("non-zero parameters", parameters["dense"], size["nonzero_parameters"]),
+        change_row("FLOPs a sample, zeros left out", flops["dense"], flops["sparse"]),
+        change_row("FLOPs a sample, as a dense kernel runs it", flops["dense"], flops["pruned"]),
+        change_row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
+        change_row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
+    ]
+    lines += latency_rows(report)
+    if not size["ranks"]:
+        lines += [
+            "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
+            " zeros"
+            + (", and the latency above is what was measured, whatever the FLOPs say." if latencies(report) else ".")
+            + " What is really won is the"
+            " packed size, and the FLOPs on hardware or kernels that skip zeros"
+            + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
+            "",
+        ]
+    if report["empty_layers"]:
+        lines += [
+            f"**{counted(len(report['empty_layers']), 'layer has', 'layers have')} lost every weight** (such as"
+            f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
+            "",
+        ]
+    lines += _left_out(report)
+    lines += targets(report)
+    for name, title in (
+        ("sparsity-per-layer", "What each layer gave up"),
+        ("accuracy", "Quality against sparsity"),
+        ("latency", "Latency, dense and pruned"),
+    ):
+        if name in images:
+            lines += [f"![{title}]({images[name]})", ""]
+    lines += _layers(report)
+    lines += _loading(report)
+    lines += ["## Checks", "", *loaded_lines(report), *parity_lines(report)]
+    return "\n".join([*lines, *closing(report)])
+
+
+def quality_rows(report: Mapping[str, Any]) -> list[str]:
+    """A row of the first table for each measure of each task."""
+    rows = []
+    for row in report["quality"]["tasks"]:
+        way = "higher" if row["higher_is_better"] else "lower"
+        rows.append(
+            f"| {markdown(row['metric'])}, {markdown(row['task'])} ({way} is better) | {row['dense']:.4f} |"
+            f" {row['pruned']:.4f} | {row['pruned'] - row['dense']:+.4f} |"
+        )
+    return rows
+
+
+def change_row(name: str, dense: int, pruned: int) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
+
+
+def latency_rows(report: Mapping[str, Any]) -> list[str]:
+    """The last rows of the first table, and what stands below it: how they were measured, and against what ideal."""
+    measured = latencies(report)
+    rows = []
+    for runtime, bench in measured.items():
+        a, b = bench["dense"]["latency"], bench["pruned"]["latency"]
+        rows.append(
+            f"| latency, batch {markdown(bench['spec']['batch'])}, {runtime} | {milliseconds(a['median'])} |"
+            f" {milliseconds(b['median'])} | {found_in(bench, 'latency').words} |"
+        )
+    return [
+        *rows,
+        "",
+        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
+        *([""] if measured else []),
+        "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
+        "",
+        *why(report.get("bench") or {}),
+    ]
+
+
+def loaded_lines(report: Mapping[str, Any]) -> list[str]:
+    return [
+        f"- Loaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
+        f" (allowed {small(layout['tolerance'])})."
+        for layout in report["verify"]["layouts"]
+    ]
+
+
+def parity_lines(report: Mapping[str, Any]) -> list[str]:
+    """What every export was compared with, and how far it is from that."""
+    lines = []
+    for form, both in (report.get("export") or {}).items():
+        facts, title = both["pruned"], markdown(form.upper())
+        if "skipped" in facts:
+            lines.append(f"- {title}: built, and not run where it was built ({markdown(facts['skipped'])}).")
+            continue
+        agree = "".join(
+            f"; the largest class of {markdown(k)} is the same for {100 * v:.0f} %"
+            for k, v in facts.get("agree", {}).items()
+        )
+        reference = "torch" if form in ("onnx", "mnn") else "ONNX"
+        lines.append(
+            f"- {title} against {reference} on {counted(facts['samples'], 'held-out sample')}:"
+            f" {counted(facts['outputs_compared'], 'output')} "
+            f"{'differs' if facts['outputs_compared'] == 1 else 'differ'} by at most"
+            f" {small(facts['largest_difference'])} of the largest value{agree}."
+        )
+    return lines
+
+
+def closing(report: dict[str, Any]) -> list[str]:
+    """How every number is made again, and what was not measured."""
+    data = report["data"]
+    said = (
+        f"It was judged on {counted(data['samples']['test'], 'held-out sample')} of {markdown(data['source'])} alone;"
+        " on other data, under noise or another camera or sensor, nothing was measured."
+    )
+    return ["", *again(report), *limits(report, [said, INHERITED])]
+
+
+def _left_out(report: Mapping[str, Any]) -> list[str]:
+    """The weights that were not pruned, by name, and of what share they are; reports of before do not say it."""
+    left = report.get("left_out")
+    if not left or not left["weights"]:
+        return []
+    unknown = sum(row["flops"] is None for row in left["parameters"])
+    said = f"**{100 * left['share']:.1f} % of all weights were left out** ({left['weights']:,}); of all weights"
+    said += f" {100 * report['size']['pruned_share_of_all']:.2f} % are pruned."
+    if left["flops"]:
+        said += f" Their {left['flops']:,} FLOPs a sample are in no figure above."
+    if unknown:
+        said += f" Of {unknown} of them the FLOPs are not known, or they are counted with their layer."
+    rows = [
+        f"| {cell(row['name'])} | {markdown(row['kind'])} | {row['weights']:,} | {markdown(row['reason'])} |"
+        for row in left["parameters"]
+    ]
+    return [said, "", "| left out | layer | weights | why |", "|---|---|---|---|", *rows, ""]
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## Layers",
+        "",
+        "| layer | weights | non-zero | floor | FLOPs dense | FLOPs sparse |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        floor = f"{row['floor']:,}" if row["floor"] else ""
+        tied = f" (one with {cell(row['tied_to'])})" if "tied_to" in row else ""
+        lines.append(
+            f"| {cell(row['name'])}{tied} | {row['weights']:,} | {row['nonzero']:,} | {floor} |"
+            f" {row['flops']['dense']:,} |"
+            f" {row['flops']['sparse']:,} |"
+        )
+    return [*lines, ""]
+
+
+def _loading(report: dict[str, Any]) -> list[str]:
+    name = report["model"]["network"]
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import json",
+        "from pathlib import Path",
+        "",
+        "from compress.models.zoo import build, load_weights",
+        "",
+        'folder = Path("model")  # this folder',
+        'facts = json.loads((folder / "network.json").read_text())',
+        'model = build(facts["network"], facts["arguments"]).eval()'
+        + ("  # runs the code of that file" if ".py:" in name else ""),
+        'load_weights(model, folder / "model.safetensors")',
+        "```",
+        "",
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`, in every"
+        " runtime.",
+        "",
+        *runtimes(report),
+    ]
+
+
+def draw_network(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG."""
+    return draw(report, folder, plots_of(report), latency=False)
+
+
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of a network's report can be drawn."""
+    accuracy = {"accuracy": _accuracy} if report["quality"]["curve"] else {}
+    return {"sparsity-per-layer": _sparsity, **accuracy, **latency_plot(report)}
+
+
+def latency_plot(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """One figure here, with a plot of its own; none where it was not measured."""
+    return {"latency": _latency} if "bench" in report else {}
+
+
+SLANTED: dict[str, Any] = {"rotation": 60, "fontsize": 6, "ha": "right", "rotation_mode": "anchor"}
+
+
+def _sparsity(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    at = range(len(rows))
+    axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.8)
+    first = True
+    for i, row in enumerate(rows):
+        if row["floor"]:
+            most = 100 * (1 - row["floor"] / row["weights"])
+            axis.plot([i - 0.4, i + 0.4], [most, most], color="black", lw=1.5, label="floor" if first else None)
+            first = False
+    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="whole network")
+    axis.set_ylim(0, 125)  # the legend has room above the bars
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel("pruned, %")
+    axis.set_xlabel("layer, from the input")
+    if len(rows) <= 24:
+        axis.set_xticks(
+            list(at), [caption(r["name"].removesuffix(".weight"), 30) for r in rows], **SLANTED
+        )
+    axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
+    return figure
+
+
+def _accuracy(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    for row in report["quality"]["tasks"]:
+        if not row["main"]:
+            continue
+        points = [(100 * p["sparsity"], p["tasks"][row["task"]][row["metric"]]) for p in report["quality"]["curve"]]
+        points.append((100 * report["size"]["pruned_share"], row["pruned"]))
+        points = sorted(set(points))
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=caption(f"{row['metric']}, {row['task']}"))
+        axis.axhline(row["dense"], color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {row['task']}"))
+    axis.set_xlabel("weights pruned, %")
+    axis.set_ylabel(measures(report))
+    axis.set_title("Quality against sparsity, each point trained alike")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def measures(report: Mapping[str, Any]) -> str:
+    """For an axis: the one measure that all tasks are judged by, or what holds for several."""
+    names = {row["metric"] for row in report["quality"]["tasks"] if row["main"]}
+    return caption(names.pop()) if len(names) == 1 else "quality, each task by its own measure"
+
+
+def _latency(report: dict[str, Any], plt: Any) -> Any:
+    bench = report["bench"]
+    figure, axis = plt.subplots(figsize=(7, 2.6))
+    for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
+        medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
+        axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
+        axis.plot([1000 * bench[label]["latency"]["median"]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
+    axis.set_yticks([0, 1], ["dense", "pruned"])
+    axis.set_ylim(1.6, -0.6)
+    axis.margins(x=0.06)
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process, the bar their median")
+    axis.set_title(wrapped(f"Latency: {found_in(bench, 'latency').words}", 80))
+    return figure

@@ -1,0 +1,565 @@
+"""A plain network and its data: what every method does alike with one, from the dense training to the release.
+
+A method adds what it removes and why (`compress.recipes.global_mp.network_stages`); everything here takes a module and a stage's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import __version__
+from compress.errors import CompressError, UsageError
+from compress.processes.children import python
+from compress.processes.distributed import device
+from compress.run.cache import sha256_of
+from compress.run.folder import Run, fingerprint, link, read_seal, seal_hash
+from compress.schema.sections import DataSpec, NetworkRecipe, TrainSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from compress.data.images import Splits
+    from compress.models.sources import Resolved
+    from compress.networks.train import Masks, Remask
+
+WEIGHTS, FACTS, FINGERPRINT = "model.safetensors", "network.json", "fingerprint.safetensors"
+MASKS = "masks.safetensors"
+TOLERANCE = 1e-4  # largest difference allowed of reloaded outputs, relative to the largest
+
+
+@dataclass
+class NetworkSetup:
+    """A network, a recipe and data, checked as far as it goes without reading any of it."""
+
+    resolved: Resolved
+    recipe: NetworkRecipe
+    network: str
+    given: dict[str, Any]
+    spec: DataSpec
+    weights: str  # hash of the weights file, or of what draws them
+    weights_file: Path | None
+
+    @cached_property
+    def data(self) -> Splits:
+        from compress.data.images import load
+
+        return load(self.spec)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """The function's arguments; what the data decides is filled in where the function takes it."""
+        from compress.models.zoo import accepts
+
+        found = dict(self.given)
+        decided = {"classes": self.data.tasks[0].outputs, "channels": self.data.input_shape[0]}
+        return {k: v for k, v in decided.items() if accepts(self.network, k)} | found
+
+    def build(self, **changes: Any) -> nn.Module:
+        """The network with its first weights: those of the file, or drawn from the seed.
+
+        Raises:
+            UsageError: it holds weights of half precision.
+        """
+        from compress.models.zoo import build
+
+        model = build(self.network, {**self.arguments, **changes}, self.recipe.seed)
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and weight.dtype.itemsize < 4:
+                raise UsageError(
+                    f"the weight {name} is {str(weight.dtype).removeprefix('torch.')}; a network is trained, pruned and"
+                    " checked in float32",
+                    where=self.network,
+                    fix="let the function make it in float32 (--set train.precision=bfloat16 multiplies in bfloat16)",
+                )
+        return model.to(device())
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What decides every training: JSON-like, for seals."""
+        return {
+            "version": __version__,
+            "network": self.network,
+            "arguments": self.arguments,
+            "weights": self.weights,
+            "data": self.data.sha256,
+            "seed": self.recipe.seed,
+        }
+
+
+def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
+    """Finds the network, its data and its weights; runs no code but the user's own file, where they named one.
+
+    Raises:
+        UsageError: there is no such network, no data is named, or nothing would be trained.
+    """
+    from compress.language.setup import quiet
+    from compress.models.sources import NetworkAlias, Resolved, network_alias
+
+    quiet()
+    if recipe.export is not None and "mnn" in recipe.export.formats:
+        from compress.exporters.mnn import require_mnn
+
+        require_mnn()
+    for form in made_after(recipe):
+        from compress.exporters.formats import BuildOptions, check_options
+
+        check_options(BuildOptions(form))
+    if ".py:" in model:
+        path = Path(model.rpartition(":")[0])
+        if not path.is_file():
+            raise UsageError("there is no such file", where=str(path), fix="name it as path/file.py:function")
+        alias, source, code = NetworkAlias(network=model, data={}), f"file {path.name}", sha256_of(path)
+        name = f"{path.stem}-{model.rpartition(':')[2]}"
+    else:
+        alias, source, code, name = network_alias(model), "weights drawn by seed", "", model
+    spec = _data_spec(alias.data, recipe, model)
+    arguments = {**alias.arguments, **recipe.arguments}
+    file = recipe.weights
+    if file is None and alias.sources and not recipe.train.epochs:
+        from compress.models.sources import from_hub
+
+        folder, source = from_hub(str(alias.sources[0].hub), alias.sources[0].revision)
+        file = folder / WEIGHTS
+    if file is None and not recipe.train.epochs:
+        raise UsageError(
+            "the dense network would be neither trained nor loaded",
+            where="train.epochs",
+            fix="train it for some epochs, or name its weights (--set weights=FILE.safetensors)",
+        )
+    if file is not None:
+        if not file.is_file():
+            raise UsageError("there is no such file of weights", where=str(file), fix="check the path")
+        source = source if recipe.weights is None else f"file {file.name}"
+    drawn = fingerprint({"network": alias.network, "arguments": arguments, "seed": recipe.seed, "code": code})
+    weights = sha256_of(file) if file is not None else drawn
+    resolved = Resolved(name, Path(), source, alias.base_model, alias.license)
+    # What the model's own file says of the data is said in the run's lock too: it is what `compress eval` reads.
+    recipe = recipe.model_copy(update={"data": spec})
+    return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file)
+
+
+def _data_spec(own: Mapping[str, Any], recipe: NetworkRecipe, model: str) -> DataSpec:
+    """The recipe's data; where it names no source, the model's own with the recipe's values laid over it."""
+    from pydantic import ValidationError
+
+    given = recipe.data.model_dump(exclude_unset=True) if recipe.data is not None else {}
+    if recipe.data is not None and recipe.data.named():
+        own = {k: v for k, v in own.items() if k not in ("package", "folder", "hub")}
+    try:
+        found = DataSpec.model_validate({**own, **given})
+    except ValidationError as e:
+        raise UsageError(f"the model's data is wrong: {e.errors()[0]['msg']}", where=model, fix="mend its file") from e
+    if not found.named():
+        raise UsageError(
+            f"{model} has no data of its own", where="data", fix="name it: --set data.folder=PATH (or package, or hub)"
+        )
+    return found
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    run: Run,
+    setup: NetworkSetup,
+    name: str,
+    spec: TrainSpec | None,
+    start: Callable[[], nn.Module],
+    *,
+    inputs: Mapping[str, Any],
+    masks: Masks | None = None,
+    remask: Remask | None = None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+) -> Path:
+    """A sealed stage with a network trained from ``start``: the saved network (`save_network`), masks where there are
+    any, and a row an epoch. ``changes`` are the arguments in which the network differs from the setup's.
+
+    A run that was stopped in it goes on from the last checkpoint to the same bytes.
+    """
+    from safetensors.torch import save_file
+
+    from compress.networks.train import apply_masks, check_masks, train
+
+    def build(folder: Path | None) -> None:
+        model = start()
+        held, rows = dict(masks or {}), list[dict[str, float]]()
+        if spec is not None and spec.epochs:
+            checkpoint = run.scratch(name) / "checkpoint.safetensors"
+            held, rows = train(
+                model,
+                setup.data,
+                spec,
+                seed=setup.recipe.seed + seed,
+                masks=masks,
+                remask=remask,
+                checkpoint=checkpoint,
+                label=name,
+                identity=facts,
+            )
+        else:
+            check_masks(model, held)
+            apply_masks(model, held)
+        if folder is None:
+            return
+        save_network(setup, model, folder, **(changes or {}))
+        if held:
+            save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
+        (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+    facts = {
+        **setup.inputs,
+        **inputs,
+        "train": spec.model_dump(mode="json", exclude={"checkpoint_steps"}) if spec else None,
+    }
+    folder = run.stage_together(name, facts, build)
+    run.drop_scratch(name)
+    return folder
+
+
+def dense_network(run: Run, setup: NetworkSetup) -> Path:
+    """The stage ``dense``: trained here, or the weights that were given, trained further where there are epochs."""
+    from compress.models.zoo import load_weights
+
+    def start() -> nn.Module:
+        model = setup.build()
+        if setup.weights_file is not None:
+            load_weights(model, setup.weights_file)
+        return model
+
+    return trained(run, setup, "dense", setup.recipe.train, start, inputs={})
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """All parameters and buffers as safetensors; tied ones are written under each of their names."""
+    from safetensors.torch import save_file
+
+    save_file({k: v.detach().to("cpu", copy=True).contiguous() for k, v in model.state_dict().items()}, path)
+
+
+def loaded(setup: NetworkSetup, folder: Path, **changes: Any) -> nn.Module:
+    """The network of a stage, in evaluation mode; where channels are gone, without them."""
+    from compress.models.zoo import load_weights
+    from compress.networks.reload import read_facts
+    from compress.networks.surgery import resize
+
+    model = resize(setup.build(**changes), read_facts(folder).get("widths", {}))
+    load_weights(model, folder / WEIGHTS)
+    return model.eval()
+
+
+def real_inputs(setup: NetworkSetup, count: int) -> Tensor:
+    """The first held-out samples, prepared: (count, ...) float32."""
+    import torch
+
+    split = setup.data.test
+    return setup.data.prepare(split.inputs[torch.arange(min(count, len(split)))])
+
+
+def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> None:
+    """A folder that can be loaded by itself: weights, how to build the network, and outputs on held-out samples."""
+    import torch
+    from safetensors.torch import save_file
+
+    from compress.data.tasks import by_task
+    from compress.networks.surgery import changed_widths
+
+    model = model.cpu().eval()
+    save_weights(model, folder / WEIGHTS)
+    data = setup.data
+    cut = changed_widths(setup.build(**changes), model)
+    facts: dict[str, Any] = {
+        "network": setup.network,
+        "arguments": {**setup.arguments, **changes},
+        "input": list(data.input_shape),
+        "mean": data.mean.tolist(),
+        "std": data.std.tolist(),
+        "tasks": [t.facts() for t in data.tasks],
+        # Layers that are narrower than the function makes them.
+        **({"widths": cut} if cut else {}),
+    }
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    x = real_inputs(setup, 4)
+    with torch.no_grad():
+        outputs = by_task(model(x), data.tasks)
+    save_file(
+        {"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT
+    )
+
+
+def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Saves a network and loads it in a clean process.
+
+    Returns:
+        What the clean process found, see `verify_network`.
+    """
+    save_network(setup, model, folder, **changes)
+    found = verify_network(folder)
+    (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def verify_network(folder: Path, network: str | None = None) -> dict[str, Any]:
+    """Loads a saved network in a clean process and compares its outputs with those that were noted.
+
+    Args:
+        network: FILE.py:FUNCTION that is built in place of what the folder names.
+
+    Raises:
+        CompressError: it cannot be loaded, or its outputs differ.
+    """
+    done = subprocess.run(
+        python("-m", "compress.networks.reload", str(folder), *([network] if network else [])),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CompressError(f"the saved network does not load again: {last}", where=str(folder), fix="make it again")
+    found: dict[str, Any] = json.loads(done.stdout)
+    tolerance = same_outputs(found, folder)
+    return {
+        "class": found["class"],
+        "parameters": found["parameters"],
+        "max_logit_difference": found["max_abs_difference"],
+        "tolerance": tolerance,
+    }
+
+
+def same_outputs(found: Mapping[str, Any], folder: Path) -> float:
+    """How far outputs may lie apart, after what `compress.networks.reload` found in ``folder``.
+
+    Raises:
+        CompressError: they lie further apart.
+    """
+    tolerance: float = TOLERANCE * found["max_abs_output"]
+    if not found["max_abs_difference"] <= tolerance:
+        raise CompressError(
+            f"the saved network gives other outputs: they differ by {found['max_abs_difference']:.3g}"
+            f" (allowed {tolerance:.3g})",
+            where=str(folder),
+            fix="make it again with `compress prune --fresh`",
+        )
+    return tolerance
+
+
+def evaluated(
+    run: Run, setup: NetworkSetup, name: str, folder: Path, make: Callable[[], nn.Module]
+) -> dict[str, dict[str, float]]:
+    """The sealed figures of a network on the test split, by task; ``folder`` is the stage it was made from."""
+
+    def build(out: Path | None) -> None:
+        from compress.networks.train import evaluate
+
+        found = evaluate(make(), setup.data, setup.data.test)
+        if out is not None:
+            (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    inputs = {"version": __version__, "data": setup.data.sha256, "model": seal_hash(folder)}
+    folder = run.stage_together(name, inputs, build)
+    found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())
+    return found
+
+
+def made_after(recipe: NetworkRecipe) -> list[str]:
+    """The formats of a recipe that `compress.exporters.formats` makes of the checked ONNX file."""
+    return [f for f in recipe.export.formats if f not in ("onnx", "mnn")] if recipe.export is not None else []
+
+
+def exported(
+    run: Run, setup: NetworkSetup, models: Mapping[str, tuple[Path, Callable[[], nn.Module]]], report: dict[str, Any]
+) -> dict[str, Path]:
+    """Exports ``dense`` and ``pruned``, each checked on held-out samples, and fills in ``report["export"]``."""
+    from compress.exporters.onnx_module import write_checked_module
+
+    spec = setup.recipe.export
+    assert spec is not None  # asked by the caller
+    names = [task.name for task in setup.data.tasks]
+    folders = {}
+    for label, (source, make) in models.items():
+
+        def build(folder: Path, make: Callable[[], nn.Module] = make) -> None:
+            x, model = real_inputs(setup, spec.samples), make().cpu()
+            write_checked_module(model, x, names, folder, spec.tolerance)
+            if "mnn" in spec.formats:
+                from compress.exporters.mnn import write_checked_mnn
+
+                write_checked_mnn(model, x, names, folder, spec.tolerance)
+            for form in made_after(setup.recipe):
+                from compress.exporters import formats
+                from compress.exporters.command import network_source
+
+                options = formats.BuildOptions(form)
+                formats.make(network_source(folder, model, x, options, {}), folder / form, options)
+
+        inputs = {
+            "version": __version__,
+            "model": seal_hash(source),
+            "data": setup.data.sha256,
+            "export": spec.model_dump(mode="json"),
+        }
+        folders[label] = run.stage(f"export-{label}", inputs, build)
+    report["export"] = {}
+    for form in spec.formats:
+        facts: dict[str, Any] = {label: _export_facts(f, form) for label, f in folders.items()}
+        ratio = sum(facts["pruned"]["bytes"].values()) / sum(facts["dense"]["bytes"].values())
+        report["export"][form] = {**facts, "size_ratio": ratio}
+    report["stages"] = run.stages()
+    return folders
+
+
+def _export_facts(folder: Path, form: str) -> dict[str, Any]:
+    """What an export folder says of a format, in the words of export.json."""
+    if form in ("onnx", "mnn"):
+        facts: dict[str, Any] = json.loads((folder / ("export.json" if form == "onnx" else "mnn.json")).read_text())
+        return facts
+    facts = json.loads((folder / form / f"{form}.json").read_text())
+    parity = facts["parity"]
+    if "skipped" in parity:
+        return {**facts, "skipped": parity["skipped"]}
+    return {
+        **facts,
+        "largest_difference": max(parity["outputs"].values()),
+        "outputs_compared": len(parity["outputs"]),
+        "samples": parity["samples"],
+    }
+
+
+def measured(
+    run: Run,
+    setup: NetworkSetup,
+    folders: Mapping[str, Path],
+    models: Mapping[str, tuple[Path, Callable[[], nn.Module]]],
+    report: dict[str, Any],
+) -> None:
+    """Latency of both exports here and on the recipe's targets; ``models`` as for `exported`."""
+    from compress.exporters.stages import on_targets
+
+    if setup.recipe.bench is not None:
+        _measured_here(run, setup, folders, report)
+    makers = {label: lambda make=make: make().cpu() for label, (_, make) in models.items()}
+    on_targets(run, setup.recipe.targets, folders, makers, report)
+
+
+def _measured_here(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """Into ``report["bench"]``; MNN's stands in it under ``mnn``."""
+    from compress.exporters.bench.explain import why
+    from compress.exporters.bench.local import LOCAL, compare_modules
+
+    spec = setup.recipe.bench
+    assert spec is not None  # asked by the caller
+
+    def build(folder: Path) -> None:
+        found = compare_modules(folders["dense"], folders["pruned"], spec.model_dump())
+        if found["dense"]["bytes"] != found["pruned"]["bytes"]:  # zeros alone change no layer's work
+            found["why"] = why(folders["dense"], folders["pruned"], spec.model_dump(), LOCAL)
+        if "mnn" in report["export"]:
+            from compress.exporters.mnn import FILE
+
+            found["mnn"] = compare_modules(folders["dense"], folders["pruned"], spec.model_dump(), FILE)
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+
+    inputs = {
+        "version": __version__,
+        "bench": spec.model_dump(mode="json"),
+        **{label: seal_hash(folder) for label, folder in folders.items()},
+    }
+    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
+    report["stages"] = run.stages()
+
+
+def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was measured, by runtime."""
+    bench = report.get("bench")
+    if not bench:
+        return {}
+    return {"ONNX Runtime": bench} | ({"MNN": bench["mnn"]} if "mnn" in bench else {})
+
+
+def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: str) -> None:
+    """Fills in where the network and its data came from, the dense one that was trained, the recipe, the command and
+    the machine."""
+    from compress.data.tasks import KINDS
+    from compress.run.doctor import environment
+
+    data = setup.data
+    report["model"] = {
+        "name": setup.resolved.name,
+        "source": setup.resolved.source,
+        "base_model": setup.resolved.base_model,
+        "license": setup.resolved.license,
+        "family": "network",
+        "network": setup.network if ".py:" not in setup.network else Path(setup.network).name,
+        "arguments": setup.arguments,
+        "sha256": setup.weights,
+        "dense_sha256": read_seal(dense)["files"][WEIGHTS]["sha256"],
+    }
+    report["data"] = {
+        "source": data.source if setup.spec.folder is None else f"folder {setup.spec.folder.name}",
+        "sha256": data.sha256,
+        "input": list(data.input_shape),
+        "samples": {"train": len(data.train), "calibration": len(data.calibration), "test": len(data.test)},
+        "tasks": [
+            {
+                "name": t.name,
+                "kind": t.kind,
+                "outputs": t.outputs,
+                "metric": t.metric,
+                "higher_is_better": t.higher_is_better,
+                "type": KINDS[t.kind].hub if len(data.input_shape) == 3 else "time-series",
+            }
+            for t in data.tasks
+        ],
+    }
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+
+
+def released(
+    run: Run, model: Path, report: dict[str, Any], card: Callable[[dict[str, Any], Path], Path]
+) -> dict[str, Any]:
+    """The folder to publish; returns the report as it was sealed, by this run or an earlier one."""
+    from compress.networks.reload import read_facts
+    from compress.report.build import finish, read_report, write_release
+
+    there = shlex.quote(str(run.folder))
+    own = str(read_facts(model)["network"])
+    named = f" --network {shlex.quote(own)}" if ".py:" in own else ""
+    report["commands"] = {
+        "prune": report["command"],
+        "verify": f"compress verify {there}{named}",
+        "card": f"compress card {there}",
+    }
+    finish(report)
+
+    def build(folder: Path) -> None:
+        for path in sorted(model.iterdir()):
+            if path.name != "seal.json":
+                link(path, folder / path.name)
+        if "export" in report:
+            for form, facts in report["export"].items():
+                place = run.folder / "export-pruned"
+                for name in facts["pruned"]["bytes"]:
+                    link(place / form / name if (place / form).is_dir() else place / name, folder / form / name)
+        write_release(report, folder, card)
+
+    sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))
+
+
+def tensors_sha(tensors: Mapping[str, Tensor]) -> str:
+    """Hex SHA-256 over names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()

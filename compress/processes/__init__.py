@@ -1,0 +1,1 @@
+"""Ranks, exact sums, training over processes, and how children are started."""

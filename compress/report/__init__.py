@@ -1,0 +1,1 @@
+"""The report, and everything that is drawn or written from it."""

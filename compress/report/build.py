@@ -1,0 +1,218 @@
+"""report.json: the one source of the card, the plots and (later) the gate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.run.folder import RECIPE_LOCK, SEAL, fingerprint
+from compress.run.strict_json import member, read_json, typed
+
+if TYPE_CHECKING:
+    from compress.language.setup import Setup
+
+FINGERPRINT = "fingerprint.safetensors"
+REQUIRED = ("model", "recipe", "size", "layers", "verify", "quality", "environment", "commands")
+
+
+def finish(report: dict[str, Any]) -> None:
+    """Stamps the report with the hash of its own content.
+
+    Raises:
+        CompressError: a section is missing.
+    """
+    missing = [key for key in REQUIRED if key not in report]
+    if missing:
+        raise CompressError(f"the report lacks {', '.join(missing)}", where="report.json", fix="run the whole pipeline")
+    report.pop("sha256", None)
+    report["sha256"] = fingerprint(report)
+
+
+def write_release(report: dict[str, Any], folder: Path, card: Callable[[dict[str, Any], Path], Path]) -> None:
+    """Into a folder that holds the model and its exports: the report with the hash of every file and some of the
+    model's outputs, the card that ``card`` writes, and the HTML report."""
+    from compress.report.html import NAME, write_html
+    from compress.run.cache import sha256_of
+
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    report["files"] = {
+        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in files
+    }
+    if (folder / FINGERPRINT).exists():
+        report["fingerprint"] = output_sample(folder / FINGERPRINT)
+    finish(report)
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_html(report, card(report, folder), folder / NAME)
+
+
+def output_sample(path: Path, count: int = 16) -> dict[str, Any]:
+    """``count`` values of every output in a fingerprint's file, evenly spaced, as they stand there."""
+    from safetensors.numpy import load_file
+
+    outputs = {}
+    for name, values in sorted(load_file(path).items()):
+        if name in ("tokens", "input"):
+            continue
+        flat = values.reshape(-1)
+        at = [i * (flat.size - 1) // max(1, count - 1) for i in range(min(count, flat.size))]
+        outputs[name] = {"shape": list(values.shape), "at": at, "values": [float(flat[i]) for i in at]}
+    return {"file": path.name, "outputs": outputs}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Reads a report and checks that nothing in it was changed since it was written.
+
+    Args:
+        path: report.json, or a folder that holds it (a run folder or a release).
+
+    Raises:
+        CompressError: there is none, it is not readable, or its hash does not fit.
+    """
+    candidates = [path] if path.is_file() else [path / "report.json", path / "release" / "report.json"]
+    found = next((p for p in candidates if p.is_file()), None)
+    if found is None:
+        raise CompressError(
+            "there is no report.json" + _unfinished(path),
+            where=str(path),
+            fix="name a run folder in which `compress prune` has finished",
+        )
+    report = own_json(found)
+    stamp = report.pop("sha256")
+    content = fingerprint(report)
+    if content != stamp:
+        raise CompressError(
+            f"report.json was changed since it was written: it says sha256 {str(stamp)[:16]}, its content has"
+            f" {content[:16]}",
+            where=str(found),
+            fix="make it again with `compress prune`",
+        )
+    report["sha256"] = stamp
+    return dict(report)
+
+
+def own_json(path: Path) -> dict[str, Any]:
+    """A report as it stands in a file, whatever its hash; `CompressError` where it is none, or has no hash."""
+    what, where = "report.json", str(path)
+    report = typed(read_json(path, what, constants=True), dict, "", what, where)
+    member(report, "sha256", str, what, where)
+    return report
+
+
+def _unfinished(run: Path) -> str:
+    """What a run that has no report has not measured; nothing where the folder is no run."""
+    if not (run / RECIPE_LOCK).is_file():
+        return ""
+    stages = {
+        "model": "saved no model",
+        "evaluation-pruned": "measured no quality",
+        "export-pruned": "exported nothing",
+        "bench": "measured no latency",
+    }
+    lacking = [what for stage, what in stages.items() if not (run / stage / SEAL).is_file()]
+    return f": the run is not finished, it has {', '.join(lacking)}" if lacking else ": the run is not finished"
+
+
+def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:
+    """Fills in where a language model came from, the recipe, the command and the machine."""
+    from compress.data.text import text_facts
+    from compress.run.doctor import environment
+
+    report["model"] = {
+        "name": setup.resolved.name,
+        "source": setup.resolved.source,
+        "base_model": setup.resolved.base_model,
+        "license": setup.resolved.license,
+        "family": setup.family.name,
+        "sha256": setup.weights,
+    }
+    report["origin"] = dict(setup.resolved.origin)
+    report["text"] = text_facts(setup.tokenizer)
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+
+
+def describe_plan(
+    report: dict[str, Any],
+    setup: Setup,
+    folder: Path,
+    command: str,
+    stages: list[dict[str, Any]],
+    reference_tokens: int,
+) -> None:
+    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
+    from compress.language.plan import Plan
+
+    plan = Plan.load(folder)
+    g, costs = setup.geometry, setup.costs
+    removed = plan.removed(costs)
+    size = setup.stored_dtype.itemsize
+    describe_model(report, setup, command)
+    report["size"] = {
+        "asked": setup.recipe.sparsity,
+        "backbone_removed": removed / costs.backbone,
+        "total_removed": removed / costs.total,
+        "dense": {
+            "backbone_parameters": costs.backbone,
+            "total_parameters": costs.total,
+            "bytes": costs.total * size,
+        },
+        "pruned": {
+            "backbone_parameters": costs.backbone - removed,
+            "total_parameters": costs.total - removed,
+            "bytes": (costs.total - removed) * size,
+        },
+    }
+    report["layers"] = [
+        {
+            "layer": i,
+            "heads": heads,
+            "kv_heads": groups,
+            "neurons": neurons,
+            "dense_heads": g.heads,
+            "dense_kv_heads": g.kv_heads,
+            "dense_neurons": g.ffn,
+            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
+            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
+        }
+        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
+    ]
+    report["logit_scale"] = plan.meta.get("logit_scale")
+    report["run_off"] = plan.meta.get("run_off")
+    results = json.loads((folder / "search.json").read_text())
+    report["search"] = {
+        "iterations": [
+            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_starts", "genome")} for r in results
+        ],
+        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
+        "work_token_layers": sum(r["work_token_layers"] for r in results),
+        "reference_token_layers": reference_tokens * g.layers,
+    }
+    report["stages"] = stages
+
+
+def perplexity_lines(report: dict[str, Any]) -> list[str]:
+    """What the command line says of each text; none where nothing was evaluated."""
+    return [
+        f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}"
+        for text in report.get("quality", {}).get("texts", ())
+    ]
+
+
+def latency_line(label: str, bench: dict[str, Any], key: str, digits: int = 1, where: str = "") -> str:
+    """What the command line says of one latency, dense against pruned."""
+    from compress.report.stats import found_in
+
+    dense, pruned = bench["dense"][key], bench["pruned"][key]
+    return (
+        f"{label:8} {1000 * dense['median']:.{digits}f} ms -> {1000 * pruned['median']:.{digits}f} ms"
+        f" ({found_in(bench, key).words}{where})"
+    )
+
+
+def run_line(report: dict[str, Any]) -> str:
+    """Where the run lies, and its card where it got so far."""
+    return f"run      {report['run']}" + ("  (release/README.md is the model card)" if "commands" in report else "")

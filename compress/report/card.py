@@ -1,0 +1,507 @@
+"""The model card: a README.md that the Hugging Face hub accepts, every number taken from report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.report.metadata import assemble, card_data, text_results
+from compress.report.stats import FEWEST, found_in
+from compress.words.escape import block, code, markdown
+from compress.words.wording import counted, megabytes, milliseconds, small
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of a card for a model with whole units gone."""
+    return text_metadata(report, report["size"]["backbone_removed"], "structured-pruning")
+
+
+def text_metadata(report: dict[str, Any], removed: float, kind: str) -> ModelCardData:
+    """The head of a language model's card; ``removed`` is the share in its name, ``kind`` a tag."""
+    return card_data(
+        report,
+        removed=removed,
+        tags=[kind],
+        library="transformers",
+        results=text_results(report),
+        task="text-generation",
+    )
+
+
+def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def write_readme(folder: Path, head: ModelCardData | Mapping[str, Any], text: str) -> Path:
+    """Writes README.md: a head that the hub takes, then the text.
+
+    Raises:
+        CompressError: the hub would not take the head.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(**head) if isinstance(head, Mapping) else head
+    path = folder / "README.md"
+    path.write_text(assemble(data, text), encoding="utf-8")
+    return path
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, quality, model = report["size"], report["quality"], report["model"]
+    dense, pruned = size["dense"], size["pruned"]
+    title = f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed"
+    lines = [f"# {markdown(title)}", ""]
+    origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
+    lines += [
+        f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query"
+        f" heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
+        f" Weights were taken from: {markdown(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+        _row(
+            "backbone parameters", dense["backbone_parameters"], pruned["backbone_parameters"], size["backbone_removed"]
+        ),
+        _row("all parameters", dense["total_parameters"], pruned["total_parameters"], size["total_removed"]),
+    ]
+    lines += quality_rows(quality)
+    bench = report.get("bench")
+    if bench:
+        lines += latency_rows(bench)
+        lines += ["", *why(bench)]
+    lines += ["", f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the"]
+    lines[-1] += " blocks; embeddings, head and norms are not part of it)."
+    first = quality["texts"][0]
+    lines += [
+        f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
+        " the pruner saw." + beginning(report),
+        "",
+    ]
+    lines += _recovery(report)
+    lines += targets(report)
+    lines += _removed(report)
+    for name, caption in (
+        ("sparsity-per-layer", "What each layer gave up"),
+        ("perplexity", "Perplexity against sparsity"),
+        ("latency", "Latency, dense and pruned"),
+        ("search", "The search"),
+    ):
+        if name in images:
+            lines += [f"![{caption}]({images[name]})", ""]
+    lines += loading(report)
+    lines += _checks(report)
+    lines += again(report)
+    lines += limits(
+        report,
+        [
+            "The model was calibrated on "
+            + ", ".join(markdown(_source(s)) for s in report["recipe"]["calibration"]["sources"])
+            + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and"
+            " other languages was not measured.",
+            INHERITED,
+        ],
+    )
+    return "\n".join(lines)
+
+
+def _removed(report: dict[str, Any]) -> list[str]:
+    """What each layer gave up, as counts."""
+    lines = [
+        "## What was removed",
+        "",
+        "| layer | KV groups | query heads | FFN neurons | attention | FFN |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["layers"]:
+        counts = (
+            f"{row[kept]:,} of {row[f'dense_{kept}']:,}" if row[kept] != row[f"dense_{kept}"] else "all"
+            for kept in ("kv_heads", "heads", "neurons")
+        )
+        gone = (100 * row[f"{part}_sparsity"] for part in ("attention", "ffn"))
+        shares = (f"-{share:.1f} %" if share else "0 %" for share in gone)
+        lines.append(f"| {markdown(row['layer'])} | {' | '.join(counts)} | {' | '.join(shares)} |")
+    return [*lines, ""]
+
+
+def _training(report: dict[str, Any]) -> str:
+    recovered = report.get("recover")
+    if recovered is None:
+        return "nothing was trained afterwards"
+    how = "all weights of the blocks" if recovered["method"] == "full" else "low-rank updates, merged,"
+    return (
+        f"then {how} were trained for {counted(recovered['steps'], 'step')} ({recovered['tokens']:,} tokens) to do"
+        " what the dense model does"
+    )
+
+
+def _recovery(report: dict[str, Any]) -> list[str]:
+    """What the training brought, where there was one."""
+    recovered = report.get("recover")
+    if recovered is None:
+        return []
+    mean = recovered["geometric_mean"]
+    return [
+        f"Recovery ({markdown(recovered['method'])}, {recovered['trained_parameters']:,} parameters trained):"
+        f" perplexity, geometric mean, {mean['before']:.2f} before and {mean['after']:.2f} after; without it:"
+        f" {code(report['commands']['unrecovered'])}.",
+        "",
+    ]
+
+
+def beginning(report: Mapping[str, Any]) -> str:
+    """What the windows of text begin with, as a sentence behind others; empty where the report does not say."""
+    if "text" not in report:
+        return ""
+    tokens = " ".join(code(row["token"]) for row in report["text"]["begins_with"])
+    if not tokens:
+        return " A window begins with text: the tokenizer puts no token in front of it."
+    return f" Every window begins with {tokens}, as the tokenizer begins every text; that is read, and not scored."
+
+
+INHERITED = "It has the limits and biases of the dense model."
+
+
+def quality_rows(quality: dict[str, Any]) -> list[str]:
+    """Perplexities and task scores, dense and pruned, as rows of the table."""
+    rows = []
+    mean = quality["geometric_mean"]
+    for text in quality["texts"]:
+        ratio = text["pruned_ppl"] / text["dense_ppl"]
+        rows.append(
+            f"| perplexity, {markdown(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
+            f" {ratio:.2f}x |"
+        )
+    if len(quality["texts"]) > 1:
+        rows.append(
+            f"| perplexity, geometric mean | {mean['dense']:.2f} | {mean['pruned']:.2f} |"
+            f" {mean['pruned'] / mean['dense']:.2f}x |"
+        )
+    for task in quality["tasks"]:
+        rows.append(
+            f"| {markdown(task['task'])}, {markdown(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
+        )
+    return rows
+
+
+def _source(spec: Mapping[str, Any]) -> str:
+    if "files" in spec:
+        return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
+    return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))
+
+
+def _row(name: str, dense: int, pruned: int, removed: float) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | -{100 * removed:.1f} % |"
+
+
+def latency_rows(bench: dict[str, Any]) -> list[str]:
+    """Latency, memory and size of two exports of a language model, as rows of the table, and how they were measured."""
+    spec = bench["spec"]
+    rows = []
+    for key, name in (
+        ("ttft", f"TTFT, {markdown(spec['prompt'])} tokens"),
+        ("tpot", f"TPOT at {markdown(spec['context'])} tokens of context"),
+    ):
+        dense, pruned = (milliseconds(bench[side][key]["median"]) for side in ("dense", "pruned"))
+        rows.append(f"| {name} | {dense} | {pruned} | {found_in(bench, key).words} |")
+    return [*rows, *size_rows(bench, (("peak memory", "peak_rss"), ("ONNX files", "bytes"))), "", conditions(bench)]
+
+
+def size_rows(bench: Mapping[str, Any], rows: Sequence[tuple[str, str]], first: str = "") -> list[str]:
+    """A row of a table for each (title, key) of memory or files that both models have; ``first`` is a cell before."""
+    found = []
+    for title, key in rows:
+        dense, pruned = (bench[side].get(key) or 0 for side in ("dense", "pruned"))
+        if dense and pruned:
+            measured = key in (bench.get("ratios") or {})
+            said = found_in(bench, key).words if measured else change(dense, pruned)
+            found.append(f"|{first} {title} | {megabytes(dense)} | {megabytes(pruned)} | {said} |")
+    return found
+
+
+def change(dense: float, pruned: float) -> str:
+    """Of two sizes that no noise is in."""
+    ratio = dense / pruned
+    if f"{ratio:.2f}" == "1.00":
+        return "as large as before"
+    return f"{ratio:.2f}x as small" if ratio > 1 else f"{1 / ratio:.2f}x as large"
+
+
+def figures(record: Mapping[str, Any]) -> list[str]:
+    """The times that a bench record holds of both models with their ratio: ``ttft``, ``tpot``, ``latency`` ..."""
+    both = (record.get("dense") or {}, record.get("pruned") or {})
+    return [
+        key
+        for key in record.get("ratios") or {}
+        if all(isinstance(m.get(key), Mapping) and "median" in m[key] for m in both)
+    ]
+
+
+def figure_name(key: str, spec: Mapping[str, Any]) -> str:
+    """What a figure of a bench record is, with the shape it was measured at."""
+    prompt, context = (spec.get(k) or next(iter(spec.get(f"{k}s") or ()), None) for k in ("prompt", "context"))
+    if key == "ttft" and prompt:
+        return f"TTFT, {prompt} tokens"
+    if key == "tpot" and context:
+        return f"TPOT at {context} tokens of context"
+    return f"{key}, batch {spec['batch']}" if "batch" in spec else key
+
+
+def conditions(record: Mapping[str, Any]) -> str:
+    """How a latency was measured, as a sentence; no more than the record says."""
+    spec = record["spec"]
+    said = []
+    if spec.get("runtime"):
+        said.append(markdown(spec["runtime"]))
+    if (record.get("machine") or {}).get("cpu"):
+        said.append(f"on {markdown(record['machine']['cpu'])}")
+    if spec.get("precision"):
+        said.append(markdown(spec["precision"]))
+    if spec.get("threads"):
+        said.append(counted(int(spec["threads"]), "thread"))
+    if spec.get("processes"):
+        said.append(f"{counted(int(spec['processes']), 'fresh process', 'fresh processes')} a model")
+    if spec.get("order"):
+        said.append(f"interleaved {markdown(spec['order'])}")
+    between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
+    spread = [b for b in between if b is not None]
+    throttled = record.get("throttled") is True
+    return (
+        f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
+        " paired ratio;"
+        f" what that leaves open, and what fewer than {FEWEST} processes say, is not resolved."
+        + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
+        + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
+        + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
+    )
+
+
+def emulated(record: Mapping[str, Any]) -> bool:
+    places = (record, record.get("spec") or {}, record.get("machine") or {}, record.get("device") or {})
+    return any(isinstance(place, Mapping) and place.get("emulated") is True for place in places)
+
+
+def targets(report: Mapping[str, Any]) -> list[str]:
+    """What was measured on each target beside this machine; nothing where there was none."""
+    records = report.get("targets") or {}
+    if not records:
+        return []
+    lines = ["## On the targets", "", "| target | | dense | pruned | |", "|---|---|---|---|---|"]
+    notes = []
+    for name, record in records.items():
+        shown = figures(record) if isinstance(record, Mapping) else []
+        mark = " (emulated)" if isinstance(record, Mapping) and emulated(record) else ""
+        for key in shown:
+            dense, pruned = record["dense"][key]["median"], record["pruned"][key]["median"]
+            lines.append(
+                f"| {markdown(name)}{mark} | {markdown(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
+                f" {milliseconds(pruned)} | {found_in(record, key).words} |"
+            )
+        if shown:
+            rows = (("peak memory", "peak_rss"), ("files", "bytes"))
+            lines += size_rows(record, rows, f" {markdown(name)}{mark} |")
+            notes.append(f"- {markdown(name)}: {conditions(record)}")
+            notes += [f"  {line}" if line else "" for line in why(record)]
+        else:
+            reason = (record.get("reason") or record.get("error")) if isinstance(record, Mapping) else None
+            lines.append(f"| {markdown(name)} | not measured | | | {markdown(reason or '')} |")
+    return [*lines, "", *notes, *([""] if notes else [])]
+
+
+def why(record: Mapping[str, Any]) -> list[str]:
+    """What a bench record says of the speed-up that the FLOPs promise, and of the layers that fall short of it."""
+    from compress.exporters.bench.explain import lines as explained_lines
+
+    lines = []
+    for part, found in (record.get("why") or {}).items():
+        head, *rest = explained_lines(found)
+        where = "" if part == "model" else f"{markdown(part)}: "
+        lines.append(f"- {where}{markdown(head)}" + (", because" if rest else "."))
+        lines += [f"  - {markdown(line)}" for line in rest]
+    head = "Against the ideal, layer by layer under ONNX Runtime's profiler (the latency above is without it):"
+    return [head, "", *lines, ""] if lines else []
+
+
+def missing(report: Mapping[str, Any]) -> list[str]:
+    """What a card would say had it been measured; a sentence each."""
+    commands = report.get("commands") or {}
+    said = []
+    if not report.get("export"):
+        said.append("It was not exported: there are no files for other runtimes" + _by(commands.get("export")))
+    if not report.get("bench") and not report.get("targets"):
+        what = "Latency and memory were not measured, so whether it is faster is not known"
+        said.append(what + _by(commands.get("bench")))
+    if not (report.get("quality") or {}).get("texts") and not (report.get("quality") or {}).get("tasks"):
+        said.append("Its quality was not measured, so what the pruning cost is not known" + _by(commands.get("eval")))
+    if not report["model"]["license"]:
+        said.append("No licence is stated: none was found with the dense model, and it decides what may be done")
+    return said
+
+
+def _by(command: str | None) -> str:
+    return f" ({code(command)})" if command else ""
+
+
+def limits(report: Mapping[str, Any], said: list[str]) -> list[str]:
+    """The section of that name: what holds for this model, then what was not measured."""
+    return ["## Limits", "", *(f"- {one}" for one in said), *(f"- {one}." for one in missing(report)), ""]
+
+
+def again(report: dict[str, Any]) -> list[str]:
+    """The commands that make every number again, and what it was measured on."""
+    lines = ["## Every number again", "", *block([c for c in report["commands"].values() if c], "sh"), ""]
+    environment = report["environment"]
+    versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())
+    lines += [
+        f"Measured on {markdown(environment['cpu'])}, {counted(environment['cores'], 'core')},"
+        f" {markdown(environment['system'])};"
+        f" {markdown(versions)}."
+        f" Report {code(report['sha256'][:16])}; the raw samples are in `report.json`, and `report.html` shows all of"
+        " this in a browser.",
+        "",
+        "`compress verify FOLDER_OR_ID` checks a copy of this model against its report: every file's hash, its outputs,"
+        " and with `--measure` the figures above, the dense model's too where it can be had.",
+        "",
+    ]
+    return lines
+
+
+def loading(report: dict[str, Any]) -> list[str]:
+    lines = ["## Loading it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if report["quality"]["layout"] == "per-layer":
+        lines += [
+            'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID", trust_remote_code=True)',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+            "```",
+            "",
+            "Its layers differ in size, which transformers' own classes do not read yet: `modeling_compress.py` beside"
+            " the weights builds each layer from its own entry of `per_layer_config`. Never load it with"
+            " `ignore_mismatched_sizes=True`: that would fill the layers with random numbers.",
+            "",
+        ]
+    else:
+        lines += [
+            'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+            "```",
+            "",
+        ]
+    return [*lines, *runtimes(report)]
+
+
+# How a file of a format is opened: the format's name, what it is called, and code where `folder` is the release.
+_TEXT_ONNX = """\
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+ids = AutoTokenizer.from_pretrained(folder)("Once upon", return_tensors="np")["input_ids"].astype(np.int64)
+session = onnxruntime.InferenceSession(f"{folder}/onnx/prefill.onnx")
+feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+wanted = {i.name for i in session.get_inputs()}
+logits = session.run(["logits"], {k: v for k, v in feed.items() if k in wanted})[0]
+"""
+_ONNX = """\
+import numpy as np
+import onnxruntime
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
+outputs = session.run(None, {"input": np.zeros((1, SHAPE), np.float32)})
+"""
+_MNN = """\
+from MNN import nn
+
+folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
+module = nn.load_module_from_file(f"{folder}/mnn/model.mnn", [], [])
+"""
+RUNTIMES: dict[str, tuple[str, str]] = {
+    "onnx": ("ONNX Runtime", _ONNX),
+    "mnn": ("MNN", _MNN),
+    "ort": ("ONNX Runtime Mobile", ""),
+    "tensorrt": ("TensorRT", ""),
+    "tensorrt-rtx": ("TensorRT for RTX", ""),
+    "executorch": ("ExecuTorch", ""),
+    "openvino": ("OpenVINO", ""),
+    "litert": ("LiteRT", ""),
+}
+
+
+def _prompted(report: Mapping[str, Any]) -> str:
+    """The code for a language model's ONNX files; a text that is to be gone on with is not ended."""
+    ends = len((report.get("text") or {}).get("ends_with") or ())
+    return _TEXT_ONNX.replace('["input_ids"]', f'["input_ids"][:, :-{ends}]') if ends else _TEXT_ONNX
+
+
+def runtimes(report: Mapping[str, Any]) -> list[str]:
+    """How the exported files are opened, a format each; a format without code here is named with its files."""
+    lines = []
+    for form, facts in (report.get("export") or {}).items():
+        pruned = facts.get("pruned", facts) if isinstance(facts, Mapping) else {}
+        sizes = pruned.get("bytes") if isinstance(pruned, Mapping) else None
+        names = sizes if isinstance(sizes, Mapping) else {}
+        title, text = RUNTIMES.get(form, (form, ""))
+        lines += [f"### {markdown(title)}", ""]
+        if form == "onnx" and "prefill.onnx" in names:
+            text = _prompted(report)
+        if "data" in report:
+            text = text.replace("SHAPE", ", ".join(str(int(n)) for n in report["data"]["input"]))
+        if text:
+            lines += [*block(text.strip().splitlines(), "python"), ""]
+        listed = ", ".join(f"{code(f'{form}/{name}')} ({megabytes(size)})" for name, size in names.items())
+        if listed:
+            lines += [f"Files: {listed}.", ""]
+        if form == "onnx" and "prefill.onnx" in names:
+            lines += [
+                "`onnx/prefill.onnx` (prompt to first token) and `onnx/decode.onnx` (with KV cache) share"
+                " `onnx/weights.data`.",
+                "",
+            ]
+    return lines
+
+
+def onnx_check(report: dict[str, Any]) -> list[str]:
+    """What was compared of the exported model, as a line; none where it was not exported."""
+    if "export" not in report:
+        return []
+    facts = report["export"]["onnx"]["pruned"]
+    return [
+        f"- ONNX: {counted(facts['outputs_compared'], 'output')} compared with torch, largest relative"
+        f" difference {small(facts['largest_difference'])} (allowed {small(facts['tolerance'])});"
+        f" {counted(facts['greedy']['tokens'], 'greedy token')} equal torch's"
+    ]
+
+
+def _checks(report: dict[str, Any]) -> list[str]:
+    lines = ["## What was checked", ""]
+    for layout in report["verify"]["layouts"]:
+        lines.append(
+            f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
+            f" {small(layout['max_logit_difference'])} from those it was saved with (allowed"
+            f" {small(layout['tolerance'])}), the sliced model from the masked one by"
+            f" {small(layout['masked_difference'])}"
+        )
+    lines += onnx_check(report)
+    search = report["search"]
+    lines.append(
+        f"- search: {search['work_token_layers']:,} tokens x layers,"
+        f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
+    )
+    if judged := report.get("run_off"):
+        said = ", ".join(f"{markdown(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
+        lines.append(f"- run-off, KL to the dense model in nats on text that nothing had seen: {said}")
+    scale = report["logit_scale"]
+    if scale is not None:
+        lines.append(
+            f"- scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense"
+            f" model on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
+        )
+    return [*lines, ""]

@@ -1,0 +1,1 @@
+"""The run folder: stages and seals, lock, whole files, hashes, progress; what the machine is and has."""

@@ -1,0 +1,1 @@
+"""Recipes as data: layers of YAML, places of errors, sections."""

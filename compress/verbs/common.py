@@ -1,0 +1,186 @@
+"""What the verbs beside `prune` do: each takes paths, returns JSON-like facts, and raises CompressError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import UsageError
+from compress.schema.recipe import load_recipe, recipe_names
+
+
+def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this-machine") -> dict[str, Any]:
+    """What `prune` would do, without reading a weight: shapes, budget, disk, memory, time, and what will load it.
+
+    Args:
+        on: the machine that is asked about; see `compress.run.machines`.
+    """
+    from compress.language.setup import RESIDENT_SHARE, outline
+    from compress.pipeline import METHODS, job_for, module_of
+    from compress.recipes.tyr.choice import check_budget
+    from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
+    from compress.run.forecast import forecast
+    from compress.run.machines import find_machine
+
+    recipe = load_recipe(recipe_name, METHODS, overrides)
+    other = getattr(module_of(recipe), "forecast", None)
+    if other is not None:
+        return dict(other(model, recipe))
+    machine = find_machine(on, Path("runs"))
+    setup = outline(model, recipe)
+    job = job_for(setup, None, {})
+    target = check_budget(job)
+    g, costs, options = setup.geometry, setup.costs, recipe.options
+    shared = recipe.memory.shard and machine.world > 1
+    streamed = shared or recipe.memory.stream
+    if streamed is None:
+        free = machine.memory if machine.gpu else machine.ram / machine.count
+        streamed = 4 * costs.total > RESIDENT_SHARE * free
+    reckoned = stages(shape_of(setup, machine.world, streamed, machine.memory if machine.gpu else None), job)
+    dense = costs.total * setup.stored_dtype.itemsize
+    found = forecast(reckoned, machine, dense)
+    return {
+        "model": setup.resolved.name,
+        "source": setup.resolved.source,
+        "family": setup.family.name,
+        "shapes": vars(g),
+        "backbone_parameters": costs.backbone,
+        "total_parameters": costs.total,
+        "remove": target,
+        "units": {
+            "kv_group_parameters": costs.attention(1, g.group),
+            "neuron_parameters": costs.ffn(g.ffn) - costs.ffn(g.ffn - 1),
+            "neurons_round_to": options.round_to,
+        },
+        "after": {
+            "total_parameters": costs.total - target,
+            "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
+        },
+        "dense_bytes": dense,
+        "streamed": streamed,
+        "sharded": shared,
+        **found,
+        "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
+        "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
+        "iterations": options.iterations,
+        "loads_with": {
+            "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
+            "padded": "any server that knows the family, without the gain in speed",
+        },
+    }
+
+
+# The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
+# reckoned from its 190 s a generation.
+PAPER: dict[str, dict[str, float]] = {
+    "llama-70b": {"supernet_bytes": 414.7e9, "gpu_bytes": 140e9},
+    "llama-8b": {"supernet_bytes": 39.6e9, "search_seconds": 10.6 * 3600},
+    "llama-2-7b": {"supernet_bytes": 39.6e9},
+    "mistral-7b": {"supernet_bytes": 39.6e9},
+}
+
+
+def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
+    """What a saved model is worth: perplexity of a language model, accuracy of a network on a run's test split."""
+    from compress.models.saved import call, find
+
+    kind, folder = find(model)
+    return call(kind, "evaluate", folder, like, **options)
+
+
+def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+    """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed.
+
+    Args:
+        out: see `compress.run.written.whole`; a place that cannot be written is said before anything is loaded.
+        model: or an ONNX file, or a folder with an export.
+        builds: `compress.exporters.formats.BuildOptions` of the formats to make beside it.
+    """
+    from compress.exporters.command import export_file, is_onnx
+    from compress.models.saved import call, find
+    from compress.run.written import whole
+
+    with whole(out) as made:
+        kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
+        if kind == "onnx":
+            facts = export_file(folder, made, builds)
+        else:
+            facts = call(kind, "export", folder, made, builds=list(builds), **options)
+    return {"model": str(folder), "out": str(out), **facts}
+
+
+def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) -> dict[str, Any]:
+    """Latency of two export folders of one kind, interleaved; on a target, of what it runs."""
+    from compress.models.saved import call, exported_kind
+
+    if target is not None:
+        from compress.exporters.on_target import bench as on_target
+
+        return on_target(dense, pruned, target, options)
+
+    return call(exported_kind((dense, pruned)), "bench", dense, pruned, **options)
+
+
+def card(run: Path, out: Path | None) -> dict[str, Any]:
+    """Writes the card and the plots of a finished run again, from its report.json."""
+    from compress.pipeline import module_of
+    from compress.report.build import read_report
+    from compress.report.html import NAME, write_html
+    from compress.run.written import disk_errors, refuse_replacing, written
+
+    report = read_report(run)
+    folder = out if out is not None else Path(f"{run}-card")
+    with written(folder, ("README.md", NAME), refuse_replacing) as beside, disk_errors(folder):
+        write_html(report, module_of(report["recipe"]).card(report, beside), beside / NAME)
+    return {"card": str(folder / "README.md"), "html": str(folder / NAME), "report": report["sha256"]}
+
+
+def push(run: Path, repo: str, *, public: bool, replace: bool, network: str | None) -> dict[str, Any]:
+    """Uploads a release with its card and report to the hub."""
+    from compress.claims.hub import push as upload
+
+    return dict(upload(run, repo, public=public, replace=replace, network=network))
+
+
+def report_page(run: Path, out: Path) -> dict[str, Any]:
+    """Writes the HTML report of a finished run to the file ``out``."""
+    import tempfile
+
+    from compress.pipeline import module_of
+    from compress.report.build import read_report
+    from compress.report.html import write_html
+    from compress.run.written import disk_errors, refuse_replacing, written
+
+    report = read_report(run)
+    if out.is_dir():
+        raise UsageError("this is a folder", where=str(out), fix="name a file, such as report.html")
+    with (
+        written(out.parent, (out.name,), refuse_replacing) as beside,
+        disk_errors(out),
+        tempfile.TemporaryDirectory() as pictures,
+    ):
+        card = module_of(report["recipe"]).card(report, Path(pictures))
+        write_html(report, card, beside / out.name)
+    return {"html": str(out), "report": report["sha256"]}
+
+
+def listing(what: str | None) -> dict[str, Any]:
+    """Recipes, models and targets there are."""
+    import yaml
+
+    from compress.exporters.on_target import listing as targets
+    from compress.models.sources import alias_names, describe_alias
+
+    found: dict[str, Any] = {}
+    if what in (None, "recipes"):
+        found["recipes"] = {
+            name: yaml.safe_load(path.read_text()).get("description", "") for name, path in recipe_names().items()
+        }
+    if what in (None, "models"):
+        found["models"] = {name: describe_alias(name) for name in alias_names()}
+    if what in (None, "targets"):
+        found["targets"] = targets()
+    if not found:
+        raise UsageError(f"cannot list {what!r}", where="list", fix="one of: recipes, models, targets")
+    return found

@@ -1,0 +1,1 @@
+"""Text that is shown: escaping, plurals, numbers."""

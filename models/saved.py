@@ -1,0 +1,152 @@
+"""What kind of model a folder holds, told by the files it was written with, and the module that knows the kind."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, UsageError
+from compress.run.folder import RECIPE_LOCK
+from compress.run.seals import SEAL, read_stamped, verify_seal
+from compress.schema.recipe import TEXT
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model: ``facts`` says how a saved one is built, ``graph`` is in every export of one.
+
+    ``verbs`` is a module with ``evaluate(folder, like, ...)``, ``export(folder, out, ...)`` and
+    ``bench(dense, pruned, ...)``, where what is behind the places are the options a user may give for this kind; and
+    ``evaluate_lines(facts)`` and so on, what the command line says of what they return.
+    """
+
+    title: str
+    facts: str
+    graph: str
+    verbs: str
+
+
+# The task of a recipe (`compress.pipeline.METHODS`) -> the kind of model it is about.
+KINDS = {
+    TEXT: Kind("a language model", "config.json", "prefill.onnx", "compress.verbs.language"),
+    "network": Kind("a plain network", "network.json", "model.onnx", "compress.verbs.network"),
+}
+
+
+def find(model: str) -> tuple[str, Path]:
+    """(kind, folder) of a saved model: the folder itself, a run folder's model, or what `resolve` knows by name.
+
+    Raises:
+        CompressError: there is no model, it cannot be fetched, or it is not what was sealed.
+        UsageError: there is no such name, or it is that of a network, which no folder comes with.
+    """
+    from compress.models.sources import NetworkAlias, alias_names, load_alias, resolve
+
+    path = Path(model)
+    if not path.exists():
+        if model in alias_names() and isinstance(load_alias(model), NetworkAlias):
+            raise UsageError(
+                f"{model} names a network that is yet to be trained",
+                where="MODEL",
+                fix="name the folder of a run or of a model that `compress prune` saved",
+            )
+        path = resolve(model).folder
+    for place in (path, path / "model"):
+        kinds = [name for name, kind in KINDS.items() if (place / kind.facts).is_file()]
+        if len(kinds) > 1:
+            raise CompressError(
+                "two kinds of model lie here: " + " and ".join(KINDS[k].facts for k in kinds),
+                where=str(place),
+                fix="keep each in a folder of its own",
+            )
+        if kinds:
+            check_where_sealed(place)
+            return kinds[0], place
+    raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
+
+
+def exported_kind(folders: tuple[Path, Path]) -> str:
+    """The kind that two export folders share.
+
+    Raises:
+        CompressError: one is no export, is not what was sealed, or they are not of one kind.
+    """
+    found = []
+    for folder in folders:
+        check_where_sealed(folder)
+        kinds = [name for name, kind in KINDS.items() if (folder / kind.graph).is_file()]
+        if len(kinds) != 1:
+            graphs = [kind.graph for kind in KINDS.values()]
+            raise CompressError(
+                f"there is no {' or '.join(graphs)}" if not kinds else f"there are both {' and '.join(graphs)}",
+                where=str(folder),
+                fix="name a folder made by `compress export`",
+            )
+        found += kinds
+    if found[0] != found[1]:
+        raise CompressError(
+            f"one export is of {KINDS[found[0]].title}, the other of {KINDS[found[1]].title}",
+            where=f"{folders[0]}, {folders[1]}",
+            fix="name two exports of one kind",
+        )
+    return found[0]
+
+
+def check_where_sealed(folder: Path) -> None:
+    """Raises CompressError where a folder has a seal and does not hold what it says. Files more are no matter here."""
+    if os.path.lexists(folder / SEAL):
+        verify_seal(folder, strangers=False)
+
+
+def locked_recipe(run: Path, kind: str) -> dict[str, Any]:
+    """The recipe that a run folder was made by, as `AnyRecipe.resolved` wrote it.
+
+    Raises:
+        CompressError: it is no run folder, or a run of another kind.
+    """
+    import yaml
+
+    lock = run / RECIPE_LOCK
+    fix = "name a folder that `compress prune` made; it writes the file again where it is deleted"
+    try:
+        recipe: dict[str, Any] = yaml.safe_load(read_stamped(lock, RECIPE_LOCK, fix))["recipe"]
+        task = recipe.get("task", TEXT)
+    except CompressError as e:
+        raise CompressError(f"this is not a run folder: {e.what}", where=e.where, fix=e.fix) from e
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+        raise CompressError(f"this is not a run folder: it has no whole {RECIPE_LOCK}", where=str(run), fix=fix) from e
+    if task != kind:
+        what = KINDS[task].title if task in KINDS else f"a {task}"
+        raise CompressError(
+            f"the model is {KINDS[kind].title}, the run is of {what}", where=str(run), fix="name a run of the same kind"
+        )
+    return recipe
+
+
+def call(kind: str, verb: str, *places: Path | None, **options: Any) -> dict[str, Any]:
+    """``verb`` as the kind's module does it; an option that was not given is None or empty.
+
+    Raises:
+        UsageError: an option was given that is for another kind.
+    """
+    function = getattr(importlib.import_module(KINDS[kind].verbs), verb)
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    strange = [name for name in given if name not in inspect.signature(function).parameters]
+    if strange:
+        raise UsageError(f"--{strange[0]} is not for {KINDS[kind].title}", where="the command line", fix="leave it out")
+    return {"kind": kind, **function(*places, **given)}
+
+
+def lines(verb: str, facts: dict[str, Any]) -> list[str]:
+    """What the command line says of the facts that `call` returned."""
+    if facts["kind"] == "onnx":  # a file from anywhere: there is no model of ours behind it
+        from compress.exporters.command import lines as of_formats
+
+        return of_formats(facts)
+    module = importlib.import_module(KINDS[facts["kind"]].verbs)
+    found: list[str] = getattr(module, f"{verb}_lines")(facts)
+    return found

@@ -1,0 +1,169 @@
+"""The card and the plots of a language model with zeros in place, every number taken from report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from compress.report.card import (
+    INHERITED,
+    again,
+    beginning,
+    latency_rows,
+    limits,
+    loading,
+    onnx_check,
+    quality_rows,
+    targets,
+    text_metadata,
+    write_readme,
+)
+from compress.report.plots import DENSE, PRUNED, Plot, perplexity
+from compress.report.stats import found_in
+from compress.words.escape import code, markdown
+from compress.words.wording import counted, megabytes, small
+
+
+def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    head = text_metadata(report, report["size"]["pruned_share"], "unstructured-pruning")
+    return write_readme(folder, head, body(report, images))
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, quality, model = report["size"], report["quality"], report["model"]
+    bytes_, flops, total = size["bytes"], size["flops_per_token"], size["total_parameters"]
+    lines = [f"# {markdown(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
+    which = "of every 4 consecutive inputs the 2 smallest" if size["pattern"] == "2:4" else "the smallest of all layers"
+    lines += [
+        f"{code(model['base_model'] or model['name'])} pruned by magnitude with the recipe"
+        f" {code(report['recipe']['method'])} of `compress`: {which} are zero, in place; nothing was trained"
+        " afterwards."
+        f" Weights were taken from: {markdown(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+        _row("non-zeros, pruned layers", size["dense_nonzero_weights"], size["nonzero_weights"]),
+        _row("non-zeros, all parameters", size["dense_nonzero_parameters"], size["nonzero_parameters"]),
+        _row("FLOPs a token (pruned: without zeros)", flops["dense"], flops["sparse"]),
+        f"| weight files, packed | {megabytes(bytes_['dense'])} | {megabytes(bytes_['packed'])} |"
+        f" {bytes_['packed'] / bytes_['dense']:.2f}x |",
+        f"| weight files, as they load | {megabytes(bytes_['dense'])} | {megabytes(bytes_['saved'])} |"
+        f" {bytes_['saved'] / bytes_['dense']:.2f}x |",
+        *quality_rows(quality),
+    ]
+    bench = report.get("bench")
+    if bench:
+        lines += latency_rows(bench)
+    lines += ["", _speed(bench, size["pattern"]), ""]
+    first = quality["texts"][0]
+    lines += [
+        f"Pruned: {counted(len(report['layers']), 'layer')} with {size['prunable_weights']:,} of {total:,} parameters;"
+        " norms and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
+        f" {_floors(report)}"
+        f" Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text; no text was"
+        " calibrated on." + beginning(report),
+        "",
+    ]
+    lines += targets(report)
+    for name, caption in (
+        ("sparsity-per-layer", "What each layer gave up"),
+        ("perplexity", "Perplexity against sparsity"),
+        ("latency", "Latency, dense and pruned"),
+    ):
+        if name in images:
+            lines += [f"![{caption}]({images[name]})", ""]
+    lines += loading(report)
+    lines += [
+        "`masks.safetensors` holds a bit for every pruned layer's weight. The run folder's `packed/` holds the model as"
+        " bits and non-zero values; `compress.recipes.global_mp.packed.unpack_folder` makes this folder's weights of"
+        " it, bit for bit.",
+        "",
+        "## What was checked",
+        "",
+    ]
+    for layout in report["verify"]["layouts"]:
+        lines.append(
+            f"- loaded in a clean process as {code(layout['class'])}; logits differ by"
+            f" {small(layout['max_logit_difference'])} from those of the dense model masked in memory (allowed"
+            f" {small(layout['tolerance'])})"
+        )
+    lines += [
+        f"- {size['pruned_weights']:,} weights were pruned, which is the number asked for; the non-zeros were counted"
+        " in the saved files",
+        "- the packed form gave every tensor back bit for bit",
+        *onnx_check(report),
+        "",
+    ]
+    lines += again(report)
+    lines += limits(
+        report, ["What the model knew of other text, of facts, code and other languages was not measured.", INHERITED]
+    )
+    return "\n".join(lines)
+
+
+def _row(name: str, dense: int, pruned: int) -> str:
+    return f"| {name} | {dense:,} | {pruned:,} | -{100 * (1 - pruned / dense):.1f} % |"
+
+
+def _speed(bench: dict[str, Any] | None, pattern: str) -> str:
+    """What the zeros do for speed, no more than was found."""
+    said = (
+        "Zeros in place save neither memory nor time where the runtime multiplies by them, as ONNX Runtime and torch"
+        " do: the gain is the packed size."
+    )
+    if bench:
+        kinds = {found_in(bench, key).kind for key in ("ttft", "tpot")}
+        if kinds <= {"same", "less"}:
+            said += " The latency above is measured, and no faster than the dense model's."
+        elif kinds == {"more"}:
+            said += " The latency above is measured, and faster than the dense model's."
+        else:
+            said += " The latency above is measured; it does not tell the two models apart."
+    else:
+        said += " Latency was not measured in this run."
+    if pattern == "2:4":
+        said += " The pattern 2:4 is for sparse tensor cores (TensorRT); it was not run on one here."
+    return said
+
+
+def _floors(report: dict[str, Any]) -> str:
+    floors = [row["floor"] for row in report["layers"]]
+    if not any(floors):
+        return "No layer had a floor."
+    held = sum(row["held_by_floor"] for row in report["layers"])
+    least, most = min(floors), max(floors)
+    span = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+    return f"Every layer had to keep at least {span} weights; layers that keep no more than that: {held}."
+
+
+def _layers(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    at = range(len(rows))
+    axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.9)
+    limits = [100 * (1 - r["floor"] / r["weights"]) for r in rows]
+    if any(r["floor"] for r in rows):
+        ends = [i - 0.45 for i in at], [i + 0.45 for i in at]
+        axis.hlines(limits, *ends, color="black", lw=1.5, label="the most its floor allows")
+    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="all layers together")
+    axis.set_ylim(0, 125)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_xlabel("layer, first to last")
+    axis.set_ylabel("weights pruned, %")
+    axis.set_title("What each layer gave up to one threshold")
+    axis.legend(frameon=False, loc="upper center", ncol=2)
+    return figure
+
+
+PLOTS: dict[str, Plot] = {
+    "sparsity-per-layer": _layers,
+    "perplexity": partial(
+        perplexity, share="pruned_share", unit="weights of the pruned layers that are zero", others="other sparsities"
+    ),
+}

@@ -1,0 +1,286 @@
+"""The card and the plots of a network with channels gone, every number taken from report.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.networks.card import (
+    SLANTED,
+    change_row,
+    closing,
+    latency_plot,
+    latency_rows,
+    loaded_lines,
+    measures,
+    parity_lines,
+    quality_rows,
+)
+from compress.report.card import runtimes, targets, write_readme
+from compress.report.metadata import card_data, network_results, pipeline_tag
+from compress.report.plots import PRUNED, QUIET, Plot, draw
+from compress.words.escape import block, caption, cell, code, markdown
+from compress.words.wording import counted
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+
+def write_channels_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
+    """Writes README.md into ``folder``; ``plots`` lie below it."""
+    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
+    return write_readme(folder, metadata(report), body(report, images))
+
+
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of the card."""
+    return card_data(
+        report,
+        removed=report["size"]["flops_removed"],
+        tags=["structured-pruning"],
+        library="pytorch",
+        results=network_results(report),
+        task=pipeline_tag(report["data"]),
+    )
+
+
+def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
+    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    options, trained = recipe[recipe["method"]], recipe.get("finetune")
+    count = len(report["rounds"])
+    lines = [
+        f"# {markdown(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
+        "",
+        f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
+        f" group after group, as many as the worst-hit task tolerates on a calibration split; "
+        f"{counted(count, 'round')}"
+        + (
+            f", {counted(options['between'] * (count - 1) + trained['epochs'], 'epoch')} of training after the first"
+            " cut."
+            if trained
+            else ", nothing trained afterwards."
+        )
+        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
+        f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
+        f" Weights: {markdown(model['source'])}.",
+        "",
+        "## What was won and what was lost",
+        "",
+        "| | dense | pruned | |",
+        "|---|---|---|---|",
+    ]
+    lines += quality_rows(report)
+    for name, key in (("FLOPs a sample", "flops"), ("parameters", "parameters")):
+        lines.append(change_row(name, size[key]["dense"], size[key]["pruned"]))
+    lines.append(change_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
+    lines += latency_rows(report)
+    lines += targets(report)
+    for name, title in (
+        ("channels", "Channels that every layer keeps"),
+        ("quality", "Every task against FLOPs"),
+        ("sensitivity", "Which layers each task needs"),
+        ("latency", "Latency, dense and pruned"),
+    ):
+        if name in images:
+            lines += [f"![{title}]({images[name]})", ""]
+    lines += _oracle(report)
+    lines += _trials(report)
+    lines += _layers(report)
+    lines += _loading(report)
+    lines += [
+        "## Checks",
+        "",
+        *loaded_lines(report),
+        f"- {counted(len(report['groups']), 'channel group')}: each, cut, gives the same outputs as zeros in its place"
+        " (float64, random weights); so did each round's network.",
+        "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
+        *parity_lines(report),
+    ]
+    return "\n".join([*lines, *closing(report)])
+
+
+def _oracle(report: dict[str, Any]) -> list[str]:
+    lines = [
+        "## What the oracle said",
+        "",
+        "A reading is the share of a task's tolerance that is used up on the calibration split, just cut, before any"
+        " training.",
+        "",
+        "| round | FLOPs gone | " + " | ".join(markdown(t) for t in report["rounds"][0]["readings"]) + " | passes |"
+        " reference's passes |",
+        "|---|---|" + "---|" * (len(report["rounds"][0]["readings"]) + 2),
+    ]
+    for number, one in enumerate(report["rounds"], 1):
+        said = " | ".join(f"{100 * v:.1f} %" for v in one["readings"].values())
+        lines.append(
+            f"| {number} | {100 * one['removed']:.1f} % | {said} | {one['passes']:.1f} | {one['reference_passes']:,} |"
+        )
+    limits = report["rounds"][0]["tolerances"]
+    said = "; ".join(f"{markdown(t)}: {_tolerance(v)}" for t, v in limits.items())
+    return [
+        *lines,
+        "",
+        f"Tolerances: {said}."
+        + (
+            f" They were scaled (by {report['rounds'][-1]['scale']:.2f} in the last round) to reach the FLOPs asked."
+            if report["size"]["asked"]
+            else ""
+        )
+        + " A pass is one forward run of the dense network over the calibration split; the reference tries 19 ratios of"
+        " every group.",
+        "",
+    ]
+
+
+def _trials(report: dict[str, Any]) -> list[str]:
+    """A table a round: every contender, what each task lost behind the trial, and the size."""
+    held = [(n, one["trials"]) for n, one in enumerate(report["rounds"], 1) if one.get("trials", {}).get("contenders")]
+    if not held:
+        return []
+    tasks = list(report["rounds"][0]["readings"])
+    epochs = sum(trials["epochs"] for _, trials in held)
+    halved = ""
+    if len({row["epochs"] for _, trials in held for row in trials["contenders"]}) > 1:
+        halved = " Those with more epochs were the better half behind fewer."
+    of = " of its tolerance" if held[0][1]["by_tolerances"] else ""
+    lines = [
+        "## Trials",
+        "",
+        "Plans of one size that share out the channels differently, each cut and trained for a few epochs; the points"
+        " that every task then lost on the calibration split (below 0: it gained). The plan whose worst task lost least"
+        f"{of} was taken, and trained anew from its cut.{halved} The trials took {counted(epochs, 'epoch')} in all,"
+        " on top of the training's.",
+    ]
+    for number, trials in held:
+        lines += [
+            "",
+            "| plan | FLOPs gone | epochs | " + " | ".join(markdown(t) for t in tasks) + " |",
+            "|---|---|---|" + "---|" * len(tasks),
+        ]
+        for row in trials["contenders"]:
+            lost = " | ".join(f"{row['drops'][t]:.1f}" for t in tasks)
+            name = markdown(row["name"]) if len(held) == 1 else f"round {number}: {markdown(row['name'])}"
+            lines.append(f"| {name} | {100 * row['removed']:.1f} % | {row['epochs']:,} | {lost} |")
+    return [*lines, ""]
+
+
+def _tolerance(value: Mapping[str, Any]) -> str:
+    if "absolute" in value:
+        return f"{value['absolute']:g} of its {markdown(value['measure'])}"
+    return f"{100 * value['relative']:g} % of its {markdown(value['measure'])}"
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    lines = ["## Layers", "", "| layer | channels | kept | FLOPs dense | FLOPs pruned |", "|---|---|---|---|---|"]
+    for row in report["layers"]:
+        lines.append(
+            f"| {cell(row['name'])} | {row['channels']:,} | {row['kept']:,} | {row['flops']['dense']:,} |"
+            f" {row['flops']['pruned']:,} |"
+        )
+    if report["left"]:
+        lines += ["", "Left as they were:", ""]
+        lines += [f"- {code(v['layer'])}: {markdown(v['reason'])}" for v in report["left"]]
+    return [*lines, ""]
+
+
+def _loading(report: dict[str, Any]) -> list[str]:
+    name = report["model"]["network"]
+    own = f", {json.dumps(name)})  # runs the code of that file" if ".py:" in name else ")"
+    return [
+        "## Loading",
+        "",
+        *block(
+            [
+                "from pathlib import Path",
+                "",
+                "from compress.networks.reload import reload",
+                "",
+                f'model = reload(Path("model"){own}',
+                "model = model.model  # a torch module in evaluation mode",
+            ],
+            "python",
+        ),
+        "",
+        "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
+        " over `std` of that file, in every runtime; exports name one output a task.",
+        "",
+        *runtimes(report),
+    ]
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def draw_channels(report: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Draws what the report has figures for; returns name -> PNG."""
+    return draw(report, folder, plots_of(report), latency=False)
+
+
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of such a network's report can be drawn."""
+    return {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality, **latency_plot(report)}
+
+
+def _channels(report: dict[str, Any], plt: Any) -> Any:
+    rows = report["layers"]
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    at = range(len(rows))
+    axis.bar(at, [r["channels"] for r in rows], color=QUIET, width=0.8, label="dense")
+    axis.bar(at, [r["kept"] for r in rows], color=PRUNED, width=0.8, label="kept")
+    axis.set_ylabel("output channels")
+    axis.set_xlabel("layer, from the input")
+    if len(rows) <= 40:
+        axis.set_xticks(list(at), [caption(r["name"], 30) for r in rows], **SLANTED)
+    axis.set_title("Channels that every layer keeps")
+    axis.set_ylim(0, 1.2 * max(r["channels"] for r in rows))  # the legend has room above the bars
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=2)
+    return figure
+
+
+def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
+    """A row a task, a column a group from the input on: the rise of the loss for each per cent of FLOPs saved."""
+    dense = report["size"]["flops"]["dense"]
+    order = [g["name"] for g in report["groups"]]
+    probes = {p["group"]: p for p in report["rounds"][0]["probes"]}
+    groups = [name for name in order if name in probes]
+    tasks = list(report["rounds"][0]["readings"])
+    values = [
+        [max(0.0, 100 * probes[g]["loss"][t]) / max(1e-9, 100 * probes[g]["saved_flops"] / dense) for g in groups]
+        for t in tasks
+    ]
+    figure, axis = plt.subplots(figsize=(7, 1.6 + 0.4 * len(tasks)))
+    # Each task by its own largest: what is compared is which layers it needs.
+    shown = [[v / (max(row) or 1.0) for v in row] for row in values]
+    axis.imshow(shown, aspect="auto", cmap="Blues", vmin=0, vmax=1)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            dark = shown[i][j] > 0.6
+            axis.annotate(
+                f"{value:.2g}", (j, i), ha="center", va="center", fontsize=6, color="white" if dark else "black"
+            )
+    axis.set_yticks(range(len(tasks)), [caption(t, 24) for t in tasks], fontsize=8)
+    axis.set_xticks(range(len(groups)), [caption(g, 30) for g in groups], **SLANTED)
+    axis.grid(False)
+    axis.set_title("Loss rise, % for each % of FLOPs saved; shaded by each task's largest", fontsize=9)
+    return figure
+
+
+def _quality(report: dict[str, Any], plt: Any) -> Any:
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    left = [100.0, *(100 * (1 - p["removed"]) for p in report["quality"]["curve"])]
+    for row in report["quality"]["tasks"]:
+        if not row["main"]:
+            continue
+        points = [p["trained"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
+        (line,) = axis.plot(left, [row["dense"], *points], marker="o", label=caption(f"{row['metric']}, {row['task']}"))
+        cut = [p["cut"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
+        axis.plot(left[1:], cut, "x", color=line.get_color())
+    axis.plot([], [], "x", color="black", label="just cut")
+    axis.set_xlabel("FLOPs left, %")
+    axis.set_ylabel(measures(report))
+    axis.invert_xaxis()
+    axis.set_title("Every task against FLOPs, round by round (held-out samples)")
+    axis.legend(frameon=False, fontsize=8)
+    return figure
