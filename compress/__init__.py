@@ -1,3 +1,32 @@
-"""compress: prune a trained model, export it, measure it, and prove what was won and lost."""
+"""compress: prune a trained model, export it, measure it, and prove what was won and lost.
+
+>>> import compress
+>>> result = compress.prune("smollm2-135m", "tyr-demo", out="runs/demo", sparsity=0.25)
+>>> result.model, result.release / "README.md"
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, UsageError
+
+if TYPE_CHECKING:
+    from compress.api import Result, bench, evaluate, export, gate, load, plan, prune, verify
 
 __version__ = "0.2.0"
+__all__ = [
+    "CompressError", "Result", "UsageError", "bench", "evaluate", "export", "gate", "load", "plan", "prune", "verify",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs, when they are first asked for: `import compress` stays quick."""
+    if name in __all__:
+        return getattr(importlib.import_module("compress.api"), name)
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -96,9 +96,7 @@ def parse_budget(text: str) -> Budget:
         raise _wrong(text[:40] + "...", "the limit is no number that can be reached", f"for example: {EXAMPLES}")
     if figure == "accuracy":
         if statistic or sign != ">=" or unit != "%" or number[0] not in "+-":
-            raise _wrong(
-                text, "a budget of accuracy is a change in percentage points", "for example: accuracy>=-0.5%"
-            )
+            raise _wrong(text, "a budget of accuracy is a change in percentage points", "for example: accuracy>=-0.5%")
         return Budget(text.strip(), figure, "value", "points", value / 100)
     if sign != "<=":
         raise _wrong(text, f"{figure} is bounded from above", f"write {figure}<={number}{unit}")
@@ -161,9 +159,7 @@ def error_over_looks(tail: float, first: int = FIRST, last: int = LAST) -> float
 def fail_tail(first: int = FIRST, last: int = LAST) -> float:
     """The largest tail with which the looks err in under ``FALSE_FAIL`` of gates in all."""
     steps = {
-        sum(math.comb(n, i) for i in range(heads + 1)) / 2**n
-        for n in range(first, last + 1)
-        for heads in range(n // 2)
+        sum(math.comb(n, i) for i in range(heads + 1)) / 2**n for n in range(first, last + 1) for heads in range(n // 2)
     }
     return max((t for t in steps if error_over_looks(t, first, last) < FALSE_FAIL), default=0.0)
 

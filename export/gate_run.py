@@ -135,9 +135,7 @@ def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     for value in graph.input:
         if value.name not in weights:
             tensor = value.type.tensor_type
-            shape = tuple(
-                int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim
-            )
+            shape = tuple(int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim)
             found[value.name] = (onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), shape)
     return found
 
@@ -233,9 +231,7 @@ def whole_shape(artefact: Artefact, spec: Measuring) -> list[int]:
     if strange:
         raise UsageError(f"there is no input {strange[0]!r}", where="shapes", fix=f"the input is {name!r}")
     if given is not None:
-        fits = len(given) == len(shape) and all(
-            a == b for a, b in zip(given, shape, strict=True) if isinstance(b, int)
-        )
+        fits = len(given) == len(shape) and all(a == b for a, b in zip(given, shape, strict=True) if isinstance(b, int))
         if not fits:
             raise UsageError(
                 f"the shape {'x'.join(map(str, given))} does not fit {'x'.join(map(str, shape))}",
@@ -335,9 +331,7 @@ def unmeasured(budget: Budget, baseline: Artefact, candidate: Artefact) -> list[
             )
         known.append(quality)
     # What was measured, without the values.
-    same = [
-        {k: v[1:] if budget.figure == "perplexity" else v[0] for k, v in quality.items()} for quality in known
-    ]
+    same = [{k: v[1:] if budget.figure == "perplexity" else v[0] for k, v in quality.items()} for quality in known]
     if same[0] != same[1]:
         raise UsageError(
             f"the two reports do not measure {budget.figure} on the same",

@@ -115,9 +115,7 @@ def run_mnn(path: Path, inputs: NDArray[np.float32], names: Sequence[str], threa
         try:
             answered(LOCAL.run(request), str(path))
         except CompressError as e:
-            raise CompressError(
-                f"MNN cannot run the network: {e.what}", where=str(path), fix="export it again"
-            ) from e
+            raise CompressError(f"MNN cannot run the network: {e.what}", where=str(path), fix="export it again") from e
         with np.load(found) as held:
             return [held[name] for name in names]
 

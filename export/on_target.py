@@ -200,8 +200,8 @@ def _kept(medians: Sequence[float], milliseconds: float) -> bool | None:
 
 
 def bench_lines(found: dict[str, Any]) -> list[str]:
-    from compress.exporters.bench.explain import lines as explained_lines
     from compress.models.saved import KINDS
+    from compress.report.explained import lines as explained_lines
     from compress.report.stats import UNRESOLVED
 
     lines: list[str] = importlib.import_module(KINDS[found["kind"]].verbs).bench_lines(found)

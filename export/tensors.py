@@ -107,9 +107,7 @@ def read(path: Path, *, weights: bool = False) -> Any:
         raise CompressError(f"it cannot be read: {e.strerror or e}", where=str(path), fix="mend its rights") from e
     except (DecodeError, ValueError) as e:
         said = next((line for line in str(e).splitlines() if line.strip()), "it cannot be parsed")
-        raise CompressError(
-            f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again"
-        ) from e
+        raise CompressError(f"this is no valid ONNX file: {said[:200]}", where=str(path), fix="export it again") from e
     for held, there in found:
         if there is None:
             continue

@@ -263,7 +263,7 @@ def describe(name: str) -> tuple[Resolved, Any]:
     Raises:
         UsageError, CompressError: as `resolve`.
     """
-    from compress.language.checkpoint import load_config
+    from compress.models.reading import load_config
 
     if Path(name).is_dir() and name not in alias_names():
         found = resolve(name)
@@ -427,7 +427,7 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from compress.language.checkpoint import NO_CODE
+    from compress.models.reading import NO_CODE
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_CODE)

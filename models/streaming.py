@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.language.checkpoint import from_config, is_ragged, load_config
 from compress.models.folder import weights_of
+from compress.models.reading import from_config, is_ragged, load_config
 from compress.models.shards import Shards
 from compress.processes.distributed import empty_weights, world
 

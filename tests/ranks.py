@@ -14,13 +14,18 @@ from compress.processes import distributed
 Process = multiprocessing.process.BaseProcess
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "compress.language.recover", "transformers", "peft"]
+    [
+        "tests.command",
+        "compress.pipeline",
+        "compress.recipes.tyr.prune",
+        "compress.language.recover",
+        "transformers",
+        "peft",
+    ]
 )
 
 
-def start(
-    count: int, function: Callable[..., Any], *arguments: Any, **environment: str
-) -> tuple[list[Process], Any]:
+def start(count: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> tuple[list[Process], Any]:
     """Starts ``function(*arguments)`` in ``count`` processes that have joined; what each gives goes into the queue."""
     results = server.Queue()
     processes = []

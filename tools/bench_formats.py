@@ -22,9 +22,10 @@ from statistics import median
 from typing import Any
 
 from compress.errors import CompressError
-from compress.exporters.bench.explain import GOAL, lines, why
+from compress.exporters.bench.explain import why
 from compress.exporters.bench.local import LOCAL, measure_once
 from compress.exporters.bench.plots import speed_up
+from compress.report.explained import GOAL, lines
 from compress.report.plots import draw
 from compress.report.stats import paired_ratio
 from tools.format_cases import Case, llm_case, network_case

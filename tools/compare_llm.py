@@ -22,10 +22,11 @@ import torch
 from compress.language.evaluate import geometric_mean, perplexity
 from compress.language.plan import BlockPlan, Plan
 from compress.language.setup import Setup, Windows, fingerprint_of, prepare, read_windows
-from compress.pipeline import METHODS, job_for
+from compress.pipeline import METHODS
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
 from compress.recipes.tyr.last_pass import final_pass, joined
 from compress.recipes.tyr.prune import produce_plan
+from compress.recipes.tyr.stages import job_for
 from compress.run.folder import SEAL, Journal, Run
 from compress.run.progress import say
 from compress.schema.recipe import load_recipe
@@ -173,9 +174,7 @@ def main() -> None:
         # Only the whole method rescales the logits.
         options = setup.recipe.options.model_copy(update={"rescale": False, **changes})
         recipe = setup.recipe.model_copy(update={"sparsity": sparsity, "options": options})
-        made = Setup(
-            setup.resolved, recipe, setup.family, setup.geometry, setup.costs, setup.config, setup.weights
-        )
+        made = Setup(setup.resolved, recipe, setup.family, setup.geometry, setup.costs, setup.config, setup.weights)
         made.__dict__["model"] = setup.model  # loaded once for all rows
         found: Job = job_for(made, windows, fingerprint_of(windows))
         return found
@@ -202,23 +201,43 @@ def main() -> None:
             ("damping 0.01", {"damping": 0.01}),
             ("score tyr", {"score": "tyr"}),
         ):
-            row(f"ablation, {label}", 0.25, lambda label=label, changes=changes: obs(  # type: ignore[misc]
-                given.out / f"ablation-{label.replace(' ', '-').replace(',', '')}", job(0.25, **changes), counts))
+            row(
+                f"ablation, {label}",
+                0.25,
+                lambda label=label, changes=changes: obs(  # type: ignore[misc]
+                    given.out / f"ablation-{label.replace(' ', '-').replace(',', '')}", job(0.25, **changes), counts
+                ),
+            )
     else:
         for s in given.levels:
             row("Týr in full", s, lambda s=s: tyr(given.out / f"tyr-{s:g}", job(s, rescale=True)))  # type: ignore[misc]
         for s in given.levels:
-            row("knapsack only", s, lambda s=s: knapsack_only(  # type: ignore[misc]
-                given.out / f"knapsack-{s:g}", job(s), given.out / f"tyr-{s:g}"))
+            row(
+                "knapsack only",
+                s,
+                lambda s=s: knapsack_only(  # type: ignore[misc]
+                    given.out / f"knapsack-{s:g}", job(s), given.out / f"tyr-{s:g}"
+                ),
+            )
         for s in given.levels:
-            row("uniform OBS + refit, edges left alone", s, lambda s=s: obs(  # type: ignore[misc]
-                given.out / f"edges-{s:g}", job(s), even_widths(job(s), *left_alone(setup.geometry.layers))))
+            row(
+                "uniform OBS + refit, edges left alone",
+                s,
+                lambda s=s: obs(  # type: ignore[misc]
+                    given.out / f"edges-{s:g}", job(s), even_widths(job(s), *left_alone(setup.geometry.layers))
+                ),
+            )
         for s in given.levels:
             row("Wanda-sp", s, lambda s=s: wanda(setup, windows, even_widths(job(s), 0, 0)))  # type: ignore[misc]
             row("magnitude", s, lambda s=s: magnitude(setup, even_widths(job(s), 0, 0)))  # type: ignore[misc]
         for s in given.levels:
-            row("uniform OBS + refit", s, lambda s=s: obs(  # type: ignore[misc]
-                given.out / f"uniform-{s:g}", job(s), even_widths(job(s), 0, 0)))
+            row(
+                "uniform OBS + refit",
+                s,
+                lambda s=s: obs(  # type: ignore[misc]
+                    given.out / f"uniform-{s:g}", job(s), even_widths(job(s), 0, 0)
+                ),
+            )
     print(table(results.rows(), tuple(given.levels)))
 
 

@@ -99,18 +99,18 @@ class Case:
 
 #                name    hidden  ffn  L  q  kv  vocab  windows     search
 FITTED_ON = (
-    Case("narrow",       128,   512,  6, 4,  2,  2000,  24,  128,   6,  64),
-    Case("wide-ffn",     256,  2048,  4, 4,  2,  2000,  16,  128,   4,  64, round_to=32),
-    Case("heads",        512,   768,  4, 16, 4,  4000,  16,  128,   4,  64),
-    Case("deep",         192,   512, 14, 6,  3,  2000,  16,  128,   4,  64, generations=1),
-    Case("tokens",       256,   768,  4, 4,  4,  2000,  64,  256,   4,  128),
-    Case("vocabulary",   256,   512,  4, 4,  2, 32000,  16,  128,   6,  128),
-    Case("twice",        256,   768,  5, 8,  4,  2000,  16,  128,   4,  64, iterations=2),
-    Case("streamed",     512,  1536,  5, 8,  2,  8000,  16,  128,   4,  64, streamed=True, generations=1),
-    Case("searching",    256,   768,  5, 4,  2,  2000,  16,  128,  12,  128, generations=3, offspring=12),
-    Case("no-metric",    384,  1024,  6, 6,  3,  4000,  24,  128,   4,  64, metric="none"),
-    Case("two",          256,  1024,  5, 4,  2,  4000,  32,  128,   4,  64, processes=2),
-    Case("large",        768,  2048,  4, 12, 4, 16000,  16,  128,   2,  64, round_to=64, levels=4, generations=1),
+    Case("narrow", 128, 512, 6, 4, 2, 2000, 24, 128, 6, 64),
+    Case("wide-ffn", 256, 2048, 4, 4, 2, 2000, 16, 128, 4, 64, round_to=32),
+    Case("heads", 512, 768, 4, 16, 4, 4000, 16, 128, 4, 64),
+    Case("deep", 192, 512, 14, 6, 3, 2000, 16, 128, 4, 64, generations=1),
+    Case("tokens", 256, 768, 4, 4, 4, 2000, 64, 256, 4, 128),
+    Case("vocabulary", 256, 512, 4, 4, 2, 32000, 16, 128, 6, 128),
+    Case("twice", 256, 768, 5, 8, 4, 2000, 16, 128, 4, 64, iterations=2),
+    Case("streamed", 512, 1536, 5, 8, 2, 8000, 16, 128, 4, 64, streamed=True, generations=1),
+    Case("searching", 256, 768, 5, 4, 2, 2000, 16, 128, 12, 128, generations=3, offspring=12),
+    Case("no-metric", 384, 1024, 6, 6, 3, 4000, 24, 128, 4, 64, metric="none"),
+    Case("two", 256, 1024, 5, 4, 2, 4000, 32, 128, 4, 64, processes=2),
+    Case("large", 768, 2048, 4, 12, 4, 16000, 16, 128, 2, 64, round_to=64, levels=4, generations=1),
 )
 # Of other shapes than any above.
 HELD_OUT = (
@@ -232,10 +232,10 @@ def foreseen(case: Case, found: Sequence[Sequence[int]] | None = None) -> list[S
 
     from compress.language.setup import Setup
     from compress.models.families import family_for
-    from compress.pipeline import job_for
     from compress.recipes.tyr import TyrOptions
     from compress.recipes.tyr.choice import Choice
     from compress.recipes.tyr.forecast import shape_of, stages
+    from compress.recipes.tyr.stages import job_for
     from compress.schema.recipe import Recipe
 
     config = LlamaConfig(

@@ -144,8 +144,8 @@ def plans(costs: Costs, given: Sequence[Path]) -> Iterator[tuple[str, Plan]]:
 
 def llm_case(name: str, given: Sequence[Path], formats: Sequence[str], out: Path) -> Case:
     """A language model from `compress list models`, sliced by every plan and exported."""
-    from compress.language.checkpoint import load_config, load_model
     from compress.models.families import family_for
+    from compress.models.reading import load_config, load_model
     from compress.models.sources import resolve
 
     source = resolve(name).folder

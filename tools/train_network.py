@@ -1,7 +1,7 @@
 """Trains a named network on its own data and prints what every task measures on the test split.
 
-    PYTHONPATH=. python tools/train_network.py multitask-resnet-emoji --spec '{epochs: 18, lr: 0.05, batch: 64,
-        nesterov: true, weight_decay: 0.0005, warmup_epochs: 1, shift: 2}'
+PYTHONPATH=. python tools/train_network.py multitask-resnet-emoji --spec '{epochs: 18, lr: 0.05, batch: 64,
+    nesterov: true, weight_decay: 0.0005, warmup_epochs: 1, shift: 2}'
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def find_dense(subject: Subject, named: str | None) -> Dense:
 
 
 def _text(subject: Subject, named: str | None, export: Path | None) -> Dense:
-    from compress.language.checkpoint import weights_hash
+    from compress.models.reading import weights_hash
     from compress.models.sources import resolve, resolve_origin
 
     report = subject.report

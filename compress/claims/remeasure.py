@@ -42,7 +42,7 @@ def measured(subject: Subject, like: Path | None, named: str | None) -> list[Cla
 
 def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:
     """Perplexity again, on the same held-out windows."""
-    from compress.language.checkpoint import load_tokenizer
+    from compress.models.reading import load_tokenizer
 
     report = subject.report
     assert report is not None
@@ -94,8 +94,8 @@ def _perplexities(folder: Path, texts: list[tuple[Mapping[str, Any], Any]], labe
 
 def _model(folder: Path) -> Any:
     """A language model in float32, held, or streamed where it would take too much of the memory that is free."""
-    from compress.language.checkpoint import check_weights, load_config, load_model
     from compress.models.families import family_for
+    from compress.models.reading import check_weights, load_config, load_model
     from compress.models.streaming import stream_model
     from compress.processes.distributed import device
 
@@ -106,8 +106,8 @@ def _model(folder: Path) -> Any:
 
 def too_large(folder: Path) -> bool:
     """Whether a language model in float32 takes more of the free memory than `Setup.load` would let it."""
-    from compress.language.checkpoint import load_config, weight_files
     from compress.language.setup import RESIDENT_SHARE
+    from compress.models.reading import load_config, weight_files
     from compress.processes.distributed import available_bytes
 
     stored = getattr(load_config(folder).dtype, "itemsize", 4)
@@ -125,7 +125,7 @@ def _windows(
         CompressError: they are not here, or others are.
     """
     from compress.data.text import evaluation_windows, kept_windows, opening
-    from compress.pipeline import text_hash
+    from compress.language.stages import text_hash
     from compress.schema.recipe import SourceSpec
 
     texts = report["recipe"]["evaluation"]["texts"]
@@ -158,8 +158,8 @@ def _windows(
 def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:
     """The metrics of every task again, on the same held-out samples."""
     from compress.data.images import load
+    from compress.networks.run_data import run_data
     from compress.schema.sections import DataSpec
-    from compress.verbs.network import run_data
 
     report = subject.report
     assert report is not None
@@ -294,8 +294,8 @@ def _export(subject: Subject, folder: Path, form: str, out: Path) -> None:
         return
 
     from compress.exporters.check import write_checked
-    from compress.language.checkpoint import load_config, load_model, load_tokenizer
     from compress.models.families import family_for
+    from compress.models.reading import load_config, load_model, load_tokenizer
     from compress.schema.recipe import ExportSection
 
     if too_large(folder):
@@ -326,8 +326,8 @@ def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) 
             return compare_modules(dense, pruned, dict(spec), MNN_FILE)
         return compare_modules(dense, pruned, dict(spec), FILE)
     from compress.exporters.bench.local import compare_llm
-    from compress.language.checkpoint import load_config
     from compress.models.families import family_for
+    from compress.models.reading import load_config
 
     config = load_config(subject.release)
     return compare_llm(dense, pruned, dict(spec), family_for(config).geometry(config).vocab)

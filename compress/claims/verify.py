@@ -358,7 +358,8 @@ def _load(place: Path, name: str, network: str | None) -> tuple[dict[str, Any] |
     title = f"{name} loads in a clean process"
     try:
         if (place / "config.json").exists():
-            from compress.language.checkpoint import FINGERPRINT, check_code, check_weights, verify_clean
+            from compress.language.checkpoint import FINGERPRINT, check_code, verify_clean
+            from compress.models.reading import check_weights
 
             check_code(place)
             check_weights(place)
@@ -411,7 +412,7 @@ def _nonzeros(subject: Subject) -> int:
         return sum(int((p != 0).sum()) for p in model.parameters())
     from safetensors import safe_open
 
-    from compress.language.checkpoint import weight_files
+    from compress.models.reading import weight_files
 
     count = 0
     for path in weight_files(subject.release):
@@ -467,9 +468,9 @@ def _checker(subject: Subject, form: str) -> Callable[[Path, float], dict[str, f
             return lambda f, t: dict(check_mnn(saved.model, f, saved.inputs, names, tolerance=t)["outputs"])
     elif form == "onnx":
         from compress.exporters.parity import check_llm
-        from compress.language.checkpoint import load_config, load_model
         from compress.language.setup import quiet
         from compress.models.families import family_for
+        from compress.models.reading import load_config, load_model
 
         quiet()
         family = family_for(load_config(release))

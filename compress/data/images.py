@@ -1,7 +1,7 @@
 """Images and signals to train on: one call, three disjoint splits, whatever the source.
 
-Sources are folders (`compress.data.layouts`), the hub, and data that packages carry (`compress.data.packaged`). A split that the
-source does not have is cut off the training part once, by a seed; that no sample is in two splits is checked.
+Sources are folders (`compress.data.layouts`), the hub, and data that packages carry (`compress.data.packaged`). A split
+that the source does not have is cut off the training part once, by a seed; that no sample is in two splits is checked.
 """
 
 from __future__ import annotations

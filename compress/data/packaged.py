@@ -23,9 +23,8 @@ from compress.data.images import NAME_FOLDER, Split, Splits, resized, splits_of
 from compress.data.tasks import Task
 from compress.data.text import fetch
 from compress.errors import CompressError
-from compress.networks.setup import tensors_sha
 from compress.processes.children import python
-from compress.run.cache import cache_dir
+from compress.run.cache import cache_dir, tensors_sha
 from compress.run.progress import say
 from compress.schema.sections import DataSpec
 
@@ -255,9 +254,7 @@ def _emoji_scenes(spec: DataSpec) -> Splits:
     )
 
 
-def compose(
-    rgba: Tensor, labels: Tensor, count: int, size: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def compose(rgba: Tensor, labels: Tensor, count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Scenes of images with an alpha channel (n, 4, h, w) uint8, and what is in them.
 
     Returns:
@@ -372,5 +369,3 @@ PACKAGES: dict[str, Callable[[DataSpec], Splits]] = {
     "mnist": _mnist,
     "watch": _watch,
 }
-
-

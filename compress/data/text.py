@@ -209,7 +209,6 @@ def evaluation_windows(source: SourceSpec, tokenizer: Any, windows: int, length:
 def assert_disjoint(calibration: Tensor, evaluation: Tensor, title: str) -> None:
     """Raises CompressError where a run of 64 tokens stands in both (a text named twice, or quoted in the other)."""
 
-
     def runs(windows: Tensor) -> Iterator[int]:
         for row in windows.numpy():
             for i in range(len(row) - OVERLAP + 1):

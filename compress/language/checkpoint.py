@@ -1,4 +1,4 @@
-"""Models on disk: reading them with every fault named, writing them in a layout, and proving that they load again."""
+"""Models on disk: writing them in a layout, and proving that they load again."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
 from compress.models.folder import (
-    CONFIG,
     REMOTE_FILE,
     read_config,
     refuse_code,
     refuse_named_code,
     seen,
-    weights_of,
 )
+from compress.models.reading import is_ragged, load_config, weight_files
 from compress.processes.children import python
 from compress.processes.distributed import available_bytes
-from compress.run.cache import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,155 +29,7 @@ if TYPE_CHECKING:
 Layout = Literal["per-layer", "padded"]
 FINGERPRINT = "fingerprint.safetensors"
 SHARD_BYTES = 5 * 10**9
-# transformers otherwise asks on the terminal whether to run a stranger's code, and takes "y" from a pipe.
-NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 TOLERANCE = 1e-4  # largest difference allowed of reloaded logits, relative to the largest logit
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make a model, see `compress.models.folder.weights_of`."""
-    return list(weights_of(folder).files)
-
-
-def check_weights(folder: Path) -> None:
-    """Reads every tensor once.
-
-    Raises:
-        CompressError: a file is truncated or damaged, or a tensor holds NaN or infinity.
-    """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it has keys() alone)
-                    tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise CompressError(
-                            f"the weight {name} holds {bad:,} NaN or infinite values",
-                            where=str(path),
-                            fix="repair or fetch the model again; nothing was pruned",
-                        )
-        except SafetensorError as e:
-            raise CompressError(
-                f"the weight file is damaged or cut short: {e}", where=str(path), fix="fetch or copy it again"
-            ) from e
-
-
-def weights_hash(folder: Path) -> str:
-    """Hex SHA-256 over a model's weight files and its config."""
-    import hashlib
-
-    parts = [f"{path.name}:{sha256_of(path)}" for path in (*weight_files(folder), folder / "config.json")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def load_config(folder: Path) -> Any:
-    """The transformers configuration of a model folder; no weight is needed, and no code is run.
-
-    Raises:
-        CompressError: it cannot be read, transformers rejects it, or it wants code or weights that are not the
-            folder's own.
-    """
-    from transformers import AutoConfig
-
-    with seen(folder, weights=False) as private, _rejected(folder, CONFIG, "the configuration cannot be read"):
-        config = AutoConfig.from_pretrained(private, **NO_CODE)
-    config._name_or_path = str(folder)
-    return config
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder; no code is run.
-
-    Raises:
-        CompressError: it cannot be read, or wants code of its own.
-    """
-    from transformers import AutoTokenizer
-
-    with seen(folder, weights=False) as private, _rejected(folder, "", "the tokenizer cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
-    tokenizer.name_or_path = str(folder)
-    return tokenizer
-
-
-def from_config(config: Any, cls: Any = None) -> Any:
-    """An untrained model in float32: ``cls``, or transformers' own class for the configuration. No code is run."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if cls is not None:
-        return cls._from_config(config, dtype=torch.float32)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-
-
-@contextmanager
-def _rejected(folder: Path, name: str, what: str) -> Iterator[None]:
-    """transformers' refusals as one error each."""
-    from huggingface_hub.errors import StrictDataclassError
-
-    try:
-        yield
-    except CompressError:
-        raise
-    except (StrictDataclassError, ValueError, TypeError, OSError, KeyError, AttributeError, RuntimeError) as e:
-        said = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
-        if "trust_remote_code" in said:
-            said, fix = "it needs code of its own, which is not run", "name a model that transformers knows by itself"
-        else:
-            fix = "the folder must hold a model that transformers knows"
-        raise CompressError(f"{what}: {said[:300]}", where=str(folder / name) if name else str(folder), fix=fix) from e
-
-
-def is_ragged(folder: Path) -> bool:
-    """Whether the folder holds a model in the `per-layer` layout."""
-    return bool(read_config(folder).get("per_layer_config"))
-
-
-def refuse_ragged(folder: Path) -> None:
-    """Raises CompressError where the folder's model is a pruned one."""
-    if (folder / CONFIG).exists() and is_ragged(folder):
-        raise CompressError(
-            "the model's layers already differ in size; pruning a pruned model again is not supported",
-            where=str(folder),
-            fix="prune the dense model at the higher sparsity",
-        )
-
-
-def load_model(folder: Path, family: Family, **options: Any) -> Any:
-    """A model in float32, in evaluation mode, from either layout; code in the folder is never run.
-
-    Raises:
-        CompressError: weights are missing, or do not have the shapes that config.json says.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if options.pop("ignore_mismatched_sizes", False):
-        raise CompressError(
-            "ignore_mismatched_sizes would fill mismatched weights with random numbers",
-            where=str(folder),
-            fix="load the model without it",
-        )
-    config = load_config(folder)
-    ragged = is_ragged(folder)
-    cls: Any = family.ragged_class() if ragged else AutoModelForCausalLM
-    given = {"dtype": torch.float32, "local_files_only": True, **({} if ragged else NO_CODE), **options}
-    with seen(folder) as private, _rejected(folder, "", "the model cannot be loaded"):
-        model, info = cls.from_pretrained(private, config=config, output_loading_info=True, **given)
-    model.name_or_path = model.config._name_or_path = str(folder)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CompressError(
-            f"{len(missing)} weights are missing, the first is {missing[0]}",
-            where=str(folder),
-            fix="fetch the model again",
-        )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval()
 
 
 def save_model(

@@ -93,8 +93,9 @@ def harness_tasks(folder: Path, tasks: list[str]) -> list[dict[str, Any]]:
             where="evaluation.tasks",
             fix=f"{install_line('eval')}, or leave evaluation.tasks empty",
         ) from None
-    from compress.language.checkpoint import load_tokenizer, remote_source
+    from compress.language.checkpoint import remote_source
     from compress.models.folder import seen
+    from compress.models.reading import load_tokenizer
 
     before, behind = around(load_tokenizer(folder))
     if before and behind:

@@ -438,9 +438,7 @@ def _groups(weights: Mapping[str, Any], decay: float) -> list[dict[str, Any]]:
     """Matrices decay, norms and biases do not."""
     matrices = [p for p in weights.values() if p.dim() > 1]
     vectors = [p for p in weights.values() if p.dim() <= 1]
-    return [
-        {"params": params, "weight_decay": d} for params, d in ((matrices, decay), (vectors, 0.0)) if params
-    ]
+    return [{"params": params, "weight_decay": d} for params, d in ((matrices, decay), (vectors, 0.0)) if params]
 
 
 def _backward(
@@ -606,9 +604,7 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
-def _write(
-    setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: Checkpoints, folder: Path
-) -> None:
+def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: Checkpoints, folder: Path) -> None:
     spec = setup.recipe.recover
     assert spec is not None  # asked by the caller
     log = checkpoints.checked(steps)["log"]

@@ -42,7 +42,7 @@ class Setup(Generic[AnyText]):
 
     @cached_property
     def tokenizer(self) -> Any:
-        from compress.language.checkpoint import load_tokenizer
+        from compress.models.reading import load_tokenizer
 
         return load_tokenizer(self.resolved.folder)
 
@@ -56,14 +56,14 @@ class Setup(Generic[AnyText]):
     @cached_property
     def model(self) -> Any:
         """The dense model in float32, every weight checked to be finite; streamed where it would not fit."""
-        from compress.language.checkpoint import check_weights
+        from compress.models.reading import check_weights
 
         check_weights(self.resolved.folder)
         return self.load(self.resolved.folder)
 
     def load(self, folder: Path) -> Any:
         """A model in float32 on this process's device, held or streamed."""
-        from compress.language.checkpoint import load_model
+        from compress.models.reading import load_model
         from compress.models.streaming import stream_model
         from compress.processes.distributed import device
 
@@ -144,9 +144,9 @@ def quiet() -> None:
 
 def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
-    from compress.language.checkpoint import load_config, refuse_ragged, weight_files, weights_hash
     from compress.language.recover import check as check_recovery
     from compress.models.families import family_for
+    from compress.models.reading import load_config, refuse_ragged, weight_files, weights_hash
     from compress.models.sources import resolve
 
     quiet()
@@ -164,8 +164,8 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
 
 def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     """What `prepare` finds, from the configuration alone: no weight is fetched or read, so none can be asked for."""
-    from compress.language.checkpoint import refuse_ragged
     from compress.models.families import family_for
+    from compress.models.reading import refuse_ragged
     from compress.models.sources import describe
 
     quiet()

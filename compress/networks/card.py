@@ -292,9 +292,7 @@ def _sparsity(report: dict[str, Any], plt: Any) -> Any:
     axis.set_ylabel("pruned, %")
     axis.set_xlabel("layer, from the input")
     if len(rows) <= 24:
-        axis.set_xticks(
-            list(at), [caption(r["name"].removesuffix(".weight"), 30) for r in rows], **SLANTED
-        )
+        axis.set_xticks(list(at), [caption(r["name"].removesuffix(".weight"), 30) for r in rows], **SLANTED)
     axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
     axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
     return figure

@@ -1,11 +1,11 @@
 """A plain network and its data: what every method does alike with one, from the dense training to the release.
 
-A method adds what it removes and why (`compress.recipes.global_mp.network_stages`); everything here takes a module and a stage's name.
+A method adds what it removes and why (`compress.recipes.global_mp.network_stages`); everything here takes a module and
+a stage's name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import subprocess
@@ -554,12 +554,3 @@ def released(
 
     sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))
-
-
-def tensors_sha(tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()

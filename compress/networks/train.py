@@ -22,8 +22,8 @@ from compress.data import boxes
 from compress.data.images import FolderImages, Split, Splits, batches
 from compress.data.tasks import KINDS, Counts, Task, Weights, by_task, exact, task_loss, task_losses, together, wide
 from compress.errors import CompressError
-from compress.networks.setup import tensors_sha
 from compress.processes.distributed import from_main, gather, is_main, meet, rank, sum_floats, world
+from compress.run.cache import tensors_sha
 from compress.run.folder import fingerprint, sync
 from compress.run.progress import Progress
 from compress.schema.sections import TrainSpec

@@ -684,9 +684,7 @@ def _end(children: Sequence[subprocess.Popen[bytes]], how: signal.Signals, patie
 
 def _explain(folder: Path, codes: Sequence[int | None]) -> int:
     """Prints what ended the group: a killed process first, then the earliest error that is one's own."""
-    reports = sorted(
-        (json.loads(p.read_text()) for p in folder.glob("*.report")), key=lambda r: (r["lost"], r["time"])
-    )
+    reports = sorted((json.loads(p.read_text()) for p in folder.glob("*.report")), key=lambda r: (r["lost"], r["time"]))
     killed = [(i, -code) for i, code in enumerate(codes) if code is not None and code < 0]
     own = [r for r in reports if not r["lost"]]
     if killed and not own:

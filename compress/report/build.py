@@ -12,7 +12,7 @@ from compress.run.folder import RECIPE_LOCK, SEAL, fingerprint
 from compress.run.strict_json import member, read_json, typed
 
 if TYPE_CHECKING:
-    from compress.language.setup import Setup
+    pass
 
 FINGERPRINT = "fingerprint.safetensors"
 REQUIRED = ("model", "recipe", "size", "layers", "verify", "quality", "environment", "commands")
@@ -113,85 +113,6 @@ def _unfinished(run: Path) -> str:
     }
     lacking = [what for stage, what in stages.items() if not (run / stage / SEAL).is_file()]
     return f": the run is not finished, it has {', '.join(lacking)}" if lacking else ": the run is not finished"
-
-
-def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:
-    """Fills in where a language model came from, the recipe, the command and the machine."""
-    from compress.data.text import text_facts
-    from compress.run.doctor import environment
-
-    report["model"] = {
-        "name": setup.resolved.name,
-        "source": setup.resolved.source,
-        "base_model": setup.resolved.base_model,
-        "license": setup.resolved.license,
-        "family": setup.family.name,
-        "sha256": setup.weights,
-    }
-    report["origin"] = dict(setup.resolved.origin)
-    report["text"] = text_facts(setup.tokenizer)
-    report["recipe"] = setup.recipe.resolved()
-    report["command"] = command
-    report["environment"] = environment()
-
-
-def describe_plan(
-    report: dict[str, Any],
-    setup: Setup,
-    folder: Path,
-    command: str,
-    stages: list[dict[str, Any]],
-    reference_tokens: int,
-) -> None:
-    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
-    from compress.language.plan import Plan
-
-    plan = Plan.load(folder)
-    g, costs = setup.geometry, setup.costs
-    removed = plan.removed(costs)
-    size = setup.stored_dtype.itemsize
-    describe_model(report, setup, command)
-    report["size"] = {
-        "asked": setup.recipe.sparsity,
-        "backbone_removed": removed / costs.backbone,
-        "total_removed": removed / costs.total,
-        "dense": {
-            "backbone_parameters": costs.backbone,
-            "total_parameters": costs.total,
-            "bytes": costs.total * size,
-        },
-        "pruned": {
-            "backbone_parameters": costs.backbone - removed,
-            "total_parameters": costs.total - removed,
-            "bytes": (costs.total - removed) * size,
-        },
-    }
-    report["layers"] = [
-        {
-            "layer": i,
-            "heads": heads,
-            "kv_heads": groups,
-            "neurons": neurons,
-            "dense_heads": g.heads,
-            "dense_kv_heads": g.kv_heads,
-            "dense_neurons": g.ffn,
-            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
-            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
-        }
-        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
-    ]
-    report["logit_scale"] = plan.meta.get("logit_scale")
-    report["run_off"] = plan.meta.get("run_off")
-    results = json.loads((folder / "search.json").read_text())
-    report["search"] = {
-        "iterations": [
-            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_starts", "genome")} for r in results
-        ],
-        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
-        "work_token_layers": sum(r["work_token_layers"] for r in results),
-        "reference_token_layers": reference_tokens * g.layers,
-    }
-    report["stages"] = stages
 
 
 def perplexity_lines(report: dict[str, Any]) -> list[str]:

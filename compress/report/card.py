@@ -317,7 +317,7 @@ def targets(report: Mapping[str, Any]) -> list[str]:
 
 def why(record: Mapping[str, Any]) -> list[str]:
     """What a bench record says of the speed-up that the FLOPs promise, and of the layers that fall short of it."""
-    from compress.exporters.bench.explain import lines as explained_lines
+    from compress.report.explained import lines as explained_lines
 
     lines = []
     for part, found in (record.get("why") or {}).items():

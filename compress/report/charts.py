@@ -49,9 +49,7 @@ def _layers(report: Mapping[str, Any]) -> list[Chart]:
         series = [
             {
                 "name": "pruned",
-                "points": [
-                    {"x": n, "y": 100 * r["pruned"] / r["weights"]} for n, r in zip(names, rows, strict=True)
-                ],
+                "points": [{"x": n, "y": 100 * r["pruned"] / r["weights"]} for n, r in zip(names, rows, strict=True)],
             }
         ]
         if any(r.get("floor") for r in rows):

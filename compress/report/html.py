@@ -42,8 +42,8 @@ def page(report: Mapping[str, Any], text: str, folder: Path) -> str:
         folder: where the pictures lie that ``text`` shows; one that no chart stands for is carried as it is.
     """
     found = charts(report)
-    style = (files("compress") / "report.css").read_text(encoding="utf-8")
-    script = (files("compress") / "report.js").read_text(encoding="utf-8")
+    style = (files("compress.report") / "report.css").read_text(encoding="utf-8")
+    script = (files("compress.report") / "report.js").read_text(encoding="utf-8")
     body, title = _render(text, found, folder)
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{allowed}'"

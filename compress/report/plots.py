@@ -138,7 +138,11 @@ def _search(report: dict[str, Any], plt: Any) -> Any:
             start = row["phase"].startswith("start")
             label = "starting point" if start else "candidate"
             axis.plot(
-                x, row["kl"], "D" if start else ".", color=DENSE if start else QUIET, ms=5 if start else 6,
+                x,
+                row["kl"],
+                "D" if start else ".",
+                color=DENSE if start else QUIET,
+                ms=5 if start else 6,
                 label=None if label in labels else label,
             )
             labels.add(label)

@@ -213,8 +213,12 @@ def forecast(stages: Sequence[Stage], machine: Machine, dense_bytes: float) -> d
         "read_bytes": sum(r["read_bytes"] for r in rows),
         "token_layers": sum(r["token_layers"] for r in rows),
         "lacks": [],
-        "fit": {"runs": fit.runs, "measured_on": "this project's development machine, one core", "low": fit.low,
-                "high": fit.high},
+        "fit": {
+            "runs": fit.runs,
+            "measured_on": "this project's development machine, one core",
+            "low": fit.low,
+            "high": fit.high,
+        },
     }
     lacks = found["lacks"]
     if machine.gpu:

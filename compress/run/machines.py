@@ -132,8 +132,15 @@ def find_machine(name: str, folder: Path) -> Machine:
     node = found.node
     assert node is not None  # the table's own all have one
     ram = node.ram * min(1.0, count / node.gpus)
-    return _with(name, found, count, nodes, gpu, Node(gpus=count, ram=ram, disk=node.disk, disk_read=node.disk_read),
-                 table.reached)
+    return _with(
+        name,
+        found,
+        count,
+        nodes,
+        gpu,
+        Node(gpus=count, ram=ram, disk=node.disk, disk_read=node.disk_read),
+        table.reached,
+    )
 
 
 def _from_file(path: Path) -> Machine:
@@ -228,9 +235,7 @@ def _here(folder: Path) -> Machine:
     )
 
 
-def speed(
-    where: Any, dtype: Any, copy: bool = False, clock: Callable[[], float] = time.perf_counter
-) -> float:
+def speed(where: Any, dtype: Any, copy: bool = False, clock: Callable[[], float] = time.perf_counter) -> float:
     """FLOP/s of matrix products on a device or, with ``copy``, bytes/s moved; measured for a sixth of a second."""
     import torch
 

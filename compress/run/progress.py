@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from compress.processes import distributed
@@ -11,6 +12,8 @@ from compress.words.escape import terminal
 
 QUIET_SECONDS = 2.0  # shorter work shows nothing
 LINE_SECONDS = 15.0  # distance of two plain lines
+# Called with (label, steps done, steps in all), for a program that shows progress in its own way.
+listener: Callable[[str, int, int], None] | None = None
 
 
 class Progress:
@@ -38,6 +41,8 @@ class Progress:
     def to(self, done: int, note: str = "") -> None:
         """Sets the count to ``done``; ``note`` (a figure worth seeing) is printed behind it."""
         self.done, self._note = done, note or self._note
+        if listener is not None and distributed.is_main():
+            listener(self.label, done, self.total)
         now = time.monotonic()
         if now - self._began < QUIET_SECONDS or not distributed.is_main():
             return

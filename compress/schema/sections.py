@@ -87,12 +87,12 @@ class TrainSpec(Section):
 class NetworkExport(Section):
     """ONNX, checked against torch output by output on held-out samples; and what is made of it."""
 
-    formats: list[
-        Literal["onnx", "mnn", "ort", "openvino", "executorch", "litert", "tensorrt", "tensorrt_rtx"]
-    ] = Field(
-        ["onnx"],
-        min_length=1,
-        description="mnn: for phones and PCs, its kernels skip zeros; the others see `compress export --help`",
+    formats: list[Literal["onnx", "mnn", "ort", "openvino", "executorch", "litert", "tensorrt", "tensorrt_rtx"]] = (
+        Field(
+            ["onnx"],
+            min_length=1,
+            description="mnn: for phones and PCs, its kernels skip zeros; the others see `compress export --help`",
+        )
     )
     tolerance: float = Field(1e-3, gt=0, description="largest difference allowed, relative to the largest output")
     samples: int = Field(16, ge=2, description="held-out samples that both must agree on")

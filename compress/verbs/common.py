@@ -16,74 +16,16 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
     Args:
         on: the machine that is asked about; see `compress.run.machines`.
     """
-    from compress.language.setup import RESIDENT_SHARE, outline
-    from compress.pipeline import METHODS, job_for, module_of
-    from compress.recipes.tyr.choice import check_budget
-    from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
-    from compress.run.forecast import forecast
-    from compress.run.machines import find_machine
+    from compress.pipeline import METHODS, method_of
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
-    other = getattr(module_of(recipe), "forecast", None)
-    if other is not None:
-        return dict(other(model, recipe))
-    machine = find_machine(on, Path("runs"))
-    setup = outline(model, recipe)
-    job = job_for(setup, None, {})
-    target = check_budget(job)
-    g, costs, options = setup.geometry, setup.costs, recipe.options
-    shared = recipe.memory.shard and machine.world > 1
-    streamed = shared or recipe.memory.stream
-    if streamed is None:
-        free = machine.memory if machine.gpu else machine.ram / machine.count
-        streamed = 4 * costs.total > RESIDENT_SHARE * free
-    reckoned = stages(shape_of(setup, machine.world, streamed, machine.memory if machine.gpu else None), job)
-    dense = costs.total * setup.stored_dtype.itemsize
-    found = forecast(reckoned, machine, dense)
-    return {
-        "model": setup.resolved.name,
-        "source": setup.resolved.source,
-        "family": setup.family.name,
-        "shapes": vars(g),
-        "backbone_parameters": costs.backbone,
-        "total_parameters": costs.total,
-        "remove": target,
-        "units": {
-            "kv_group_parameters": costs.attention(1, g.group),
-            "neuron_parameters": costs.ffn(g.ffn) - costs.ffn(g.ffn - 1),
-            "neurons_round_to": options.round_to,
-        },
-        "after": {
-            "total_parameters": costs.total - target,
-            "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
-        },
-        "dense_bytes": dense,
-        "streamed": streamed,
-        "sharded": shared,
-        **found,
-        "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
-        "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
-        "iterations": options.iterations,
-        "loads_with": {
-            "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
-            "padded": "any server that knows the family, without the gain in speed",
-        },
-    }
-
-
-# The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
-# reckoned from its 190 s a generation.
-PAPER: dict[str, dict[str, float]] = {
-    "llama-70b": {"supernet_bytes": 414.7e9, "gpu_bytes": 140e9},
-    "llama-8b": {"supernet_bytes": 39.6e9, "search_seconds": 10.6 * 3600},
-    "llama-2-7b": {"supernet_bytes": 39.6e9},
-    "mistral-7b": {"supernet_bytes": 39.6e9},
-}
+    return method_of(recipe).forecast(model, recipe, on)
 
 
 def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
     """What a saved model is worth: perplexity of a language model, accuracy of a network on a run's test split."""
-    from compress.models.saved import call, find
+    from compress.models.saved import find
+    from compress.verbs.by_kind import call
 
     kind, folder = find(model)
     return call(kind, "evaluate", folder, like, **options)
@@ -98,8 +40,9 @@ def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) ->
         builds: `compress.exporters.formats.BuildOptions` of the formats to make beside it.
     """
     from compress.exporters.command import export_file, is_onnx
-    from compress.models.saved import call, find
+    from compress.models.saved import find
     from compress.run.written import whole
+    from compress.verbs.by_kind import call
 
     with whole(out) as made:
         kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
@@ -112,7 +55,8 @@ def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) ->
 
 def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) -> dict[str, Any]:
     """Latency of two export folders of one kind, interleaved; on a target, of what it runs."""
-    from compress.models.saved import call, exported_kind
+    from compress.models.saved import exported_kind
+    from compress.verbs.by_kind import call
 
     if target is not None:
         from compress.exporters.on_target import bench as on_target
@@ -124,7 +68,7 @@ def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) 
 
 def card(run: Path, out: Path | None) -> dict[str, Any]:
     """Writes the card and the plots of a finished run again, from its report.json."""
-    from compress.pipeline import module_of
+    from compress.pipeline import method_of
     from compress.report.build import read_report
     from compress.report.html import NAME, write_html
     from compress.run.written import disk_errors, refuse_replacing, written
@@ -132,7 +76,7 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
     with written(folder, ("README.md", NAME), refuse_replacing) as beside, disk_errors(folder):
-        write_html(report, module_of(report["recipe"]).card(report, beside), beside / NAME)
+        write_html(report, method_of(report["recipe"]).card(report, beside), beside / NAME)
     return {"card": str(folder / "README.md"), "html": str(folder / NAME), "report": report["sha256"]}
 
 
@@ -147,7 +91,7 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     """Writes the HTML report of a finished run to the file ``out``."""
     import tempfile
 
-    from compress.pipeline import module_of
+    from compress.pipeline import method_of
     from compress.report.build import read_report
     from compress.report.html import write_html
     from compress.run.written import disk_errors, refuse_replacing, written
@@ -160,7 +104,7 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
         disk_errors(out),
         tempfile.TemporaryDirectory() as pictures,
     ):
-        card = module_of(report["recipe"]).card(report, Path(pictures))
+        card = method_of(report["recipe"]).card(report, Path(pictures))
         write_html(report, card, beside / out.name)
     return {"html": str(out), "report": report["sha256"]}
 

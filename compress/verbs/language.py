@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
     """(model, family, tokenizer) of a saved model, of either layout."""
-    from compress.language.checkpoint import check_weights, load_config, load_model, load_tokenizer
     from compress.language.setup import quiet
     from compress.models.families import family_for
+    from compress.models.reading import check_weights, load_config, load_model, load_tokenizer
 
     quiet()
     family = family_for(load_config(folder))

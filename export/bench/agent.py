@@ -1,8 +1,9 @@
 """Measures, runs or looks at one exported artefact; runs alone, in a process of its own, on the device.
 
-`compress.exporters.bench.packed` puts it, protocol.py, environment.py and runtimes.py into one file that needs Python 3.9,
-numpy and the runtime. It reads a JSON object from standard input (or from the file named as its argument) and writes
-one to standard output. What fails for a reason the user can mend is ``{"error": {"what", "fix"}}``.
+`compress.exporters.bench.packed` puts it, protocol.py, environment.py and runtimes.py into one file that needs
+Python 3.9, numpy and the runtime. It reads a JSON object from standard input (or from the file named as its
+argument) and writes one to standard output. What fails for a reason the user can mend is
+``{"error": {"what", "fix"}}``.
 
 ``do``:
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.exporters.bench.explain import lines, said_of
+from compress.report.explained import lines, said_of
 from compress.report.plots import DENSE, PRUNED, QUIET, Plot, wrapped
 from compress.report.plots import draw as draw_all
 from compress.report.stats import found_in
@@ -127,9 +127,7 @@ def memory(bench: Mapping[str, Any], plt: Any) -> Any:
                 axis.annotate("not told", (x, 0), ha="center")
                 continue
             axis.bar(x, value / 1e6, color=colour, width=0.65)
-            axis.annotate(
-                number(value / 1e6), (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center"
-            )
+            axis.annotate(number(value / 1e6), (x, value / 1e6), xytext=(0, 4), textcoords="offset points", ha="center")
         axis.set_title(title, loc="left")
         axis.set_xticks([0, 1], ["dense", "pruned"])
         axis.margins(y=0.15)

@@ -29,14 +29,14 @@ from compress.networks.setup import (
     loaded,
     measured,
     released,
-    tensors_sha,
     trained,
     write_model,
 )
 from compress.networks.setup import prepare as _prepare
-from compress.pipeline import STAGES
+from compress.run.cache import tensors_sha
 from compress.run.folder import Run, seal_hash
 from compress.schema.sections import NetworkRecipe
+from compress.schema.stages import STAGES
 from compress.words.wording import small
 
 if TYPE_CHECKING:
@@ -504,7 +504,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
+def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dict[str, Any]:
     """What `prune` would do, without data or weights: layers, budget, floors, epochs."""
     import torch
 

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.errors import CompressError
 from compress.language.setup import Setup, Windows, prepare
-from compress.pipeline import STAGES, bench, evaluate, export, fixed_tokens, perplexities, release
+from compress.language.stages import bench, evaluate, export, fixed_tokens, perplexities, release
 from compress.run.folder import Run, read_seal, seal_hash
 from compress.schema.recipe import TextRecipe
+from compress.schema.stages import STAGES
 from compress.words.wording import small
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ LAYOUT = "masked"
 
 def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict[str, Any]:
     """The stages up to ``until``; returns the report."""
-    from compress.language.checkpoint import load_model
-    from compress.report.build import describe_model
+    from compress.language.stages import describe_model
+    from compress.models.reading import load_model
 
     recipe, last = setup.recipe, STAGES.index(until)
     shapes = _shapes(setup)
@@ -52,13 +53,13 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
     if last >= STAGES.index("release"):
-        return release(run, setup, saved, report)
+        return release(run, setup, saved, report, card)
     return report
 
 
 def _shapes(setup: Setup[TextRecipe]) -> dict[str, list[int]]:
     """The prunable layers, and whether what is asked of them can be done, before any weight is read."""
-    from compress.language.checkpoint import weight_files
+    from compress.models.reading import weight_files
     from compress.recipes.global_mp.prune import budget, language_layers
 
     shapes = language_layers(setup.config, weight_files(setup.resolved.folder), setup.recipe.options)
@@ -77,7 +78,7 @@ def _read_texts(run: Run, setup: Setup[TextRecipe]) -> Windows:
     import torch
 
     from compress.data.text import evaluation_windows, keep_windows, kept_windows
-    from compress.language.checkpoint import check_weights
+    from compress.models.reading import check_weights
 
     spec = setup.recipe.evaluation
 
@@ -102,7 +103,7 @@ def _read_texts(run: Run, setup: Setup[TextRecipe]) -> Windows:
 
 
 def _plan(run: Run, setup: Setup[TextRecipe], shapes: Mapping[str, list[int]]) -> Path:
-    from compress.language.checkpoint import weight_files
+    from compress.models.reading import weight_files
     from compress.recipes.global_mp.prune import write_plan
 
     options, sparsity = setup.recipe.options, setup.recipe.sparsity
@@ -120,7 +121,8 @@ def _assemble(
     run: Run, setup: Setup[TextRecipe], shapes: Mapping[str, list[int]], plan: Path, report: dict[str, Any]
 ) -> Path:
     """Saves the model with zeros in place; sealed only when a clean process has given the masked model's logits."""
-    from compress.language.checkpoint import verify_clean, weight_files
+    from compress.language.checkpoint import verify_clean
+    from compress.models.reading import weight_files
     from compress.recipes.global_mp.packed import pack_folder
     from compress.recipes.global_mp.prune import MASKS, read_masks, write_masked
 
@@ -166,7 +168,8 @@ def _write_fingerprint(setup: Setup[TextRecipe], masks: Mapping[str, Tensor], fo
     import torch
     from safetensors.torch import save_file
 
-    from compress.language.checkpoint import FINGERPRINT, load_model
+    from compress.language.checkpoint import FINGERPRINT
+    from compress.models.reading import load_model
     from compress.recipes.global_mp.prune import apply_in_place
 
     model = load_model(setup.resolved.folder, setup.family)
@@ -204,7 +207,7 @@ def _curve(
     common: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Perplexity at other sparsities: ``{"pruned_share", "texts": {name: perplexity}}`` each, from the smallest on."""
-    from compress.language.checkpoint import load_model, weight_files
+    from compress.models.reading import load_model, weight_files
     from compress.recipes.global_mp.floors import target_count
     from compress.recipes.global_mp.magnitude import safetensors_source
     from compress.recipes.global_mp.prune import apply_in_place, budget, cuts_of
@@ -268,7 +271,7 @@ def _describe(report: dict[str, Any], setup: Setup[TextRecipe], shapes: Mapping[
 
 def _describe_saved(report: dict[str, Any], setup: Setup[TextRecipe], model: Path, packed: Path) -> None:
     """What the saved files hold: non-zeros (counted in them), bytes, and FLOPs a token."""
-    from compress.language.checkpoint import weight_files
+    from compress.models.reading import weight_files
     from compress.recipes.global_mp.packed import SUFFIX
     from compress.recipes.global_mp.prune import shapes_of
 
@@ -342,7 +345,7 @@ def lines(report: dict[str, Any]) -> list[str]:
     return said
 
 
-def forecast(model: str, recipe: TextRecipe) -> dict[str, Any]:
+def forecast(model: str, recipe: TextRecipe, on: str = "this-machine") -> dict[str, Any]:
     """What `prune` would do, without reading a weight: layers, budget, floors, disk, memory, time."""
     import torch
 

@@ -31,10 +31,10 @@ from compress.networks.setup import (
     write_model,
 )
 from compress.networks.setup import prepare as _prepare
-from compress.pipeline import STAGES
 from compress.processes import distributed
 from compress.run.folder import Run, fingerprint, seal_hash
 from compress.schema.sections import NetworkRecipe, TrainSpec
+from compress.schema.stages import STAGES
 from compress.words.wording import small
 
 if TYPE_CHECKING:
@@ -562,7 +562,7 @@ def _trials_line(trials: dict[str, Any]) -> str:
 # --- beforehand -------------------------------------------------------------------------------------------------------
 
 
-def forecast(model: str, recipe: NetworkRecipe) -> dict[str, Any]:
+def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dict[str, Any]:
     """What `prune` would do, without weights: groups, FLOPs, the most that can go, and the oracle's work."""
     from compress.models.zoo import build
     from compress.recipes.pagcp.costs import Costs

@@ -79,9 +79,7 @@ def joined(folders: Sequence[Path]) -> Plan:
     )
 
 
-def contenders_of(
-    job: Job, results: Sequence[Mapping[str, Any]], options: Sequence[Curves]
-) -> dict[str, list[Choice]]:
+def contenders_of(job: Job, results: Sequence[Mapping[str, Any]], options: Sequence[Curves]) -> dict[str, list[Choice]]:
     """What goes into the run-off: the first search's solution, the plain knapsack's, the rule that leaves the edges
     alone, the best other starting points, and what every further search has found; equal ones once.
 

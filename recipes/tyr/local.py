@@ -325,4 +325,3 @@ def prune_heads(
             if not trim or kept == 0:
                 break
     return sorted(found, key=lambda h: (-len(h.heads), -h.groups))
-

@@ -56,9 +56,7 @@ def produce_plan(run: Run, job: Job) -> Path:
     return final_pass(run, job, winner, results, metrics, name, kls)
 
 
-def _supernet(
-    run: Run, job: Job, iteration: int, choices: list[Choice] | None, metrics: Metrics
-) -> list[Path]:
+def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None, metrics: Metrics) -> list[Path]:
     """Builds the supernet block by block; every block is a sealed stage, the streams behind it are kept beside."""
     options = job.options
     block_menu = block_menus(job, iteration, choices)
@@ -145,9 +143,7 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
     return folder
 
 
-def _search(
-    run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None
-) -> Path:
+def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None) -> Path:
     """Starts from knapsack solutions, keeps the best by joint KL, and lets it evolve; resumable from its journal."""
     options = job.options.search
     name = f"search-{iteration}"

@@ -115,9 +115,7 @@ class Evaluator:
         # A window runs with the same others whatever process runs it.
         size = max(1, min(runner_tokens(runner), windows.numel() // 4) // windows.shape[1])
         self._groups = [range(i, min(i + size, len(windows))) for i in range(0, len(windows), size)]
-        self._known = {
-            (r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"
-        }
+        self._known = {(r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"}
         generator = torch.Generator().manual_seed(seed)
         length = windows.shape[1]
         draw = [
@@ -389,8 +387,12 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
             # Equal quadratic losses make equal cuts; attention is touched only where the FFNs cannot give enough.
             rule = [
                 [
-                    replace(o, loss=(o.saving / size) ** 2 + (1e3 if o.saving and (i % 2 == 0) else 0.0)
-                            + (1e6 if o.saving and i // 2 in spared else 0.0))
+                    replace(
+                        o,
+                        loss=(o.saving / size) ** 2
+                        + (1e3 if o.saving and (i % 2 == 0) else 0.0)
+                        + (1e6 if o.saving and i // 2 in spared else 0.0),
+                    )
                     for o in menu
                 ]
                 for i, (menu, size) in enumerate(zip(options, full, strict=True))

@@ -114,9 +114,7 @@ class Streams:
         return self.pruned is self.dense
 
     @classmethod
-    def start(
-        cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation, room: Room | None = None
-    ) -> Streams:
+    def start(cls, runner: BlockRunner, ids: Tensor, accumulation: Accumulation, room: Room | None = None) -> Streams:
         """The embedded windows of this process, of all of ``ids`` (n, length)."""
         windows, slices = own_batches(ids, runner_tokens(runner))
         mine = ids[windows.start : windows.stop]
@@ -344,9 +342,7 @@ def prune_block(
     return attention_levels, ffn_levels
 
 
-def _in_main(
-    moments: Moments, W: Tensor, damping: float, levels: Callable[[Problem], list[Level]]
-) -> list[Level]:
+def _in_main(moments: Moments, W: Tensor, damping: float, levels: Callable[[Problem], list[Level]]) -> list[Level]:
     """The levels in the main process, from all processes' sums; none in the others."""
     moments.sums()
     if not is_main():

@@ -297,7 +297,11 @@ def test_what_a_user_has_at_the_place_to_write_is_left_alone_by_every_verb(
         raise AssertionError("the work has begun")
 
     with monkeypatch.context() as patched:
-        for work in ("compress.models.saved.call", "compress.report.build.read_report", "compress.exporters.gate_run.measure_once"):
+        for work in (
+            "compress.verbs.by_kind.call",
+            "compress.report.build.read_report",
+            "compress.exporters.gate_run.measure_once",
+        ):
             patched.setattr(work, never if work != "compress.report.build.read_report" else lambda _: {"recipe": {}})
         for words, said in (
             (("export", job.model, "--out", tmp_path / "eo"), (1, ".eo.partial is in the way")),

@@ -137,9 +137,7 @@ def test_no_process_is_refused() -> None:
 
 
 @pytest.mark.parametrize("said", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
-def test_what_the_environment_says_of_the_gpus_memory_stands(
-    said: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_the_environment_says_of_the_gpus_memory_stands(said: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -257,9 +257,7 @@ def test_what_cannot_be_built_is_said_and_leaves_no_tree(repository: Path) -> No
         assert git(repository, "worktree", "list").count("\n") == 0
 
 
-def test_github_gets_annotations_and_its_summary(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_github_gets_annotations_and_its_summary(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "step.md"))
     (tmp_path / "step.md").write_text("before\n")

@@ -235,7 +235,9 @@ def test_fastgrnn_loses_columns_and_is_really_smaller(tmp_path: Path) -> None:
 
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.command", "compress.recipes.global_mp.network_stages", "compress.networks.train", "tests.networks"])
+server.set_forkserver_preload(
+    ["tests.command", "compress.recipes.global_mp.network_stages", "compress.networks.train", "tests.networks"]
+)
 
 
 def killed_run(place: Path, out: Path) -> None:

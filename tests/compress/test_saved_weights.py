@@ -16,10 +16,11 @@ from onnx import numpy_helper
 from safetensors.torch import load_file
 
 from compress.errors import CompressError
-from compress.language.checkpoint import load_model, save_model
+from compress.language.checkpoint import save_model
 from compress.language.plan import Plan
 from compress.language.setup import prepare
 from compress.models.families import family_for
+from compress.models.reading import load_model
 from compress.models.streaming import stream_model
 from compress.pipeline import METHODS
 from compress.report.build import read_report

@@ -261,7 +261,7 @@ def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job
 def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
     release: Path, job: Job, tmp_path: Path
 ) -> None:
-    from compress.language.checkpoint import weights_hash
+    from compress.models.reading import weights_hash
 
     other = saved_tiny(tmp_path / "other", seed=5)
     ran = compress("verify", release, "--measure", "--dense", other, "--json")

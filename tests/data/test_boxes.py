@@ -152,9 +152,7 @@ def test_found_boxes_and_map_are_those_of_plain_loops_however_images_are_divided
         there = [t.tolist() for t in target[i] if t[0] >= 0]
         taken: set[int] = set()
         for label_, score_, box in kept:
-            best = max(
-                ((iou(box, t[1:]), j) for j, t in enumerate(there) if t[0] == label_), default=(0.0, -1)
-            )
+            best = max(((iou(box, t[1:]), j) for j, t in enumerate(there) if t[0] == label_), default=(0.0, -1))
             hit = best[0] >= 0.5 and best[1] not in taken
             taken |= {best[1]} if hit else set()
             rows.append((label_, score_, int(hit)))

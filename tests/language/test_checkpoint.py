@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.language.checkpoint import check_weights, load_model, save_model, verify_clean, weight_files
+from compress.language.checkpoint import save_model, verify_clean
 from compress.models.families import family_for
+from compress.models.reading import check_weights, load_model, weight_files
 from tests.tiny import tiny, tokens, word_tokenizer
 
 

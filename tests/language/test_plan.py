@@ -43,9 +43,7 @@ def test_compare_names_the_block_and_what_differs() -> None:
         (BlockPlan((), (0, 1)), {"blocks.0.down": torch.zeros(40, 3)}, "not .40, 2."),
     ],
 )
-def test_a_plan_that_does_not_fit_is_refused(
-    block: BlockPlan, weights: dict[str, torch.Tensor], message: str
-) -> None:
+def test_a_plan_that_does_not_fit_is_refused(block: BlockPlan, weights: dict[str, torch.Tensor], message: str) -> None:
     model = tiny("llama")
     whole = BlockPlan(tuple(range(10)), tuple(range(48)))
     with pytest.raises(CompressError, match=message):

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
-from compress.language.checkpoint import check_code, load_config, load_model, load_tokenizer, verify_clean
+from compress.language.checkpoint import check_code, verify_clean
 from compress.models.families import family_for
 from compress.models.folder import is_code, own_file, read_config, seen, weights_of
+from compress.models.reading import load_config, load_model, load_tokenizer
 from compress.run.seals import entries
 from tests.command import compress, one_error
 from tests.tiny import saved_tiny

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from compress.errors import CompressError
 from compress.language import checkpoint
-from compress.language.checkpoint import load_model
 from compress.language.evaluate import perplexity
 from compress.models.families import family_for
+from compress.models.reading import load_model
 from compress.models.streaming import StreamedBlocks, is_streamed, only_blocks, stream_model
 from tests.command import Job, compress
 from tests.tiny import ARCHITECTURES, tiny, tokens

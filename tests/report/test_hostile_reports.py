@@ -121,7 +121,7 @@ def test_a_page_holds_the_same_elements_whatever_the_texts_are(name: str, evil: 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(evil=hostile)
 def test_lines_and_json_of_a_run_hold_no_command(name: str, evil: str) -> None:
-    from compress.cli import _prune_lines
+    from compress.recipes.tyr.lines import _prune_lines
 
     report = poisoned(sample(name), evil) | {"run": evil}
     report["export"] = {k: v for k, v in report["export"].items() if "other" not in k}

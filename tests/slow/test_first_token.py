@@ -10,9 +10,9 @@ import torch
 
 from compress.data.text import load_documents, pack
 from compress.errors import CompressError
-from compress.language.checkpoint import load_config, load_model, load_tokenizer
 from compress.language.evaluate import perplexity
 from compress.models.families import family_for
+from compress.models.reading import load_config, load_model, load_tokenizer
 from compress.models.sources import resolve
 from compress.schema.recipe import SourceSpec
 from tests.command import compress

@@ -12,9 +12,9 @@ import pytest
 from compress.exporters.command import text_source
 from compress.exporters.formats import BuildOptions, make, text_profiles
 from compress.exporters.onnx import export_llm
-from compress.language.checkpoint import load_config, load_model
 from compress.language.plan import BlockPlan, Plan
 from compress.models.families import family_for
+from compress.models.reading import load_config, load_model
 from compress.models.sources import resolve
 
 pytestmark = pytest.mark.slow

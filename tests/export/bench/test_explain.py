@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from compress.exporters.bench.explain import Layer, explain, fitted_block, lines, over_rounds, why
+from compress.exporters.bench.explain import Layer, explain, fitted_block, over_rounds, why
 from compress.exporters.bench.local import LOCAL
+from compress.report.explained import lines
 from tests.export.bench.nets import conv_net
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from compress.errors import CompressError
 from compress.exporters.bench import local
-from compress.exporters.bench.explain import lines, why
+from compress.exporters.bench.explain import why
 from compress.exporters.bench.local import LOCAL, compare_llm
 from compress.exporters.bench.packed import agent_file
+from compress.report.explained import lines
 
 SPEC = {"prompt": 8, "context": 8, "processes": 3, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.language.checkpoint import load_model, save_model, verify_clean
+from compress.language.checkpoint import save_model, verify_clean
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
+from compress.models.reading import load_model
 from tests.tiny import ARCHITECTURES, tiny, tokens, word_tokenizer
 
 families = pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from compress.language.checkpoint import weight_files
+from compress.models.reading import weight_files
 from compress.recipes.global_mp.card import body
 from compress.recipes.global_mp.floors import target_count
 from compress.recipes.global_mp.magnitude import global_masks

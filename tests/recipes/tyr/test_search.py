@@ -54,9 +54,7 @@ class World:
         menu = Menu((48, 32, 16, 0), ((2, 5), (2, 2), (1, 4), (1, 1)))
         self.supernet: Supernet = written_supernet(folder, self.job, menu)
 
-    def evaluator(
-        self, path: Path, top_k: int = 299, tag: str = "a", positions: int = 7, **more: Any
-    ) -> Evaluator:
+    def evaluator(self, path: Path, top_k: int = 299, tag: str = "a", positions: int = 7, **more: Any) -> Evaluator:
         runner = Counting(self.job.model, self.job.family, LENGTH)
         log = Journal(path)
         return Evaluator(

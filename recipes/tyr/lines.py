@@ -1,0 +1,119 @@
+"""What the command line says of a run of Týr, and of one to come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    from compress.report.build import latency_line, perplexity_lines, run_line
+    from compress.words.wording import megabytes, small
+
+    size = report["size"]
+    said = [
+        f"removed  {100 * size['backbone_removed']:.2f} % of the backbone, {100 * size['total_removed']:.2f} % of all"
+        f" parameters ({size['dense']['total_parameters']:,} -> {size['pruned']['total_parameters']:,})"
+    ]
+    for layout in report.get("verify", {}).get("layouts", ()):
+        said.append(
+            f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
+            f" (allowed {small(layout['tolerance'])})"
+        )
+    said += perplexity_lines(report)
+    if "recover" in report:
+        recovered = report["recover"]
+        line = f"recover  {recovered['method']}, {recovered['steps']:,} steps of {recovered['tokens']:,} tokens in all"
+        if "geometric_mean" in recovered:
+            mean = recovered["geometric_mean"]
+            line += f": ppl, geometric mean, {mean['before']:.2f} -> {mean['after']:.2f}"
+        said.append(line)
+    if "export" in report:
+        onnx = report["export"]["onnx"]
+        dense, pruned = (megabytes(sum(onnx[k]["bytes"].values())) for k in ("dense", "pruned"))
+        said.append(
+            f"onnx     {dense} -> {pruned}; outputs agree with torch to {small(onnx['pruned']['largest_difference'])}"
+        )
+    if "bench" in report:
+        said += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
+    said.append(run_line(report))
+    return said
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e9:.1f} GB"
+
+
+def forecast_lines(facts: dict[str, Any]) -> list[str]:
+    shapes, units, machine = facts["shapes"], facts["units"], facts["machine"]
+    gpu = "gpu_bytes" in facts
+    head = ("stage", "time", "bound by", *(("GPU/process",) if gpu else ()), "RAM/process", "read", "kept", "scratch")
+    rows = [head]
+    for row in facts["stages"]:
+        rows.append(
+            (
+                row["stage"],
+                _time(row["seconds"]),
+                f"{row['bound_by']} {100 * row['bound_share']:.0f} %",
+                *((_size(row["gpu_bytes"]),) if gpu else ()),
+                _size(row["ram_bytes"]),
+                *(_size(row[k]) for k in ("read_bytes", "written_bytes", "scratch_bytes")),
+            )
+        )
+    wide = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    table = []
+    for row in rows:
+        cells = (f"{v:{'<' if i in (0, 2) else '>'}{w}}" for i, (v, w) in enumerate(zip(row, wide, strict=True)))
+        table.append("         " + "  ".join(cells))
+    alone = sum(row["main_alone_seconds"] for row in facts["stages"])
+    memory = f"{_size(facts['ram_bytes'])} of RAM a process (in {facts['ram_stage']})"
+    if gpu:
+        memory = f"{_size(facts['gpu_bytes'])} of GPU memory a process (in {facts['gpu_stage']}), " + memory
+    return [
+        f"model    {facts['model']} ({facts['family']}): {shapes['layers']} layers, hidden {shapes['hidden']},"
+        f" {shapes['heads']} heads in {shapes['kv_heads']} KV groups of {shapes['head_dim']}, FFN {shapes['ffn']}",
+        f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
+        f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
+        f"units    a KV group with its query heads {units['kv_group_parameters']:,},"
+        f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
+        f"machine  {machine['name']}: {machine['processes']} process{'es' if machine['processes'] > 1 else ''};"
+        f" {machine['figures']}",
+        f"weights  {'read from disk block by block' if facts['streamed'] else 'held in memory'}"
+        f"{'; read once, a part by each process, in every stage' if facts['sharded'] else ''},"
+        f" {_size(facts['dense_bytes'])} as stored",
+        *table,
+        f"time     {_time(facts['seconds'])} up to the saved model, {_time(facts['seconds_low'])} to"
+        f" {_time(facts['seconds_high'])}"
+        + (f"; {_time(alone)} of it the main process works alone" if machine["processes"] > 1 else ""),
+        "         (the interval is what forecasts of measured CPU runs were off by"
+        + ("; of GPUs one small run was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
+        f"memory   {memory}" + (f"; {_size(facts['ram_bytes_node'])} a node" if machine["processes"] > 1 else ""),
+        f"disk     {_size(facts['disk_bytes_peak'])} at its fullest, {_size(facts['disk_bytes_end'])} at the end,"
+        f" beside the dense model; {_size(facts['read_bytes'])} read by a process",
+        "         (final and plan at most: a sublayer that the search leaves dense takes nothing there)",
+        *_beside_paper(facts),
+        *(f"lacks    {what}" for what in facts["lacks"]),
+        *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
+    ]
+
+
+def _beside_paper(facts: dict[str, Any]) -> list[str]:
+    """The paper's own figures beside the forecast's."""
+    paper = facts["reference"]
+    more = paper["token_layers"] / max(1.0, facts["token_layers"])
+    said = [
+        f"token-layers of the search {facts['token_layers']:.3g}, {paper['token_layers']:.3g} ({more:.1f}x as many)"
+    ]
+    if "supernet_bytes" in paper:
+        said.append(f"supernets on disk {_size(facts['supernet_bytes'])}, {_size(paper['supernet_bytes'])}")
+    if "gpu_bytes" in paper and "gpu_bytes" in facts:
+        said.append(f"GPU memory {_size(facts['gpu_bytes'])} a process, {_size(paper['gpu_bytes'])} in all")
+    if "search_seconds" in paper:
+        ours = sum(r["seconds"] for r in facts["stages"] if r["stage"].startswith(("search", "singles")))
+        said.append(f"search {_time(ours)} here, {_time(paper['search_seconds'])} on the paper's GPU")
+    return [f"paper    ours, the paper's: {one}" for one in said]

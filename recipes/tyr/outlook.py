@@ -1,0 +1,75 @@
+"""What `prune` would do with Týr, without reading a weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from compress.schema.recipe import Recipe
+
+# The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
+# reckoned from its 190 s a generation.
+PAPER: dict[str, dict[str, float]] = {
+    "llama-70b": {"supernet_bytes": 414.7e9, "gpu_bytes": 140e9},
+    "llama-8b": {"supernet_bytes": 39.6e9, "search_seconds": 10.6 * 3600},
+    "llama-2-7b": {"supernet_bytes": 39.6e9},
+    "mistral-7b": {"supernet_bytes": 39.6e9},
+}
+
+
+def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, Any]:
+    """Shapes, budget, disk, memory and time stage by stage, and what will load the model.
+
+    Args:
+        on: the machine that is asked about; see `compress.run.machines`.
+    """
+    from compress.language.setup import RESIDENT_SHARE, outline
+    from compress.recipes.tyr.choice import check_budget
+    from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
+    from compress.recipes.tyr.stages import job_for
+    from compress.run.forecast import forecast
+    from compress.run.machines import find_machine
+
+    machine = find_machine(on, Path("runs"))
+    setup = outline(model, recipe)
+    job = job_for(setup, None, {})
+    target = check_budget(job)
+    g, costs, options = setup.geometry, setup.costs, recipe.options
+    shared = recipe.memory.shard and machine.world > 1
+    streamed = shared or recipe.memory.stream
+    if streamed is None:
+        free = machine.memory if machine.gpu else machine.ram / machine.count
+        streamed = 4 * costs.total > RESIDENT_SHARE * free
+    reckoned = stages(shape_of(setup, machine.world, streamed, machine.memory if machine.gpu else None), job)
+    dense = costs.total * setup.stored_dtype.itemsize
+    found = forecast(reckoned, machine, dense)
+    return {
+        "method": recipe.method,
+        "model": setup.resolved.name,
+        "source": setup.resolved.source,
+        "family": setup.family.name,
+        "shapes": vars(g),
+        "backbone_parameters": costs.backbone,
+        "total_parameters": costs.total,
+        "remove": target,
+        "units": {
+            "kv_group_parameters": costs.attention(1, g.group),
+            "neuron_parameters": costs.ffn(g.ffn) - costs.ffn(g.ffn - 1),
+            "neurons_round_to": options.round_to,
+        },
+        "after": {
+            "total_parameters": costs.total - target,
+            "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
+        },
+        "dense_bytes": dense,
+        "streamed": streamed,
+        "sharded": shared,
+        **found,
+        "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
+        "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
+        "iterations": options.iterations,
+        "loads_with": {
+            "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
+            "padded": "any server that knows the family, without the gain in speed",
+        },
+    }

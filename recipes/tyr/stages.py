@@ -1,0 +1,286 @@
+"""Týr's stages in their order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError
+from compress.language.setup import prepare as prepare
+from compress.recipes.tyr.lines import forecast_lines as forecast_lines
+from compress.recipes.tyr.lines import lines as lines
+from compress.recipes.tyr.outlook import forecast as forecast
+from compress.schema.stages import STAGES
+
+if TYPE_CHECKING:
+    from compress.language.setup import Setup
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from compress import __version__
+from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
+from compress.language.stages import (
+    bench,
+    describe_model,
+    evaluate,
+    export,
+    fixed_tokens,
+    held_out,
+    perplexities,
+    release,
+)
+from compress.run.folder import Run, seal_hash
+
+if TYPE_CHECKING:
+    pass
+
+
+def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
+    from compress.recipes.tyr.prune import REFERENCE_TOKENS
+
+    recipe = setup.recipe
+    last = STAGES.index(until)
+    report: dict[str, Any] = {"schema_version": 1}
+    windows = read_windows(setup, run)
+    plan_folder = _plan(run, setup, windows)
+    describe_plan(report, setup, plan_folder, command, run.stages(), REFERENCE_TOKENS)
+    pruned_folder = plan_folder
+    if last >= STAGES.index("recover") and recipe.recover is not None:
+        plan_folder = _recover(run, setup, windows, plan_folder, report)
+    if last >= STAGES.index("model"):
+        saved = _assemble(run, setup, plan_folder, report)
+    if last >= STAGES.index("evaluation"):
+        evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, windows, common))
+        if recipe.recover is not None:
+            _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
+    if last >= STAGES.index("export") and recipe.export is not None:
+        makers = {"dense": lambda: setup.model, "pruned": lambda: _sliced(setup, saved, plan_folder)}
+        exported = export(run, setup, makers["pruned"], next(iter(saved.values())), report)
+        if last >= STAGES.index("bench"):
+            bench(run, setup, exported, makers, report)
+    if last >= STAGES.index("release"):
+        return release(run, setup, saved, report, card)
+    return report
+
+
+def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
+    from compress.recipes.tyr.prune import produce_plan
+
+    return produce_plan(run, job_for(setup, windows, fingerprint_of(windows)))
+
+
+def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+    import torch
+
+    from compress.recipes.tyr.choice import Job
+
+    none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
+    return Job(
+        model=setup.model if windows is not None else None,  # type: ignore[arg-type]
+        family=setup.family,
+        config=setup.config,
+        geometry=setup.geometry,
+        costs=setup.costs,
+        calibration=windows.calibration if windows is not None else none,
+        search=windows.search if windows is not None else none,
+        sparsity=setup.recipe.sparsity,
+        seed=setup.recipe.seed,
+        options=setup.recipe.options,
+        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+        offload=setup.recipe.memory.offload,
+        dtype=setup.stored_dtype,
+        judging=windows.judging if windows is not None else None,
+        begin=len(windows.begin) if windows is not None else 0,
+    )
+
+
+def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> Path:
+    from compress.language.recover import recover, training_windows
+
+    folder = recover(run, setup, training_windows(run, setup, windows), plan_folder, len(windows.begin))
+    facts = json.loads((folder / "recover.json").read_text())
+    log = facts.pop("log")
+    report["recover"] = {**facts, "first": log[0], "last": log[-1]}
+    report["stages"] = run.stages()
+    return folder
+
+
+def _evaluate_unrecovered(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> None:
+    """Perplexity of what was pruned and not yet trained, so that the report tells what training brought; with its
+    weights as they would be, had it been saved."""
+    from compress.language.evaluate import geometric_mean
+    from compress.language.plan import Plan
+
+    def build(folder: Path | None) -> None:
+        texts = perplexities(setup.as_saved(Plan.load(plan_folder)), windows, "perplexity before recovery")
+        if folder is not None:
+            (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1))
+
+    inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder), **_rounding(setup)}
+    stage = run.stage_together("evaluation-unrecovered", inputs, build)
+    texts = json.loads((stage / "evaluation.json").read_text())["texts"]
+    quality = report["quality"]
+    report["recover"]["texts"] = [
+        {"name": row["name"], "before_ppl": texts[row["name"]]["ppl"], "after_ppl": row["pruned_ppl"]}
+        for row in quality["texts"]
+    ]
+    report["recover"]["geometric_mean"] = {
+        "before": geometric_mean([v["ppl"] for v in texts.values()]),
+        "after": quality["geometric_mean"]["pruned"],
+    }
+    report["stages"] = run.stages()
+
+
+def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any]) -> dict[str, Path]:
+    """Slices, saves in every layout, and seals each only when a clean process has given the masked model's logits."""
+    import torch
+
+    from compress.language.checkpoint import save_model, verify_clean
+    from compress.language.plan import Plan
+
+    saved: dict[str, Path] = {}
+    report["verify"] = {"layouts": []}
+    for layout in setup.recipe.layouts:
+
+        def build(folder: Path, layout: str = layout) -> None:
+            plan = Plan.load(plan_folder)
+            sliced, counts = setup.pruned(plan)
+            tokens = fixed_tokens(setup)
+            masked = setup.masked(plan)
+            with torch.no_grad():
+                want, got = (m(tokens.to(setup.family.embedding_device(m))).logits for m in (masked, sliced))
+            difference, scale = float((want - got).abs().max()), float(want.abs().max())
+            if not difference <= 1e-4 * scale:
+                raise CompressError(
+                    f"the sliced model differs from the masked one by {difference:.3g} (logits up to {scale:.3g})",
+                    where="assembly",
+                    fix="this is a fault of the family's adapter; report it with the model's name",
+                )
+            ragged = layout == "per-layer"
+            save_model(
+                sliced if ragged else masked,
+                setup.family,
+                counts if ragged else None,
+                folder,
+                tokenizer=setup.tokenizer,
+                dtype=setup.stored_dtype,
+                tokens=tokens,
+            )
+            found = {"layout": layout, "masked_difference": difference, **verify_clean(folder)}
+            (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+
+        name = "model" if layout == "per-layer" else f"model-{layout}"
+        inputs = {"version": __version__, "weights": setup.weights, "plan": seal_hash(plan_folder), "layout": layout}
+        saved[layout] = run.stage(name, inputs, build)
+        report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text()))
+    return saved
+
+
+def _sliced(setup: Setup, saved: Mapping[str, Path], plan_folder: Path) -> Any:
+    """The sliced model, of the weights that were saved."""
+    from compress.language.plan import Plan
+
+    if "per-layer" in saved:
+        return setup.load(saved["per-layer"])
+    # At full shape there are zeros where the plan has nothing: what is left of the saved weights without them.
+    model = setup.load(saved["padded"])
+    Plan(Plan.load(plan_folder).blocks, {}).apply(model, setup.family)
+    return model
+
+
+def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Perplexity at other sparsities, with the weights as they would be saved: ``{"backbone_removed", "texts": {name:
+    perplexity}}`` each."""
+    from compress.recipes.tyr.prune import curve
+
+    def build(folder: Path | None) -> None:
+        points = []
+        for removed, plan in curve(run, job_for(setup, windows, {}), setup.recipe.evaluation.curve):
+            share = removed / setup.costs.backbone
+            found = perplexities(setup.as_saved(plan), windows, f"perplexity at {100 * share:.1f} %")
+            points.append({"backbone_removed": share, "texts": {n: p["ppl"] for n, p in found.items()}})
+        if folder is not None:
+            (folder / "curve.json").write_text(json.dumps(points, indent=1))
+
+    inputs = {
+        **{k: v for k, v in common.items() if k != "tasks"},
+        "singles": seal_hash(run.folder / "singles-1"),
+        "sparsities": setup.recipe.evaluation.curve,
+        **_rounding(setup),
+    }
+    points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
+    return points
+
+
+def _rounding(setup: Setup) -> dict[str, str]:
+    """What decides, beside the plan, the weights of `Setup.as_saved`."""
+    stored = str(setup.stored_dtype).removeprefix("torch.")
+    return {"stored": stored} if stored != "float32" else {}
+
+
+def card(report: dict[str, Any], folder: Path) -> Path:
+    from compress.report.card import write_card
+    from compress.report.plots import draw
+
+    return write_card(report, folder, draw(report, folder / "plots"))
+
+
+def describe_plan(
+    report: dict[str, Any],
+    setup: Setup,
+    folder: Path,
+    command: str,
+    stages: list[dict[str, Any]],
+    reference_tokens: int,
+) -> None:
+    """Fills in what a plan decides: model, recipe, sizes, layers, and the search behind it."""
+    from compress.language.plan import Plan
+
+    plan = Plan.load(folder)
+    g, costs = setup.geometry, setup.costs
+    removed = plan.removed(costs)
+    size = setup.stored_dtype.itemsize
+    describe_model(report, setup, command)
+    report["size"] = {
+        "asked": setup.recipe.sparsity,
+        "backbone_removed": removed / costs.backbone,
+        "total_removed": removed / costs.total,
+        "dense": {
+            "backbone_parameters": costs.backbone,
+            "total_parameters": costs.total,
+            "bytes": costs.total * size,
+        },
+        "pruned": {
+            "backbone_parameters": costs.backbone - removed,
+            "total_parameters": costs.total - removed,
+            "bytes": (costs.total - removed) * size,
+        },
+    }
+    report["layers"] = [
+        {
+            "layer": i,
+            "heads": heads,
+            "kv_heads": groups,
+            "neurons": neurons,
+            "dense_heads": g.heads,
+            "dense_kv_heads": g.kv_heads,
+            "dense_neurons": g.ffn,
+            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
+            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
+        }
+        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
+    ]
+    report["logit_scale"] = plan.meta.get("logit_scale")
+    report["run_off"] = plan.meta.get("run_off")
+    results = json.loads((folder / "search.json").read_text())
+    report["search"] = {
+        "iterations": [
+            {k: v for k, v in r.items() if k not in ("log", "choices", "choices_starts", "genome")} for r in results
+        ],
+        "log": [{**row, "iteration": r["iteration"]} for r in results for row in r["log"]],
+        "work_token_layers": sum(r["work_token_layers"] for r in results),
+        "reference_token_layers": reference_tokens * g.layers,
+    }
+    report["stages"] = stages
