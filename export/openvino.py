@@ -39,7 +39,8 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
             graph = path
             if options.precision == "int8":
                 graph = Path(beside) / "int8.onnx"
-                quantize.static_int8(path, graph, source.calibration.get(name, ()))
+                # It makes activations unsigned; without VNNI its sums of 8 bits by 8 then saturate in 16.
+                quantize.static_int8(path, graph, source.calibration.get(name, ()), seven_bits=True)
             try:
                 model = ov.Core().read_model(graph)
                 ov.save_model(model, folder / f"{name}.xml", compress_to_fp16=options.precision == "fp16")

@@ -21,8 +21,11 @@ from compress.exporters.tensors import read
 BLOCK = 32  # weights that share a scale
 
 
-def static_int8(source: Path, target: Path, feeds: Sequence[Arrays]) -> None:
+def static_int8(source: Path, target: Path, feeds: Sequence[Arrays], *, seven_bits: bool = False) -> None:
     """Writes ``target``: int8 weights (a scale per output channel) and int8 activations.
+
+    Args:
+        seven_bits: of the weights, for a runtime whose sums would saturate on processors without VNNI.
 
     Raises:
         UsageError: there are no calibration inputs.
@@ -58,6 +61,7 @@ def static_int8(source: Path, target: Path, feeds: Sequence[Arrays]) -> None:
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
+                reduce_range=seven_bits,
                 # Both signed: with unsigned activations the sums of x86 without VNNI saturate.
                 activation_type=QuantType.QInt8,
                 weight_type=QuantType.QInt8,

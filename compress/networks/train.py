@@ -470,7 +470,8 @@ class _State:
         partial_file = path.with_name(f".{path.name}.partial")
         held = {k: v.contiguous() for k, v in tensors.items()}
         said = json.dumps(facts)
-        save_file(held, partial_file, {"training": said, "sha256": fingerprint({said: tensors_sha(held)})})
+        # One entry: safetensors writes several in an order that changes from call to call.
+        save_file(held, partial_file, {"training": f"{said}\n{fingerprint({said: tensors_sha(held)})}"})
         sync(partial_file)
         partial_file.replace(path)
 
@@ -480,8 +481,7 @@ class _State:
 
         try:
             with safe_open(path, "pt") as file:
-                noted = file.metadata() or {}
-                said, sha256 = noted["training"], noted["sha256"]
+                said, _, sha256 = (file.metadata() or {})["training"].rpartition("\n")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, KeyError, UnicodeDecodeError) as e:
             raise CompressError(

@@ -168,13 +168,13 @@ def test_doctor_is_content_with_the_tree_that_runs_and_not_with_another(site: Pa
 def test_doctor_notices_files_that_another_package_wrote_over(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = site / "compress"
     place.mkdir()
-    for name in ("__init__.py", "cli.py", "data.py"):
+    for name in ("__init__.py", "cli.py", "errors.py"):
         (place / name).write_bytes((HERE / name).read_bytes())
     write_distribution(site, DISTRIBUTION, "0.2.0", entry_points__txt=OURS, RECORD=record(site))
     monkeypatch.setattr(distribution, "HERE", place)
     assert parts()[DISTRIBUTION]["state"] == "ok"
     (place / "__init__.py").write_text("def compress(data): ...\n")
-    (place / "data.py").unlink()
+    (place / "errors.py").unlink()
     row = parts()[DISTRIBUTION]
     assert row["state"] == "wrong" and "compress/__init__.py and 1 more" in row["detail"]
 

@@ -322,11 +322,19 @@ def test_a_text_without_a_hash_in_the_report_is_not_measured_on(release: Path) -
 def test_another_text_than_was_measured_on_is_no_verdict(release: Path, finished: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
+    from compress.run.cache import sha256_of
+    from compress.run.seals import read_seal, seal_text
+
     other = tmp_path / "other"
-    (other / "text").mkdir(parents=True)
-    tensors = load_file(finished / "text" / "windows.safetensors")
+    windows = other / "text" / "windows.safetensors"
+    shutil.copytree(finished / "text", windows.parent)
+    tensors = load_file(windows)
     tensors["evaluation.0"] = tensors["evaluation.0"].flip(1).contiguous()
-    save_file(tensors, other / "text" / "windows.safetensors")
+    save_file(tensors, windows)
+    seal = read_seal(windows.parent)
+    del seal["sha256"]
+    seal["files"][windows.name] = {"bytes": windows.stat().st_size, "sha256": sha256_of(windows)}
+    (windows.parent / "seal.json").write_text(seal_text(seal))
     found = claims(compress("verify", release, "--measure", "--like", other, "--json"))
     assert found["perplexity, first text"]["verdict"] == OPEN
     said = json.loads((release / "report.json").read_text())["quality"]["texts"][0]["sha256"][:12]

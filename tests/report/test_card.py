@@ -273,7 +273,7 @@ def test_a_changed_report_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressError, match="was changed"):
         read_report(tmp_path)
     (tmp_path / "report.json").write_text("[]")
-    with pytest.raises(CompressError, match="cannot be read"):
+    with pytest.raises(CompressError, match="is not what it should be"):
         read_report(tmp_path)
 
 
