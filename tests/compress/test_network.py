@@ -394,7 +394,8 @@ def test_plan_says_what_would_be_done_without_data(place: Path) -> None:
 
 
 def ranked_run(place: Path, out: Path) -> None:
-    ran = prune(place, out, "--until", "evaluation")
+    short = ("--set", "train.epochs=1", "--set", "finetune.epochs=1")
+    ran = prune(place, out, "--until", "evaluation", *short)
     assert ran.code == 0, ran.err
 
 
@@ -404,8 +405,8 @@ def test_processes_share_the_training_of_a_whole_run(place: Path, tmp_path: Path
     one, two = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("1", "2"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        # Gradients are sums of floats: the last bits may differ, and training carries them on.
-        torch.testing.assert_close(two[name].float(), tensor.float(), rtol=2e-2, atol=2e-3, msg=name)
+        # Gradients are sums of floats: the last bits may differ, and long training would carry them far.
+        torch.testing.assert_close(two[name].float(), tensor.float(), rtol=1e-3, atol=1e-4, msg=name)
     pruned = [sum(int((t == 0).sum()) for n, t in m.items() if t.dim() > 1) for m in (one, two)]
     assert pruned[0] == pruned[1]
     first, second = (
