@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from compress import __version__
 from compress.language.setup import Setup, Windows
-from compress.language.setup import prepare as prepare  # Týr's, by `module_of`
 from compress.run.folder import Run, link, seal_hash
 
 if TYPE_CHECKING:

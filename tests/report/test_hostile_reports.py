@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from markdown_it import MarkdownIt
 
 from compress.networks import card as network_card
-from compress.pipeline import module_of
+from compress.pipeline import method_of
 from compress.recipes.global_mp import card as sparse_card
 from compress.recipes.pagcp import card as channels_card
 from compress.report import card
@@ -121,11 +121,10 @@ def test_a_page_holds_the_same_elements_whatever_the_texts_are(name: str, evil: 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(evil=hostile)
 def test_lines_and_json_of_a_run_hold_no_command(name: str, evil: str) -> None:
-    from compress.recipes.tyr.lines import _prune_lines
 
     report = poisoned(sample(name), evil) | {"run": evil}
     report["export"] = {k: v for k, v in report["export"].items() if "other" not in k}
-    lines = getattr(module_of(sample(name)["recipe"]), "lines", _prune_lines)(report)
+    lines = method_of(sample(name)["recipe"]).lines(report)
     for line in map(terminal, lines):
         assert not is_command(line) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u202e]", line)
     assert not any(is_command(line) for line in json_text(report).split("\n"))
