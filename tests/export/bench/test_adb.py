@@ -49,7 +49,9 @@ def server() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANDROID_ADB_SERVER_PORT", port)
         yield
-        subprocess.run(["adb", "kill-server"], capture_output=True, env={**os.environ, "ANDROID_ADB_SERVER_PORT": port})
+        if shutil.which("adb") is not None:
+            environment = {**os.environ, "ANDROID_ADB_SERVER_PORT": port}
+            subprocess.run(["adb", "kill-server"], capture_output=True, env=environment)
 
 
 @real
