@@ -46,7 +46,7 @@ def made(method: str, folder: Path) -> Made:
         words = (saved_tiny(folder / "model"), "-r", folder / "tiny.yaml")
     else:
         module = test_network if method == "global-mp network" else test_channels
-        write_class_folders(folder / "data", 60, 24)
+        write_class_folders(folder / "data", 96, 32)
         (folder / "mine.py").write_text(test_network.NETWORK if module is test_network else test_channels.MINE)
         (folder / "mine.yaml").write_text(module.RECIPE.replace("FOLDER", str(folder)))
         words = (f"{folder / 'mine.py'}:small", "-r", folder / "mine.yaml", "--set", "train.epochs=1")
