@@ -274,7 +274,7 @@ def broken(folder: Path, rank: int, how: str) -> dict[str, str]:
     (folder / "sitecustomize.py").write_text(
         "import os, signal, time\n"
         f"if os.environ.get('RANK') == '{rank}':\n"
-        "    from compress import distributed\n"
+        "    from compress.processes import distributed\n"
         "    from compress.errors import CompressError\n"
         "    def add_up(tensor):\n"
         f"        {ending}\n"
