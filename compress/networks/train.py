@@ -126,6 +126,37 @@ def _one_batch(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
+def _needs_planes(module: nn.Module) -> bool:
+    """Whether a convolution's backward pass would write past its memory in oneDNN if channels came last.
+
+    Weights' gradients of a strided 1x1 convolution with fewer input channels than a vector holds (8 with AVX2, 16 with
+    AVX-512): the heap is overwritten, the process dies, or the gradient is wrong (uxlfoundation/oneDNN issue 6035, in
+    torch 2.13). Pruned shortcuts are just such convolutions.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and set(module.kernel_size) == {1}
+        and max(module.stride) > 1
+        and module.in_channels < 16
+    )
+
+
+def _planes(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    # A copy: of one channel, .contiguous() gives the same tensor with the same strides, which say channels last.
+    return tuple(x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in inputs)
+
+
+@contextmanager
+def sound_gradients(model: nn.Module) -> Iterator[None]:
+    """While it is open, convolutions that oneDNN gets wrong with channels last are given their images plane by plane."""
+    hooks = [m.register_forward_pre_hook(_planes) for m in model.modules() if _needs_planes(m)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @torch.no_grad()
 def _broadcast(model: nn.Module) -> None:
     """Every process starts from the first one's weights."""
@@ -260,7 +291,7 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         start, total, rows, held = state.read(checkpoint, mark)
     model.train()
-    with _one_batch(model), Progress(steps, label, start) as bar:
+    with _one_batch(model), sound_gradients(model), Progress(steps, label, start) as bar:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
             if remask is not None:

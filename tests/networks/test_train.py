@@ -312,6 +312,48 @@ def test_one_sample_a_batch_is_refused_under_a_batch_norm_and_evaluation_takes_i
     train(nn.Sequential(nn.Flatten(), nn.Linear(432, 3)), data, TrainSpec(epochs=1, batch=1, lr=1e-3))
 
 
+def strided(channels: int, stride: tuple[int, int]) -> nn.Module:
+    """A network with the shortcut of a pruned block: 1x1, strided, few channels in."""
+    torch.manual_seed(0)
+    ends = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(30, 3))
+    return nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Conv2d(channels, 30, 1, stride), *ends)
+
+
+def strided_gradients(out: Path) -> None:
+    for channels in (1, 3, 4, 7, 8, 15, 17):
+        for stride in ((2, 2), (1, 2), (2, 1)):
+            model, x = strided(channels, stride), torch.randn(8, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+            with module.sound_gradients(model):
+                model(x).square().sum().backward()
+            exact = strided(channels, stride).double()
+            exact(x.double()).square().sum().backward()
+            for one, two in zip(model.parameters(), exact.parameters(), strict=True):
+                torch.testing.assert_close(one.grad, two.grad.float(), rtol=1e-3, atol=1e-3)
+            assert not any(m._forward_pre_hooks for m in model.modules())
+    out.touch()
+
+
+def test_a_pruned_shortcut_trains_with_sound_gradients(tmp_path: Path) -> None:
+    """In a process of its own: where oneDNN overwrites its heap, it dies."""
+    process = in_its_own_process(1, strided_gradients, tmp_path / "done")
+    process.join()
+    assert process.exitcode == 0 and (tmp_path / "done").exists()
+
+
+def test_training_lays_a_pruned_shortcut_out_soundly() -> None:
+    seen: list[bool] = []
+
+    class Watched(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.is_contiguous())
+            return super().forward(x)
+
+    model = strided(4, (2, 2))
+    model[1] = Watched(4, 30, 1, 2)
+    train(model, shape_data(), TrainSpec(epochs=1, batch=16))
+    assert seen and all(seen)
+
+
 def in_its_own_process(threads: int, target: Callable[..., None], *words: object) -> Any:
     process = server.Process(target=alone, args=(threads, target, *words))
     process.start()
