@@ -140,7 +140,7 @@ def draw_all(folder: Path, found: list[dict[str, Any]]) -> None:
                     }
                     for ratio in measured["speed_up"].values()
                 ]
-    draw({}, folder, {"speed-up": lambda _, plt: speed_up(list(panels.values()), plt)}, latency=False)
+    draw({}, folder, {"speed-up": lambda _, plt: speed_up(list(panels.values()), plt)})
 
 
 if __name__ == "__main__":

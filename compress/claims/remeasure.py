@@ -16,6 +16,7 @@ from typing import Any
 from compress.claims.dense import Dense, find_dense
 from compress.claims.verify import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict
 from compress.errors import CompressError
+from compress.report.rows import Row, Side, qualities, rows
 from compress.report.stats import FEWEST, finding
 from compress.run.cache import sha256_of
 from compress.run.seals import inside, verify_seal
@@ -61,11 +62,12 @@ def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Cla
             Claim(f"perplexity, {text['name']}, dense", f"{text['dense_ppl']:.3f}", "", OPEN, dense.why)
             for text, _ in texts
         ]
-    for task in report["quality"].get("tasks", ()):
-        for label, folder in (("pruned", subject.release), ("dense", dense.folder)):
-            by = f"`compress eval {folder} --like RUN --task {task['task']}` measures it" if folder else dense.why
-            title = f"{task['task']}, {task['metric']}" + (", dense" if label == "dense" else "")
-            claims.append(Claim(title, f"{task[label]:.4f}", "", OPEN, by))
+    for row in (r for r in qualities(rows(report)) if r.unit == "score"):
+        sides: tuple[tuple[Side, Path | None], ...] = (("pruned", subject.release), ("dense", dense.folder))
+        for label, folder in sides:
+            by = f"`compress eval {folder} --like RUN --task {row.task}` measures it" if folder else dense.why
+            title = row.name + (", dense" if label == "dense" else "")
+            claims.append(Claim(title, row.value(label), "", OPEN, by))
     return claims
 
 
@@ -175,10 +177,14 @@ def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[
         why = e.what if isinstance(e, CompressError) else "the report does not say which"
         missing = f"the data is not here: {why}"
     claims = []
-    for label, folder, lacking in (("pruned", subject.release, ""), ("dense", dense.folder, dense.why)):
+    sides: tuple[tuple[Side, Path | None, str], ...] = (
+        ("pruned", subject.release, ""),
+        ("dense", dense.folder, dense.why),
+    )
+    for label, folder, lacking in sides:
         why = missing or lacking
         found = _metrics(folder, subject.network, data) if not why and folder is not None else None
-        claims += [_metric(row, label, found, why) for row in report["quality"]["tasks"]]
+        claims += [_metric(row, label, found, why) for row in qualities(rows(report))]
     return claims
 
 
@@ -195,11 +201,12 @@ def _metrics(folder: Path, network: str | None, data: Any) -> dict[str, dict[str
     return train.evaluate(saved.model.to(device()), data, data.test)
 
 
-def _metric(row: Mapping[str, Any], label: str, found: Mapping[str, Any] | None, why: str) -> Claim:
-    title, said = f"{row['metric']}, {row['task']}" + (", dense" if label == "dense" else ""), row[label]
+def _metric(row: Row, label: Side, found: Mapping[str, Any] | None, why: str) -> Claim:
+    title, said = row.name + (", dense" if label == "dense" else ""), row.dense if label == "dense" else row.pruned
+    assert said is not None  # of a network both are
     if found is None:
         return Claim(title, f"{said:.4f}", "", OPEN, why)
-    value, samples = found[row["task"]][row["metric"]], found[row["task"]]["samples"]
+    value, samples = found[row.task][row.metric], found[row.task]["samples"]
     # Another order of sums turns a sample or two that stand on the edge.
     allowed = max(2 / samples, 1e-3 * max(1.0, abs(said)))
     same = abs(value - said) <= allowed
@@ -209,7 +216,7 @@ def _metric(row: Mapping[str, Any], label: str, found: Mapping[str, Any] | None,
 
 def _latency(subject: Subject, dense: Dense) -> list[Claim]:
     """The ratio of latencies again, by its interval: times of two machines never compare."""
-    from compress.report.card import figure_name, figures
+    from compress.report.rows import figure_name, figures
 
     report = subject.report
     assert report is not None

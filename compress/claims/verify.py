@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from compress.errors import CompressError, UsageError
+from compress.report.rows import check
 from compress.run.cache import sha256_of
 from compress.run.folder import RECIPE_LOCK, SEAL, STAGE_NAMES, fingerprint, read_seal, sealed_folders
 from compress.run.seals import entries, inside, read_stamped
@@ -267,6 +268,10 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
         reason = "the report was changed since it was written"
         return None, [Claim(REPORT, f"sha256 {str(stamp)[:12]}", f"sha256 {found[:12]}", FAILS, reason)]
     report["sha256"] = stamp
+    try:
+        check(report)
+    except CompressError as e:
+        return None, [Claim(REPORT, "", "", FAILS, e.what)]
     claims = [Claim(REPORT, f"sha256 {stamp[:12]}", "the same", HOLDS)]
     files = report.get("files")
     if not isinstance(files, dict):

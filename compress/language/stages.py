@@ -211,7 +211,7 @@ def release(
 
     # Clock readings, and where the dense model lay, are part of the report, not of what decides whether it is the same
     # release.
-    told = ("stages", "command", "commands", "environment", "sha256", "origin")
+    told = ("stages", "command", "commands", "environment", "sha256", "origin", "rows")
     facts = {k: v for k, v in report.items() if k not in told}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(facts)}, build))
 

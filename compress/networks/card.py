@@ -6,31 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.networks.setup import latencies
-from compress.report.card import (
-    INHERITED,
-    again,
-    conditions,
-    limits,
-    runtimes,
-    targets,
-    why,
-    write_readme,
-)
+from compress.report.card import INHERITED, frame, publish, runtimes
 from compress.report.metadata import card_data, network_results, pipeline_tag
-from compress.report.plots import DENSE, PRUNED, Plot, draw, wrapped
+from compress.report.plots import DENSE, PRUNED, Plot, wrapped
+from compress.report.rows import Row, benches, qualities, rows
 from compress.report.stats import found_in
 from compress.words.escape import caption, cell, code, markdown
-from compress.words.wording import counted, milliseconds, small
+from compress.words.wording import counted, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 
-def write_network_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
-    """Writes README.md into ``folder``; ``plots`` lie below it."""
-    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
-    return write_readme(folder, metadata(report), body(report, images))
+def write_network_card(report: dict[str, Any], folder: Path) -> Path:
+    return publish(report, folder, metadata, body, plots_of(report))
 
 
 def metadata(report: dict[str, Any]) -> ModelCardData:
@@ -48,52 +37,57 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
-    options = recipe[recipe["method"]]
-    flops, parameters, disk = size["flops"], size["parameters"], size["bytes"]
     which = "prunable weights" if _left_out(report) else "weights"
-    title = f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned"
-    lines = [f"# {markdown(title)}", ""]
-    if size["ranks"]:
-        how = (
-            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
-            f" is really smaller (r_W {size['ranks']['r_W']:,}, r_U {size['ranks']['r_U']:,})"
-        )
-    elif options["schedule"] == "gradual":
-        how = (
-            f"the smallest of all layers' weights were set to zero while it was trained from the start"
-            f" ({markdown(options['shape'])} schedule, reached by {100 * options['until']:g} % of the epochs)"
-        )
-    else:
-        how = "the smallest of all layers' weights were set to zero once"
     trained = recipe.get("finetune")
-    lines += [
-        f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {how}"
+    return frame(
+        report,
+        images,
+        title=f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned",
+        intro=f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {_how(report)}"
         + (f"; then {counted(trained['epochs'], 'epoch')} of training followed." if trained else ".")
         + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
         f" {data['samples']['test']:,} held out. Weights: {markdown(model['source'])}.",
-        "",
-        "## What was won and what was lost",
-        "",
-        "| | dense | pruned | |",
-        "|---|---|---|---|",
-    ]
-    lines += quality_rows(report)
-    lines += [
-        change_row("non-zero parameters", parameters["dense"], size["nonzero_parameters"]),
-        change_row("FLOPs a sample, zeros left out", flops["dense"], flops["sparse"]),
-        change_row("FLOPs a sample, as a dense kernel runs it", flops["dense"], flops["pruned"]),
-        change_row("bytes on disk, packed (a bit a weight, and the values)", disk["dense"], disk["packed"]),
-        change_row("bytes on disk, as it loads", disk["dense"], disk["saved"]),
-    ]
-    lines += latency_rows(report)
-    if not size["ranks"]:
+        notes=[COUNTED, "", *_zeros(report), *_left_out(report)],
+        pictures=(
+            ("sparsity-per-layer", "What each layer gave up"),
+            ("accuracy", "Quality against sparsity"),
+            ("latency", "Latency, dense and pruned"),
+        ),
+        sections=_layers(report),
+        loading=_loading(report),
+        checks=[*loaded_lines(report), *parity_lines(report)],
+        said=[judged_on(report), INHERITED],
+    )
+
+
+COUNTED = "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted."
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    size, options = report["size"], report["recipe"][report["recipe"]["method"]]
+    if size["ranks"]:
+        return (
+            "whole columns of the low-rank factors, those with the smallest absolute sums, were cut out, so the network"
+            f" is really smaller (r_W {size['ranks']['r_W']:,}, r_U {size['ranks']['r_U']:,})"
+        )
+    if options["schedule"] == "gradual":
+        return (
+            f"the smallest of all layers' weights were set to zero while it was trained from the start"
+            f" ({markdown(options['shape'])} schedule, reached by {100 * options['until']:g} % of the epochs)"
+        )
+    return "the smallest of all layers' weights were set to zero once"
+
+
+def _zeros(report: Mapping[str, Any]) -> list[str]:
+    """What zeros in place bring, and which layers have nothing else left."""
+    lines = []
+    if not report["size"]["ranks"]:
+        measured = ", and the latency above is what was measured, whatever the FLOPs say." if benches(report) else "."
+        skipping = ", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."
         lines += [
             "**Zeros make no dense kernel faster.** The shapes are as they were; an ordinary runtime multiplies by the"
-            " zeros"
-            + (", and the latency above is what was measured, whatever the FLOPs say." if latencies(report) else ".")
-            + " What is really won is the"
-            " packed size, and the FLOPs on hardware or kernels that skip zeros"
-            + (", as those of MNN do: `mnn/model.mnn`." if "mnn" in report.get("export", {}) else "."),
+            f" zeros{measured} What is really won is the packed size, and the FLOPs on hardware or kernels that skip"
+            f" zeros{skipping}",
             "",
         ]
     if report["empty_layers"]:
@@ -102,61 +96,12 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             f" {code(report['empty_layers'][0])}): set a floor (`global-mp.floor`).",
             "",
         ]
-    lines += _left_out(report)
-    lines += targets(report)
-    for name, title in (
-        ("sparsity-per-layer", "What each layer gave up"),
-        ("accuracy", "Quality against sparsity"),
-        ("latency", "Latency, dense and pruned"),
-    ):
-        if name in images:
-            lines += [f"![{title}]({images[name]})", ""]
-    lines += _layers(report)
-    lines += _loading(report)
-    lines += ["## Checks", "", *loaded_lines(report), *parity_lines(report)]
-    return "\n".join([*lines, *closing(report)])
-
-
-def quality_rows(report: Mapping[str, Any]) -> list[str]:
-    """A row of the first table for each measure of each task."""
-    rows = []
-    for row in report["quality"]["tasks"]:
-        way = "higher" if row["higher_is_better"] else "lower"
-        rows.append(
-            f"| {markdown(row['metric'])}, {markdown(row['task'])} ({way} is better) | {row['dense']:.4f} |"
-            f" {row['pruned']:.4f} | {row['pruned'] - row['dense']:+.4f} |"
-        )
-    return rows
-
-
-def change_row(name: str, dense: int, pruned: int) -> str:
-    return f"| {name} | {dense:,} | {pruned:,} | {100 * (pruned / dense - 1):+.1f} % |"
-
-
-def latency_rows(report: Mapping[str, Any]) -> list[str]:
-    """The last rows of the first table, and what stands below it: how they were measured, and against what ideal."""
-    measured = latencies(report)
-    rows = []
-    for runtime, bench in measured.items():
-        a, b = bench["dense"]["latency"], bench["pruned"]["latency"]
-        rows.append(
-            f"| latency, batch {markdown(bench['spec']['batch'])}, {runtime} | {milliseconds(a['median'])} |"
-            f" {milliseconds(b['median'])} | {found_in(bench, 'latency').words} |"
-        )
-    return [
-        *rows,
-        "",
-        *(f"{runtime}. {conditions(bench)}" for runtime, bench in measured.items()),
-        *([""] if measured else []),
-        "A multiplication is two FLOPs with its addition; norms, activations and biases are not counted.",
-        "",
-        *why(report.get("bench") or {}),
-    ]
+    return lines
 
 
 def loaded_lines(report: Mapping[str, Any]) -> list[str]:
     return [
-        f"- Loaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
+        f"Loaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
         f" (allowed {small(layout['tolerance'])})."
         for layout in report["verify"]["layouts"]
     ]
@@ -168,7 +113,7 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     for form, both in (report.get("export") or {}).items():
         facts, title = both["pruned"], markdown(form.upper())
         if "skipped" in facts:
-            lines.append(f"- {title}: built, and not run where it was built ({markdown(facts['skipped'])}).")
+            lines.append(f"{title}: built, and not run where it was built ({markdown(facts['skipped'])}).")
             continue
         agree = "".join(
             f"; the largest class of {markdown(k)} is the same for {100 * v:.0f} %"
@@ -176,7 +121,7 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
         )
         reference = "torch" if form in ("onnx", "mnn") else "ONNX"
         lines.append(
-            f"- {title} against {reference} on {counted(facts['samples'], 'held-out sample')}:"
+            f"{title} against {reference} on {counted(facts['samples'], 'held-out sample')}:"
             f" {counted(facts['outputs_compared'], 'output')} "
             f"{'differs' if facts['outputs_compared'] == 1 else 'differ'} by at most"
             f" {small(facts['largest_difference'])} of the largest value{agree}."
@@ -184,14 +129,12 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def closing(report: dict[str, Any]) -> list[str]:
-    """How every number is made again, and what was not measured."""
+def judged_on(report: Mapping[str, Any]) -> str:
     data = report["data"]
-    said = (
+    return (
         f"It was judged on {counted(data['samples']['test'], 'held-out sample')} of {markdown(data['source'])} alone;"
         " on other data, under noise or another camera or sensor, nothing was measured."
     )
-    return ["", *again(report), *limits(report, [said, INHERITED])]
 
 
 def _left_out(report: Mapping[str, Any]) -> list[str]:
@@ -256,11 +199,6 @@ def _loading(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def draw_network(report: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draws what the report has figures for; returns name -> PNG."""
-    return draw(report, folder, plots_of(report), latency=False)
-
-
 def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
     """What of a network's report can be drawn."""
     accuracy = {"accuracy": _accuracy} if report["quality"]["curve"] else {}
@@ -300,14 +238,12 @@ def _sparsity(report: dict[str, Any], plt: Any) -> Any:
 
 def _accuracy(report: dict[str, Any], plt: Any) -> Any:
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    for row in report["quality"]["tasks"]:
-        if not row["main"]:
-            continue
-        points = [(100 * p["sparsity"], p["tasks"][row["task"]][row["metric"]]) for p in report["quality"]["curve"]]
-        points.append((100 * report["size"]["pruned_share"], row["pruned"]))
+    for row in judges(report):
+        points = [(100 * p["sparsity"], p["tasks"][row.task][row.metric]) for p in report["quality"]["curve"]]
+        points.append((100 * report["size"]["pruned_share"], row.pruned))
         points = sorted(set(points))
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=caption(f"{row['metric']}, {row['task']}"))
-        axis.axhline(row["dense"], color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {row['task']}"))
+        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=caption(row.name))
+        axis.axhline(row.dense, color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {row.task}"))
     axis.set_xlabel("weights pruned, %")
     axis.set_ylabel(measures(report))
     axis.set_title("Quality against sparsity, each point trained alike")
@@ -315,9 +251,14 @@ def _accuracy(report: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
+def judges(report: Mapping[str, Any]) -> list[Row]:
+    """The rows that the tasks are judged by."""
+    return [row for row in qualities(rows(report)) if row.main]
+
+
 def measures(report: Mapping[str, Any]) -> str:
     """For an axis: the one measure that all tasks are judged by, or what holds for several."""
-    names = {row["metric"] for row in report["quality"]["tasks"] if row["main"]}
+    names = {row.metric for row in judges(report)}
     return caption(names.pop()) if len(names) == 1 else "quality, each task by its own measure"
 
 

@@ -476,14 +476,6 @@ def _measured_here(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], r
     report["stages"] = run.stages()
 
 
-def latencies(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was measured, by runtime."""
-    bench = report.get("bench")
-    if not bench:
-        return {}
-    return {"ONNX Runtime": bench} | ({"MNN": bench["mnn"]} if "mnn" in bench else {})
-
-
 def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: str) -> None:
     """Fills in where the network and its data came from, the dense one that was trained, the recipe, the command and
     the machine."""
@@ -524,6 +516,10 @@ def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: 
     report["environment"] = environment()
 
 
+# Part of a report, and not of what decides whether it is the same release.
+TOLD = ("stages", "command", "commands", "environment", "sha256", "rows")
+
+
 def released(
     run: Run, model: Path, report: dict[str, Any], card: Callable[[dict[str, Any], Path], Path]
 ) -> dict[str, Any]:
@@ -552,5 +548,5 @@ def released(
                     link(place / form / name if (place / form).is_dir() else place / name, folder / form / name)
         write_release(report, folder, card)
 
-    sealed = {k: v for k, v in report.items() if k not in ("stages", "command", "commands", "environment", "sha256")}
+    sealed = {k: v for k, v in report.items() if k not in TOLD}
     return read_report(run.stage("release", {"version": __version__, "report": fingerprint(sealed)}, build))

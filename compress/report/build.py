@@ -19,15 +19,18 @@ REQUIRED = ("model", "recipe", "size", "layers", "verify", "quality", "environme
 
 
 def finish(report: dict[str, Any]) -> None:
-    """Stamps the report with the hash of its own content.
+    """Fills in the rows of what was measured, and stamps the report with the hash of its own content.
 
     Raises:
-        CompressError: a section is missing.
+        CompressError: a section is missing, or a figure in one.
     """
+    from compress.report.rows import made
+
     missing = [key for key in REQUIRED if key not in report]
     if missing:
         raise CompressError(f"the report lacks {', '.join(missing)}", where="report.json", fix="run the whole pipeline")
     report.pop("sha256", None)
+    report["rows"] = [row.model_dump(exclude_defaults=True) for row in made(report)]
     report["sha256"] = fingerprint(report)
 
 
@@ -69,8 +72,10 @@ def read_report(path: Path) -> dict[str, Any]:
         path: report.json, or a folder that holds it (a run folder or a release).
 
     Raises:
-        CompressError: there is none, it is not readable, or its hash does not fit.
+        CompressError: there is none, it is not readable, its hash does not fit, or it is of a newer version.
     """
+    from compress.report.rows import check
+
     candidates = [path] if path.is_file() else [path / "report.json", path / "release" / "report.json"]
     found = next((p for p in candidates if p.is_file()), None)
     if found is None:
@@ -90,6 +95,7 @@ def read_report(path: Path) -> dict[str, Any]:
             fix="make it again with `compress prune`",
         )
     report["sha256"] = stamp
+    check(report)  # found out here, and not in the middle of what is made of it
     return dict(report)
 
 
@@ -115,23 +121,18 @@ def _unfinished(run: Path) -> str:
     return f": the run is not finished, it has {', '.join(lacking)}" if lacking else ": the run is not finished"
 
 
-def perplexity_lines(report: dict[str, Any]) -> list[str]:
-    """What the command line says of each text; none where nothing was evaluated."""
-    return [
-        f"ppl      {text['name']}: {text['dense_ppl']:.2f} -> {text['pruned_ppl']:.2f}"
-        for text in report.get("quality", {}).get("texts", ())
-    ]
+def export_lines(report: dict[str, Any]) -> list[str]:
+    """What the command line says of a network's exports: how large they are, and how far from what they are of."""
+    from compress.words.wording import small
 
-
-def latency_line(label: str, bench: dict[str, Any], key: str, digits: int = 1, where: str = "") -> str:
-    """What the command line says of one latency, dense against pruned."""
-    from compress.report.stats import found_in
-
-    dense, pruned = bench["dense"][key], bench["pruned"][key]
-    return (
-        f"{label:8} {1000 * dense['median']:.{digits}f} ms -> {1000 * pruned['median']:.{digits}f} ms"
-        f" ({found_in(bench, key).words}{where})"
-    )
+    found = []
+    for form, facts in (report.get("export") or {}).items():
+        dense, pruned = (sum(facts[k]["bytes"].values()) if k in facts else None for k in ("dense", "pruned"))
+        off = facts["pruned"].get("largest_difference")
+        told = f"outputs agree to {small(off)}" if off is not None else f"not run: {facts['pruned']['skipped']}"
+        was = f"{dense:,} -> " if dense is not None else ""
+        found.append(f"{form:8} {was}{pruned:,} bytes; {told}")
+    return found
 
 
 def run_line(report: dict[str, Any]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.report.metadata import assemble, card_data, text_results
-from compress.report.stats import FEWEST, found_in
+from compress.report.plots import Plot, draw, plots_of
+from compress.report.rows import Row, benches, emulated, figures, here, how, rows
+from compress.report.stats import FEWEST
 from compress.words.escape import block, code, markdown
-from compress.words.wording import counted, megabytes, milliseconds, small
+from compress.words.wording import counted, megabytes, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -32,10 +34,22 @@ def text_metadata(report: dict[str, Any], removed: float, kind: str) -> ModelCar
     )
 
 
-def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
-    """Writes README.md into ``folder``; ``plots`` lie below it."""
-    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
-    return write_readme(folder, metadata(report), body(report, images))
+def publish(
+    report: dict[str, Any],
+    folder: Path,
+    head: Callable[[dict[str, Any]], ModelCardData],
+    text: Callable[[dict[str, Any], Mapping[str, str]], str],
+    plots: Mapping[str, Plot],
+) -> Path:
+    """Draws ``plots`` into ``folder``/plots and writes README.md with them; returns its path."""
+    drawn = draw(report, folder / "plots", plots)
+    images = {name: path.relative_to(folder).as_posix() for name, path in drawn.items()}
+    return write_readme(folder, head(report), text(report, images))
+
+
+def write_card(report: dict[str, Any], folder: Path) -> Path:
+    """The card of a language model that whole units were taken out of."""
+    return publish(report, folder, metadata, body, plots_of(report))
 
 
 def write_readme(folder: Path, head: ModelCardData | Mapping[str, Any], text: str) -> Path:
@@ -52,56 +66,83 @@ def write_readme(folder: Path, head: ModelCardData | Mapping[str, Any], text: st
     return path
 
 
+TABLE = ["| | dense | pruned | |", "|---|---|---|---|"]
+
+
+def table(found: Sequence[Row], first: str = "") -> list[str]:
+    """A row of a table for each figure; ``first`` is a cell before."""
+    lines = []
+    for row in found:
+        way = f" ({row.better} is better)" if row.unit == "score" else ""
+        lines.append(
+            f"|{first} {markdown(row.name)}{way} | {row.value('dense')} | {row.value('pruned')} | {row.change()} |"
+        )
+    return lines
+
+
+def frame(
+    report: Mapping[str, Any],
+    images: Mapping[str, str],
+    *,
+    title: str,
+    intro: str,
+    pictures: Sequence[tuple[str, str]],
+    notes: Sequence[str] = (),
+    sections: Sequence[str] = (),
+    loading: Sequence[str],
+    checks: Sequence[str],
+    said: Sequence[str],
+) -> str:
+    """A card's text: what is the same for all methods, around what is not. Lines each; what is quoted is escaped.
+
+    Args:
+        notes: below the first table and how its latencies were measured.
+        pictures: (name, caption), in this order; those that ``images`` has are shown.
+        sections: before how the model is loaded.
+        checks: items of a list.
+        said: what limits the model has.
+    """
+    found = rows(report)
+    measured = benches(report)
+    shown = [line for name, caption in pictures if name in images for line in (f"![{caption}]({images[name]})", "")]
+    lines = [f"# {markdown(title)}", "", intro, "", "## What was won and what was lost", ""]
+    lines += [*TABLE, *table(here(found))]
+    for runtime, record in measured.items():
+        lines += ["", f"{runtime}. {conditions(record)}" if len(measured) > 1 else conditions(record)]
+    lines += ["", *why(report.get("bench") or {}), *notes, *targets(report), *shown, *sections, *loading]
+    lines += ["## What was checked", "", *(f"- {check}" for check in checks), ""]
+    return "\n".join([*lines, *again(report), *limits(report, list(said))])
+
+
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, quality, model = report["size"], report["quality"], report["model"]
-    dense, pruned = size["dense"], size["pruned"]
-    title = f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed"
-    lines = [f"# {markdown(title)}", ""]
     origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
-    lines += [
-        f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups, query"
-        f" heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
-        f" Weights were taken from: {markdown(model['source'])}.",
-        "",
-        "## What was won and what was lost",
-        "",
-        "| | dense | pruned | |",
-        "|---|---|---|---|",
-        _row(
-            "backbone parameters", dense["backbone_parameters"], pruned["backbone_parameters"], size["backbone_removed"]
-        ),
-        _row("all parameters", dense["total_parameters"], pruned["total_parameters"], size["total_removed"]),
-    ]
-    lines += quality_rows(quality)
-    bench = report.get("bench")
-    if bench:
-        lines += latency_rows(bench)
-        lines += ["", *why(bench)]
-    lines += ["", f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the"]
-    lines[-1] += " blocks; embeddings, head and norms are not part of it)."
     first = quality["texts"][0]
-    lines += [
-        f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
-        " the pruner saw." + beginning(report),
-        "",
-    ]
-    lines += _recovery(report)
-    lines += targets(report)
-    lines += _removed(report)
-    for name, caption in (
-        ("sparsity-per-layer", "What each layer gave up"),
-        ("perplexity", "Perplexity against sparsity"),
-        ("latency", "Latency, dense and pruned"),
-        ("search", "The search"),
-    ):
-        if name in images:
-            lines += [f"![{caption}]({images[name]})", ""]
-    lines += loading(report)
-    lines += _checks(report)
-    lines += again(report)
-    lines += limits(
+    return frame(
         report,
-        [
+        images,
+        title=f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed",
+        intro=f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups,"
+        f" query heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
+        f" Weights were taken from: {markdown(model['source'])}.",
+        notes=[
+            f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the blocks;"
+            " embeddings, head and norms are not part of it).",
+            f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
+            " the pruner saw." + beginning(report),
+            "",
+            *_recovery(report),
+        ],
+        pictures=(
+            ("sparsity-per-layer", "What each layer gave up"),
+            ("perplexity", "Perplexity against sparsity"),
+            ("latency", "Latency, dense and pruned"),
+            ("search", "The search"),
+        ),
+        sections=_removed(report),
+        loading=loading(report),
+        checks=_checks(report),
+        said=[
             "The model was calibrated on "
             + ", ".join(markdown(_source(s)) for s in report["recipe"]["calibration"]["sources"])
             + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and"
@@ -109,7 +150,6 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             INHERITED,
         ],
     )
-    return "\n".join(lines)
 
 
 def _removed(report: dict[str, Any]) -> list[str]:
@@ -169,123 +209,25 @@ def beginning(report: Mapping[str, Any]) -> str:
 INHERITED = "It has the limits and biases of the dense model."
 
 
-def quality_rows(quality: dict[str, Any]) -> list[str]:
-    """Perplexities and task scores, dense and pruned, as rows of the table."""
-    rows = []
-    mean = quality["geometric_mean"]
-    for text in quality["texts"]:
-        ratio = text["pruned_ppl"] / text["dense_ppl"]
-        rows.append(
-            f"| perplexity, {markdown(text['name'])} | {text['dense_ppl']:.2f} | {text['pruned_ppl']:.2f} |"
-            f" {ratio:.2f}x |"
-        )
-    if len(quality["texts"]) > 1:
-        rows.append(
-            f"| perplexity, geometric mean | {mean['dense']:.2f} | {mean['pruned']:.2f} |"
-            f" {mean['pruned'] / mean['dense']:.2f}x |"
-        )
-    for task in quality["tasks"]:
-        rows.append(
-            f"| {markdown(task['task'])}, {markdown(task['metric'])} | {task['dense']:.4f} | {task['pruned']:.4f} | |"
-        )
-    return rows
-
-
 def _source(spec: Mapping[str, Any]) -> str:
     if "files" in spec:
         return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
     return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))
 
 
-def _row(name: str, dense: int, pruned: int, removed: float) -> str:
-    return f"| {name} | {dense:,} | {pruned:,} | -{100 * removed:.1f} % |"
-
-
-def latency_rows(bench: dict[str, Any]) -> list[str]:
-    """Latency, memory and size of two exports of a language model, as rows of the table, and how they were measured."""
-    spec = bench["spec"]
-    rows = []
-    for key, name in (
-        ("ttft", f"TTFT, {markdown(spec['prompt'])} tokens"),
-        ("tpot", f"TPOT at {markdown(spec['context'])} tokens of context"),
-    ):
-        dense, pruned = (milliseconds(bench[side][key]["median"]) for side in ("dense", "pruned"))
-        rows.append(f"| {name} | {dense} | {pruned} | {found_in(bench, key).words} |")
-    return [*rows, *size_rows(bench, (("peak memory", "peak_rss"), ("ONNX files", "bytes"))), "", conditions(bench)]
-
-
-def size_rows(bench: Mapping[str, Any], rows: Sequence[tuple[str, str]], first: str = "") -> list[str]:
-    """A row of a table for each (title, key) of memory or files that both models have; ``first`` is a cell before."""
-    found = []
-    for title, key in rows:
-        dense, pruned = (bench[side].get(key) or 0 for side in ("dense", "pruned"))
-        if dense and pruned:
-            measured = key in (bench.get("ratios") or {})
-            said = found_in(bench, key).words if measured else change(dense, pruned)
-            found.append(f"|{first} {title} | {megabytes(dense)} | {megabytes(pruned)} | {said} |")
-    return found
-
-
-def change(dense: float, pruned: float) -> str:
-    """Of two sizes that no noise is in."""
-    ratio = dense / pruned
-    if f"{ratio:.2f}" == "1.00":
-        return "as large as before"
-    return f"{ratio:.2f}x as small" if ratio > 1 else f"{1 / ratio:.2f}x as large"
-
-
-def figures(record: Mapping[str, Any]) -> list[str]:
-    """The times that a bench record holds of both models with their ratio: ``ttft``, ``tpot``, ``latency`` ..."""
-    both = (record.get("dense") or {}, record.get("pruned") or {})
-    return [
-        key
-        for key in record.get("ratios") or {}
-        if all(isinstance(m.get(key), Mapping) and "median" in m[key] for m in both)
-    ]
-
-
-def figure_name(key: str, spec: Mapping[str, Any]) -> str:
-    """What a figure of a bench record is, with the shape it was measured at."""
-    prompt, context = (spec.get(k) or next(iter(spec.get(f"{k}s") or ()), None) for k in ("prompt", "context"))
-    if key == "ttft" and prompt:
-        return f"TTFT, {prompt} tokens"
-    if key == "tpot" and context:
-        return f"TPOT at {context} tokens of context"
-    return f"{key}, batch {spec['batch']}" if "batch" in spec else key
-
-
 def conditions(record: Mapping[str, Any]) -> str:
     """How a latency was measured, as a sentence; no more than the record says."""
-    spec = record["spec"]
-    said = []
-    if spec.get("runtime"):
-        said.append(markdown(spec["runtime"]))
-    if (record.get("machine") or {}).get("cpu"):
-        said.append(f"on {markdown(record['machine']['cpu'])}")
-    if spec.get("precision"):
-        said.append(markdown(spec["precision"]))
-    if spec.get("threads"):
-        said.append(counted(int(spec["threads"]), "thread"))
-    if spec.get("processes"):
-        said.append(f"{counted(int(spec['processes']), 'fresh process', 'fresh processes')} a model")
-    if spec.get("order"):
-        said.append(f"interleaved {markdown(spec['order'])}")
     between = [record[m][k].get("spread_between") for m in ("dense", "pruned") for k in figures(record)]
     spread = [b for b in between if b is not None]
     throttled = record.get("throttled") is True
     return (
-        f"Latency: {', '.join(said)}; median of the processes' medians; in brackets the 95 % bootstrap interval of the"
-        " paired ratio;"
+        f"Latency: {markdown(', '.join(how(record)))}; median of the processes' medians; in brackets the 95 % bootstrap"
+        " interval of the paired ratio;"
         f" what that leaves open, and what fewer than {FEWEST} processes say, is not resolved."
         + (f" The processes differ by up to {100 * max(spread):.0f} %." if spread else "")
         + (" **Throttled**: the last quarter of a run is over 5 % slower than its first." if throttled else "")
         + (" **Emulated**: the device was, so these times say nothing of a real one." if emulated(record) else "")
     )
-
-
-def emulated(record: Mapping[str, Any]) -> bool:
-    places = (record, record.get("spec") or {}, record.get("machine") or {}, record.get("device") or {})
-    return any(isinstance(place, Mapping) and place.get("emulated") is True for place in places)
 
 
 def targets(report: Mapping[str, Any]) -> list[str]:
@@ -296,17 +238,10 @@ def targets(report: Mapping[str, Any]) -> list[str]:
     lines = ["## On the targets", "", "| target | | dense | pruned | |", "|---|---|---|---|---|"]
     notes = []
     for name, record in records.items():
-        shown = figures(record) if isinstance(record, Mapping) else []
-        mark = " (emulated)" if isinstance(record, Mapping) and emulated(record) else ""
-        for key in shown:
-            dense, pruned = record["dense"][key]["median"], record["pruned"][key]["median"]
-            lines.append(
-                f"| {markdown(name)}{mark} | {markdown(figure_name(key, record['spec']))} | {milliseconds(dense)} |"
-                f" {milliseconds(pruned)} | {found_in(record, key).words} |"
-            )
-        if shown:
-            rows = (("peak memory", "peak_rss"), ("files", "bytes"))
-            lines += size_rows(record, rows, f" {markdown(name)}{mark} |")
+        own = [row for row in rows(report) if row.where == name]
+        if own:
+            mark = " (emulated)" if own[0].emulated else ""
+            lines += table(own, f" {markdown(name)}{mark} |")
             notes.append(f"- {markdown(name)}: {conditions(record)}")
             notes += [f"  {line}" if line else "" for line in why(record)]
         else:
@@ -354,7 +289,7 @@ def limits(report: Mapping[str, Any], said: list[str]) -> list[str]:
     return ["## Limits", "", *(f"- {one}" for one in said), *(f"- {one}." for one in missing(report)), ""]
 
 
-def again(report: dict[str, Any]) -> list[str]:
+def again(report: Mapping[str, Any]) -> list[str]:
     """The commands that make every number again, and what it was measured on."""
     lines = ["## Every number again", "", *block([c for c in report["commands"].values() if c], "sh"), ""]
     environment = report["environment"]
@@ -474,17 +409,17 @@ def onnx_check(report: dict[str, Any]) -> list[str]:
         return []
     facts = report["export"]["onnx"]["pruned"]
     return [
-        f"- ONNX: {counted(facts['outputs_compared'], 'output')} compared with torch, largest relative"
+        f"ONNX: {counted(facts['outputs_compared'], 'output')} compared with torch, largest relative"
         f" difference {small(facts['largest_difference'])} (allowed {small(facts['tolerance'])});"
         f" {counted(facts['greedy']['tokens'], 'greedy token')} equal torch's"
     ]
 
 
 def _checks(report: dict[str, Any]) -> list[str]:
-    lines = ["## What was checked", ""]
+    lines = []
     for layout in report["verify"]["layouts"]:
         lines.append(
-            f"- layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
+            f"layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
             f" {small(layout['max_logit_difference'])} from those it was saved with (allowed"
             f" {small(layout['tolerance'])}), the sliced model from the masked one by"
             f" {small(layout['masked_difference'])}"
@@ -492,16 +427,16 @@ def _checks(report: dict[str, Any]) -> list[str]:
     lines += onnx_check(report)
     search = report["search"]
     lines.append(
-        f"- search: {search['work_token_layers']:,} tokens x layers,"
+        f"search: {search['work_token_layers']:,} tokens x layers,"
         f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
     )
     if judged := report.get("run_off"):
         said = ", ".join(f"{markdown(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
-        lines.append(f"- run-off, KL to the dense model in nats on text that nothing had seen: {said}")
+        lines.append(f"run-off, KL to the dense model in nats on text that nothing had seen: {said}")
     scale = report["logit_scale"]
     if scale is not None:
         lines.append(
-            f"- scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense"
+            f"scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense"
             f" model on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
         )
-    return [*lines, ""]
+    return lines

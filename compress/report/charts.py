@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from compress.report.card import emulated, figure_name, figures
-from compress.report.stats import found_in
+from compress.report.rows import Row, emulated, figure_name, figures, qualities, rows
 from compress.words.escape import shown
 
 Chart = dict[str, Any]
@@ -92,12 +91,12 @@ def _rounds(report: Mapping[str, Any]) -> list[Chart]:
     if not curve or not {"removed", "trained", "cut"} <= curve[0].keys():
         return []
     series: list[Series] = []
-    for row in (r for r in quality["tasks"] if r.get("main")):
-        name = f"{row['metric']}, {row['task']}"
-        points = [{"x": 0.0, "y": row["dense"], "label": "dense"}]
+    for row in _judges(report):
+        name = row.name
+        points: list[dict[str, Any]] = [{"x": 0.0, "y": row.dense, "label": "dense"}]
         for part in ("trained", "cut"):
             found = [
-                {"x": 100 * p["removed"], "y": p[part][row["task"]][row["metric"]], "label": f"round {i}, {part}"}
+                {"x": 100 * p["removed"], "y": p[part][row.task][row.metric], "label": f"round {i}, {part}"}
                 for i, p in enumerate(curve, 1)
             ]
             if part == "trained":
@@ -106,6 +105,11 @@ def _rounds(report: Mapping[str, Any]) -> list[Chart]:
                 series.append({"name": f"{name}, just cut", "marks": True, "points": found})
     title = "Every task against FLOPs, round by round"
     return [_chart("quality", title, "lines", "FLOPs removed, %", "quality", series)] if series else []
+
+
+def _judges(report: Mapping[str, Any]) -> list[Row]:
+    """The rows that a network's tasks are judged by."""
+    return [row for row in qualities(rows(report)) if row.main and row.unit == "score"]
 
 
 def _perplexity(report: Mapping[str, Any]) -> list[Chart]:
@@ -131,18 +135,18 @@ def _perplexity(report: Mapping[str, Any]) -> list[Chart]:
 
 def _metrics(report: Mapping[str, Any]) -> list[Chart]:
     quality, size = report.get("quality") or {}, report["size"]
-    rows = [r for r in quality.get("tasks") or () if r["metric"] != "loss"]
-    if "data" not in report or not rows or "pruned_share" not in size or not quality.get("curve"):
+    judges = _judges(report)
+    if "data" not in report or not judges or "pruned_share" not in size or not quality.get("curve"):
         return []
     series: list[Series] = []
-    for row in rows:
-        points = [{"x": 0.0, "y": row["dense"], "label": "dense"}]
+    for row in judges:
+        points = [{"x": 0.0, "y": row.dense, "label": "dense"}]
         for point in quality.get("curve") or ():
             if point["sparsity"] != size["pruned_share"]:
-                value = point["tasks"][row["task"]][row["metric"]]
+                value = point["tasks"][row.task][row.metric]
                 points.append({"x": 100 * point["sparsity"], "y": value, "label": "another sparsity"})
-        points.append({"x": 100 * size["pruned_share"], "y": row["pruned"], "label": "this model"})
-        series.append({"name": f"{row['metric']}, {row['task']}", "points": sorted(points, key=lambda p: p["x"])})
+        points.append({"x": 100 * size["pruned_share"], "y": row.pruned, "label": "this model"})
+        series.append({"name": row.name, "points": sorted(points, key=lambda p: p["x"])})
     return [_chart("accuracy", "Quality against sparsity", "lines", "weights pruned, %", "quality", series)]
 
 
@@ -176,13 +180,16 @@ def _latency(report: Mapping[str, Any]) -> list[Chart]:
 
 
 def _ratios(report: Mapping[str, Any]) -> list[Chart]:
-    points = [
-        {"x": f"{where}: {figure_name(key, record['spec'])}", "y": r["median"], "low": r["low"], "high": r["high"],
-         "label": found.words, "quiet": found.kind in ("unresolved", "beyond")}
-        for where, record in _records(report)
-        for key in figures(record)
-        for r, found in ((record["ratios"][key], found_in(record, key)),)
-    ]  # fmt: skip
+    points = []
+    for row in rows(report):
+        found = row.found()
+        if found is None or row.ratio is None or row.unit != "seconds":
+            continue
+        where = f"{row.where or 'this machine'}{' (emulated)' if row.emulated else ''}"
+        points.append(
+            {"x": f"{where}: {row.name}", "y": row.ratio.median, "low": row.ratio.low, "high": row.ratio.high,
+             "label": found.words, "quiet": found.kind in ("unresolved", "beyond")}
+        )  # fmt: skip
     if not points:
         return []
     series = [{"name": "dense / pruned, 95 % interval", "colour": "pruned", "points": points}]

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.report.rows import qualities
+from compress.report.rows import rows as read_rows
 from compress.words.escape import line
 
 if TYPE_CHECKING:
@@ -111,14 +113,14 @@ def text_results(report: Mapping[str, Any]) -> list[EvalResult]:
     """Perplexities and harness tasks of the pruned model."""
     from huggingface_hub import EvalResult
 
-    quality = report.get("quality") or {}
     named = {t["name"]: t["source"] for t in report["recipe"].get("evaluation", {}).get("texts", ())}
     rows = []
-    for text in quality.get("texts", ()):
-        source = named.get(text["name"], {})
-        rows.append((text["name"], f"{text['name']} (held out)", source.get("hub"), "perplexity", text["pruned_ppl"]))
-    for task in quality.get("tasks", ()):
-        rows.append((task["task"], task["task"], None, task["metric"], task["pruned"]))
+    for row in qualities(read_rows(report)):
+        if row.pruned is None or not row.task:
+            continue
+        held = row.unit == "perplexity"
+        title, source = (f"{row.task} (held out)", named.get(row.task, {})) if held else (row.task, {})
+        rows.append((row.task, title, source.get("hub"), row.metric, row.pruned))
     return [
         EvalResult(
             task_type="text-generation",
@@ -138,21 +140,21 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
 
     data = report["data"]
     # Where a task has several measures, its main one stands in the head.
-    rows = [r for r in (report.get("quality") or {}).get("tasks", ()) if r.get("main", r["metric"] != "loss")]
+    rows = [(row, row.pruned) for row in qualities(read_rows(report)) if row.main and row.pruned is not None]
     name = f"{line(data['source'])} (held out)"
     types = {t["name"]: task_type(t, data["input"]) for t in data["tasks"]}
     return [
         EvalResult(
-            task_type=types[row["task"]],
-            task_name=line(row["task"]),
+            task_type=types[row.task],
+            task_name=line(row.task),
             dataset_type=slug(data["source"]),
             dataset_name=name,
-            dataset_config=line(row["task"]),
-            metric_type=line(row["metric"]),
-            metric_name=f"{line(row['metric'])}, {line(row['task'])}",
-            metric_value=round(row["pruned"], 4),
+            dataset_config=line(row.task),
+            metric_type=line(row.metric),
+            metric_name=line(row.name),
+            metric_value=round(value, 4),
         )
-        for row in rows
+        for row, value in rows
     ]
 
 

@@ -20,21 +20,11 @@ DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
 Plot = Callable[[dict[str, Any], Any], Any]
 
 
-def draw(
-    report: dict[str, Any], folder: Path, plots: Mapping[str, Plot] | None = None, latency: bool = True
-) -> dict[str, Path]:
-    """Draws what the report has figures for; returns name -> PNG.
-
-    Args:
-        plots: by name, in place of those of a method that removes whole units; latency comes with either.
-        latency: draws the report's own, where it has one.
-    """
+def draw(report: dict[str, Any], folder: Path, plots: Mapping[str, Plot]) -> dict[str, Path]:
+    """Draws figures of a report into ``folder``; returns name -> PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = dict(plots or {name: job for name, job in DRAWN.items() if name != "latency"})
-    if latency and "bench" in report:
-        jobs["latency"] = _latency
     drawn = {}
-    for name, figure in figures(report, jobs):
+    for name, figure in figures(report, plots):
         drawn[name] = folder / f"{name}.png"
         figure.savefig(drawn[name], metadata={"Software": None})
     return drawn
@@ -233,9 +223,11 @@ def _latency(report: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
-DRAWN: dict[str, Plot] = {
-    "sparsity-per-layer": _layers,
-    "search": _search,
-    "perplexity": perplexity,
-    "latency": _latency,
-}
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of a report of a method that removes whole units can be drawn."""
+    return {"sparsity-per-layer": _layers, "search": _search, "perplexity": perplexity, **latency_plot(report)}
+
+
+def latency_plot(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """That of a language model's exports; none where they were not measured."""
+    return {"latency": _latency} if "bench" in report else {}

@@ -32,7 +32,8 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f} ms"
 
 
-def megabytes(count: float) -> str:
-    if count < 1e5:
+def megabytes(count: float, beside: float = 0) -> str:
+    """``beside``: a size that it stands next to, so that both have one unit."""
+    if max(count, beside) < 1e5:
         return f"{count:,.0f} bytes"
-    return f"{count / 1e6:,.{0 if count >= 1e7 else 2}f} MB"
+    return f"{number(count / 1e6)} MB"

@@ -20,7 +20,7 @@ NAMES = {"latency": "latency of one call", "ttft": "time to first token", "tpot"
 
 def draw(bench: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """The plots of one comparison (`local.compare`); returns name -> PNG."""
-    return draw_all(dict(bench), folder, jobs(bench), latency=False)
+    return draw_all(dict(bench), folder, jobs(bench))
 
 
 def jobs(bench: Mapping[str, Any]) -> dict[str, Plot]:

@@ -5,110 +5,75 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress.report.card import (
-    INHERITED,
-    again,
-    beginning,
-    latency_rows,
-    limits,
-    loading,
-    onnx_check,
-    quality_rows,
-    targets,
-    text_metadata,
-    write_readme,
-)
-from compress.report.plots import DENSE, PRUNED, Plot, perplexity
+from compress.report.card import INHERITED, beginning, frame, loading, onnx_check, publish, text_metadata
+from compress.report.plots import DENSE, PRUNED, Plot, latency_plot, perplexity
 from compress.report.stats import found_in
 from compress.words.escape import code, markdown
-from compress.words.wording import counted, megabytes, small
+from compress.words.wording import counted, small
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
 
 
-def write_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
-    """Writes README.md into ``folder``; ``plots`` lie below it."""
-    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
-    head = text_metadata(report, report["size"]["pruned_share"], "unstructured-pruning")
-    return write_readme(folder, head, body(report, images))
+def metadata(report: dict[str, Any]) -> ModelCardData:
+    """The head of the card."""
+    return text_metadata(report, report["size"]["pruned_share"], "unstructured-pruning")
+
+
+def write_card(report: dict[str, Any], folder: Path) -> Path:
+    return publish(report, folder, metadata, body, plots_of(report))
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     size, quality, model = report["size"], report["quality"], report["model"]
-    bytes_, flops, total = size["bytes"], size["flops_per_token"], size["total_parameters"]
-    lines = [f"# {markdown(model['name'])}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero", ""]
     which = "of every 4 consecutive inputs the 2 smallest" if size["pattern"] == "2:4" else "the smallest of all layers"
-    lines += [
-        f"{code(model['base_model'] or model['name'])} pruned by magnitude with the recipe"
-        f" {code(report['recipe']['method'])} of `compress`: {which} are zero, in place; nothing was trained"
-        " afterwards."
-        f" Weights were taken from: {markdown(model['source'])}.",
-        "",
-        "## What was won and what was lost",
-        "",
-        "| | dense | pruned | |",
-        "|---|---|---|---|",
-        _row("non-zeros, pruned layers", size["dense_nonzero_weights"], size["nonzero_weights"]),
-        _row("non-zeros, all parameters", size["dense_nonzero_parameters"], size["nonzero_parameters"]),
-        _row("FLOPs a token (pruned: without zeros)", flops["dense"], flops["sparse"]),
-        f"| weight files, packed | {megabytes(bytes_['dense'])} | {megabytes(bytes_['packed'])} |"
-        f" {bytes_['packed'] / bytes_['dense']:.2f}x |",
-        f"| weight files, as they load | {megabytes(bytes_['dense'])} | {megabytes(bytes_['saved'])} |"
-        f" {bytes_['saved'] / bytes_['dense']:.2f}x |",
-        *quality_rows(quality),
-    ]
-    bench = report.get("bench")
-    if bench:
-        lines += latency_rows(bench)
-    lines += ["", _speed(bench, size["pattern"]), ""]
     first = quality["texts"][0]
-    lines += [
-        f"Pruned: {counted(len(report['layers']), 'layer')} with {size['prunable_weights']:,} of {total:,} parameters;"
-        " norms and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
-        f" {_floors(report)}"
-        f" Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text; no text was"
-        " calibrated on." + beginning(report),
-        "",
-    ]
-    lines += targets(report)
-    for name, caption in (
-        ("sparsity-per-layer", "What each layer gave up"),
-        ("perplexity", "Perplexity against sparsity"),
-        ("latency", "Latency, dense and pruned"),
-    ):
-        if name in images:
-            lines += [f"![{caption}]({images[name]})", ""]
-    lines += loading(report)
-    lines += [
-        "`masks.safetensors` holds a bit for every pruned layer's weight. The run folder's `packed/` holds the model as"
-        " bits and non-zero values; `compress.recipes.global_mp.packed.unpack_folder` makes this folder's weights of"
-        " it, bit for bit.",
-        "",
-        "## What was checked",
-        "",
-    ]
-    for layout in report["verify"]["layouts"]:
-        lines.append(
-            f"- loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {small(layout['max_logit_difference'])} from those of the dense model masked in memory (allowed"
-            f" {small(layout['tolerance'])})"
-        )
-    lines += [
-        f"- {size['pruned_weights']:,} weights were pruned, which is the number asked for; the non-zeros were counted"
-        " in the saved files",
-        "- the packed form gave every tensor back bit for bit",
-        *onnx_check(report),
-        "",
-    ]
-    lines += again(report)
-    lines += limits(
-        report, ["What the model knew of other text, of facts, code and other languages was not measured.", INHERITED]
+    return frame(
+        report,
+        images,
+        title=f"{model['name']}, {100 * size['pruned_share']:.1f} % of the linear layers' weights zero",
+        intro=f"{code(model['base_model'] or model['name'])} pruned by magnitude with the recipe"
+        f" {code(report['recipe']['method'])} of `compress`: {which} are zero, in place; nothing was trained"
+        f" afterwards. Weights were taken from: {markdown(model['source'])}.",
+        notes=[
+            _speed(report.get("bench"), size["pattern"]),
+            "",
+            f"Pruned: {counted(len(report['layers']), 'layer')} with {size['prunable_weights']:,} of"
+            f" {size['total_parameters']:,} parameters;"
+            " norms and biases are not, nor are embeddings and the output layer unless the recipe asks for it."
+            f" {_floors(report)}"
+            f" Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text; no text was"
+            " calibrated on." + beginning(report),
+            "",
+        ],
+        pictures=(
+            ("sparsity-per-layer", "What each layer gave up"),
+            ("perplexity", "Perplexity against sparsity"),
+            ("latency", "Latency, dense and pruned"),
+        ),
+        loading=[
+            *loading(report),
+            "`masks.safetensors` holds a bit for every pruned layer's weight. The run folder's `packed/` holds the"
+            " model as bits and non-zero values; `compress.recipes.global_mp.packed.unpack_folder` makes this folder's"
+            " weights of it, bit for bit.",
+            "",
+        ],
+        checks=[
+            *(
+                f"loaded in a clean process as {code(layout['class'])}; logits differ by"
+                f" {small(layout['max_logit_difference'])} from those of the dense model masked in memory (allowed"
+                f" {small(layout['tolerance'])})"
+                for layout in report["verify"]["layouts"]
+            ),
+            f"{size['pruned_weights']:,} weights were pruned, which is the number asked for; the non-zeros were counted"
+            " in the saved files",
+            "the packed form gave every tensor back bit for bit",
+            *onnx_check(report),
+        ],
+        said=["What the model knew of other text, of facts, code and other languages was not measured.", INHERITED],
     )
-    return "\n".join(lines)
-
-
-def _row(name: str, dense: int, pruned: int) -> str:
-    return f"| {name} | {dense:,} | {pruned:,} | -{100 * (1 - pruned / dense):.1f} % |"
 
 
 def _speed(bench: dict[str, Any] | None, pattern: str) -> str:
@@ -161,9 +126,9 @@ def _layers(report: dict[str, Any], plt: Any) -> Any:
     return figure
 
 
-PLOTS: dict[str, Plot] = {
-    "sparsity-per-layer": _layers,
-    "perplexity": partial(
+def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
+    """What of such a report can be drawn."""
+    curve = partial(
         perplexity, share="pruned_share", unit="weights of the pruned layers that are zero", others="other sparsities"
-    ),
-}
+    )
+    return {"sparsity-per-layer": _layers, "perplexity": curve, **latency_plot(report)}

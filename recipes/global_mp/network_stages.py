@@ -25,7 +25,6 @@ from compress.networks.setup import (
     describe,
     evaluated,
     exported,
-    latencies,
     loaded,
     measured,
     released,
@@ -33,6 +32,8 @@ from compress.networks.setup import (
     write_model,
 )
 from compress.networks.setup import prepare as _prepare
+from compress.report.rows import VERSION, better, qualities, rows
+from compress.report.rows import lines as figure_lines
 from compress.run.cache import tensors_sha
 from compress.run.folder import Run, seal_hash
 from compress.schema.sections import NetworkRecipe
@@ -79,7 +80,7 @@ class Sparse:
 def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str, Any]:
     """The stages up to ``until``; returns the report."""
     recipe, last = setup.recipe, STAGES.index(until)
-    report: dict[str, Any] = {"schema_version": 1}
+    report: dict[str, Any] = {"schema_version": VERSION}
     _check(setup)
     dense = dense_network(run, setup)
     if recipe.options.ranks is not None:
@@ -408,7 +409,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
                 "task": task,
                 "metric": metric,
                 "main": metric == tasks[task].metric,
-                "higher_is_better": not metric.endswith("loss") and tasks[task].higher_is_better,
+                "higher_is_better": better(metric, tasks[task].higher_is_better) == "higher",
                 "samples": int(figures["samples"]),
                 "dense": figures[metric],
                 "pruned": after[task][metric],
@@ -447,15 +448,15 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
 
 def card(report: dict[str, Any], folder: Path) -> Path:
     """Draws the plots and writes the card."""
-    from compress.networks.card import draw_network, write_network_card
+    from compress.networks.card import write_network_card
 
-    return write_network_card(report, folder, draw_network(report, folder / "plots"))
+    return write_network_card(report, folder)
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a finished run."""
     from compress.recipes.global_mp.network import left_line
-    from compress.report.build import latency_line, run_line
+    from compress.report.build import export_lines, run_line
 
     size = report["size"]
     flops, left = size["flops"], report.get("left_out") or {"weights": 0, "flops": 0}
@@ -484,24 +485,13 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
             f" (allowed {small(layout['tolerance'])})"
         )
-    for row in report.get("quality", {}).get("tasks", ()):
-        if row["metric"] != "loss":
-            between = f" -> {row['before_training']:.4f} just pruned" if row["before_training"] is not None else ""
-            found.append(f"{row['metric']} {row['task']}: {row['dense']:.4f} dense{between} -> {row['pruned']:.4f}")
+    measured = rows(report)
     for point in report.get("quality", {}).get("curve", ()):
-        for task, figures in point["tasks"].items():
-            metric = next(k for k in figures if k not in ("loss", "samples"))
-            found.append(f"sweep    {100 * point['sparsity']:.2f} %: {metric} {task} {figures[metric]:.4f}")
-    if "export" in report:
-        for form, facts in report["export"].items():
-            a, b = (sum(facts[k]["bytes"].values()) for k in ("dense", "pruned"))
-            off = facts["pruned"].get("largest_difference")
-            told = f"outputs agree to {small(off)}" if off is not None else f"not run: {facts['pruned']['skipped']}"
-            found.append(f"{form:8} {a:,} -> {b:,} bytes; {told}")
-    for runtime, bench in latencies(report).items():
-        found.append(latency_line("latency", bench, "latency", 3, f"; {runtime}"))
-    found.append(run_line(report))
-    return found
+        for row in qualities(measured):
+            if row.main:
+                value = point["tasks"][row.task][row.metric]
+                found.append(f"sweep    {100 * point['sparsity']:.2f} %: {row.metric} {row.task} {value:.4f}")
+    return [*found, *export_lines(report), *figure_lines(measured), run_line(report)]
 
 
 def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dict[str, Any]:

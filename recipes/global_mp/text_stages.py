@@ -17,6 +17,8 @@ from compress import __version__
 from compress.errors import CompressError
 from compress.language.setup import Setup, Windows, prepare
 from compress.language.stages import bench, evaluate, export, fixed_tokens, perplexities, release
+from compress.report.rows import VERSION, rows
+from compress.report.rows import lines as figure_lines
 from compress.run.folder import Run, read_seal, seal_hash
 from compress.schema.recipe import TextRecipe
 from compress.schema.stages import STAGES
@@ -37,7 +39,7 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
 
     recipe, last = setup.recipe, STAGES.index(until)
     shapes = _shapes(setup)
-    report: dict[str, Any] = {"schema_version": 1}
+    report: dict[str, Any] = {"schema_version": VERSION}
     windows = _read_texts(run, setup)
     plan = _plan(run, setup, shapes)
     describe_model(report, setup, command)
@@ -305,15 +307,14 @@ def _describe_saved(report: dict[str, Any], setup: Setup[TextRecipe], model: Pat
 
 def card(report: dict[str, Any], folder: Path) -> Path:
     """Draws the plots and writes the card."""
-    from compress.recipes.global_mp.card import PLOTS, write_card
-    from compress.report.plots import draw
+    from compress.recipes.global_mp.card import write_card
 
-    return write_card(report, folder, draw(report, folder / "plots", PLOTS))
+    return write_card(report, folder)
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a run."""
-    from compress.report.build import latency_line, perplexity_lines, run_line
+    from compress.report.build import run_line
 
     size = report["size"]
     said = [
@@ -335,12 +336,10 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded in a clean process as {layout['class']}: logits differ by"
             f" {small(layout['max_logit_difference'])} (allowed {small(layout['tolerance'])})"
         )
-    said += perplexity_lines(report)
     if "export" in report:
         pruned = report["export"]["onnx"]["pruned"]
         said.append(f"onnx     outputs agree with torch to {small(pruned['largest_difference'])}")
-    if "bench" in report:
-        said += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
+    said += figure_lines(rows(report))
     said.append(run_line(report))
     return said
 

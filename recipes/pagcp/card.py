@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.networks.card import (
+    COUNTED,
     SLANTED,
-    change_row,
-    closing,
+    judged_on,
+    judges,
     latency_plot,
-    latency_rows,
     loaded_lines,
     measures,
     parity_lines,
-    quality_rows,
 )
-from compress.report.card import runtimes, targets, write_readme
+from compress.report.card import INHERITED, frame, publish, runtimes
 from compress.report.metadata import card_data, network_results, pipeline_tag
-from compress.report.plots import PRUNED, QUIET, Plot, draw
+from compress.report.plots import PRUNED, QUIET, Plot
 from compress.words.escape import block, caption, cell, code, markdown
 from compress.words.wording import counted
 
@@ -28,10 +27,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
 
-def write_channels_card(report: dict[str, Any], folder: Path, plots: Mapping[str, Path]) -> Path:
-    """Writes README.md into ``folder``; ``plots`` lie below it."""
-    images = {name: str(plot.relative_to(folder)) for name, plot in plots.items()}
-    return write_readme(folder, metadata(report), body(report, images))
+def write_channels_card(report: dict[str, Any], folder: Path) -> Path:
+    return publish(report, folder, metadata, body, plots_of(report))
 
 
 def metadata(report: dict[str, Any]) -> ModelCardData:
@@ -47,58 +44,41 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
-    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    model, data, recipe = report["model"], report["data"], report["recipe"]
     options, trained = recipe[recipe["method"]], recipe.get("finetune")
     count = len(report["rounds"])
-    lines = [
-        f"# {markdown(model['name'])}, {100 * size['flops_removed']:.1f} % of the FLOPs removed",
-        "",
-        f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of `compress`:"
-        f" group after group, as many as the worst-hit task tolerates on a calibration split; "
-        f"{counted(count, 'round')}"
-        + (
-            f", {counted(options['between'] * (count - 1) + trained['epochs'], 'epoch')} of training after the first"
-            " cut."
-            if trained
-            else ", nothing trained afterwards."
-        )
-        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
+    after = "nothing trained afterwards"
+    if trained:
+        epochs = options["between"] * (count - 1) + trained["epochs"]
+        after = f"{counted(epochs, 'epoch')} of training after the first cut"
+    return frame(
+        report,
+        images,
+        title=f"{model['name']}, {100 * report['size']['flops_removed']:.1f} % of the FLOPs removed",
+        intro=f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of"
+        " `compress`: group after group, as many as the worst-hit task tolerates on a calibration split;"
+        f" {counted(count, 'round')}, {after}."
+        f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
         f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
         f" Weights: {markdown(model['source'])}.",
-        "",
-        "## What was won and what was lost",
-        "",
-        "| | dense | pruned | |",
-        "|---|---|---|---|",
-    ]
-    lines += quality_rows(report)
-    for name, key in (("FLOPs a sample", "flops"), ("parameters", "parameters")):
-        lines.append(change_row(name, size[key]["dense"], size[key]["pruned"]))
-    lines.append(change_row("bytes on disk", size["bytes"]["dense"], size["bytes"]["saved"]))
-    lines += latency_rows(report)
-    lines += targets(report)
-    for name, title in (
-        ("channels", "Channels that every layer keeps"),
-        ("quality", "Every task against FLOPs"),
-        ("sensitivity", "Which layers each task needs"),
-        ("latency", "Latency, dense and pruned"),
-    ):
-        if name in images:
-            lines += [f"![{title}]({images[name]})", ""]
-    lines += _oracle(report)
-    lines += _trials(report)
-    lines += _layers(report)
-    lines += _loading(report)
-    lines += [
-        "## Checks",
-        "",
-        *loaded_lines(report),
-        f"- {counted(len(report['groups']), 'channel group')}: each, cut, gives the same outputs as zeros in its place"
-        " (float64, random weights); so did each round's network.",
-        "- The network that each round saved is the one that the oracle measured: it was measured again from disk.",
-        *parity_lines(report),
-    ]
-    return "\n".join([*lines, *closing(report)])
+        notes=[COUNTED, ""],
+        pictures=(
+            ("channels", "Channels that every layer keeps"),
+            ("quality", "Every task against FLOPs"),
+            ("sensitivity", "Which layers each task needs"),
+            ("latency", "Latency, dense and pruned"),
+        ),
+        sections=[*_oracle(report), *_trials(report), *_layers(report)],
+        loading=_loading(report),
+        checks=[
+            *loaded_lines(report),
+            f"{counted(len(report['groups']), 'channel group')}: each, cut, gives the same outputs as zeros in its"
+            " place (float64, random weights); so did each round's network.",
+            "The network that each round saved is the one that the oracle measured: it was measured again from disk.",
+            *parity_lines(report),
+        ],
+        said=[judged_on(report), INHERITED],
+    )
 
 
 def _oracle(report: dict[str, Any]) -> list[str]:
@@ -213,11 +193,6 @@ def _loading(report: dict[str, Any]) -> list[str]:
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def draw_channels(report: dict[str, Any], folder: Path) -> dict[str, Path]:
-    """Draws what the report has figures for; returns name -> PNG."""
-    return draw(report, folder, plots_of(report), latency=False)
-
-
 def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
     """What of such a network's report can be drawn."""
     return {"channels": _channels, "sensitivity": _sensitivity, "quality": _quality, **latency_plot(report)}
@@ -270,12 +245,10 @@ def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
 def _quality(report: dict[str, Any], plt: Any) -> Any:
     figure, axis = plt.subplots(figsize=(7, 3.6))
     left = [100.0, *(100 * (1 - p["removed"]) for p in report["quality"]["curve"])]
-    for row in report["quality"]["tasks"]:
-        if not row["main"]:
-            continue
-        points = [p["trained"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
-        (line,) = axis.plot(left, [row["dense"], *points], marker="o", label=caption(f"{row['metric']}, {row['task']}"))
-        cut = [p["cut"][row["task"]][row["metric"]] for p in report["quality"]["curve"]]
+    for row in judges(report):
+        points = [p["trained"][row.task][row.metric] for p in report["quality"]["curve"]]
+        (line,) = axis.plot(left, [row.dense, *points], marker="o", label=caption(row.name))
+        cut = [p["cut"][row.task][row.metric] for p in report["quality"]["curve"]]
         axis.plot(left[1:], cut, "x", color=line.get_color())
     axis.plot([], [], "x", color="black", label="just cut")
     axis.set_xlabel("FLOPs left, %")

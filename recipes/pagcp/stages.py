@@ -22,7 +22,6 @@ from compress.networks.setup import (
     describe,
     evaluated,
     exported,
-    latencies,
     loaded,
     measured,
     real_inputs,
@@ -32,6 +31,8 @@ from compress.networks.setup import (
 )
 from compress.networks.setup import prepare as _prepare
 from compress.processes import distributed
+from compress.report.rows import VERSION, better, rows
+from compress.report.rows import lines as figure_lines
 from compress.run.folder import Run, fingerprint, seal_hash
 from compress.schema.sections import NetworkRecipe, TrainSpec
 from compress.schema.stages import STAGES
@@ -78,7 +79,7 @@ class Round:
 def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str, Any]:
     """The stages up to ``until``; returns the report."""
     recipe, last = setup.recipe, STAGES.index(until)
-    report: dict[str, Any] = {"schema_version": 1}
+    report: dict[str, Any] = {"schema_version": VERSION}
     _check(setup)
     dense = dense_network(run, setup)
     rounds = _rounds(run, setup, dense)
@@ -485,7 +486,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
                     "kind": task.kind,
                     "metric": metric,
                     "main": metric == task.metric,
-                    "higher_is_better": metric != "loss" and task.higher_is_better,
+                    "higher_is_better": better(metric, task.higher_is_better) == "higher",
                     "samples": int(before[task.name]["samples"]),
                     "dense": value,
                     "pruned": last["trained"][task.name][metric],
@@ -502,14 +503,14 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
 
 def card(report: dict[str, Any], folder: Path) -> Path:
     """Draws the plots and writes the card."""
-    from compress.recipes.pagcp.card import draw_channels, write_channels_card
+    from compress.recipes.pagcp.card import write_channels_card
 
-    return write_channels_card(report, folder, draw_channels(report, folder / "plots"))
+    return write_channels_card(report, folder)
 
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a finished run."""
-    from compress.report.build import latency_line, run_line
+    from compress.report.build import export_lines, run_line
 
     size = report["size"]
     found = []
@@ -532,19 +533,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded in a clean process: outputs differ by {small(layout['max_logit_difference'])}"
             f" (allowed {small(layout['tolerance'])})"
         )
-    for row in report.get("quality", {}).get("tasks", ()):
-        if row["main"]:
-            between = f" -> {row['before_training']:.4f} just cut" if row["before_training"] is not None else ""
-            found.append(f"{row['metric']} {row['task']}: {row['dense']:.4f} dense{between} -> {row['pruned']:.4f}")
-    if "export" in report:
-        for form, facts in report["export"].items():
-            a, b = (sum(facts[k]["bytes"].values()) for k in ("dense", "pruned"))
-            off = facts["pruned"]["largest_difference"]
-            found.append(f"{form:8} {a:,} -> {b:,} bytes; outputs agree with torch to {small(off)}")
-    for runtime, bench in latencies(report).items():
-        found.append(latency_line("latency", bench, "latency", 3, f"; {runtime}"))
-    found.append(run_line(report))
-    return found
+    return [*found, *export_lines(report), *figure_lines(rows(report), "just cut"), run_line(report)]
 
 
 def _trials_line(trials: dict[str, Any]) -> str:

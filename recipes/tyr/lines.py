@@ -6,7 +6,9 @@ from typing import Any
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    from compress.report.build import latency_line, perplexity_lines, run_line
+    from compress.report.build import run_line
+    from compress.report.rows import lines as figure_lines
+    from compress.report.rows import rows
     from compress.words.wording import megabytes, small
 
     size = report["size"]
@@ -19,7 +21,6 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
             f" (allowed {small(layout['tolerance'])})"
         )
-    said += perplexity_lines(report)
     if "recover" in report:
         recovered = report["recover"]
         line = f"recover  {recovered['method']}, {recovered['steps']:,} steps of {recovered['tokens']:,} tokens in all"
@@ -33,10 +34,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         said.append(
             f"onnx     {dense} -> {pruned}; outputs agree with torch to {small(onnx['pruned']['largest_difference'])}"
         )
-    if "bench" in report:
-        said += [latency_line(key, report["bench"], key) for key in ("ttft", "tpot")]
-    said.append(run_line(report))
-    return said
+    return [*said, *figure_lines(rows(report)), run_line(report)]
 
 
 def _time(seconds: float) -> str:

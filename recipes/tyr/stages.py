@@ -11,6 +11,7 @@ from compress.language.setup import prepare as prepare
 from compress.recipes.tyr.lines import forecast_lines as forecast_lines
 from compress.recipes.tyr.lines import lines as lines
 from compress.recipes.tyr.outlook import forecast as forecast
+from compress.report.rows import VERSION
 from compress.schema.stages import STAGES
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
 
     recipe = setup.recipe
     last = STAGES.index(until)
-    report: dict[str, Any] = {"schema_version": 1}
+    report: dict[str, Any] = {"schema_version": VERSION}
     windows = read_windows(setup, run)
     plan_folder = _plan(run, setup, windows)
     describe_plan(report, setup, plan_folder, command, run.stages(), REFERENCE_TOKENS)
@@ -222,9 +223,8 @@ def _rounding(setup: Setup) -> dict[str, str]:
 
 def card(report: dict[str, Any], folder: Path) -> Path:
     from compress.report.card import write_card
-    from compress.report.plots import draw
 
-    return write_card(report, folder, draw(report, folder / "plots"))
+    return write_card(report, folder)
 
 
 def describe_plan(

@@ -101,7 +101,7 @@ def test_a_claim_that_was_made_up_does_not_survive_measuring(release: Path) -> N
     change_report(release, without_times, stamp=True)
     change_report(release, claim_better, stamp=True)
     (release / "seal.json").unlink()
-    write_card(json.loads((release / "report.json").read_text()), release, {})
+    write_card(json.loads((release / "report.json").read_text()), release)
     assert set(failed(release, "--measure")) == {"perplexity, first text"}, "every hash fits"
 
 
@@ -225,7 +225,7 @@ def test_a_dense_figure_that_was_made_up_does_not_survive_measuring(release: Pat
     change_report(release, without_times, stamp=True)
     change_report(release, lambda r: r["quality"]["texts"][0].update(dense_ppl=1e3), stamp=True)
     (release / "seal.json").unlink()
-    write_card(json.loads((release / "report.json").read_text()), release, {})
+    write_card(json.loads((release / "report.json").read_text()), release)
     bad = failed(release, "--measure")
     assert set(bad) == {"perplexity, first text, dense"} and bad["perplexity, first text, dense"]["said"] == "1000.000"
 

@@ -31,7 +31,7 @@ BODIES = {
 }
 HEADS: dict[str, Any] = {
     "tyr": card.metadata,
-    "global-mp-text": lambda r: card.text_metadata(r, r["size"]["pruned_share"], "unstructured-pruning"),
+    "global-mp-text": sparse_card.metadata,
     "global-mp-network": network_card.metadata,
     "pagcp": channels_card.metadata,
 }

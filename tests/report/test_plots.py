@@ -11,24 +11,23 @@ import pytest
 
 from compress.exporters.bench import plots as bench_plots
 from compress.networks.card import plots_of as of_network
-from compress.recipes.global_mp.card import PLOTS
+from compress.recipes.global_mp.card import plots_of as of_zeros
 from compress.recipes.pagcp.card import plots_of as of_channels
-from compress.report.plots import DRAWN, figures
+from compress.report.plots import figures
+from compress.report.plots import plots_of as of_units
 from compress.words.wording import counted, megabytes, milliseconds, number
 from tests.reports import NAMES, sample
 
 HOSTILE = "_$x^{2}$ \\frac \n\x1b[31m\u202e" + "w" * 90
 
 
+PLOTS = {"tyr": of_units, "global-mp-text": of_zeros, "global-mp-network": of_network, "pagcp": of_channels}
+DRAWN = of_units({"bench": {}})
+
+
 def drawn(name: str, report: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """(name, figure) of every plot of a report's card, and of its bench record."""
-    if name == "tyr":
-        yield from figures(report, DRAWN)
-    elif name == "global-mp-text":
-        yield from figures(report, {**PLOTS, "latency": DRAWN["latency"]})
-    else:
-        jobs = (of_network if name == "global-mp-network" else of_channels)(report)
-        yield from figures(report, jobs)
+    yield from figures(report, PLOTS[name](report))
     yield from figures(report["bench"], bench_plots.jobs(report["bench"]))
 
 
@@ -149,6 +148,6 @@ def test_numbers_have_three_figures_or_all_their_whole_ones(value: float, want: 
 
 def test_units_and_plurals() -> None:
     assert (milliseconds(4.96), milliseconds(0.0123), milliseconds(0.000512)) == ("4,960 ms", "12.3 ms", "0.512 ms")
-    assert (megabytes(99_999), megabytes(354_000), megabytes(2.5e9)) == ("99,999 bytes", "0.35 MB", "2,500 MB")
+    assert (megabytes(99_999), megabytes(354_000), megabytes(2.5e9)) == ("99,999 bytes", "0.354 MB", "2,500 MB")
     assert (counted(1, "epoch"), counted(2000, "epoch")) == ("1 epoch", "2,000 epochs")
     assert counted(1, "process", "processes") == "1 process"
