@@ -148,7 +148,7 @@ def _planes(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def sound_gradients(model: nn.Module) -> Iterator[None]:
-    """While it is open, convolutions that oneDNN gets wrong with channels last are given their images plane by plane."""
+    """While it is open, convolutions that oneDNN gets wrong with channels last see planes."""
     hooks = [m.register_forward_pre_hook(_planes) for m in model.modules() if _needs_planes(m)]
     try:
         yield

@@ -322,7 +322,8 @@ def strided(channels: int, stride: tuple[int, int]) -> nn.Module:
 def strided_gradients(out: Path) -> None:
     for channels in (1, 3, 4, 7, 8, 15, 17):
         for stride in ((2, 2), (1, 2), (2, 1)):
-            model, x = strided(channels, stride), torch.randn(8, 3, 12, 12).contiguous(memory_format=torch.channels_last)
+            model, x = strided(channels, stride), torch.randn(8, 3, 12, 12)
+            x = x.contiguous(memory_format=torch.channels_last)
             with module.sound_gradients(model):
                 model(x).square().sum().backward()
             exact = strided(channels, stride).double()
