@@ -85,12 +85,9 @@ def test_the_wheel_holds_the_licence_and_every_file_that_is_no_python(wheel: Pat
         assert held.read(licence) == (ROOT / "LICENSE").read_bytes()
         facts = held.read(licence.replace("licenses/LICENSE", "METADATA")).decode()
     assert f"\nName: {DISTRIBUTION}\n" in facts and "\nLicense-Expression: Apache-2.0\n" in facts
-    for folder in ("recipes", "models", "export"):
-        for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml", ".css", ".js") and "__pycache__" not in path.parts:
-                assert f"compress/{path.relative_to(ROOT)}" in names
-    for path in (p for p in HERE.iterdir() if p.suffix in (".py", ".css", ".js")):
-        assert f"compress/{path.name}" in names
+    for folder, _, files in os.walk(HERE, followlinks=True):
+        for path in (Path(folder, f) for f in files if f.endswith((".py", ".yaml", ".css", ".js"))):
+            assert str(path.relative_to(ROOT)) in names
     assert not any(n.startswith(("tests/", "tools/", "docs/")) or n.endswith(".pyc") for n in names)
 
 
