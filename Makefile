@@ -22,6 +22,7 @@ slow: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 
 # Inconclusive (a busy machine) does not fail it, slower does.
