@@ -24,10 +24,12 @@ class Result:
     Attributes:
         report: as report.json, see docs/reference.
         folder: the run folder: the same call goes on there.
+        network: FILE.py:FUNCTION that builds the network, where the caller named one or gave a network in memory.
     """
 
     report: Facts
     folder: Path
+    network: str | None = None
 
     @property
     def saved(self) -> Path:
@@ -42,8 +44,7 @@ class Result:
     @cached_property
     def model(self) -> Any:
         """The pruned model, loaded as `load` does."""
-        network = self.report["model"].get("network")
-        return load(self.saved, network=network if network and ".py:" in network else None)
+        return load(self.saved, network=self.network)
 
 
 def prune(
@@ -52,6 +53,7 @@ def prune(
     out: str | Path | None = None,
     *,
     tokenizer: Any = None,
+    network: str | None = None,
     fresh: bool = False,
     until: str = "release",
     settings: Mapping[str, Any] | None = None,
@@ -63,8 +65,13 @@ def prune(
     The same call goes on where an earlier one was stopped. One process; see docs/guide for many.
 
     Args:
-        model: a name (`compress list models`), a hub id, a folder, FILE.py:FUNCTION of a network, or a transformers
-            causal language model in memory, which is saved first (to ``OUT-dense``), with its ``tokenizer``.
+        model: a name (`compress list models`), a hub id, a folder, FILE.py:FUNCTION of a network; or a model in memory,
+            whose weights are saved first (to ``OUT-dense``): a transformers causal language model with its
+            ``tokenizer``, or any other torch module. A module's weights are the start; it is trained further where the
+            recipe's ``train.epochs`` say so (0: they are taken as they are).
+        network: what builds a torch module again in a clean process, with the recipe's ``arguments``: FILE.py:FUNCTION
+            or a name of `compress list models`; by default the module's class, in the file where it stands. That it
+            builds the same network is checked, by its layers and its outputs.
         recipe: a name (`compress list recipes`) or a YAML file.
         out: the run folder; ``runs/MODEL-RECIPE`` where it is not given.
         fresh: forgets what an earlier run left in ``out``.
@@ -78,25 +85,34 @@ def prune(
     """
     from compress.pipeline import prune as run
     from compress.schema.stages import STAGES
+    from compress.verbs.in_memory import Named, named
 
     if until not in STAGES:
         raise UsageError(f"unknown stage {until!r}", where="until", fix=f"one of: {', '.join(STAGES)}")
     if out is None and not isinstance(model, str | Path):
         raise UsageError("a model in memory has no name", where="out", fix="give out, the run folder")
     folder = Path(out) if out is not None else Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
-    name = _named(model, tokenizer, folder)
     changes = _changes({**(settings or {}), **overrides})
-    words = ["compress", "prune", name, "--recipe", str(recipe), "--out", str(folder)]
+    if isinstance(model, str | Path):
+        _no_network(network)
+        meant = Named(str(model), network=str(model) if ".py:" in str(model) else None)
+    else:
+        dense = folder.with_name(f"{folder.name}-dense")
+        meant = named(model, dense, str(recipe), changes, tokenizer=tokenizer, network=network)
+    changes += meant.changes
+    words = ["compress", "prune", meant.name, "--recipe", str(recipe), "--out", str(folder)]
     command = shlex.join([*words, *(word for change in changes for word in ("--set", change))])
     with _heard(progress):
-        report = run(name, str(recipe), folder, changes, fresh=fresh, until=until, command=command)
-    return Result(report, folder)
+        report = run(meant.name, str(recipe), folder, changes, fresh=fresh, until=until, command=command, ask=meant.ask)
+    return Result(report, folder, meant.network if meant.network and ".py:" in meant.network else None)
 
 
 def plan(
     model: Any,
     recipe: str | Path,
     *,
+    tokenizer: Any = None,
+    network: str | None = None,
     on: str = "this-machine",
     settings: Mapping[str, Any] | None = None,
     **overrides: Any,
@@ -104,33 +120,69 @@ def plan(
     """What `prune` would do, without a weight being read: budget, shapes, and memory, disk and time by stage.
 
     Args:
+        model, tokenizer, network: as for `prune`.
         on: the machine that is asked about: ``8xh100``, a YAML file, ``this-machine``.
     """
     from compress.verbs.common import plan as run
+    from compress.verbs.in_memory import for_a_while
 
-    return run(_place(model), str(recipe), _changes({**(settings or {}), **overrides}), on)
+    changes = _changes({**(settings or {}), **overrides})
+    if isinstance(model, str | Path):
+        _no_network(network)
+        return run(str(model), str(recipe), changes, on)
+    with for_a_while(model, str(recipe), changes, tokenizer=tokenizer, network=network) as meant:
+        return run(meant.name, str(recipe), [*changes, *meant.changes], on)
 
 
-def evaluate(model: str | Path, *, like: str | Path | None = None, **options: Any) -> Facts:
+def evaluate(model: Any, *, like: str | Path | None = None, tokenizer: Any = None, **options: Any) -> Facts:
     """Perplexity of a language model, or a network's figures, on what the run ``like`` held out.
 
     Args:
+        model: a folder, a name, or a model in memory: a transformers one with its ``tokenizer``, or a torch module.
         options: ``text=[FILE, ...]``, ``windows``, ``length``, ``task=[NAME, ...]``, ``network``.
     """
+    from compress.verbs import in_memory
     from compress.verbs.common import evaluate as run
 
-    return run(_place(model), Path(like) if like is not None else None, **options)
+    run_of = Path(like) if like is not None else None
+    if isinstance(model, str | Path):
+        return run(str(model), run_of, **options)
+    if in_memory.is_network(model):
+        _no_options(options)
+        return in_memory.evaluate_network(model, run_of)
+    with in_memory.saved_text(model, tokenizer) as folder:
+        return run(folder, run_of, **options) | {"model": type(model).__name__}
 
 
-def export(model: str | Path, out: str | Path, formats: Sequence[Any] = (), **options: Any) -> Facts:
-    """Exports a saved model to ONNX, checked against torch; ``out`` appears only when every check has passed.
+def export(
+    model: Any,
+    out: str | Path,
+    formats: Sequence[Any] = (),
+    *,
+    like: str | Path | None = None,
+    tokenizer: Any = None,
+    **options: Any,
+) -> Facts:
+    """Exports a model to ONNX, checked against torch; ``out`` appears only when every check has passed.
 
     Args:
+        model: a folder, a name, an ONNX file, or a model in memory: a transformers one with its ``tokenizer``, or a
+            torch module, which is then checked on samples that the run ``like`` held out.
         formats: `compress.exporters.formats.BuildOptions` of what is to be made beside it.
+        like: a run, whose data sets the scales of int8 and judges the formats of a network.
+        options: ``network``.
     """
+    from compress.verbs import in_memory
     from compress.verbs.common import export as run
 
-    return run(_place(model), Path(out), list(formats), **options)
+    run_of = Path(like) if like is not None else None
+    if isinstance(model, str | Path):
+        return run(str(model), Path(out), list(formats), like=run_of, **options)
+    if in_memory.is_network(model):
+        _no_options(options)
+        return in_memory.export_network(model, Path(out), run_of, formats)
+    with in_memory.saved_text(model, tokenizer) as folder:
+        return run(folder, Path(out), list(formats), like=run_of, **options) | {"model": type(model).__name__}
 
 
 def bench(dense: str | Path, pruned: str | Path, *, target: str | None = None, **options: Any) -> Facts:
@@ -175,6 +227,7 @@ def load(model: str | Path, *, network: str | None = None) -> Any:
     """A saved model in evaluation mode on the CPU: a transformers model in float32, or the network as a torch module.
 
     Args:
+        model: a folder of `prune`, or a name.
         network: FILE.py:FUNCTION, where the network is code of yours; no code of the folder is run.
 
     Raises:
@@ -182,6 +235,8 @@ def load(model: str | Path, *, network: str | None = None) -> Any:
     """
     from compress.models.saved import find
 
+    if not isinstance(model, str | Path):
+        raise UsageError(f"a {type(model).__name__} is no folder", where="model", fix="name the folder of a saved one")
     kind, folder = find(str(model))
     if kind == "network":
         from compress.networks.reload import check_named, reload
@@ -195,55 +250,16 @@ def load(model: str | Path, *, network: str | None = None) -> Any:
     return load_model(folder, family_for(load_config(folder)))
 
 
-def _place(model: Any) -> str:
-    if not isinstance(model, str | Path):
+def _no_network(network: str | None) -> None:
+    if network is not None:
         raise UsageError(
-            f"a model in memory ({type(model).__name__}) cannot be named", where="model", fix="save it, name its folder"
+            "network says what builds a module in memory, and a name is given", where="network", fix="leave it out"
         )
-    return str(model)
 
 
-def _named(model: Any, tokenizer: Any, out: Path) -> str:
-    """The name of a model; one in memory is saved beside the run folder first, where it is not there already."""
-    if isinstance(model, str | Path):
-        return str(model)
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(
-            f"a {type(model).__name__} in memory cannot be built again in a clean process",
-            where="model",
-            fix="name the function that makes it: FILE.py:FUNCTION",
-        )
-    if tokenizer is None:
-        raise UsageError("the model's text needs its tokenizer", where="tokenizer", fix="give it")
-    from compress.run.written import whole
-
-    folder = out.with_name(f"{out.name}-dense")
-    if not folder.exists():
-        with whole(folder) as made:
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
-    else:
-        _same(model, folder)
-    return str(folder)
-
-
-def _same(model: Any, folder: Path) -> None:
-    """Raises UsageError where a folder holds other weights than the model in memory."""
-    import torch
-    from safetensors import safe_open
-
-    from compress.models.reading import weight_files
-
-    state = model.state_dict()
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it has keys() alone)
-                if name not in state or not torch.equal(file.get_tensor(name), state[name].cpu()):
-                    raise UsageError(
-                        f"another model lies there: {name} differs", where=str(folder), fix="give another out"
-                    )
+def _no_options(options: Mapping[str, Any]) -> None:
+    if options:
+        raise UsageError(f"{next(iter(options))} is not for a network in memory", where="model", fix="leave it out")
 
 
 def _changes(values: Mapping[str, Any]) -> list[str]:

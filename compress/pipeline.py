@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -77,8 +77,12 @@ def prune(
     fresh: bool = False,
     until: str = STAGES[-1],
     command: str = "",
+    ask: Callable[[Any], None] | None = None,
 ) -> dict[str, Any]:
     """Runs the whole pipeline into the run folder ``out``, or goes on where an earlier call stopped.
+
+    Args:
+        ask: is given the set-up before anything is written, and raises where it is not what was meant.
 
     Returns:
         The report (up to the stage that was asked for).
@@ -98,7 +102,10 @@ def prune(
                 raise CompressError("targets need the exported model", where="export", fix="leave targets out as well")
             check(recipe.targets)
         method = method_of(recipe)
-        return method, method.prepare(model, recipe)
+        setup = method.prepare(model, recipe)
+        if ask is not None:
+            ask(setup)
+        return method, setup
 
     # The main process first: what is wrong is said once, and what is fetched is fetched once.
     checked: list[tuple[Method, Any]] = []

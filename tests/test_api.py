@@ -75,16 +75,33 @@ def test_a_language_model_in_memory_is_pruned_like_its_folder(job: Job, finished
         compress.prune(model, job.recipe, tmp_path / "run", tokenizer=tokenizer, until="plan")
 
 
+def test_a_language_model_in_memory_is_planned_evaluated_and_exported(job: Job, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(job.model)
+    own: Any = {"tokenizer": AutoTokenizer.from_pretrained(job.model)}
+    text: Any = {"text": [str(job.folder / "first.txt")], "windows": 2, "length": 32}
+    assert compress.plan(model, job.recipe, **own)["remove"] == compress.plan(job.model, job.recipe)["remove"]
+    found = compress.evaluate(model, **text, **own)
+    assert found["texts"] == compress.evaluate(job.model, **text)["texts"]
+    assert found["model"] == "LlamaForCausalLM"
+    assert compress.export(model, tmp_path / "onnx", **own)["out"] == str(tmp_path / "onnx")
+    assert (tmp_path / "onnx" / "prefill.onnx").is_file()
+    with pytest.raises(compress.UsageError, match="tokenizer"):
+        compress.evaluate(model, **text)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda job, out: compress.prune(job.model, "no-such", out), "no-such"),
         (lambda job, out: compress.prune(job.model, job.recipe, out, until="never"), "unknown stage"),
-        (lambda job, out: compress.prune(torch.nn.Linear(2, 2), job.recipe, out), "FILE.py:FUNCTION"),
+        (lambda job, out: compress.prune(torch.nn.Linear(2, 2), "global-mp-demo", out), "FILE.py:FUNCTION"),
         (lambda job, out: compress.prune(torch.nn.Linear(2, 2), job.recipe), "no name"),
         (lambda job, out: compress.prune(job.model, job.recipe, out, sparsity=object()), "sparsity"),
         (lambda job, out: compress.prune(job.model, job.recipe, out, sparsty=0.5), "sparsity"),
-        (lambda job, out: compress.plan(torch.nn.Linear(2, 2), job.recipe), "in memory"),
+        (lambda job, out: compress.plan(torch.nn.Linear(2, 2), "global-mp-demo"), "in memory"),
+        (lambda job, out: compress.plan(5, job.recipe), "no model"),
     ],
 )
 def test_a_wrong_call_is_one_error_and_leaves_nothing(job: Job, tmp_path: Path, call: Any, words: str) -> None:

@@ -95,10 +95,14 @@ def export(
         like: a run whose calibration split sets the scales of int8, and on whose test split every format is judged.
         builds: formats to make of it, each in a folder of ``out``.
     """
+    return export_loaded(_load(folder, network), out, like=like, builds=builds)
+
+
+def export_loaded(loaded: Reloaded, out: Path, *, like: Path | None, builds: Sequence[BuildOptions]) -> dict[str, Any]:
+    """`export` of a network that is loaded, checked on the samples that came with it."""
     from compress.exporters.command import make_all, network_source
     from compress.exporters.onnx_module import write_checked_module
 
-    loaded = _load(folder, network)
     names = [task["name"] for task in loaded.facts["tasks"]]
     facts = write_checked_module(loaded.model, loaded.inputs, names, out, NetworkExport().tolerance)
     more = _of_run(like, names) if like is not None else {}

@@ -36,16 +36,16 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
     Raises:
         UsageError: there is no such network, file, function or argument, or it returns no module.
     """
-    function = _from_file(name) if ".py:" in name else _from_zoo(name)
+    make = function(name)
     try:
-        inspect.signature(function).bind(**arguments)
+        inspect.signature(make).bind(**arguments)
     except TypeError as e:
         raise UsageError(
-            f"{name} cannot be called so: {e}", where="network arguments", fix=f"{name}{inspect.signature(function)}"
+            f"{name} cannot be called so: {e}", where="network arguments", fix=f"{name}{inspect.signature(make)}"
         ) from None
     torch.manual_seed(seed)
     try:
-        model = function(**arguments)
+        model = make(**arguments)
     except ValueError as e:
         raise UsageError(f"{name}: {e}", where="network arguments", fix="give another value") from e
     if not isinstance(model, nn.Module):
@@ -57,8 +57,16 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
 
 def accepts(name: str, argument: str) -> bool:
     """Whether a network's function takes an argument of that name."""
-    function = _from_file(name) if ".py:" in name else _from_zoo(name)
-    return argument in inspect.signature(function).parameters
+    return argument in inspect.signature(function(name)).parameters
+
+
+def function(name: str) -> Any:
+    """What makes a network; a file's code is run, see `build`.
+
+    Raises:
+        UsageError: there is no such network, file or function.
+    """
+    return _from_file(name) if ".py:" in name else _from_zoo(name)
 
 
 def _from_zoo(name: str) -> Any:
