@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+FIRST = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
+PAGES = sorted([*FIRST, *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^(`{3,})(\w*)\s*$")
 MARK = re.compile(r"^<!-- (slow|not run: (.+)) -->$")
 
