@@ -22,7 +22,7 @@ class Result:
     """What `prune` has made.
 
     Attributes:
-        report: as report.json, see docs/reference.
+        report: as report.json in the run folder.
         folder: the run folder: the same call goes on there.
         network: FILE.py:FUNCTION that builds the network, where the caller named one or gave a network in memory.
     """
@@ -62,7 +62,7 @@ def prune(
 ) -> Result:
     """Prunes a model, saves it, checks it, exports it, measures it and writes its card, as `compress prune` does.
 
-    The same call goes on where an earlier one was stopped. One process; see docs/guide for many.
+    The same call goes on where an earlier one was stopped. One process; the command line starts many.
 
     Args:
         model: a name (`compress list models`), a hub id, a folder, FILE.py:FUNCTION of a network; or a model in memory,
