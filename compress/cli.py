@@ -28,6 +28,8 @@ except ImportError:
 from compress.errors import CompressError
 from compress.words.escape import json_text, terminal, terminal_lines
 
+MOST = 10**7  # tokens, samples or windows of one call
+
 app = typer.Typer(
     help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
     no_args_is_help=True,
@@ -50,6 +52,7 @@ Network = Annotated[
 ]
 
 _debug = False
+_verb = ""
 
 
 def _version(wanted: bool) -> None:
@@ -66,8 +69,8 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="prints the version")
     ] = False,
 ) -> None:
-    global _debug
-    _debug = debug
+    global _debug, _verb
+    _debug, _verb = debug, context.invoked_subcommand or ""
     if context.invoked_subcommand != "prune":
         from compress.processes import distributed
 
@@ -75,6 +78,13 @@ def _options(
         if not distributed.is_main():
             raise typer.Exit
         distributed.stay_alone()
+
+
+def _finite(value: float) -> float:
+    """A bound alone lets what is no number pass, and a year of waiting is no timeout."""
+    if not value <= 31_536_000:
+        raise typer.BadParameter(f"{value} is not in the range 1<=x<=31536000 (a year).")
+    return value
 
 
 def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
@@ -101,10 +111,12 @@ def prune(
     ] = "release",
     fresh: Annotated[bool, typer.Option("--fresh", help="forgets what an earlier run left in the folder")] = False,
     processes: Annotated[
-        int | None, typer.Option("--processes", "-n", help="processes to start  [default: one per GPU, one without]")
+        int | None,
+        typer.Option("--processes", "-n", min=1, max=4096, help="to start  [default: one per GPU, one without]"),
     ] = None,
     rank_timeout: Annotated[
-        float, typer.Option(min=1, help="seconds after which a process that does not answer is given up")
+        float,
+        typer.Option(min=1, callback=_finite, help="seconds after which a process that does not answer is given up"),
     ] = 1800.0,
     json_: Json = False,
 ) -> None:
@@ -163,8 +175,8 @@ def eval_(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
     like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="windows per text  [default: 16]")] = None,
-    length: Annotated[int | None, typer.Option(min=16, help="tokens per window  [default: 512]")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, max=MOST, help="windows per text  [default: 16]")] = None,
+    length: Annotated[int | None, typer.Option(min=16, max=MOST, help="tokens per window  [default: 512]")] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")
     ] = None,
@@ -229,11 +241,11 @@ def export(
 def bench(
     dense: Annotated[Path, typer.Argument(help="export folder of the dense model")],
     pruned: Annotated[Path, typer.Argument(help="export folder of the pruned model")],
-    prompt: Annotated[int | None, typer.Option(min=1, help="language models: tokens of the prompt")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="language models: tokens in the cache")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
-    processes: Annotated[int | None, typer.Option(min=1, help="fresh processes per model")] = None,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, max=MOST, help="language models: tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, max=MOST, help="language models: tokens in the cache")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="networks: samples of one call")] = None,
+    processes: Annotated[int | None, typer.Option(min=1, max=1000, help="fresh processes per model")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
     target: TargetName = None,
     out: Annotated[Path | None, typer.Option(help="a folder for bench.json and the plots")] = None,
     json_: Json = False,
@@ -295,11 +307,11 @@ def gate(
     summary: Annotated[
         Path | None, typer.Option(help="append the Markdown summary to it  [default: $GITHUB_STEP_SUMMARY]")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="of 0.1 s or more, in one process")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="networks: samples of one call")] = None,
-    prompt: Annotated[int | None, typer.Option(min=1, help="language models: tokens of the prompt")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="language models: tokens in the cache")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, max=MOST, help="of 0.1 s or more, in one process")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="networks: samples of one call")] = None,
+    prompt: Annotated[int | None, typer.Option(min=1, max=MOST, help="language models: tokens of the prompt")] = None,
+    context: Annotated[int | None, typer.Option(min=1, max=MOST, help="language models: tokens in the cache")] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="NAME=1x3x32x32", help="an input's whole shape; repeatable")
     ] = None,
@@ -498,7 +510,8 @@ def main() -> None:
         sys.exit(e.exit_code)
     except Stopped:
         if distributed.is_main():
-            print("\nstopped; the same command goes on behind the last whole stage", file=sys.stderr)
+            goes_on = "; the same command goes on behind the last whole stage" if _verb == "prune" else ""
+            print(f"\nstopped{goes_on}", file=sys.stderr)
         sys.exit(130)
     except distributed.Aborted:
         sys.exit(1)

@@ -13,6 +13,7 @@ from compress.errors import UsageError
 from compress.exporters import formats
 from compress.exporters.formats import BuildOptions, Source
 from compress.exporters.ort import Arrays
+from compress.schema.section import whole
 
 SAMPLES = 16  # inputs that a network is compared on
 
@@ -33,6 +34,15 @@ def builds(
         UsageError: a format, precision or shape is wrong, or a package is missing.
     """
     profiles = _profiles(shapes)
+    known = sorted({p for f in formats.FORMATS.values() for p in f.precisions})
+    if precision not in known:
+        raise UsageError(f"there is no precision {precision!r}", where="--precision", fix=f"one of: {', '.join(known)}")
+    if precision != "fp32" and not names:
+        raise UsageError(
+            f"the ONNX file itself stays fp32; {precision} is for a format that is made of it",
+            where="--precision",
+            fix=f"name it: --format openvino --precision {precision}",
+        )
     found = []
     for name in dict.fromkeys(names):
         options = BuildOptions(name, precision, profiles, fusions=fusions)
@@ -50,9 +60,13 @@ def _profiles(shapes: Sequence[str]) -> dict[str, list[dict[str, tuple[int, int,
     for said in shapes:
         name, _, sizes = said.partition("=")
         component, _, axis = name.rpartition(".")
+        if component not in axes:  # the axis' own name has a dot
+            component, axis = "", name
         try:
-            numbers = [int(n) for n in sizes.split(":")]
+            numbers = [whole(n) for n in sizes.split(":")]
             low, opt, high = numbers * 3 if len(numbers) == 1 else numbers
+            if not axis:
+                raise ValueError("no axis")
             targets = [component] if component else list(axes)
             for target in targets:
                 # One step of decode is one token, whatever the prompt.

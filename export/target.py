@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import UsageError
 from compress.exporters.bench.transport import Transport
-from compress.schema.recipe import Path_, Place, Section, explain, named_file, read_layers
+from compress.schema.recipe import Path_, Place, explain, named_file, read_layers
+from compress.schema.section import Clash, Count, Section
 
 TARGETS = Path(__file__).parent / "targets"
 HERE = "this-machine"
@@ -43,7 +44,10 @@ class TransportSection(Section):
                    "benchmark": "adb"}  # fmt: skip
         for name, kind in foreign.items():
             if getattr(self, name) is not None and kind != self.kind:
-                raise ValueError(f"{name} belongs to kind {kind}; here: {self.kind}")
+                raise Clash(
+                    f"{name} belongs to kind {kind}, and the kind is {self.kind}",
+                    f"leave {name} out, or say kind: {kind}",
+                )
         return self
 
 
@@ -51,11 +55,11 @@ class Shapes(Section):
     """The shapes that engines are optimised for and that are measured."""
 
     batch: int = Field(1, ge=1, description="networks: samples of one call")
-    inputs: dict[str, list[int]] = Field({}, description="networks: shapes of inputs whose axes the file leaves open")
-    prompts: list[int] = Field(
+    inputs: dict[str, list[Count]] = Field({}, description="networks: shapes of inputs whose axes the file leaves open")
+    prompts: list[Count] = Field(
         [512], min_length=1, description="language models: tokens of the prompt TTFT is measured on"
     )
-    contexts: list[int] = Field([512], min_length=1, description="language models: tokens in the cache at TPOT")
+    contexts: list[Count] = Field([512], min_length=1, description="language models: tokens in the cache at TPOT")
     max_context: int | None = Field(None, ge=1, description="language models: most tokens an engine must take")
 
 
@@ -77,7 +81,7 @@ class Target(Section):
     description: str = ""
     format: Literal["onnx", "ort", "executorch", "litert", "openvino", "mnn", "tensorrt", "tensorrt_rtx"] = "onnx"
     precision: Literal["fp32", "fp16", "bf16", "int8", "int8-weights"] = "fp32"
-    compute_capability: list[Annotated[str, Field(pattern=r"^\d+\.\d$")]] = Field(
+    compute_capability: list[Annotated[str, Field(pattern=r"^[0-9]+\.[0-9]$")]] = Field(
         [], description="GPUs an engine is built for, such as '8.9'"
     )
     options: dict[str, Any] = Field({}, description="options of the runtime when it loads the file")

@@ -11,6 +11,7 @@ from compress.errors import CompressError, UsageError
 from compress.run.folder import RECIPE_LOCK
 from compress.run.seals import SEAL, read_stamped, verify_seal
 from compress.schema.recipe import TEXT
+from compress.schema.strict_yaml import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,15 @@ def locked_recipe(run: Path, kind: str) -> dict[str, Any]:
     Raises:
         CompressError: it is no run folder, or a run of another kind.
     """
-    import yaml
-
     lock = run / RECIPE_LOCK
     fix = "name a folder that `compress prune` made; it writes the file again where it is deleted"
     try:
-        recipe: dict[str, Any] = yaml.safe_load(read_stamped(lock, RECIPE_LOCK, fix))["recipe"]
+        held = parse_yaml(read_stamped(lock, RECIPE_LOCK, fix), RECIPE_LOCK, str(lock))
+        recipe: dict[str, Any] = held.value["recipe"]
         task = recipe.get("task", TEXT)
     except CompressError as e:
         raise CompressError(f"this is not a run folder: {e.what}", where=e.where, fix=e.fix) from e
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as e:
+    except (KeyError, TypeError, AttributeError) as e:
         raise CompressError(f"this is not a run folder: it has no whole {RECIPE_LOCK}", where=str(run), fix=fix) from e
     if task != kind:
         what = KINDS[task].title if task in KINDS else f"a {task}"

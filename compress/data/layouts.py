@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from compress.data.tasks import IGNORE, KindName, Task
 from compress.errors import CompressError
 from compress.run.progress import Progress
 from compress.schema.sections import DataSpec
+from compress.schema.strict_yaml import read_yaml
 
 HELD_OUT_NAMES = ("test", "val", "validation")
 
@@ -434,10 +434,19 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
     for file in ("data.yaml", "dataset.yaml", "classes.txt"):
         path = folder / file
         if path.is_file() and not names:
-            held = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else None
-            listed = held.get("names", ()) if isinstance(held, dict) else path.read_text().split("\n")
-            names = tuple(str(n) for n in (listed.values() if isinstance(listed, dict) else listed) if str(n).strip())
+            names = _class_names(path)
     return _box_splits(folder, train, test, read("calibration") if own else None, names, spec)
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    """Names out of a YOLO data file (``names``: a list, or a map of numbers) or a list of lines."""
+    if path.suffix != ".yaml":
+        return tuple(line for line in path.read_text().split("\n") if line.strip())
+    held = read_yaml(path, "the data file").value
+    listed = held.get("names", ()) if isinstance(held, dict) else ()
+    if not isinstance(listed, dict | list | tuple):
+        raise CompressError("`names` is no list of classes", where=str(path), fix="names: [person, car]")
+    return tuple(str(n) for n in (listed.values() if isinstance(listed, dict) else listed) if str(n).strip())
 
 
 def _coco(folder: Path, spec: DataSpec) -> Splits:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from compress.schema.strict_yaml import read_yaml
 
 if TYPE_CHECKING:
     from compress.run.machines import Machine
@@ -84,7 +84,7 @@ class Fit:
 
 @lru_cache
 def load_fit(path: Path = FITTED) -> Fit:
-    facts = yaml.safe_load(path.read_text())
+    facts = read_yaml(path, "the table of measured runs").value
     return Fit(
         facts["seconds_per_unit"],
         facts["reference"],

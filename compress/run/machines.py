@@ -12,20 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from compress.errors import UsageError
+from compress.schema.section import Section
+from compress.schema.strict_yaml import read_yaml
 
 TABLE = Path(__file__).with_name("machines.yaml")
 HERE = "this-machine"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Node(_Strict):
+class Node(Section):
     """A machine as it is sold; GB and GB/s."""
 
     gpus: int = Field(1, ge=1)
@@ -34,7 +31,7 @@ class Node(_Strict):
     disk_read: float = Field(gt=0)
 
 
-class Gpu(_Strict):
+class Gpu(Section):
     """Published peaks: GB, TFLOP/s (dense), GB/s."""
 
     memory: float = Field(gt=0)
@@ -48,13 +45,13 @@ class Gpu(_Strict):
     node: Node | None = None
 
 
-class _Table(_Strict):
+class _Table(Section):
     reached: float = Field(gt=0, le=1)
     gpus: dict[str, Gpu]
-    same: dict[str, str] = {}
+    same: dict[str, str] = Field({})
 
 
-class _File(_Strict):
+class _File(Section):
     gpu: str | Gpu
     count: int = Field(1, ge=1, description="GPUs of a node")
     nodes: int = Field(1, ge=1)
@@ -91,7 +88,7 @@ class Machine:
 
 
 def _table() -> _Table:
-    return _Table.model_validate(yaml.safe_load(TABLE.read_text()))
+    return _Table.model_validate(read_yaml(TABLE, "the table of machines").value)
 
 
 def machine_names() -> list[str]:
@@ -113,7 +110,7 @@ def find_machine(name: str, folder: Path) -> Machine:
     if name.endswith((".yaml", ".yml")):
         return _from_file(Path(name))
     table = _table()
-    parts = re.fullmatch(r"(?:(\d+)x)?(?:(\d+)x)?([a-z0-9][a-z0-9-]*)", name.lower())
+    parts = re.fullmatch(r"(?:([0-9]{1,6})x)?(?:([0-9]{1,6})x)?([a-z0-9][a-z0-9-]*)", name.lower())
     gpu = None if parts is None else table.same.get(parts[3], parts[3])
     if parts is None or gpu not in table.gpus:
         known = [*table.gpus, *table.same]
@@ -125,7 +122,7 @@ def find_machine(name: str, folder: Path) -> Machine:
             + f"COUNTxGPU or NODESxCOUNTxGPU with one of {', '.join(known)}; {HERE}; or a YAML file",
         )
     first, second = (int(n) if n else None for n in parts.group(1, 2))
-    nodes, count = (first, second) if first is not None and second is not None else (1, first or 1)
+    nodes, count = (first, second) if first is not None and second is not None else (1, 1 if first is None else first)
     if nodes < 1 or count < 1:
         raise UsageError("a machine has at least one GPU", where="--on", fix="for example 8xh100")
     found = table.gpus[gpu]
@@ -146,11 +143,9 @@ def find_machine(name: str, folder: Path) -> Machine:
 def _from_file(path: Path) -> Machine:
     table = _table()
     try:
-        facts = _File.model_validate(yaml.safe_load(path.read_text()))
-    except OSError as e:
-        raise UsageError("there is no such machine file", where=str(path), fix="check the path") from e
-    except (yaml.YAMLError, ValidationError) as e:
-        first = str(e.errors()[0]["loc"]) + " " + e.errors()[0]["msg"] if isinstance(e, ValidationError) else str(e)
+        facts = _File.model_validate(read_yaml(path, "the machine file").value)
+    except ValidationError as e:
+        first = f"{'.'.join(map(str, e.errors()[0]['loc']))} {e.errors()[0]['msg']}"
         raise UsageError(
             f"the machine file is wrong: {first}", where=str(path), fix="give gpu, count, ram, disk and disk_read"
         ) from e

@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compress.errors import UsageError
+from compress.schema.section import Clash, Section, Seed
+from compress.schema.strict_yaml import Keys, parse_yaml, read_yaml
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-
-class Section(BaseModel):
-    """A part of a recipe; unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class SourceSpec(Section):
@@ -46,7 +42,10 @@ class SourceSpec(Section):
     def _one(self) -> SourceSpec:
         named = [k for k in ("hub", "files", "embedded", "package") if getattr(self, k) is not None]
         if len(named) != 1:
-            raise ValueError(f"name exactly one of hub, files, embedded, package (here: {', '.join(named) or 'none'})")
+            raise Clash(
+                f"name exactly one of hub, files, embedded, package (here: {', '.join(named) or 'none'})",
+                f"keep one of {', '.join(named)}" if named else "for example files: [text/*.txt]",
+            )
         return self
 
     @property
@@ -126,7 +125,7 @@ class RecoverSection(Section):
     hidden_layers: list[Annotated[int, Field(ge=0)]] | None = Field(
         None, min_length=1, description="blocks behind which the stream is compared; all by default"
     )
-    seed: int | None = Field(None, ge=0, description="the recipe's own by default")
+    seed: Seed | None = Field(None, description="the recipe's own by default")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type the products are computed in; weights and optimiser are float32"
     )
@@ -145,11 +144,18 @@ class RecoverSection(Section):
     @model_validator(mode="after")
     def _fits(self) -> RecoverSection:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give either steps or tokens")
+            both = self.steps is not None
+            raise Clash(
+                f"{'both steps and tokens are' if both else 'neither steps nor tokens is'} given: give either",
+                "leave one out (null)" if both else "give steps or tokens, for example steps: 100",
+            )
         if self.kl == 0 and self.hidden == 0:
-            raise ValueError("kl and hidden are both 0: there is nothing to learn from")
+            raise Clash("kl and hidden are both 0: there is nothing to learn from", "give kl or hidden above 0")
         if self.method == "full" and self.targets is not None:
-            raise ValueError("targets belong to method lora; full trains every weight of the blocks")
+            raise Clash(
+                "targets belong to method lora; full trains every weight of the blocks",
+                "leave targets out (null), or set method: lora",
+            )
         return self
 
 
@@ -169,7 +175,10 @@ class MemorySection(Section):
     @model_validator(mode="after")
     def _shards_of_streamed(self) -> MemorySection:
         if self.shard and self.stream is False:
-            raise ValueError("shard: true holds parts of blocks, stream: false all of them in every process")
+            raise Clash(
+                "shard: true holds parts of blocks, stream: false all of them in every process",
+                "leave stream out (null), or set shard: false",
+            )
         return self
 
 
@@ -180,7 +189,7 @@ class AnyRecipe(Section):
     method: str
     description: str = ""
     sparsity: float = Field(gt=0, lt=1, description="share of the backbone's linear parameters to remove")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     targets: list[str] = Field(
         [], description="targets (`compress list targets`, or files) that it is built for and measured on, too"
     )
@@ -235,7 +244,7 @@ class Place:
         return f"{self.file}, line {self.line}" if self.line is not None else self.file
 
 
-Path_ = tuple[str | int, ...]
+Path_ = Keys
 
 
 def recipe_names() -> dict[str, Path]:
@@ -356,28 +365,12 @@ def read_layers(
     """
     if path in seen:
         raise UsageError(f"a {noun} extends itself", where=str(path), fix="break the circle of 'extends'")
-    try:
-        text = path.read_text()
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(
-            f"not valid YAML: {getattr(e, 'problem', None) or e}", where=f"{path}{line}", fix="mend the syntax there"
-        ) from None
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(
-            f"the {noun} cannot be read: {e}", where=str(path), fix="check the path and its rights"
-        ) from None
+    read = read_yaml(path, f"the {noun}")
+    data = read.value
     if not isinstance(data, dict):
         listed = f"see `compress list {noun}s`" if noun in LISTED else "write KEY: VALUE on lines of its own"
         raise UsageError(f"a {noun} is a map of keys to values", where=str(path), fix=listed)
-    mine: dict[Path_, Place] = {}
-    for at, place in _marks(node, str(path)):
-        if at in mine:
-            raise UsageError(f"the key {at[-1]!r} stands twice", where=str(place), fix="keep one of them")
-        mine[at] = place
+    mine = {at: Place(str(path), line) for at, line in read.lines.items()}
     base: dict[str, Any] = {}
     if "extends" in data:
         parent = str(data.pop("extends"))
@@ -397,18 +390,6 @@ def _forget_below(places: dict[Path_, Place], at: Path_, unless: Mapping[Path_, 
             del places[old]
 
 
-def _marks(node: yaml.Node | None, file: str, at: Path_ = ()) -> Iterator[tuple[Path_, Place]]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            here = (*at, str(key.value))
-            yield here, Place(file, key.start_mark.line + 1)
-            yield from _marks(value, file, here)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            yield (*at, i), Place(file, value.start_mark.line + 1)
-            yield from _marks(value, file, (*at, i))
-
-
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in over.items():
@@ -421,10 +402,7 @@ def _override(data: dict[str, Any], text: str, places: dict[Path_, Place]) -> No
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise UsageError(f"{text!r} is not KEY=VALUE", where="--set", fix="for example: --set sparsity=0.25")
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UsageError(f"the value {value!r} is not valid YAML", where=f"--set {key}", fix="quote it") from None
+    parsed = parse_yaml(value, "the value", f"--set {key}", "quote it, or mend it").value
     parts = key.split(".")
     inside = data
     for i, part in enumerate(parts[:-1]):
@@ -489,6 +467,9 @@ def explain(
     fix = "give a value in range"
     if fault["type"] == "list_type":
         fix = f"write a list: {at[-1]}: [{fault['input']}]"
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, Clash):
+        fix = cause.fix
     if key == "sparsity":
         fix = "give the share to remove as a number between 0 and 1, for example 0.5"
     return UsageError(f"{key}: {message[0].lower()}{message[1:]}{value}{more}", where=where, fix=fix)

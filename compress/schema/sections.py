@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from compress.schema.recipe import AnyRecipe, Section
+from compress.schema.recipe import AnyRecipe
+from compress.schema.section import Clash, Section, Seed
 
 
 class DataSpec(Section):
@@ -33,13 +34,13 @@ class DataSpec(Section):
     )
     skin_tones: bool = Field(False, description="emoji: with all skin tones, half of all images then show people")
     tasks: list[str] = Field([], description="the tasks to keep; the source's first by default")
-    seed: int = Field(0, ge=0, description="decides every split that the source does not make itself")
+    seed: Seed = Field(0, description="decides every split that the source does not make itself")
 
     @model_validator(mode="after")
     def _one(self) -> DataSpec:
         named = self.named()
         if len(named) > 1:
-            raise ValueError(f"name one of package, folder, hub (here: {', '.join(named)})")
+            raise Clash(f"name one of package, folder, hub (here: {', '.join(named)})", "set the others to null")
         return self
 
     def named(self) -> list[str]:
@@ -78,9 +79,15 @@ class TrainSpec(Section):
     @model_validator(mode="after")
     def _fits(self) -> TrainSpec:
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be fewer than epochs ({self.epochs})")
+            raise Clash(
+                f"warmup_epochs ({self.warmup_epochs:g}) must be fewer than epochs ({self.epochs})",
+                f"set warmup_epochs=0, or epochs above {self.warmup_epochs:g}",
+            )
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ValueError("nesterov needs sgd with momentum")
+            raise Clash(
+                "nesterov needs optimizer: sgd with momentum above 0",
+                "set nesterov: false, or optimizer: sgd and momentum: 0.9",
+            )
         return self
 
 
@@ -100,7 +107,7 @@ class NetworkExport(Section):
     @model_validator(mode="after")
     def _made_of_onnx(self) -> NetworkExport:
         if "onnx" not in self.formats:
-            raise ValueError("formats must name onnx: the others are made of it")
+            raise Clash("formats must name onnx: the others are made of it", "add onnx to formats")
         return self
 
 

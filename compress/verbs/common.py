@@ -111,15 +111,14 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
 
 def listing(what: str | None) -> dict[str, Any]:
     """Recipes, models and targets there are."""
-    import yaml
-
     from compress.exporters.on_target import listing as targets
     from compress.models.sources import alias_names, describe_alias
+    from compress.schema.strict_yaml import read_yaml
 
     found: dict[str, Any] = {}
     if what in (None, "recipes"):
         found["recipes"] = {
-            name: yaml.safe_load(path.read_text()).get("description", "") for name, path in recipe_names().items()
+            name: read_yaml(path, "the recipe").value.get("description", "") for name, path in recipe_names().items()
         }
     if what in (None, "models"):
         found["models"] = {name: describe_alias(name) for name in alias_names()}

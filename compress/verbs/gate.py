@@ -21,7 +21,8 @@ from compress.exporters import gate_outputs as outputs
 from compress.exporters.gate_run import Artefact, Measuring, compare, find
 from compress.exporters.gate_run import self_test as against_itself
 from compress.run.written import append, disk_errors, refuse_replacing, written
-from compress.schema.recipe import Section, load_section
+from compress.schema.recipe import load_section
+from compress.schema.section import Clash, Section, whole
 
 GIT, WORKTREE = "git:", "worktree"
 NAMES = (*outputs.FILES, "gate.png")
@@ -57,7 +58,11 @@ class GateFile(Section):
     @model_validator(mode="after")
     def _whole(self) -> GateFile:
         if (self.build is None) != (self.artefact is None):
-            raise ValueError("build and artefact belong together: the command, and what it makes")
+            missing = "artefact" if self.artefact is None else "build"
+            raise Clash(
+                f"build and artefact belong together (the command, and what it makes), and {missing} is missing",
+                f"give {missing}, or neither",
+            )
         return self
 
 
@@ -175,7 +180,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, list[int]]:
     for text in texts:
         name, _, dims = text.rpartition("=")
         try:
-            found[name] = [int(d) for d in dims.split("x")]
+            found[name] = [whole(d) for d in dims.split("x")]
         except ValueError:
             found[name] = []
         if not name or not found[name] or min(found[name]) < 1:

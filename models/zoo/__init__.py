@@ -48,6 +48,10 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
         model = make(**arguments)
     except ValueError as e:
         raise UsageError(f"{name}: {e}", where="network arguments", fix="give another value") from e
+    except (Exception, SystemExit) as e:
+        if ".py:" not in name:
+            raise
+        raise UsageError(f"the function cannot be run: {_told(e)}", where=name, fix="mend it") from e
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"{name} returned {type(model).__name__}, not a torch module", where="MODEL", fix="return the module"
@@ -85,11 +89,18 @@ def _from_file(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # the user's own code: any fault of it is told as theirs
-        raise UsageError(f"the file cannot be run: {type(e).__name__}: {e}", where=path, fix="mend it") from e
+    except (Exception, SystemExit) as e:  # the user's own code: any fault of it is told as theirs
+        raise UsageError(f"the file cannot be run: {_told(e)}", where=path, fix="mend it") from e
     if not callable(getattr(module, function, None)):
         raise UsageError(f"the file has no function {function!r}", where=path, fix="name it as path/file.py:function")
     return getattr(module, function)
+
+
+def _told(error: BaseException) -> str:
+    """A fault of a user's own code; a program that exits says nothing by itself."""
+    if isinstance(error, SystemExit):
+        return f"it exits ({error.code})"
+    return f"{type(error).__name__}: {error}"
 
 
 @torch.no_grad()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
+
+from compress.schema.section import Section
 
 
-class GlobalMPOptions(BaseModel):
+class GlobalMPOptions(Section):
     """The `global-mp:` section of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     floor: int | float = Field(
         0.0005,

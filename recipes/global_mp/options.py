@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from compress.schema.section import Clash, Section
 
 
-class NetworkOptions(BaseModel):
+class NetworkOptions(Section):
     """The `global-mp:` section of a recipe for networks (``task: network``)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     schedule: Literal["one-shot", "gradual"] = Field(
         "one-shot", description="prune the trained network and fine-tune it, or prune a new one while it is trained"
@@ -36,7 +36,15 @@ class NetworkOptions(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> NetworkOptions:
         if self.ranks is not None and (self.floor or self.floors or self.skip or self.masks):
-            raise ValueError("ranks go without floor, floors, skip and masks: whole columns are removed")
+            others = ", ".join(k for k in ("floor", "floors", "skip", "masks") if getattr(self, k))
+            raise Clash(
+                f"ranks and {others} are given: ranks remove whole columns, and know no {others}",
+                f"leave out ranks (null), or {others}",
+            )
         if self.schedule == "gradual" and (self.masks or self.ranks):
-            raise ValueError("masks and ranks are for schedule one-shot")
+            named = "masks" if self.masks else "ranks"
+            raise Clash(
+                f"{named} and schedule: gradual do not go together: {named} say at once what goes",
+                f"set schedule: one-shot, or leave {named} out (null)",
+            )
         return self

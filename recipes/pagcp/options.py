@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from compress.schema.section import Clash, Section
 
 
-class Tolerance(BaseModel):
+class Tolerance(Section):
     """How much worse a task may become in all, on the calibration split."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     measure: Literal["loss", "metric"] = Field("loss", description="the task's loss, or its own metric (accuracy ...)")
     relative: float | None = Field(None, gt=0, description="of the dense network's value: 0.1 is a tenth")
@@ -19,9 +19,15 @@ class Tolerance(BaseModel):
     @model_validator(mode="after")
     def _one(self) -> Tolerance:
         if (self.relative is None) == (self.absolute is None):
-            raise ValueError("give either relative or absolute")
+            raise Clash(
+                "relative and absolute are two ways to say one thing",
+                "give one: relative: 0.1 or absolute: 0.02",
+            )
         if self.measure == "metric" and self.relative is not None and self.relative >= 1:
-            raise ValueError("relative to a metric must be below 1")
+            raise Clash(
+                "relative to a metric, 1 and more is no tolerance",
+                "give relative below 1, absolute, or measure: loss",
+            )
         return self
 
     @property
@@ -30,10 +36,8 @@ class Tolerance(BaseModel):
         return f"{how} of its {self.measure}"
 
 
-class TrialOptions(BaseModel):
+class TrialOptions(Section):
     """Plans of one size are each trained a little, and the one that lost least on the calibration split is taken."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     epochs: list[Annotated[int, Field(ge=1)]] = Field(
         [3],
@@ -54,14 +58,12 @@ class TrialOptions(BaseModel):
     @model_validator(mode="after")
     def _rising(self) -> TrialOptions:
         if self.epochs != sorted(set(self.epochs)):
-            raise ValueError("epochs must rise")
+            raise Clash(f"epochs must rise from trial to trial, not {self.epochs}", "for example epochs: [1, 2, 4]")
         return self
 
 
-class PAGCPOptions(BaseModel):
+class PAGCPOptions(Section):
     """The `pagcp:` section of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     flops: float | None = Field(
         None,
@@ -105,7 +107,13 @@ class PAGCPOptions(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> PAGCPOptions:
         if self.rounds == 1 and self.between:
-            raise ValueError("between is for several rounds")
+            raise Clash(
+                f"rounds is 1 and between is {self.between}: there is nothing between the rounds of one",
+                "set pagcp.between=0, or pagcp.rounds to 2 or more",
+            )
         if self.trials is not None and self.flops is None:
-            raise ValueError("trials choose among plans of one size: give flops")
+            raise Clash(
+                "trials is given and flops is not: trials choose among plans of one size",
+                "give pagcp.flops, or leave pagcp.trials out (null)",
+            )
         return self

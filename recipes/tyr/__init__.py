@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from compress.schema.section import Clash, Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SearchOptions(_Section):
+class SearchOptions(Section):
     """How the per-sublayer sparsities are found once the candidates stand."""
 
     windows: int = Field(8, ge=1, description="windows the search measures KL on; none of them is calibrated on")
@@ -31,16 +29,17 @@ class SearchOptions(_Section):
     @model_validator(mode="after")
     def _steps_fit(self) -> SearchOptions:
         if len(self.survivors) != len(self.steps) - 1:
-            raise ValueError(
+            raise Clash(
                 f"survivors must hold one number fewer than steps ({len(self.steps) - 1}),"
-                f" it holds {len(self.survivors)}"
+                f" it holds {len(self.survivors)}",
+                f"give {len(self.steps) - 1} survivors, or {len(self.survivors) + 1} steps",
             )
         if sorted(self.steps) != self.steps or self.steps[0] <= 0 or self.steps[-1] != 1.0:
-            raise ValueError("steps must rise, start above 0 and end at 1.0")
+            raise Clash("steps must rise, start above 0 and end at 1.0", "for example steps: [0.25, 0.5, 1.0]")
         return self
 
 
-class RunOff(_Section):
+class RunOff(Section):
     """The last word between solutions: each goes through a whole last pass and is judged on text it has not seen.
 
     The search measures candidates as they come from the supernet, each refitted in a dense model, on few tokens. Which
@@ -57,7 +56,7 @@ class RunOff(_Section):
     )
 
 
-class TyrOptions(_Section):
+class TyrOptions(Section):
     """The `tyr:` section of a recipe."""
 
     score: Literal["obs", "tyr"] = "obs"

@@ -1,0 +1,91 @@
+"""Bounds that every section has, and rules over several keys: what is wrong, and every way out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from compress.errors import UsageError
+from compress.exporters.command import builds
+from compress.pipeline import METHODS
+from compress.run.machines import find_machine
+from compress.schema.recipe import load_recipe, recipe_names
+from compress.schema.section import LARGEST, whole
+from compress.verbs.gate import parse_shapes
+
+
+def numbers(model: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Where a recipe holds numbers."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        here = (*at, name)
+        if isinstance(value, BaseModel):
+            yield from numbers(value, here)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield here
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_no_number_of_any_recipe_is_boundless(name: str) -> None:
+    recipe = load_recipe(name, METHODS)
+    paths = [p for p in numbers(recipe) if p != ("schema_version",)]
+    assert len(paths) > 5
+    for path, wrong in itertools.product(paths, (".inf", ".nan", "-.inf", str(10**23), "true", "1e999", "[1]")):
+        key = ".".join(recipe.method if p == "options" else p for p in path)
+        with pytest.raises(UsageError) as e:
+            load_recipe(name, METHODS, [f"{key}={wrong}"])
+        assert f"--set {key}" in e.value.where, (key, wrong)
+        assert path[-1] in e.value.where, (key, wrong, e.value.where)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "what", "fix"),
+    [
+        ("pagcp", ["pagcp.rounds=1"], "rounds is 1 and between is", "pagcp.between=0"),
+        ("pagcp", ["pagcp.trials={}"], "flops is not", "pagcp.flops"),
+        ("tyr", ["tyr.search.survivors=[3]"], "survivors must hold", "survivors, or 2 steps"),
+        ("tyr", ["memory.shard=true", "memory.stream=false"], "shard: true", "shard: false"),
+        ("tyr", ["recover={steps: 1, tokens: 2}"], "both steps and tokens", "leave one out"),
+        ("tyr", ["recover={}"], "neither steps nor tokens", "steps: 100"),
+        ("global-mp-demo", ["train.warmup_epochs=99"], "must be fewer than epochs", "warmup_epochs=0"),
+        ("global-mp-demo", ["export.formats=[ort]"], "onnx", "add onnx"),
+    ],
+)
+def test_a_rule_over_several_keys_names_both_and_the_ways_out(
+    recipe: str, changes: list[str], what: str, fix: str
+) -> None:
+    with pytest.raises(UsageError) as e:
+        load_recipe(recipe, METHODS, changes)
+    assert what in e.value.what and fix in e.value.fix
+
+
+@pytest.mark.parametrize("machine", ["0xh100", "0x0xh100", "2x0xh100", "８xh100", "9999999xh100", "xh100", "8x", ""])
+def test_a_machine_has_gpus_counted_in_plain_digits(machine: str, tmp_path: Any) -> None:
+    with pytest.raises(UsageError):
+        find_machine(machine, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "８", " 8", "1_0", "", "1.5", "x", str(LARGEST + 1), "9" * 5000])
+def test_what_is_no_whole_number(text: str) -> None:
+    with pytest.raises(ValueError, match="no whole number"):
+        whole(text)
+    with pytest.raises(UsageError):
+        parse_shapes([f"x=1x{text}"])
+    with pytest.raises(UsageError):
+        builds(["onnx"], shapes=[f"batch={text}"])
+
+
+def test_precisions_are_asked_for_even_where_no_format_is() -> None:
+    assert whole("0008") == 8
+    for names, precision, what in (
+        ([], "fp7", "there is no precision 'fp7'"),
+        (["ort"], "fp7", "there is no precision 'fp7'"),
+        ([], "int8", "stays fp32"),
+    ):
+        with pytest.raises(UsageError) as e:
+            builds(names, precision)
+        assert what in e.value.what
