@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.models.sizes import check_sizes
 from compress.run.seals import entries
 from compress.run.strict_json import read_json
 
@@ -132,10 +133,10 @@ def _base_of(folder: Path) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, with what would bring other weights or other code into play refused.
+    """config.json, with what would bring other weights or other code into play refused, and sizes that cannot be.
 
     Raises:
-        CompressError: it is missing, cannot be read, or names such a thing; an adapter lies in the folder.
+        CompressError: it is missing, cannot be read, or names such a thing or size; an adapter lies in the folder.
     """
     refuse_adapter(folder)
     path = own_file(folder, CONFIG)
@@ -143,6 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CompressError("the configuration is no JSON object", where=str(folder / CONFIG), fix="fetch it again")
     _refuse_keys(config, folder / CONFIG)
+    check_sizes(config, folder / CONFIG)
     return config
 
 

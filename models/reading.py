@@ -75,8 +75,23 @@ def load_config(folder: Path) -> Any:
 
     with seen(folder, weights=False) as private, _rejected(folder, CONFIG, "the configuration cannot be read"):
         config = AutoConfig.from_pretrained(private, **NO_CODE)
+    _check_activation(config.get_text_config(), folder / CONFIG)
     config._name_or_path = str(folder)
     return config
+
+
+def _check_activation(config: Any, path: Path) -> None:
+    """transformers looks a name up where a block is built, and says then that there is no such key."""
+    from transformers.activations import ACT2CLS
+
+    for key in ("hidden_act", "hidden_activation"):
+        name = getattr(config, key, None)
+        if name is not None and name not in ACT2CLS:
+            raise CompressError(
+                f"{key} is {name!r:.60}, which transformers does not know",
+                where=str(path),
+                fix=f"one of: {', '.join(sorted(ACT2CLS))}",
+            )
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -89,6 +104,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     with seen(folder, weights=False) as private, _rejected(folder, "", "the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
+    config = read_config(folder) if (folder / CONFIG).exists() else {}
+    # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
+    tokenizer.embedding_rows = (config.get("text_config") or config).get("vocab_size")
     tokenizer.name_or_path = str(folder)
     return tokenizer
 

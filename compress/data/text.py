@@ -109,7 +109,22 @@ def opening(tokenizer: Any) -> tuple[int, ...]:
 
 def begun(tokenizer: Any, text: str) -> list[int]:
     """The token ids of a text that is to be gone on with: what stands in front of it is there, what ends it is not."""
-    return [*opening(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    ids = [*opening(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
+    check_ids(ids, tokenizer)
+    return ids
+
+
+def check_ids(ids: Sequence[int], tokenizer: Any) -> None:
+    """Raises CompressError where a token has no row in the embedding of the model that the tokenizer was read with."""
+    rows = getattr(tokenizer, "embedding_rows", None)
+    largest = max(ids, default=0)
+    if rows is not None and largest >= rows:
+        raise CompressError(
+            f"the token {str(tokenizer.convert_ids_to_tokens(largest))!r:.60} has the id {largest}, and the model's"
+            f" embedding has {rows:,} rows (vocab_size); the tokenizer knows {len(tokenizer):,} tokens",
+            where=f"{tokenizer.name_or_path}/tokenizer.json",
+            fix="take the tokenizer that the model was trained with, or resize the model's embeddings to it",
+        )
 
 
 def text_facts(tokenizer: Any) -> dict[str, list[dict[str, Any]]]:
@@ -148,6 +163,7 @@ def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, ti
         ids += tokenizer(document, add_special_tokens=False)["input_ids"]
         if end is not None:
             ids.append(end)
+    check_ids([*begin, *ids], tokenizer)
     available = len(ids) // body
     if available < windows:
         raise CompressError(

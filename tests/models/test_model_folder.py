@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compress.data.text import pack
 from compress.errors import CompressError
 from compress.language.checkpoint import check_code, verify_clean
 from compress.models.families import family_for
@@ -199,6 +200,22 @@ def test_what_is_no_file_is_refused_and_not_waited_for(model: Path) -> None:
         ({"quantization_config": ["fp8"]}, "quantised"),
         ({"num_attention_heads": 3, "head_dim": None}, "config"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_attention_heads": 6, "num_key_value_heads": 4}, "(6) do not divide among num_key_value_heads (4)"),
+        ({"hidden_size": 40.5}, "hidden_size is 40.5"),
+        ({"hidden_size": 10**30}, "hidden_size is 1000"),
+        ({"intermediate_size": []}, "intermediate_size is []"),
+        ({"vocab_size": None}, "vocab_size is None"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"dtype": "float13"}, "dtype is 'float13'"),
+        ({"torch_dtype": "float8_e4m3fn", "dtype": None}, "float8_e4m3fn"),
+        ({"text_config": {"hidden_size": "x"}}, "text_config.hidden_size"),
+        ({"hidden_act": "nosuch"}, "hidden_act is 'nosuch'"),
+        ({"rope_parameters": 3}, "configuration"),
     ],
 )
 def test_a_configuration_that_brings_other_weights_or_code_into_play_is_refused_in_plan(
@@ -207,6 +224,22 @@ def test_a_configuration_that_brings_other_weights_or_code_into_play_is_refused_
     edit(model / "config.json", **changes)
     ran = compress("plan", model, "--recipe", "tyr-demo")
     one_error(ran, 1, word, "config.json")
+
+
+def test_a_token_without_a_row_in_the_embedding_is_named_where_a_text_uses_it(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<picture>"])
+    tokenizer.save_pretrained(model)
+    rows = json.loads((model / "config.json").read_text())["vocab_size"]
+    edit(model / "config.json", vocab_size=len(tokenizer) - 1)
+    read = load_tokenizer(model)
+    assert len(read) == rows + 1 or len(read) > read.embedding_rows
+    pack(["some words " * 40], read, 16, 1, "t")
+    with pytest.raises(CompressError) as e:
+        pack(["some <picture> " * 40], read, 16, 1, "t")
+    assert (
+        "'<picture>'" in e.value.what and f"{len(read):,}" in e.value.what and e.value.where.endswith("tokenizer.json")
+    )
 
 
 def test_kernels_that_transformers_has_itself_are_left_to_this_machine(model: Path) -> None:

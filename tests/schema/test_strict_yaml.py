@@ -79,7 +79,9 @@ def test_plain_data_come_back(value: object) -> None:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.text(alphabet=st.sampled_from("ab01-:?&*!|>[]{}#,'\"\n \t%@`<.~\0\ufeff"), max_size=40) | st.binary(max_size=40))
+@given(
+    st.text(alphabet=st.sampled_from("ab01-:?&*!|>[]{}#,'\"\n \t%@`<.~\0\ufeff"), max_size=40) | st.binary(max_size=40)
+)
 def test_no_text_ends_otherwise(text: str | bytes) -> None:
     try:
         parse_yaml(text, "it", "here")
