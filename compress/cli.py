@@ -217,6 +217,9 @@ def export(
     like: Annotated[
         Path | None, typer.Option(help="networks: the run whose data calibrates int8 and judges each format")
     ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="ONNX files: real inputs that each format is compared on")
+    ] = None,
     network: Network = None,
     target: TargetName = None,
     json_: Json = False,
@@ -231,7 +234,7 @@ def export(
         from compress.exporters.on_target import build_options
 
         asked.append(build_options(target))
-    _show(run(model, out, asked, network=network, like=like), json_, partial(lines, "export"))
+    _show(run(model, out, asked, network=network, like=like, inputs=inputs), json_, partial(lines, "export"))
 
 
 @app.command(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -159,20 +161,83 @@ def is_onnx(model: str) -> bool:
     return any(path.glob("*.onnx"))
 
 
-def export_file(path: Path, out: Path, options: Sequence[BuildOptions]) -> dict[str, Any]:
-    """Formats of an ONNX file from anywhere, compared on random inputs.
+def export_file(path: Path, out: Path, options: Sequence[BuildOptions], inputs: Path | None = None) -> dict[str, Any]:
+    """Formats of an ONNX file from anywhere, compared on the inputs of an .npz file, or on made-up ones.
 
     Raises:
-        UsageError: no format is asked for.
-        CompressError: the file is no valid ONNX, or a format cannot take it.
+        UsageError: no format is asked for, or the inputs are not those of the file.
+        CompressError: the file is no valid ONNX, does not run on these inputs, or a format cannot take it.
     """
+    from compress.exporters import runtimes
+    from compress.exporters.parity import of_reference
+
     if not options:
         raise UsageError(
             "this is ONNX already", where=str(path), fix="name what it is to become: --format tensorrt_rtx"
         )
-    for file in formats.components(path).values():
-        formats.read_graph(file)
-    return {"kind": "onnx", "formats": make_all([(Source(path), o) for o in options], out)}
+    source = Source(path)
+    files = formats.components(path)
+    graphs = {name: formats.read_graph(file) for name, file in files.items()}
+    if inputs is not None:
+        if list(files) != ["model"]:
+            raise UsageError(
+                "these are a language model's parts, which real text is made for", "--inputs", "leave it out"
+            )
+        feed = read_inputs(inputs, graphs["model"])
+        source = replace(source, feeds={"model": [feed]})
+        options = [_of_shapes(o, feed, graphs["model"]) for o in options]
+    for name, file in files.items():  # before anything is built of it
+        reference = runtimes.load("onnx", str(file), options[0].threads, optimisation="none")
+        for feed in formats.feeds_of(source, options[0], name, graphs[name]):
+            of_reference(reference, feed, file)
+    return {"kind": "onnx", "formats": make_all([(source, o) for o in options], out)}
+
+
+def read_inputs(path: Path, graph: formats.Graph) -> Arrays:
+    """The arrays of an .npz file, by input.
+
+    Raises:
+        UsageError: it cannot be read, holds no plain numbers, or is not what the graph takes; the input is named.
+    """
+
+    def refuse(what: str, fix: str = "numpy.savez(FILE, NAME=ARRAY, ...), one array by each input's name") -> NoReturn:
+        raise UsageError(what, where=f"--inputs {path}", fix=fix)
+
+    try:
+        held = np.load(path, allow_pickle=False)
+        if not isinstance(held, np.lib.npyio.NpzFile):
+            refuse("this is one array, not a file of several")
+        with held:
+            found = {name: held[name] for name in held.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as e:
+        refuse(f"the inputs cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+    known = {p.name: p for p in graph.inputs}
+    for name in (*known, *found):
+        if name not in found or name not in known:
+            what = "there is no array for" if name in known else "the file takes no"
+            refuse(f"{what} input {name!r} (it takes {', '.join(known)})")
+    axes: dict[str, int] = {}
+    for name, port in known.items():
+        value = found[name]
+        if value.dtype != port.dtype and not np.can_cast(value.dtype, port.dtype, "same_kind"):
+            refuse(f"input {name!r} is {port.dtype}, the array {value.dtype}", f"save it as {port.dtype}")
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            refuse(f"the array for input {name!r} holds NaN or infinity", "give finite values")
+        if value.ndim != len(port.shape) or any(
+            (axes.setdefault(a, n) if isinstance(a, str) else a) != n
+            for a, n in zip(port.shape, value.shape, strict=True)
+        ):
+            have, want = "x".join(map(str, value.shape)), "x".join(map(str, port.shape))
+            refuse(f"input {name!r} is {want or 'a scalar'}, the array {have or 'a scalar'}", "give it that shape")
+        found[name] = value.astype(port.dtype)
+    return found
+
+
+def _of_shapes(options: BuildOptions, feed: Arrays, graph: formats.Graph) -> BuildOptions:
+    """The sizes of axes that are not said, as the inputs have them."""
+    sizes = {a: n for p in graph.inputs for a, n in zip(p.shape, feed[p.name].shape, strict=True) if isinstance(a, str)}
+    said = [dict(axes) for axes in options.profiles.get("model") or ({},)]
+    return replace(options, profiles={"model": [{a: (n, n, n) for a, n in sizes.items()} | axes for axes in said]})
 
 
 def lines(facts: dict[str, Any]) -> list[str]:

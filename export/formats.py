@@ -33,6 +33,7 @@ from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.exporters import tensors
 from compress.exporters.ort import Arrays
+from compress.exporters.ranges import index_ranges
 from compress.exporters.runtimes import Runner
 from compress.run.cache import sha256_of
 from compress.run.written import whole
@@ -161,11 +162,15 @@ def components(path: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output of an ONNX file; an axis that may vary stands in ``shape`` by its name."""
+    """An input or output of an ONNX file; an axis that may vary stands in ``shape`` by its name.
+
+    ``rows``: how many places the smallest table has that a whole-number input is looked up in, where there is one.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    rows: int | None = None
 
     def at(self, axes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where the axes have these sizes.
@@ -178,7 +183,8 @@ class Port:
             raise UsageError(
                 f"the input {self.name} has the axis {absent[0]!r}, and no size is given for it",
                 where="shapes",
-                fix=f"give it: {absent[0]}: [least, benchmarked, largest]",
+                fix=f"--shape {absent[0]}=8, or --shape {absent[0]}=1:8:32 (least, benchmarked, largest);"
+                " in a target: shapes",
             )
         return tuple(axes[a] if isinstance(a, str) else a for a in self.shape)
 
@@ -212,14 +218,23 @@ def read_graph(path: Path, own_operators: bool = True) -> Graph:
     for node in graph.node:
         ops[node.op_type] = ops.get(node.op_type, 0) + 1
 
+    rows = index_ranges(graph)
+
     def port(value: Any) -> Port:
+        if not value.type.HasField("tensor_type"):
+            kind = str(value.type.WhichOneof("value")).removesuffix("_type")
+            raise CompressError(
+                f"{value.name!r} is a {kind.replace('_', ' ')}, not a tensor",
+                where=str(path),
+                fix="export the model so that it takes and gives tensors (skl2onnx: zipmap=False)",
+            )
         tensor = value.type.tensor_type
         shape = tuple(
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or f"{value.name}.{n}")
+            d.dim_value if d.dim_value > 0 else (d.dim_param or f"{value.name}.{n}")
             for n, d in enumerate(tensor.shape.dim)
         )
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
-        return Port(value.name, dtype, shape)
+        return Port(value.name, dtype, shape, rows.get(value.name))
 
     found = Graph(
         tuple(port(v) for v in graph.input if v.name not in given),
@@ -303,7 +318,7 @@ def text_profiles(prompt: int, context: int, *, batch: int = 1, most: int | None
 
 
 def random_feed(graph: Graph, axes: Mapping[str, int], seed: int = 0) -> Arrays:
-    """Inputs of the right shapes, for a file that comes without real ones."""
+    """Inputs of the right shapes, and in the ranges that the graph allows, for a file that comes without real ones."""
     draw = np.random.default_rng(seed)
     feed: Arrays = {}
     for port in graph.inputs:
@@ -318,7 +333,9 @@ def random_feed(graph: Graph, axes: Mapping[str, int], seed: int = 0) -> Arrays:
         elif port.dtype == "bool":
             feed[port.name] = np.ones(shape, bool)
         else:
-            feed[port.name] = draw.integers(0, 100, shape).astype(port.dtype)
+            # Places in a table, as many as it has; bytes are pictures; what else there is (segments, flags) is 0 or 1.
+            most = port.rows or (256 if port.dtype == "uint8" else 2)
+            feed[port.name] = draw.integers(0, min(most, int(np.iinfo(port.dtype).max) + 1), shape).astype(port.dtype)
     return feed
 
 

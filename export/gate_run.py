@@ -135,7 +135,7 @@ def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     for value in graph.input:
         if value.name not in weights:
             tensor = value.type.tensor_type
-            shape = tuple(int(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim)
+            shape = tuple(int(d.dim_value) if d.dim_value > 0 else d.dim_param or "?" for d in tensor.shape.dim)
             found[value.name] = (onnx.TensorProto.DataType.Name(tensor.elem_type).lower(), shape)
     return found
 
@@ -211,42 +211,60 @@ def check_inputs(baseline: Artefact, candidate: Artefact) -> None:
             raise UsageError(f"the shapes of input {name!r} differ: {shown}", where=where, fix=fix)
 
 
-def whole_shape(artefact: Artefact, spec: Measuring) -> list[int]:
-    """The shape of a network's input with the batch filled in.
+FLOATS = ("float", "float16", "double")
+WHOLE = ("int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool")
+
+
+def whole_shapes(artefact: Artefact, spec: Measuring) -> dict[str, list[int]]:
+    """The shapes of a network's inputs with the batch filled in; an axis that is said of one input is said of all that
+    have an axis of that name.
 
     Raises:
         UsageError: another free dimension is left, or the network takes what cannot be made up for it.
     """
-    if len(artefact.inputs) != 1:
-        raise UsageError(
-            f"the network takes {len(artefact.inputs)} inputs ({', '.join(artefact.inputs)}); one is measured",
-            where=artefact.name,
-            fix="export it with one input",
-        )
-    ((name, (kind, shape)),) = artefact.inputs.items()
-    if kind != "float":
-        raise UsageError(f"input {name!r} is {kind}; float32 is measured", where=artefact.name, fix="export it so")
-    given = (spec.shapes or {}).get(name)
-    strange = [n for n in spec.shapes or {} if n != name]
+    said = spec.shapes or {}
+    strange = [n for n in said if n not in artefact.inputs]
     if strange:
-        raise UsageError(f"there is no input {strange[0]!r}", where="shapes", fix=f"the input is {name!r}")
-    if given is not None:
-        fits = len(given) == len(shape) and all(a == b for a, b in zip(given, shape, strict=True) if isinstance(b, int))
-        if not fits:
+        have = ", ".join(map(repr, artefact.inputs))
+        raise UsageError(f"there is no input {strange[0]!r}", where="shapes", fix=f"the inputs are {have}")
+    axes: dict[str, int] = {}
+    for name, given in said.items():
+        shape = artefact.inputs[name][1]
+        if len(given) != len(shape) or any(a != b for a, b in zip(given, shape, strict=True) if isinstance(b, int)):
             raise UsageError(
                 f"the shape {'x'.join(map(str, given))} does not fit {'x'.join(map(str, shape))}",
                 where=f"shapes, input {name!r}",
                 fix="change it",
             )
-        return list(given)
-    free = [i for i, d in enumerate(shape) if not isinstance(d, int)]
+        for axis, count in zip(shape, given, strict=True):
+            if isinstance(axis, str) and axis != "?" and axes.setdefault(axis, count) != count:
+                raise UsageError(
+                    f"the axis {axis!r} is {axes[axis]} and {count}",
+                    where=f"shapes, input {name!r}",
+                    fix="say one size",
+                )
+    return {
+        name: list(said[name]) if name in said else _filled(artefact, name, axes, spec.batch)
+        for name in artefact.inputs
+    }
+
+
+def _filled(artefact: Artefact, name: str, axes: Mapping[str, int], batch: int) -> list[int]:
+    kind, shape = artefact.inputs[name]
+    if kind not in (*FLOATS, *WHOLE):
+        raise UsageError(
+            f"input {name!r} is {kind}; numbers are measured",
+            where=artefact.name,
+            fix="export it with inputs of numbers",
+        )
+    free = [i for i, d in enumerate(shape) if isinstance(d, str) and d not in axes]
     if any(i != 0 for i in free):
         raise UsageError(
             f"dimension {shape[free[-1]]!r} of input {name!r} is free",
             where=artefact.name,
             fix=f"say the whole shape: --shape {name}={'x'.join(str(d) if isinstance(d, int) else '8' for d in shape)}",
         )
-    return [spec.batch if not isinstance(d, int) else d for d in shape]
+    return [axes.get(d, batch) if isinstance(d, str) else d for d in shape]
 
 
 Sample = dict[str, Any]
@@ -263,7 +281,7 @@ def measure(artefact: Artefact, spec: Measuring, seed: int) -> Sample:
     if artefact.kind == "text":
         request |= {"prompt": spec.prompt, "context": spec.context}
     else:
-        request["shapes"] = {next(iter(artefact.inputs)): whole_shape(artefact, spec)}
+        request["shapes"] = whole_shapes(artefact, spec)
     found = measure_once(artefact.path, request, vocab=artefact.vocab or None, seed=seed)
     if found["emulated"]:
         raise CompressError(
@@ -402,7 +420,7 @@ def compare(
     check_inputs(baseline, candidate)
     budgets = budgets_for(budgets, baseline.kind, pinned)
     if baseline.kind == "network" and any(b.figure in gate.MEASURED for b in budgets):
-        whole_shape(candidate, spec)
+        whole_shapes(candidate, spec)
     rows = [row for b in budgets if b.figure not in gate.MEASURED for row in unmeasured(b, baseline, candidate)]
     timed = [b for b in budgets if b.figure in gate.MEASURED]
     runs: dict[str, list[Sample]] = {label: [] for label in LABELS}
@@ -593,7 +611,7 @@ def self_test(
     """
     figures = [*figures_of(baseline.kind), "memory"]
     if baseline.kind == "network":
-        whole_shape(baseline, spec)
+        whole_shapes(baseline, spec)
     runs: dict[str, list[Sample]] = {label: [] for label in LABELS}
     before = machine_state()
     alike = [gate.parse_budget(f"{figure}<=1x") for figure in figures]

@@ -185,7 +185,7 @@ def check_built(source: Source, folder: Path, options: BuildOptions, load: Load)
             version = runner.version
             reference = runtimes.load("onnx", str(path), options.threads, optimisation="none")
             for feed in formats.feeds_of(source, options, name, formats.read_graph(path)):
-                want, got = reference.run(feed), runner.run(feed)
+                want, got = of_reference(reference, feed, path), runner.run(feed)
                 samples += 1
                 for output, expected in want.items():
                     difference = largest_difference(expected, got[output])
@@ -206,6 +206,25 @@ def check_built(source: Source, folder: Path, options: BuildOptions, load: Load)
                 f"what was built for {options.format} does not run: {e}", where=str(folder), fix="see `compress doctor`"
             ) from e
     return {"outputs": worst, "tolerance": tolerance, "samples": samples, "runtime": version}
+
+
+def of_reference(reference: Runner, feed: Arrays, path: Path) -> Arrays:
+    """What the ONNX file itself gives for these inputs.
+
+    Raises:
+        CompressError: it does not run on them; nothing that is built of it can.
+    """
+    from compress.exporters import runtimes
+
+    try:
+        return dict(reference.run(feed))
+    except runtimes.CannotRun as e:
+        shown = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
+        raise CompressError(
+            f"the ONNX file itself does not run on these inputs ({shown}): {e}",
+            where=str(path),
+            fix="give inputs that it takes: --inputs x.npz (numpy.savez, an array by each input's name), or --shape",
+        ) from e
 
 
 def first_fault_built(

@@ -31,13 +31,16 @@ def evaluate(model: str, like: Path | None, **options: Any) -> dict[str, Any]:
     return call(kind, "evaluate", folder, like, **options)
 
 
-def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) -> dict[str, Any]:
+def export(
+    model: str, out: Path, builds: Sequence[Any] = (), inputs: Path | None = None, **options: Any
+) -> dict[str, Any]:
     """Exports a saved model to ONNX and checks it against torch; the folder appears only when every check passed.
 
     Args:
         out: see `compress.run.written.whole`; a place that cannot be written is said before anything is loaded.
         model: or an ONNX file, or a folder with an export.
         builds: `compress.exporters.formats.BuildOptions` of the formats to make beside it.
+        inputs: of an ONNX file, an .npz file that what is built is compared on.
     """
     from compress.exporters.command import export_file, is_onnx
     from compress.models.saved import find
@@ -47,7 +50,13 @@ def export(model: str, out: Path, builds: Sequence[Any] = (), **options: Any) ->
     with whole(out) as made:
         kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
         if kind == "onnx":
-            facts = export_file(folder, made, builds)
+            facts = export_file(folder, made, builds, inputs)
+        elif inputs is not None:
+            raise UsageError(
+                "only an ONNX file is compared on given inputs; this model has its own held-out data",
+                where="--inputs",
+                fix="leave it out",
+            )
         else:
             facts = call(kind, "export", folder, made, builds=list(builds), **options)
     return {"model": str(folder), "out": str(out), **facts}

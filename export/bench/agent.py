@@ -101,7 +101,8 @@ def _feed(runner: Any, request: Request) -> dict[str, Any]:
         if kind.kind == "f":
             feed[value.name] = rng.standard_normal(shape).astype(kind)
         else:
-            feed[value.name] = rng.integers(0, request.get("high", 2), shape).astype(kind)
+            most = (request.get("rows") or {}).get(value.name, 2)  # the places of the table it is looked up in
+            feed[value.name] = rng.integers(0, most, shape).astype(kind)
     return feed
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,8 @@ from compress.errors import CompressError
 from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.transport import Artefact, Transport, answered, artefact
 from compress.exporters.onnx import PREFILL
+from compress.exporters.onnx_module import FILE
+from compress.exporters.ranges import index_ranges
 from compress.exporters.tensors import read
 from compress.processes.children import python
 from compress.report.stats import paired_ratio, summary
@@ -124,10 +127,29 @@ def _measure(
         request["prompts"] = list(spec.get("prompts") or [spec["prompt"]])
         request["contexts"] = list(spec.get("contexts") or [spec["context"]])
         request["vocab"] = vocab if vocab is not None else vocab_of(made.parts["prefill"])
+    else:
+        request["rows"] = rows_of(made.parts["model"])
     try:
         return answered(transport.run(request), transport.title)
     except CompressError as e:
         raise CompressError(e.what, where=f"{where} on {transport.title}", fix=e.fix) from e
+
+
+def rows_of(model: Path) -> dict[str, int]:
+    """The rows of the tables that whole-number inputs are looked up in (`compress.exporters.ranges.index_ranges`), from
+    the ONNX file itself, or the one beside or above what was built of it; none where there is no such file."""
+    places = (model, model.with_name(FILE), model.parent.parent / FILE)
+    graph = next((p for p in places if p.suffix == ".onnx" and p.is_file()), None)
+    if graph is None:
+        return {}
+    facts = graph.stat()
+    return _rows(graph, facts.st_size, facts.st_mtime_ns)
+
+
+@cache
+def _rows(graph: Path, size: int, changed: int) -> dict[str, int]:
+    """Once while a file stays as it is."""
+    return index_ranges(read(graph).graph)
 
 
 def vocab_of(prefill: Path) -> int:

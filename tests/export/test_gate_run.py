@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters.gate import parse_budget
-from compress.exporters.gate_run import Artefact, Measuring, check_inputs, compare, find, self_test, whole_shape
+from compress.exporters.gate_run import Artefact, Measuring, check_inputs, compare, find, self_test, whole_shapes
 from compress.exporters.gate_run import measure as really
 from tools.ci.models import chain
 
@@ -184,15 +184,15 @@ def test_another_name_of_a_free_dimension_is_no_difference(tmp_path: Path) -> No
 def test_a_free_dimension_that_is_no_batch_must_be_said(tmp_path: Path) -> None:
     model = find(str(net(tmp_path / "a.onnx", shape=("batch", "length", 8))))
     with pytest.raises(UsageError, match="'length' of input 'input' is free") as caught:
-        whole_shape(model, Measuring())
+        whole_shapes(model, Measuring())
     assert "--shape input=" in str(caught.value)
-    assert whole_shape(model, Measuring(shapes={"input": [2, 5, 8]})) == [2, 5, 8]
+    assert whole_shapes(model, Measuring(shapes={"input": [2, 5, 8]})) == {"input": [2, 5, 8]}
     with pytest.raises(UsageError, match="does not fit"):
-        whole_shape(model, Measuring(shapes={"input": [2, 5, 9]}))
+        whole_shapes(model, Measuring(shapes={"input": [2, 5, 9]}))
     with pytest.raises(UsageError, match="no input 'x'"):
-        whole_shape(model, Measuring(shapes={"x": [1]}))
+        whole_shapes(model, Measuring(shapes={"x": [1]}))
     fixed = find(str(net(tmp_path / "b.onnx")))
-    assert whole_shape(fixed, Measuring(batch=4)) == [4, 3, 8]
+    assert whole_shapes(fixed, Measuring(batch=4)) == {"input": [4, 3, 8]}
 
 
 def test_a_stored_figure_is_no_baseline(tmp_path: Path) -> None:
