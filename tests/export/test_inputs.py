@@ -133,7 +133,6 @@ def test_arrays_that_the_file_does_not_take_are_refused_by_name(tmp_path: Path) 
             (tmp_path / name).write_bytes(data)
         with pytest.raises(UsageError, match=r"cannot be read|one array"):
             read_inputs(tmp_path / name, graph)
-    one_error(compress("export", tmp_path, "--out", tmp_path / "o", "--inputs", tmp_path / "x.npz"), 1, "")
 
 
 def test_free_axes_without_a_name_are_said_as_the_message_says(tmp_path: Path) -> None:
