@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError, UsageError
+from compress.models.computed import refuse_computed_weights
 
 # name -> file of this folder and function in it
 NETWORKS = {
@@ -56,6 +57,7 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
         raise UsageError(
             f"{name} returned {type(model).__name__}, not a torch module", where="MODEL", fix="return the module"
         )
+    refuse_computed_weights(model, name)
     return model
 
 

@@ -118,6 +118,7 @@ def _check(setup: NetworkSetup) -> None:
 
     from compress.data.tasks import by_task
     from compress.networks.flops import count_flops
+    from compress.networks.forward import check_branches
     from compress.networks.setup import real_inputs
     from compress.recipes.global_mp.fastgrnn import kept_columns
     from compress.recipes.global_mp.network import budget, prunable
@@ -142,6 +143,8 @@ def _check(setup: NetworkSetup) -> None:
                 fix="set the network's arguments (channels) or the data's size",
             ) from e
     count_flops(model, x[:1])
+    if setup.recipe.export is not None:  # a graph knows one branch
+        check_branches(model, x)
 
 
 def _weights(run: Run, setup: NetworkSetup, dense: Path, sparsity: float, prefix: str) -> Sparse:

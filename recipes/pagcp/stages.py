@@ -111,6 +111,7 @@ def _check(setup: NetworkSetup) -> None:
     import torch
 
     from compress.data.tasks import by_task
+    from compress.networks.forward import check_branches, check_training_alone
     from compress.recipes.pagcp.groups import find_groups
     from compress.recipes.pagcp.oracle import calibration, tolerances
 
@@ -127,6 +128,8 @@ def _check(setup: NetworkSetup) -> None:
                 where=f"input {tuple(x.shape)}",
                 fix="set the network's arguments (channels) or the data's size",
             ) from e
+    check_branches(model, x)
+    check_training_alone(model, x)
     for name, spec in (("train", setup.recipe.train), ("finetune", setup.recipe.finetune)):
         if spec is not None and spec.epochs:
             _check_batch(model, x, name, spec.batch, len(data.train))
@@ -554,6 +557,7 @@ def _trials_line(trials: dict[str, Any]) -> str:
 def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dict[str, Any]:
     """What `prune` would do, without weights: groups, FLOPs, the most that can go, and the oracle's work."""
     from compress.models.zoo import build
+    from compress.networks.forward import check_branches, check_training_alone
     from compress.recipes.pagcp.costs import Costs
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, SCALES
     from compress.recipes.pagcp.groups import find_groups
@@ -563,6 +567,8 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     options = recipe.options
     x, given = _sample(setup)
     network = build(setup.network, given, recipe.seed).eval()
+    check_branches(network, x)
+    check_training_alone(network, x)
     found = find_groups(network, x, options.round_to, options.skip)
     costs = Costs(network, x)
     dense = sum(costs.flops({}).values())
