@@ -234,7 +234,7 @@ def test_widths_of_a_model_folder_that_were_tampered_with_are_refused(
     assert "cannot have the shape" in ran.out + ran.err
 
 
-@pytest.mark.parametrize("network", ["listed", "named"])
+@pytest.mark.parametrize("network", [pytest.param("listed", marks=pytest.mark.slow), "named"])
 def test_heads_in_a_list_or_a_dict_are_pruned_and_exported_by_name(network: str, place: Path, tmp_path: Path) -> None:
     ran = prune(place, tmp_path / "run", "--set", "pagcp.rounds=1", "--set", "pagcp.between=0", network=network)
     assert ran.code == 0, ran.err
