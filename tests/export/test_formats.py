@@ -75,7 +75,7 @@ def test_a_network_with_two_heads_gives_the_same_in_every_format(
 
 TEXT = [
     ("onnx", "fp32"), ("onnx", "fp16"), ("onnx", "int8-weights"), ("ort", "fp32"), ("openvino", "fp32"),
-    ("openvino", "fp16"), ("executorch", "fp32"),
+    ("openvino", "fp16"), pytest.param("executorch", "fp32", marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
