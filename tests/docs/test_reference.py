@@ -52,7 +52,7 @@ class Outer(BaseModel):
 
 def test_types_limits_and_defaults_are_told_in_words() -> None:
     text = "\n".join(reference._file("Outer", Outer, "Said."))
-    assert "| `kind` | `a` or `b` | `\"a\"` |  |" in text
+    assert '| `kind` | `a` or `b` | `"a"` |  |' in text
     assert "| `inner` | list of: [keys](#outer-inner), not empty | must be given |  |" in text
     assert "| `named` | map from text to [keys](#outer-inner) or `null` | `null` |  |" in text
     assert "| `count` | number, at least 1 | `2` |  |" in text

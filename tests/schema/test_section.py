@@ -46,8 +46,8 @@ def test_no_number_of_any_recipe_is_boundless(name: str) -> None:
     ("recipe", "changes", "what", "fix"),
     [
         ("pagcp", ["pagcp.rounds=1"], "rounds is 1 and between is", "pagcp.between=0"),
-        ("pagcp", ["pagcp.trials={}"], "flops is not", "pagcp.flops"),
-        ("tyr", ["tyr.search.survivors=[3]"], "survivors must hold", "survivors, or 2 steps"),
+        ("pagcp", ["pagcp.flops=null", "pagcp.trials={}"], "flops is not", "pagcp.flops"),
+        ("tyr", ["tyr.search.survivors=[3, 2, 1, 1, 1]"], "survivors must hold", "survivors, or 6 steps"),
         ("tyr", ["memory.shard=true", "memory.stream=false"], "shard: true", "shard: false"),
         ("tyr", ["recover={steps: 1, tokens: 2}"], "both steps and tokens", "leave one out"),
         ("tyr", ["recover={}"], "neither steps nor tokens", "steps: 100"),
