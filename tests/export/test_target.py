@@ -67,7 +67,7 @@ def test_this_machine_is_local() -> None:
         ("extends: pixel-9\n", "unknown target 'pixel-9'", "--target", "did you mean 'pixel-8'"),
         ("format: onx\n", "format: ", "line 1", ""),
         ("threads: 0\n", "threads: ", "line 1", ""),
-        ("transport: {host: a}\n", "host belongs to kind ssh; here: local", "line 1", ""),
+        ("transport: {host: a}\n", "host belongs to kind ssh, and the kind is local", "line 1", ""),
         ("transport: {kind: ssh, host: -oProxyCommand=x}\n", "transport.host", "line 1", ""),
         ("extends: mine.yaml\n", "a target extends itself", "mine.yaml", "circle"),
         ("threads: [\n", "not valid YAML", "mine.yaml", ""),

@@ -257,7 +257,7 @@ def test_a_machine_of_ones_own_is_five_lines(tmp_path: Path) -> None:
     path.write_text("gpu: l40s\nram: much\ndisk: 4000\ndisk_read: 6\n")
     with pytest.raises(UsageError, match=r"machine file is wrong.*ram"):
         find_machine(str(path), tmp_path)
-    with pytest.raises(UsageError, match="no such machine file"):
+    with pytest.raises(UsageError, match="No such file"):
         find_machine(str(tmp_path / "not.yaml"), tmp_path)
 
 
