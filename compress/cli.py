@@ -257,7 +257,8 @@ def bench(
     from contextlib import nullcontext
 
     from compress.exporters.on_target import RECORD, bench_lines, write
-    from compress.run.written import disk_errors, refuse_replacing, written
+    from compress.run.written import refuse_replacing, written
+    from compress.system.files import disk_errors
     from compress.verbs.by_kind import lines
     from compress.verbs.common import bench as run
 

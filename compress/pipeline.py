@@ -20,6 +20,7 @@ from compress.run.seals import read_stamped, stamped
 from compress.schema.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
 from compress.schema.sections import NetworkRecipe
 from compress.schema.stages import STAGES
+from compress.system.files import write_whole
 
 if TYPE_CHECKING:
     from compress.recipes.global_mp import network_stages, text_stages
@@ -142,6 +143,4 @@ def _write_lock(path: Path, setup: Any, command: str) -> None:
             "command": command,
         },
     )
-    partial = path.with_name(".recipe.lock.tmp")
-    partial.write_text(stamped(text))
-    partial.replace(path)
+    write_whole(path, stamped(text))

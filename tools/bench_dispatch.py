@@ -32,6 +32,7 @@ from compress.language.setup import quiet
 from compress.models.families import family_for
 from compress.models.streaming import in_step, stream_model
 from compress.processes import distributed
+from compress.system.files import write_whole
 from tools.bench_streaming import make
 
 WAYS = {"streamed": 1, "dispatched": 1, "streamed x 2": 2, "sharded x 2": 2}
@@ -82,7 +83,7 @@ def work(way: str, folder: Path, windows: int, length: int, out: Path) -> None:
     ids = torch.randint(0, 1000, (windows, length), generator=torch.Generator().manual_seed(0))
     found = distributed.gather([passed(way, folder, ids)])
     if distributed.is_main():
-        out.write_text(json.dumps(found))
+        write_whole(out, json.dumps(found))
     distributed.leave()
 
 

@@ -28,6 +28,7 @@ from compress.exporters.bench.plots import speed_up
 from compress.report.explained import GOAL, lines
 from compress.report.plots import draw
 from compress.report.stats import paired_ratio
+from compress.system.files import write_whole
 from tools.format_cases import Case, llm_case, network_case
 from tools.format_profile import PART, explained, kinds_of
 
@@ -53,7 +54,7 @@ def main() -> None:
             else:
                 case = llm_case(name, given.plan, given.formats, given.out)
             found = compare(case, given.formats, given.processes, given.seconds)
-            (given.out / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+            write_whole(given.out / f"{name}.json", json.dumps(found, indent=1) + "\n")
     except CompressError as e:
         raise SystemExit(str(e)) from e
     # What an earlier call measured into the same folder is drawn with it.

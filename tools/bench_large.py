@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from compress.system.files import settle, write_whole
+
 SETTINGS = [
     "calibration.sources=[{embedded: python-docs}]",
     "evaluation.texts=[{name: documentation, source: {embedded: python-docs}}]",
@@ -69,7 +71,7 @@ def make(folder: Path, alias: str, blocks: int, device: torch.device) -> None:
     small = resolve("smollm2-135m").folder
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small / name, made / name)
-    made.rename(folder)
+    settle(made, folder)
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def main() -> None:
     report = prune(str(folder), given.recipe, given.out / "run", overrides=overrides, until=given.until)
     spent = time.monotonic() - began
     measured = {row["name"]: row for row in report["stages"]}
-    (given.out / "large.json").write_text(json.dumps({"plan": reckoned, "measured": measured}, indent=1) + "\n")
+    write_whole(given.out / "large.json", json.dumps({"plan": reckoned, "measured": measured}, indent=1) + "\n")
     print(table(reckoned, measured))
     print(f"{spent:.0f} s in all", flush=True)
     if where.type == "cuda":

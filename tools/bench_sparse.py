@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 
+from compress.system.files import write_whole
+
 Call = Callable[[], Any]
 SPARSITIES = (0.8, 0.9, 0.95)
 SIZE, ROWS, COLUMNS, PIXELS = 224, 1024, 1024, 196
@@ -604,7 +606,7 @@ def main() -> None:
     parser.add_argument("--agent", type=Path, help=argparse.SUPPRESS)
     spec = parser.parse_args()
     if spec.agent:
-        spec.agent.write_text(json.dumps(agent(json.load(sys.stdin))))
+        write_whole(spec.agent, json.dumps(agent(json.load(sys.stdin))))
         return
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
@@ -636,7 +638,7 @@ def main() -> None:
                         flush=True,
                     )
     if spec.json:
-        spec.json.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
+        write_whole(spec.json, json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
 from compress.models.streaming import StreamedBlocks, stream_model
 from compress.recipes.tyr.supernet import Menu, Streams, neuron_counts, prune_block
+from compress.system.files import whole_file, write_whole
 
 
 def make(folder: Path, config: object, layers: int) -> int:
@@ -46,12 +47,12 @@ def make(folder: Path, config: object, layers: int) -> int:
                 made.uniform_(-1, 1, generator=generator).mul_((3 / made.shape[1]) ** 0.5)
             tensors[name] = made.to(torch.bfloat16)
         if not path.exists():
-            save_file(tensors, path.with_suffix(".partial"), metadata={"format": "pt"})
-            path.with_suffix(".partial").rename(path)
+            with whole_file(path) as partial:
+                save_file(tensors, partial, metadata={"format": "pt"})
         places.update(dict.fromkeys(names, path.name))
         total += path.stat().st_size
     config.save_pretrained(folder)  # type: ignore[attr-defined]
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    write_whole(folder / "model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": places}))
     return total
 
 

@@ -30,6 +30,7 @@ from compress.recipes.tyr.stages import job_for
 from compress.run.folder import SEAL, Journal, Run
 from compress.run.progress import say
 from compress.schema.recipe import load_recipe
+from compress.system import files
 
 LEVELS = (0.125, 0.25, 0.375, 0.5)
 
@@ -87,7 +88,7 @@ def take_over(folder: Path) -> None:
             with Run.open(folder):
                 for stage in group:
                     shutil.copytree(sibling / stage, folder / f".{stage}.copy")
-                    (folder / f".{stage}.copy").rename(folder / stage)
+                    files.settle(folder / f".{stage}.copy", folder / stage)
 
 
 def obs(folder: Path, job: Job, counts: list[int]) -> Plan:

@@ -48,6 +48,7 @@ from compress.recipes.pagcp.saliency import rankings, weight_scores
 from compress.recipes.pagcp.trials import Trials, choose
 from compress.run.folder import Journal
 from compress.run.progress import say
+from compress.system.files import whole_file
 
 NETWORK = "multitask-resnet"
 ARGUMENTS: dict[str, Any] = {
@@ -225,7 +226,8 @@ def row(method: str, dense: nn.Module, data: Splits, target: float, seed: int, o
         train(model, data, spec(AFTER, 0.02), seed=seed + 100, label="fine-tuning")
     from safetensors.torch import save_file
 
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, place / "model.safetensors")
+    with whole_file(place / "model.safetensors") as partial:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
     return {
         "removed": 1 - total_flops(model, data) / total_flops(dense, data),
         "parameters": sum(p.numel() for p in model.parameters()) / sum(p.numel() for p in dense.parameters()),
@@ -262,7 +264,8 @@ def dense_network(data: Splits, seed: int, out: Path) -> nn.Module:
     path = out / f"dense-{seed}.safetensors"
     if not path.exists():
         train(model, data, spec(DENSE, 0.1), seed=seed, label=f"dense, seed {seed}")
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+        with whole_file(path) as partial:
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
     model.load_state_dict(load_file(path))
     return model.eval()
 

@@ -30,6 +30,7 @@ import yaml
 from compress.language.budget import Option, knapsack, nearest_feasible
 from compress.run.folder import SEAL, Journal
 from compress.run.forecast import FITTED, KINDS, Fit, Stage, cpu_seconds, held, load_fit
+from compress.system.files import write_whole
 
 # Measured alone: bytes read as blocks are, kept as streams are, hashed into a seal, summed and gathered between
 # processes; cells of the knapsack.
@@ -500,7 +501,7 @@ def main() -> None:
         missed = [k for k, limit in limits.items() if worst[k] > limit]
         print("within 20 % for memory and disk and 35 % for time" if not missed else f"missed: {', '.join(missed)}")
         sys.exit(bool(missed))
-    FITTED.write_text(fitted(measured(FITTED_ON, args.runs)))
+    write_whole(FITTED, fitted(measured(FITTED_ON, args.runs)))
     print(FITTED.read_text())
 
 

@@ -27,6 +27,7 @@ from compress.processes.children import python
 from compress.run.cache import cache_dir, tensors_sha
 from compress.run.progress import say
 from compress.schema.sections import DataSpec
+from compress.system.files import whole_file
 
 _EMOJI = {
     "google": (
@@ -59,10 +60,8 @@ def _kept(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]
             return found
         say(f"{path} is not as this version wrote it: it is made again")
     made = {k: v.contiguous() for k, v in make().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{name}.partial")
-    save_file(made, partial, {"sha256": tensors_sha(made)})
-    partial.replace(path)
+    with whole_file(path) as partial:
+        save_file(made, partial, {"sha256": tensors_sha(made)})
     return made
 
 

@@ -27,6 +27,7 @@ from compress.errors import CompressError
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.schema.recipe import SourceSpec
+from compress.system.files import disk_errors, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -324,7 +325,7 @@ def fetch(
                 fix=f"install {command[0]}, or {otherwise}",
             )
         say(f"fetching {archive}")
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        with disk_errors(path, every=False), tempfile.TemporaryDirectory(dir=path.parent) as folder:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             made = Path(folder) / archive
             if done.returncode or not made.exists():
@@ -332,7 +333,7 @@ def fetch(
                 raise CompressError(
                     f"{' '.join(command)} failed: {last}", where=where, fix="check the network and run it again"
                 )
-            made.replace(path)
+            settle(made, path)
     found = sha256_of(path)
     if found != sha256:
         path.unlink()

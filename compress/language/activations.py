@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from compress.errors import CompressError
 from compress.processes.distributed import rank
 from compress.run.cache import sha256_of
-from compress.run.folder import sync
+from compress.system.files import settle
 
 if TYPE_CHECKING:
     import torch
@@ -59,8 +59,7 @@ def save_part(folder: Path, windows: range, tensors: dict[str, Tensor]) -> None:
     range_ = f"{windows.start:08d}-{windows.stop:08d}"
     partial = folder / f"{range_}.partial"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    sync(partial)
-    partial.replace(folder / f"{range_}-{sha256_of(partial)[:16]}.safetensors")
+    settle(partial, folder / f"{range_}-{sha256_of(partial)[:16]}.safetensors")
 
 
 def is_whole(folder: Path, total: int) -> bool:

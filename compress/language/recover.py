@@ -43,10 +43,11 @@ from compress.processes.distributed import (
     world,
 )
 from compress.run.cache import sha256_of
-from compress.run.folder import Run, fingerprint, seal_hash, sync
+from compress.run.folder import Run, fingerprint, seal_hash
 from compress.run.progress import Progress
 from compress.run.strict_json import read_json, typed
 from compress.schema.recipe import Recipe, RecoverSection, nearest
+from compress.system.files import settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -518,10 +519,7 @@ class Checkpoints:
         files = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
         facts = {"step": step, "log": log, "files": files}
         (partial / "state.json").write_text(json.dumps({**facts, "sha256": fingerprint(facts)}))
-        sync(partial / "state.json")
-        sync(partial)
-        partial.rename(self._at(step))
-        sync(self.folder)
+        settle(partial, self._at(step))
         for older in self.folder.glob("step-*"):
             if older != self._at(step):
                 shutil.rmtree(older)
@@ -598,7 +596,6 @@ def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(tensors, path)
-    sync(path)
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------

@@ -24,9 +24,10 @@ from compress.data.tasks import KINDS, Counts, Task, Weights, by_task, exact, ta
 from compress.errors import CompressError
 from compress.processes.distributed import from_main, gather, is_main, meet, rank, sum_floats, world
 from compress.run.cache import tensors_sha
-from compress.run.folder import fingerprint, sync
+from compress.run.folder import fingerprint
 from compress.run.progress import Progress
 from compress.schema.sections import TrainSpec
+from compress.system.files import whole_file
 
 # --- masks ----------------------------------------------------------------------------------------------------------
 
@@ -498,13 +499,11 @@ class _State:
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
         facts = {"mark": mark, "step": step, "total": total, "rows": rows, "scalars": scalars}
-        partial_file = path.with_name(f".{path.name}.partial")
         held = {k: v.contiguous() for k, v in tensors.items()}
         said = json.dumps(facts)
         # One entry: safetensors writes several in an order that changes from call to call.
-        save_file(held, partial_file, {"training": f"{said}\n{fingerprint({said: tensors_sha(held)})}"})
-        sync(partial_file)
-        partial_file.replace(path)
+        with whole_file(path) as partial:
+            save_file(held, partial, {"training": f"{said}\n{fingerprint({said: tensors_sha(held)})}"})
 
     @torch.no_grad()
     def read(self, path: Path, mark: str) -> tuple[int, float, list[dict[str, float]], dict[str, Tensor]]:

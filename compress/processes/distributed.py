@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import CompressError, UsageError
 from compress.processes.children import python
+from compress.system.files import write_whole
 from compress.words.escape import terminal_lines
 
 if TYPE_CHECKING:
@@ -728,10 +729,7 @@ def report(error: BaseException, code: int, debug: bool = False) -> bool:
         "trace": "" if known and not debug else "".join(traceback.format_exception(error)),
         "code": code,
     }
-    path = Path(folder) / f"{rank()}.report"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(left))
-    partial.replace(path)
+    write_whole(Path(folder) / f"{rank()}.report", json.dumps(left))
     return True
 
 

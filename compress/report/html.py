@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from compress.report.charts import Chart, charts
+from compress.system.files import write_whole
 from compress.words.escape import html, script_json
 
 NAME = "report.html"
 
 
 def write_html(report: Mapping[str, Any], card: Path, path: Path) -> Path:
-    """Writes the page to ``path``, beside it first and renamed when it is whole.
+    """Writes the page to ``path``.
 
     Args:
         card: the README.md that was made from the same report; pictures it shows lie beside it.
     """
     text = card.read_text(encoding="utf-8").split("\n---\n", 1)[1]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page(report, text, card.parent), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, page(report, text, card.parent))
     return path
 
 

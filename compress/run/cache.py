@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import CompressError
+from compress.system.files import disk_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,14 +22,8 @@ def cache_dir() -> Path:
     """
     named = os.environ.get("COMPRESS_CACHE")
     folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
-    try:
+    with disk_errors(folder, "the cache", fix="name another folder: COMPRESS_CACHE=FOLDER"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise CompressError(
-            f"the cache cannot be written: {e.strerror or e}",
-            where=str(folder),
-            fix="name another folder: COMPRESS_CACHE=FOLDER",
-        ) from e
     return folder
 
 

@@ -8,7 +8,6 @@ already is checked against its seal before anything is built on it.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -34,12 +33,15 @@ from compress.run.seals import read_seal as read_seal
 from compress.run.seals import seal_hash as seal_hash
 from compress.run.seals import verify_seal as verify_seal
 from compress.run.strict_json import parse_json, typed
+from compress.system.files import DiskFull, disk_errors, settle
 
 SCRATCH = ".scratch"
 BUILDING = ".building"
 LOCK = ".lock"
 RECIPE_LOCK = "recipe.lock.yaml"
-OWN_FILES = re.compile(r"\.lock|\.lock\.\d+\.clock|recipe\.lock\.yaml|\.recipe\.lock\.tmp")  # beside the stages
+UNFINISHED = r"\.recipe\.lock\.(tmp|yaml\.[0-9a-f]{8}\.partial)"  # what a kill leaves of the recipe's lock file
+OWN_FILES = re.compile(rf"\.lock|\.lock\.\d+\.clock|recipe\.lock\.yaml|{UNFINISHED}")  # beside the stages
+AGAIN = "free space and give the same command again: it goes on behind the last whole stage"
 # The first part of every stage's name.
 STAGE_NAMES = re.compile(
     r"text|text-recover|metrics|supernet-\d+|singles-\d+|search-\d+|run-off-\d+(-judged)?|final|plan|recover|packed"
@@ -200,7 +202,7 @@ class Run:
     def _seal(self, name: str, inputs: Mapping[str, Any], began: float) -> None:
         folder, partial = self.folder / name, self._building(name)
         with _disk_errors(self.folder):
-            files = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
+            files = {p.relative_to(partial).as_posix(): p for p in sorted(partial.rglob("*")) if p.is_file()}
             hashes = {key: sha256_of(path) for key, path in files.items()}
             facts = {
                 "stage": name,
@@ -213,12 +215,8 @@ class Run:
                 "files": {key: {"bytes": p.stat().st_size, "sha256": hashes[key]} for key, p in files.items()},
             }
             (partial / SEAL).write_text(seal_text(facts))
-            inner = (p for p in partial.rglob("*") if p.is_dir())
-            for path in (*files.values(), partial / SEAL, *inner, partial):
-                sync(path)
             folder.parent.mkdir(parents=True, exist_ok=True)
-            partial.rename(folder)
-            sync(folder.parent)
+            settle(partial, folder)
             with contextlib.suppress(OSError):  # another stage is being built
                 partial.parent.rmdir()
         for key, sha256 in hashes.items():
@@ -373,6 +371,9 @@ def sealed_folders(folder: Path) -> Iterator[Path]:
 
 def _tidy(folder: Path) -> None:
     """Clears away what a run that was killed was building; only in the place where nothing else is built."""
+    for entry in folder.iterdir():
+        if re.fullmatch(UNFINISHED, entry.name) and stat.S_ISREG(entry.lstat().st_mode):
+            entry.unlink()
     building = folder / BUILDING
     if building.is_symlink() or (building.exists() and not building.is_dir()):
         raise CompressError("this is no folder of a run", where=str(building), fix="move it out of the run")
@@ -480,34 +481,10 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
+    """The disk's errors in the work of a run; whatever was full, what was sealed is not lost."""
     try:
-        yield
-    except CompressError:
+        with disk_errors(folder, full=AGAIN, every=False):
+            yield
+    except DiskFull as e:
+        e.fix = AGAIN
         raise
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise _full(folder) from e
-    except Exception as e:
-        # safetensors and onnx wrap the system's error in their own.
-        if "No space left on device" not in str(e) and "os error 28" not in str(e):
-            raise
-        raise _full(folder) from e
-
-
-def _full(folder: Path) -> CompressError:
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    return CompressError(
-        f"the disk is full ({shutil.disk_usage(there).free:,} bytes are free)",
-        where=str(folder),
-        fix="free space and give the same command again: it goes on behind the last whole stage",
-    )
-
-
-def sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,8 +7,6 @@ not pass it on, the holder touches the file every few seconds; one that nobody h
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.system import host
+from compress.system.files import disk_errors
 
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
 MARK = b"This file keeps two processes of compress out of one another's way, and marks the folder as made by it.\n"
-NO_FLOCK = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
 
 
 class Lock:
@@ -39,12 +38,12 @@ class Lock:
 
         Raises:
             CompressError: another run holds it, it cannot be written, or it holds something that is no run.
-            OSError: the disk is full.
+            OSError: the disk became full while its holder was written.
         """
         folder = path.parent
         handle = _opened(path)
         try:
-            alone = _flock(handle)
+            alone = host.lock(handle)
             if not os.path.samestat(os.fstat(handle), os.lstat(path)):
                 raise FileNotFoundError  # the run that held it has removed it meanwhile
             holder = _holder(handle)
@@ -54,7 +53,7 @@ class Lock:
                     where=str(folder),
                     fix="wait for it, stop it, or name another folder with --out",
                 )
-            _write(handle, {"process": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+            _write(handle, {"process": os.getpid(), "host": socket.gethostname(), "started": host.started(os.getpid())})
         except FileNotFoundError as e:
             os.close(handle)
             raise CompressError(
@@ -69,7 +68,7 @@ class Lock:
         while not self._stop.wait(BEAT_SECONDS):
             # The disk may be full or the server away for a moment: the next beat tries again.
             with contextlib.suppress(OSError):
-                os.utime(self._handle)
+                host.touch(self._handle, str(self._path))
 
     def release(self) -> None:
         self._stop.set()
@@ -82,23 +81,15 @@ class Lock:
 def _opened(path: Path) -> int:
     """A handle of the lock file, which is made in an empty folder, and is known by its mark anywhere else."""
     folder = path.parent
-    try:
+    with disk_errors(folder, "the run folder", fix="name another folder with --out"):
         folder.mkdir(parents=True, exist_ok=True)
         there = {e.name for e in folder.iterdir()}
         if there and path.name not in there:
             raise _foreign(folder)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise _foreign(folder)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise
-        raise CompressError(
-            f"the run folder cannot be written: {e.strerror}",
-            where=str(folder),
-            fix="name another folder with --out",
-        ) from e
-    head = os.pread(handle, len(MARK), 0)
+        handle = host.open_shared(str(path))
+    head = host.read_at(handle, len(MARK), 0)
     # A crash can cut the mark short before there is anything else.
     if head != MARK and (there - {path.name} or not MARK.startswith(head)):
         os.close(handle)
@@ -114,22 +105,9 @@ def _foreign(folder: Path) -> CompressError:
     )
 
 
-def _flock(handle: int) -> bool | None:
-    """True: the kernel's lock is ours; False: another's; None: the file system has none."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as e:
-        if e.errno in NO_FLOCK:
-            return None
-        raise
-    return True
-
-
 def _holder(handle: int) -> dict[str, Any]:
     try:
-        found = json.loads(os.pread(handle, 1000, len(MARK)) or b"{}")
+        found = json.loads(host.read_at(handle, 1000, len(MARK)) or b"{}")
     except ValueError:
         return {}  # a crash cut it short
     kinds = {"process": int, "host": str, "started": str}
@@ -141,21 +119,13 @@ def _lives(holder: dict[str, Any], handle: int, path: Path, alone: bool | None) 
     """Whether the process that wrote ``holder`` still runs, as far as can be told from here."""
     if holder.get("host") == socket.gethostname():
         # The kernel has said it, or else the process table does: a number used again has another start.
-        return alone is None and _started(holder["process"]) == holder["started"]
+        return alone is None and host.started(holder["process"]) == holder["started"]
     # By the file system's own clock, since two machines' differ.
     mine = path.with_name(f"{path.name}.{os.getpid()}.clock")
     mine.touch()
     now = mine.stat().st_mtime
     mine.unlink()
     return now - os.fstat(handle).st_mtime < STALE_SECONDS
-
-
-def _started(process: int) -> str:
-    """When a process of this machine started, in the kernel's ticks; empty where it does not run."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 def _words(holder: dict[str, Any]) -> str:
@@ -165,6 +135,6 @@ def _words(holder: dict[str, Any]) -> str:
 def _write(handle: int, holder: dict[str, Any]) -> None:
     # In this order the mark is never away.
     text = MARK + json.dumps(holder).encode()
-    os.pwrite(handle, text, 0)
+    host.write_at(handle, text, 0)
     os.ftruncate(handle, len(text))
     os.fsync(handle)

@@ -1,4 +1,7 @@
-"""What a verb writes beside a run: all of it, or nothing, and one error that says why."""
+"""What a verb writes beside a run: all of it, or nothing, and one error that says why.
+
+`compress.system.files` is how one file or folder gets its name.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from pathlib import Path
 from compress.errors import CompressError, UsageError
 from compress.run.lock import MARK as LOCKED
 from compress.run.lock import Lock
+from compress.system.files import disk_errors, settle
 
 MARK = ".compress-writes-here"  # in a folder that is being made: the lock of the process that makes it
-FULL = (errno.ENOSPC, errno.EDQUOT)
 # What stands in every file of a kind that we write, whatever the model: gate.json, bench.json; junit.xml; a card,
 # summary.md; report.html.
 OURS = {
@@ -75,10 +78,10 @@ def whole(folder: Path) -> Iterator[Path]:
             made = partial / target.name
             made.mkdir()
         _refuse_taken(folder, target)
-        with _named(made, folder), _full_disk(folder):
+        with _named(made, folder), disk_errors(folder, every=False):
             yield made
         with disk_errors(folder):
-            made.rename(target)  # onto nothing, or an empty folder
+            settle(made, target)  # onto nothing, or an empty folder
     finally:
         if lock is not None:
             shutil.rmtree(partial)
@@ -90,15 +93,13 @@ def whole(folder: Path) -> Iterator[Path]:
 
 def _refuse_taken(folder: Path, target: Path) -> None:
     fix = "name another --out folder"
-    try:
+    with disk_errors(folder, fix=fix):
         if os.path.lexists(target) and not target.is_dir():
             raise UsageError("this is no folder", where=str(folder), fix=fix)
         if target.is_dir() and any(target.iterdir()):
             raise UsageError("the folder is not empty", where=str(folder), fix=fix)
         if target.is_dir() and (target == Path(os.path.realpath(".")) or os.path.ismount(target)):
             raise UsageError("this folder cannot be replaced", where=str(folder), fix="name a folder in it")
-    except OSError as e:
-        raise CompressError(f"it cannot be written: {e.strerror or e}", where=str(folder), fix=fix) from e
 
 
 def _claim(folder: Path, partial: Path) -> Lock:
@@ -164,23 +165,6 @@ def _named(made: Path, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _full_disk(folder: Path) -> Iterator[None]:
-    """What says that a disk is full or cannot be written, in a block of other libraries' code, as one of ours."""
-    try:
-        yield
-    except CompressError:
-        raise
-    except Exception as e:
-        # safetensors, protobuf's writers and the runtimes wrap the system's error in their own.
-        full = "No space left on device" in str(e) or "os error 28" in str(e)
-        known = isinstance(e, OSError) and e.errno in (*FULL, errno.EACCES, errno.EROFS)
-        if not full and not known:
-            raise
-        with disk_errors(folder):
-            raise (e if isinstance(e, OSError) and e.errno else OSError(errno.ENOSPC, str(e))) from e
-
-
-@contextmanager
 def written(
     folder: Path, names: Iterable[str] = (), refuse: Callable[[Iterable[Path]], None] | None = None
 ) -> Iterator[Path]:
@@ -211,7 +195,7 @@ def written(
             for path in found:
                 place = folder / path.relative_to(beside)
                 place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
+                settle(path, place)
     finally:
         if beside is not None:
             shutil.rmtree(beside)
@@ -237,20 +221,3 @@ def append(path: Path, text: str) -> None:
             path.unlink()
         elif path.is_file() and path.stat().st_size != after:
             os.truncate(path, after or 0)
-
-
-@contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """The system's errors in a block that writes to ``place``, as one of ours."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in FULL:
-            there = next(p for p in (place, *place.parents) if p.exists())
-            free = shutil.disk_usage(there).free
-            raise CompressError(
-                f"the disk is full ({free:,} bytes are free)", where=str(place), fix="free space, or name another place"
-            ) from e
-        raise CompressError(
-            f"it cannot be written: {e.strerror or e}", where=str(place), fix="name another place, or mend its rights"
-        ) from e

@@ -80,7 +80,8 @@ def card(run: Path, out: Path | None) -> dict[str, Any]:
     from compress.pipeline import method_of
     from compress.report.build import read_report
     from compress.report.html import NAME, write_html
-    from compress.run.written import disk_errors, refuse_replacing, written
+    from compress.run.written import refuse_replacing, written
+    from compress.system.files import disk_errors
 
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
@@ -103,7 +104,8 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     from compress.pipeline import method_of
     from compress.report.build import read_report
     from compress.report.html import write_html
-    from compress.run.written import disk_errors, refuse_replacing, written
+    from compress.run.written import refuse_replacing, written
+    from compress.system.files import disk_errors
 
     report = read_report(run)
     if out.is_dir():

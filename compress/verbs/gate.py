@@ -20,9 +20,10 @@ from compress.exporters import gate
 from compress.exporters import gate_outputs as outputs
 from compress.exporters.gate_run import Artefact, Measuring, compare, find
 from compress.exporters.gate_run import self_test as against_itself
-from compress.run.written import append, disk_errors, refuse_replacing, written
+from compress.run.written import append, refuse_replacing, written
 from compress.schema.recipe import load_section
 from compress.schema.section import Clash, Section, whole
+from compress.system.files import disk_errors
 
 GIT, WORKTREE = "git:", "worktree"
 NAMES = (*outputs.FILES, "gate.png")

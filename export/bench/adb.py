@@ -24,6 +24,7 @@ from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.programs import PROGRAMS, figure
 from compress.exporters.bench.transport import folder_name
 from compress.run.cache import sha256_of
+from compress.system.files import whole_file
 
 ATTEMPTS = 3
 FOLDER = "/data/local/tmp/compress"
@@ -147,15 +148,13 @@ class Adb:
         return int(row[at - 1]) * 1024
 
     def pull(self, there: str, here: Path) -> None:
-        partial = here.with_name(f".{here.name}.partial")
-        done = subprocess.run(
-            self.command("pull", there, str(partial)), capture_output=True, text=True, errors="replace"
-        )
-        if done.returncode:
-            raise CompressError(
-                f"fetching failed: {done.stderr.strip() or done.stdout.strip()}", where=self.title, fix="see the device"
+        with whole_file(here) as partial:
+            done = subprocess.run(
+                self.command("pull", there, str(partial)), capture_output=True, text=True, errors="replace"
             )
-        partial.replace(here)
+            if done.returncode:
+                said = done.stderr.strip() or done.stdout.strip()
+                raise CompressError(f"fetching failed: {said}", where=self.title, fix="see the device")
 
     def room(self) -> str:
         self.shell("mkdir", "-p", f"{self.folder}/scratch")

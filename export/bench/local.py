@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -25,6 +26,7 @@ from compress.processes.children import python
 from compress.report.stats import paired_ratio, summary
 from compress.run.cache import sha256_of
 from compress.run.progress import Progress
+from compress.system.files import whole_file
 
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
 
@@ -61,7 +63,8 @@ class Local:
         return found
 
     def pull(self, there: str, here: Path) -> None:
-        Path(there).replace(here)
+        with whole_file(here) as partial:
+            shutil.move(there, partial)
 
     def room(self) -> str:
         return tempfile.gettempdir()

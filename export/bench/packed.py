@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from compress.run.cache import cache_dir
+from compress.system.files import whole_file
 
 _HERE = Path(__file__).parent
 FILES = {
@@ -34,8 +35,6 @@ def agent_file() -> Path:
     made = pack()
     path = cache_dir() / "agent" / f"agent-{hashlib.sha256(made).hexdigest()[:16]}.pyz"
     if not path.is_file() or path.read_bytes() != made:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{id(made)}.partial")
-        partial.write_bytes(made)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            partial.write_bytes(made)
     return path

@@ -23,6 +23,7 @@ from compress.errors import CompressError, UsageError
 from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.transport import answered, folder_name
 from compress.run.cache import sha256_of
+from compress.system.files import whole_file
 
 RECEIVER = Path(__file__).with_name("receiver.py")
 LOST = 255  # ssh's own exit code, whatever befell the connection
@@ -145,14 +146,12 @@ class Ssh:
         return self._json(done.stdout, done.stderr)
 
     def pull(self, there: str, here: Path) -> None:
-        partial = here.with_name(f".{here.name}.partial")
         head = json.dumps({"do": "get", "path": there}).encode() + b"\n"
-        with partial.open("wb") as file:
-            done = subprocess.run(self._receiver(), input=head, stdout=file, stderr=subprocess.PIPE)
-        if done.returncode:
-            partial.unlink()
-            raise self._failed(done.returncode, done.stderr)
-        partial.replace(here)
+        with whole_file(here) as partial:
+            with partial.open("wb") as file:
+                done = subprocess.run(self._receiver(), input=head, stdout=file, stderr=subprocess.PIPE)
+            if done.returncode:
+                raise self._failed(done.returncode, done.stderr)
 
     def room(self) -> str:
         return str(self._look("scratch", ())["folder"])

@@ -99,6 +99,7 @@ def _dies(folder: Path, moment: str) -> None:
     import signal
 
     from compress.run import folder as module
+    from compress.system import files
 
     def die(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,9 +107,9 @@ def _dies(folder: Path, moment: str) -> None:
     if moment == "before the seal":
         module.sha256_of = die  # type: ignore[assignment]
     elif moment == "before the rename":
-        Path.rename = die  # type: ignore[assignment,method-assign]
+        Path.replace = die  # type: ignore[assignment,method-assign]
     else:
-        sync = module.sync
-        module.sync = lambda path: die() if path == folder else sync(path)
+        sync = files.sync
+        files.sync = lambda path: die() if path == folder else sync(path)
     with module.Run.open(folder) as run:
         run.stage("plan", {"k": 1}, lambda f: (f / "a").write_text("a"))

@@ -18,6 +18,7 @@ import pytest
 from compress.errors import CompressError
 from compress.run import lock as module
 from compress.run.lock import Lock
+from compress.system import host
 
 HOLDER = """
 import sys, time
@@ -146,15 +147,15 @@ def test_a_lock_file_of_something_else_is_not_taken_for_ours(kind: str, path: Pa
 
 def test_the_mark_is_there_whenever_another_process_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    for name in ("pwrite", "ftruncate"):
-        real = getattr(os, name)
+    for owner, name in ((host, "write_at"), (os, "ftruncate")):
+        real = getattr(owner, name)
 
         def looked(*given: object, real: Callable[..., object] = real) -> object:
             done = real(*given)
             seen.append(path.read_bytes())
             return done
 
-        monkeypatch.setattr(os, name, looked)
+        monkeypatch.setattr(owner, name, looked)
     Lock.take(path).release()
     Lock.take(path).release()
     assert len(seen) >= 6 and all(text.startswith(module.MARK) for text in seen)

@@ -14,7 +14,8 @@ import pytest
 
 from compress.errors import CompressError, UsageError
 from compress.run import lock
-from compress.run.written import MARK, append, disk_errors, is_ours, refuse_replacing, whole, written
+from compress.run.written import MARK, append, is_ours, refuse_replacing, whole, written
+from compress.system.files import disk_errors
 
 
 @pytest.fixture

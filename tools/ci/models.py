@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from compress.system.files import whole_file
+
 
 def chain(path: Path, layers: int, width: int = 32, size: int = 24, channels: int | None = None) -> Path:
     """A network of equal 3x3 convolutions, each with its ReLU; input (batch, channels, size, size), output ``width``.
@@ -36,11 +38,8 @@ def chain(path: Path, layers: int, width: int = 32, size: int = 24, channels: in
     ]
     graph = helper.make_graph(nodes, "chain", *ends, weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Whole at once: another process may be reading it.
-    beside = path.with_name(f".{path.name}.partial")
-    onnx.save(model, beside)
-    beside.replace(path)
+    with whole_file(path) as partial:  # another process may be reading it
+        onnx.save(model, partial)
     return path
 
 
