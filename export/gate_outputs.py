@@ -132,12 +132,13 @@ def summary(record: Mapping[str, Any]) -> str:
         where = f"pinned device {code(machine['pinned'])}" if machine["pinned"] else "this machine"
         runtime = markdown(spec["runtime"])
         threads = f"{spec['threads']} thread{'s' if spec['threads'] != 1 else ''}"
+        loads = [machine[when].get("load_average") for when in ("before", "after")]
+        load = "" if None in loads else f", load {loads[0]:.1f} to {loads[1]:.1f}"
         lines += [
             "",
             f"Measured on {where}: baseline and candidate in turn (ABBA), fresh processes, {runtime},"
-            f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores, load"
-            f" {machine['before']['load_average']:.1f} to {machine['after']['load_average']:.1f}. A time is that of a"
-            " process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
+            f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores{load}. A time"
+            " is that of a process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
         ]
     lines += ["", f"Again: {code(record['command'])}", ""]
     return "\n".join(lines)

@@ -386,6 +386,12 @@ def _row(budget: Budget, value: float, within: bool, **more: Any) -> dict[str, A
 def series(budget: Budget, samples: Sequence[Sample]) -> list[float]:
     """A figure of every process: its fastest call, or the median or tail of its samples (s); or its memory (bytes)."""
     if budget.figure == "memory":
+        if any(s["peak_rss"] is None for s in samples):
+            raise CompressError(
+                "this system does not tell how much memory a process has held at most",
+                where=f"budget {budget.text!r}",
+                fix="leave it out, or gate on Linux, macOS or Windows",
+            )
         return [float(s["peak_rss"]) for s in samples]
     if budget.statistic == "fastest":
         return [float(min(s[budget.figure]["fastest"])) for s in samples]
@@ -493,7 +499,9 @@ def _best(samples: Sequence[Sample]) -> Sample:
     with the least median; the least memory. All stand in it as they were."""
     if len(samples) == 1:
         return samples[0]
-    found: Sample = {**samples[0], "peak_rss": min(s["peak_rss"] for s in samples), "processes": list(samples)}
+    peaks = [s["peak_rss"] for s in samples]
+    peak = None if None in peaks else min(peaks)  # where the system does not tell
+    found: Sample = {**samples[0], "peak_rss": peak, "processes": list(samples)}
     for figure in gate.TIMES:
         own = [s[figure] for s in samples if figure in s]
         if own:
@@ -558,9 +566,10 @@ def _why(
         f"too noisy to decide after {len(values)} rounds: spread between processes {100 * gate.spread(base):.1f} %,"
         f" of the {'ratios' if budget.kind == 'relative' else 'figures'} {100 * gate.spread(values):.1f} %"
     )
-    load = max(machine["before"]["load_average"], machine["after"]["load_average"])
-    busy = f"load {load:.1f} on {machine['cores']} cores"
-    parts.append(busy + (": other work runs here" if load > spec.threads + 0.5 else ""))
+    loads = [machine[when]["load_average"] for when in ("before", "after") if "load_average" in machine[when]]
+    if loads:
+        busy = f"load {max(loads):.1f} on {machine['cores']} cores"
+        parts.append(busy + (": other work runs here" if max(loads) > spec.threads + 0.5 else ""))
     if budget.figure in gate.TIMES:
         slower = gate.throttled(base)
         if slower is not None:

@@ -7,7 +7,6 @@ on all of them once, and no disk is read again. FSDP2's own forward hooks are no
 from __future__ import annotations
 
 import copy
-import ctypes
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.processes.distributed import contact, device, device_bytes, meet, rank, shares_device, world
+from compress.system import host
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -80,15 +80,6 @@ class Shards:
                 for name, parameter in module.named_parameters()  # type: ignore[attr-defined]
             }
             module.reshard()
-        _give_back()
+        # The C library keeps tensors of up to 32 MB: after a pass, as much as the model.
+        host.give_back_memory()
         return made
-
-
-def _give_back() -> None:
-    """What was gathered is freed, but the C library keeps tensors of up to 32 MB: after a pass, as much as the model.
-
-    glibc gives it back when it is asked to; other libraries do not know the word.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from compress.language.setup import quiet
 from compress.models.families import family_for
 from compress.models.streaming import in_step, stream_model
 from compress.processes import distributed
+from compress.system import host
 from compress.system.files import write_whole
 from tools.bench_streaming import make
 
@@ -60,7 +60,7 @@ def passed(way: str, folder: Path, ids: Tensor) -> dict[str, Any]:
         read = getattr(model.model.layers, "bytes_read", 0)
     return {
         "seconds": spent,
-        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak": host.peak_memory(),
         "read": read,
         "logits": logits.tolist(),
     }

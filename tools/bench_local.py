@@ -12,25 +12,25 @@ prints instead the most memory that one pass takes, from the sums to a level, in
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from statistics import median
 
 import torch
 
 from compress.recipes.tyr.local import Moments, damp, neuron_levels, prune_neurons
+from compress.system import host
 
 
 def memory(n: int, hidden: int) -> None:
     x, w = torch.randn(256, n), torch.randn(n, hidden)
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = host.peak_memory()
     moments = Moments(n, hidden)
     moments.add(x, x @ w)
     problem = damp(moments, w, 0.01)
     # Two removals after the first level: the matrices are shrunk once, and the rest of a pass holds less.
     for count, _, _ in neuron_levels(problem, (n, n - n // 5), n // 10, last=True):
         print(f"level of {count} neurons")
-    most = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
+    most = host.peak_memory() - start
     print(f"peak {most / 1e9:.2f} GB, {most / (8 * n * n):.2f} matrices of {n} x {n} ({8e-9 * n * n:.2f} GB each)")
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
 from compress.models.streaming import StreamedBlocks, stream_model
 from compress.recipes.tyr.supernet import Menu, Streams, neuron_counts, prune_block
+from compress.system import host
 from compress.system.files import whole_file, write_whole
 
 
@@ -97,7 +97,7 @@ def main() -> None:
             runner, index, streams, menu, geometry=geometry, costs=costs, damping=0.01, target="residual",
             accumulation="expectation", score="obs", step=16, trim=False, token_weight="norm",
         )  # fmt: skip
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = host.peak_memory()
         print(
             f"{index:5} {time.monotonic() - began:8.1f} {blocks.bytes_read / 1e9:17.2f} {peak / 1e9:17.3f}", flush=True
         )

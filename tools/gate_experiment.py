@@ -55,7 +55,7 @@ def real(out: Path, gates: int, samples: int) -> None:
             "kind": "slow" if slow else "A/A",
             "samples": samples,
             "seconds": round(time.monotonic() - began, 2),
-            "load": record["machine"]["after"]["load_average"],
+            "load": record["machine"]["after"].get("load_average"),
             **{k: row[k] for k in keep},
         }
         with journal.open("a") as file:

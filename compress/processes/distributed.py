@@ -9,7 +9,6 @@ What is added up over processes must not depend on how many there are: float sum
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress.errors import CompressError, UsageError
 from compress.processes.children import python
+from compress.system import host
 from compress.system.files import write_whole
 from compress.words.escape import terminal_lines
 
@@ -132,12 +132,11 @@ def stay_alone() -> None:
 
 def available_bytes() -> int:
     """Memory that this process can have: its share of the machine's (or the container's) free RAM."""
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free = min(free, int(text) - used)
+    free = host.free_memory()
+    if free is None:
+        raise CompressError(
+            "this system does not tell how much memory is free", where="memory", fix="pip install psutil"
+        )
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
@@ -580,7 +579,7 @@ def wanted(asked: int | None) -> int:
         return asked
     if silent is not None:
         return silent
-    if Path("/proc/driver/nvidia").exists() or os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if host.has_nvidia_driver() or os.environ.get("CUDA_VISIBLE_DEVICES"):
         import torch
 
         return max(1, torch.cuda.device_count())
@@ -591,10 +590,7 @@ def _silently_dropped() -> int | None:
     """`accelerate launch --cpu --num_processes N` runs one process; what it was asked for stands in its command."""
     if "ACCELERATE_USE_CPU" not in os.environ and "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return None
-    try:
-        words = Path(f"/proc/{os.getppid()}/cmdline").read_text().split("\0")
-    except OSError:
-        return None
+    words = host.command_of(os.getppid())
     if "launch" not in words:
         return None
     for at, word in enumerate(words):
@@ -615,7 +611,7 @@ def launch(count: int, words: Sequence[str]) -> int:
     """
     with tempfile.TemporaryDirectory() as folder:
         children = []
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
+        threads = max(1, host.processors() // count)
         surroundings = {
             "OMP_NUM_THREADS": str(threads),
             # What gloo logs of a lost process we say ourselves.
@@ -632,14 +628,14 @@ def launch(count: int, words: Sequence[str]) -> int:
                         env=environment,
                         stdout=None if number == 0 else subprocess.DEVNULL,
                         stderr=None if number == 0 else err,
-                        preexec_fn=_die_with_parent,
+                        **host.ends_with_parent(),
                     )
                 )
         try:
             while any(c.poll() is None for c in children) and not any(c.poll() for c in children):
                 time.sleep(0.05)
         except BaseException:
-            _end(children, signal.SIGINT, 10.0)
+            _end(children, host.interrupt(), 10.0)
             raise
         if not any(c.returncode for c in children):
             return 0
@@ -691,7 +687,7 @@ def _explain(folder: Path, codes: Sequence[int | None]) -> int:
     if killed and not own:
         number, signal_number = killed[0]
         name = signal.Signals(signal_number).name
-        hint = "; the machine may be out of memory" if signal_number == signal.SIGKILL else ""
+        hint = "; the machine may be out of memory" if host.was_killed(signal_number) else ""
         print(
             f"error: rank {number} was ended by {name}{hint}\n  where: process {number} of {len(codes)}\n"
             "  fix:   the same command goes on behind the last whole stage",
@@ -731,9 +727,3 @@ def report(error: BaseException, code: int, debug: bool = False) -> bool:
     }
     write_whole(Path(folder) / f"{rank()}.report", json.dumps(left))
     return True
-
-
-def _die_with_parent() -> None:
-    """Linux: the kernel ends this process when the one that started it is gone, however it went."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -10,6 +10,7 @@ from typing import Any
 
 from compress import __version__, distribution
 from compress.distribution import install_line
+from compress.system import host
 
 # package -> what it is needed for
 REQUIRED = {
@@ -50,14 +51,7 @@ def versions() -> dict[str, str]:
 
 def environment() -> dict[str, Any]:
     """The machine, in the words a report needs."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    except OSError:
-        cpu = platform.machine()  # not Linux: the architecture is all the standard library knows
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
+    return {"cpu": host.processor(), "cores": os.cpu_count(), "system": platform.system(), "versions": versions()}
 
 
 def examine() -> list[dict[str, str]]:

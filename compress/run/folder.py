@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import socket
 import stat
@@ -33,6 +32,7 @@ from compress.run.seals import read_seal as read_seal
 from compress.run.seals import seal_hash as seal_hash
 from compress.run.seals import verify_seal as verify_seal
 from compress.run.strict_json import parse_json, typed
+from compress.system import host
 from compress.system.files import DiskFull, disk_errors, settle
 
 SCRATCH = ".scratch"
@@ -49,15 +49,6 @@ STAGE_NAMES = re.compile(
     r"|round-\d+|sweep"
 )
 SHARED_SECONDS = 60.0  # how long a shared file system may take to show one node what another wrote
-
-
-def peak_rss() -> int:
-    """Bytes that this process has held at most. Linux's ru_maxrss survives exec: a child of a large process would be
-    told its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM:" in line)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _peak_gpu() -> dict[str, int]:
@@ -208,7 +199,7 @@ class Run:
                 "stage": name,
                 "inputs": json.loads(json.dumps(inputs)),
                 "seconds": round(time.monotonic() - began, 3),
-                "peak_rss_bytes": peak_rss(),
+                "peak_rss_bytes": host.peak_memory() or 0,  # 0: the system does not tell
                 **_peak_gpu(),
                 # Of this process from its start; the difference of two seals does not mind other work on the machine.
                 "cpu_seconds_so_far": round(time.process_time(), 3),

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from compress.errors import UsageError
 from compress.schema.section import Section
 from compress.schema.strict_yaml import read_yaml
+from compress.system import host
 
 TABLE = Path(__file__).with_name("machines.yaml")
 HERE = "this-machine"
@@ -187,8 +188,10 @@ def _here(folder: Path) -> Machine:
 
     where = device()
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    ram = float(facts["MemTotal"].split()[0]) * 1024
+    total = host.total_memory()
+    if total is None:
+        raise UsageError("this machine does not tell its memory", where="--on", fix="describe it in a YAML file")
+    ram = float(total)
     if where.type == "cuda":
         # Its bus was not measured: what PCIe 4.0 x16 reaches in practice is half its peak.
         return Machine(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from compress.errors import CompressError
+from compress.system import host
 
 LIMIT = 64 << 20  # bytes of a file
 DEPTH = 100  # levels of lists and objects in each other
@@ -39,7 +40,7 @@ def read_json(path: Path, what: str, *, limit: int = LIMIT, constants: bool = Fa
 def read_bytes(path: Path, what: str, limit: int = LIMIT, fix: str = FIX) -> bytes:
     """A regular file's bytes, ``limit`` at most; `CompressError` otherwise. A pipe or a device is never waited for."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = host.open_to_read(str(path))
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise CompressError(f"{what} is no file", where=str(path), fix=fix)

@@ -198,11 +198,19 @@ def interrupt() -> signal.Signals:
 def open_shared(path: str) -> int:
     """A handle of a file to read and write, made if need be, that no child inherits; a link is refused where the
     system can."""
-    words = ("O_NOFOLLOW", "O_CLOEXEC", "O_NOINHERIT", "O_BINARY")
-    flags = os.O_RDWR | os.O_CREAT
-    for word in words:
-        flags |= getattr(os, word, 0)
-    return os.open(path, flags, 0o644)
+    return os.open(path, os.O_RDWR | os.O_CREAT | _flags("O_NOFOLLOW"), 0o644)
+
+
+def open_to_read(path: str) -> int:
+    """A handle that no child inherits; a pipe or a device is not waited for where the system knows how."""
+    return os.open(path, os.O_RDONLY | _flags("O_NONBLOCK"))
+
+
+def _flags(*words: str) -> int:
+    found = 0
+    for word in (*words, "O_CLOEXEC", "O_NOINHERIT", "O_BINARY"):
+        found |= getattr(os, word, 0)
+    return found
 
 
 def read_at(handle: int, count: int, offset: int) -> bytes:

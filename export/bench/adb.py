@@ -24,6 +24,7 @@ from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.programs import PROGRAMS, figure
 from compress.exporters.bench.transport import folder_name
 from compress.run.cache import sha256_of
+from compress.system import host
 from compress.system.files import whole_file
 
 ATTEMPTS = 3
@@ -250,7 +251,7 @@ class Adb:
             found["thermal_status"] = int(status[1])
         if "temperature" in found["battery"]:
             found["temperature"] = found["battery"]["temperature"]
-        found["load_average"] = float(self.shell("cat", "/proc/loadavg").split()[0])
+        found["load_average"] = float(self.shell("cat", host.LOADAVG).split()[0])
         return found
 
 

@@ -1,6 +1,6 @@
 """Measures, runs or looks at one exported artefact; runs alone, in a process of its own, on the device.
 
-`compress.exporters.bench.packed` puts it, protocol.py, environment.py and runtimes.py into one file that needs
+`compress.exporters.bench.packed` puts it and the files it imports (`FILES` there) into one that needs
 Python 3.9, numpy and the runtime. It reads a JSON object from standard input (or from the file named as its
 argument) and writes one to standard output. What fails for a reason the user can mend is
 ``{"error": {"what", "fix"}}``.
@@ -164,7 +164,7 @@ def measure_llm(request: Request) -> dict[str, Any]:
             found = runner.run(feed(runner, context, context, {}))
             caches[context] = {"past_key_values." + k[len("present.") :]: v for k, v in found.items() if k != "logits"}
             del found
-    prefill_peak = environment.peak_memory()
+    prefill_peak = environment.host.peak_memory()
     del call, runner
     gc.collect()
     runner, load = _load(request, "decode")
@@ -185,7 +185,7 @@ def measure(request: Request) -> dict[str, Any]:
 
     start = environment.state()
     found = (measure_llm if "prefill" in request["files"] else measure_network)(request)
-    found["peak_rss"] = environment.peak_memory()
+    found["peak_rss"] = environment.host.peak_memory()
     found["environment"] = {**environment.fixed(), "threads": request["threads"], "start": start}
     found["environment"]["end"] = environment.state()
     found["emulated"] = found["environment"]["emulated"]

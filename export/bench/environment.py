@@ -15,45 +15,29 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-CPU = "/sys/devices/system/cpu"
-POWERCAP = "/sys/class/powercap"
+if __package__:
+    from compress.system import host
+else:  # the agent: it lies beside this file
+    import host  # type: ignore[no-redef]
 
 
 def read(path: str) -> str | None:
-    """The first line of a file of the kernel's, or None where there is none or it may not be read."""
-    try:
-        with open(path) as file:
-            return file.readline().strip()
-    except OSError:
-        return None
+    """The first line of a file, or None where there is none or it may not be read."""
+    said = host.read(path)
+    return None if said is None else said.partition("\n")[0].strip()
 
 
-def cpu_model(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """The processor's name; on ARM, where the kernel tells no name, the board's."""
-    try:
-        with open(cpuinfo) as file:
-            for line in file:
-                if line.startswith(("model name", "Model", "Hardware")):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return read("/proc/device-tree/model") or platform.machine()
-
-
-def emulated(machine: str | None = None, cpuinfo: str = "/proc/cpuinfo") -> bool:
+def emulated(machine: str | None = None, cpuinfo: str = host.CPUINFO) -> bool:
     """Whether this program runs under user-mode emulation: it was built for ARM, and the kernel's processor is x86."""
     if (machine or platform.machine()) not in ("aarch64", "arm64", "armv7l"):
         return False
-    try:
-        with open(cpuinfo) as file:
-            return any(line.startswith("vendor_id") for line in file)  # a line that only x86 kernels write
-    except OSError:
-        return False
+    said = host.read(cpuinfo) or ""
+    return any(line.startswith("vendor_id") for line in said.splitlines())  # a line that only x86 kernels write
 
 
 def temperature() -> float | None:
     """The hottest thermal zone, degrees Celsius."""
-    zones = (read(path) for path in glob.glob("/sys/class/thermal/thermal_zone*/temp"))
+    zones = (read(path) for path in glob.glob(host.ZONES))
     found = [int(zone) / 1000 for zone in zones if zone and zone.lstrip("-").isdigit()]
     return max((t for t in found if 0 < t < 150), default=None)
 
@@ -61,10 +45,10 @@ def temperature() -> float | None:
 def state() -> dict[str, Any]:
     """What changes while it is measured: load, clocks, temperature."""
     found: dict[str, Any] = {"time": time.time()}
-    if hasattr(os, "getloadavg"):
-        found["load_average"] = os.getloadavg()[0]
-    clocks = (read(path) for path in glob.glob(f"{CPU}/cpu[0-9]*/cpufreq/scaling_cur_freq"))
-    mhz = [int(clock) / 1000 for clock in clocks if clock and clock.isdigit()]
+    load = host.load_average()
+    if load is not None:
+        found["load_average"] = load
+    mhz = [int(clock) / 1000 for clock in host.clocks() if clock.isdigit()]
     if mhz:
         found["cpu_mhz"] = {"min": min(mhz), "max": max(mhz)}
     hot = temperature()
@@ -77,27 +61,21 @@ def state() -> dict[str, Any]:
 def fixed() -> dict[str, Any]:
     """What stays: processor, cores, system, governor, memory."""
     found: dict[str, Any] = {
-        "cpu": cpu_model(),
+        "cpu": host.processor(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "emulated": emulated(),
     }
-    if hasattr(os, "sched_getaffinity"):
-        found["cores_allowed"] = len(os.sched_getaffinity(0))
-    for name, path in (
-        ("governor", f"{CPU}/cpu0/cpufreq/scaling_governor"),
-        ("turbo_off", f"{CPU}/intel_pstate/no_turbo"),
-        ("power_mode", "/var/lib/nvpmodel/status"),  # of a Jetson
-    ):
-        value = read(path)
-        if value:
-            found[name] = value
-    total = read("/proc/meminfo")  # its first line is MemTotal
-    if total:
-        found["memory"] = int(total.split()[1]) * 1024
-    return found
+    told = {
+        "cores_allowed": host.allowed_processors(),
+        "governor": host.governor(),
+        "turbo_off": read(f"{host.CPUS}/intel_pstate/no_turbo"),
+        "power_mode": read("/var/lib/nvpmodel/status"),  # of a Jetson
+        "memory": host.total_memory(),
+    }
+    return found | {name: value for name, value in told.items() if value}
 
 
 def free_disk(folder: str) -> int:
@@ -109,7 +87,8 @@ def free_disk(folder: str) -> int:
 
 def rapl() -> float | None:
     """Joules that the processor's packages have taken since some moment; None where the kernel does not tell."""
-    counters = (read(path) for path in glob.glob(f"{POWERCAP}/intel-rapl:[0-9]*/energy_uj") if path.count(":") == 1)
+    packages = glob.glob(f"{host.POWERCAP}/intel-rapl:[0-9]*/energy_uj")
+    counters = (read(path) for path in packages if path.count(":") == 1)
     found = [int(counter) for counter in counters if counter]
     return sum(found) / 1e6 if found else None
 
@@ -187,17 +166,3 @@ def watts(before: dict[str, float], after: dict[str, float], seconds: float) -> 
         for name, used in before.items()
         if name in after and after[name] > used and seconds > 0
     }
-
-
-def peak_memory() -> int:
-    """The most memory this process has held, in bytes.
-
-    Linux's ru_maxrss survives exec: a child of a large process would report its parent's size.
-    """
-    try:
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):  # no Linux: ru_maxrss is the process's own there, in bytes
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from compress.processes.children import python
 from compress.report.stats import paired_ratio, summary
 from compress.run.cache import sha256_of
 from compress.run.progress import Progress
+from compress.system import host
 from compress.system.files import whole_file
 
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
@@ -308,9 +308,6 @@ def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any], file: str =
 
 
 def machine_state() -> dict[str, Any]:
-    """Load and clocks: what can disturb a timing."""
-    found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor.exists():
-        found["governor"] = governor.read_text().strip()
-    return found
+    """Load and clocks, as far as the system tells: what can disturb a timing."""
+    found = {"load_average": host.load_average(), "governor": host.governor()}
+    return {name: value for name, value in found.items() if value is not None}

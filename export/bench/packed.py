@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from compress.run.cache import cache_dir
+from compress.system import host
 from compress.system.files import whole_file
 
 _HERE = Path(__file__).parent
@@ -17,6 +18,7 @@ FILES = {
     "protocol.py": _HERE / "protocol.py",
     "environment.py": _HERE / "environment.py",
     "runtimes.py": _HERE.parent / "runtimes.py",
+    "host.py": Path(host.__file__),
 }
 
 

@@ -23,7 +23,7 @@ def fill(folder: Path) -> None:
 
 def test_peak_memory_is_the_process_s_own_and_not_its_parent_s() -> None:
     # The outer process holds 600 MB when it starts the inner one, which holds 60 MB of its own.
-    inner = "held = bytearray(60_000_000); from compress.run.folder import peak_rss; print(peak_rss())"
+    inner = "held = bytearray(60_000_000); from compress.system.host import peak_memory; print(peak_memory())"
     outer = (
         "import subprocess, sys; held = bytearray(600_000_000);"
         f"print(subprocess.run([sys.executable, '-c', {inner!r}], capture_output=True, text=True, check=True).stdout)"

