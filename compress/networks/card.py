@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.report.card import INHERITED, frame, publish, runtimes
+from compress.report.charts import chart_of, latencies
 from compress.report.metadata import card_data, network_results, pipeline_tag
-from compress.report.plots import DENSE, PRUNED, Plot, wrapped
-from compress.report.rows import Row, benches, qualities, rows
-from compress.report.stats import found_in
+from compress.report.plots import COLOURS, Plot, drawn, wrapped, xs, ys, zeros_per_layer
+from compress.report.rows import benches, judges
 from compress.words.escape import caption, cell, code, markdown
 from compress.words.wording import counted, small
 
@@ -201,7 +201,7 @@ def _loading(report: dict[str, Any]) -> list[str]:
 
 def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
     """What of a network's report can be drawn."""
-    accuracy = {"accuracy": _accuracy} if report["quality"]["curve"] else {}
+    accuracy = {"accuracy": _accuracy} if chart_of(report, "accuracy") else {}
     return {"sparsity-per-layer": _sparsity, **accuracy, **latency_plot(report)}
 
 
@@ -210,50 +210,22 @@ def latency_plot(report: Mapping[str, Any]) -> dict[str, Plot]:
     return {"latency": _latency} if "bench" in report else {}
 
 
-SLANTED: dict[str, Any] = {"rotation": 60, "fontsize": 6, "ha": "right", "rotation_mode": "anchor"}
-
-
 def _sparsity(report: dict[str, Any], plt: Any) -> Any:
-    rows = report["layers"]
-    figure, axis = plt.subplots(figsize=(7, 3.6))
-    at = range(len(rows))
-    axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.8)
-    first = True
-    for i, row in enumerate(rows):
-        if row["floor"]:
-            most = 100 * (1 - row["floor"] / row["weights"])
-            axis.plot([i - 0.4, i + 0.4], [most, most], color="black", lw=1.5, label="floor" if first else None)
-            first = False
-    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="whole network")
-    axis.set_ylim(0, 125)  # the legend has room above the bars
-    axis.set_yticks(range(0, 101, 20))
-    axis.set_ylabel("pruned, %")
-    axis.set_xlabel("layer, from the input")
-    if len(rows) <= 24:
-        axis.set_xticks(list(at), [caption(r["name"].removesuffix(".weight"), 30) for r in rows], **SLANTED)
-    axis.set_title("What each layer gave up; no bar can pass its floor" if not first else "What each layer gave up")
-    axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
-    return figure
+    return zeros_per_layer(report, plt, "whole network", "What each layer gave up")
 
 
 def _accuracy(report: dict[str, Any], plt: Any) -> Any:
+    chart = drawn(report, "accuracy")
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    for row in judges(report):
-        points = [(100 * p["sparsity"], p["tasks"][row.task][row.metric]) for p in report["quality"]["curve"]]
-        points.append((100 * report["size"]["pruned_share"], row.pruned))
-        points = sorted(set(points))
-        (line,) = axis.plot(*zip(*points, strict=True), marker="o", label=caption(row.name))
-        axis.axhline(row.dense, color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {row.task}"))
-    axis.set_xlabel("weights pruned, %")
+    for series in chart["series"]:
+        dense, points = series["points"][0], series["points"][1:]
+        (line,) = axis.plot(xs(points), ys(points), marker="o", label=caption(series["name"]))
+        axis.axhline(dense["y"], color=line.get_color(), lw=1, ls="--", label=caption(f"dense, {series['task']}"))
+    axis.set_xlabel(chart["x"]["label"])
     axis.set_ylabel(measures(report))
-    axis.set_title("Quality against sparsity, each point trained alike")
+    axis.set_title(f"{chart['title']}, each point trained alike")
     axis.legend(frameon=False, fontsize=8)
     return figure
-
-
-def judges(report: Mapping[str, Any]) -> list[Row]:
-    """The rows that the tasks are judged by."""
-    return [row for row in qualities(rows(report)) if row.main]
 
 
 def measures(report: Mapping[str, Any]) -> str:
@@ -263,16 +235,16 @@ def measures(report: Mapping[str, Any]) -> str:
 
 
 def _latency(report: dict[str, Any], plt: Any) -> Any:
-    bench = report["bench"]
+    (chart,) = latencies(report)
     figure, axis = plt.subplots(figsize=(7, 2.6))
-    for i, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
-        medians = [1000 * v for v in bench[label]["latency"]["process_medians"]]
-        axis.scatter(medians, [i] * len(medians), color=colour, s=18, alpha=0.7)
-        axis.plot([1000 * bench[label]["latency"]["median"]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
-    axis.set_yticks([0, 1], ["dense", "pruned"])
+    for i, series in enumerate(chart["series"]):
+        colour = COLOURS[series["colour"]]
+        axis.scatter(ys(series["points"]), [i] * len(series["points"]), color=colour, s=18, alpha=0.7)
+        axis.plot([series["median"]] * 2, [i - 0.25, i + 0.25], color=colour, lw=2)
+    axis.set_yticks([0, 1], [series["name"] for series in chart["series"]])
     axis.set_ylim(1.6, -0.6)
     axis.margins(x=0.06)
     axis.set_xlim(left=0)
-    axis.set_xlabel(f"ms a batch of {bench['spec']['batch']}; a dot is a process, the bar their median")
-    axis.set_title(wrapped(f"Latency: {found_in(bench, 'latency').words}", 80))
+    axis.set_xlabel(f"ms a batch of {report['bench']['spec']['batch']}; a dot is a process, the bar their median")
+    axis.set_title(wrapped(f"Latency: {chart['said']}", 80))
     return figure

@@ -1,4 +1,4 @@
-"""The interactive plots of the HTML report as plain data, from report.json alone; `report.js` draws them.
+"""The data of all plots, from report.json alone: `report.js` draws it on the HTML page, `plots` as the card's pictures.
 
 A chart is ``{"id", "title", "kind", "x", "y", "series", "rules"}``. ``kind`` is ``bars`` (x is a category), ``lines``
 (x is a number), ``dots`` (one row a category, x is the value) or ``intervals`` (likewise, from ``low`` to ``high``).
@@ -10,20 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from compress.report.rows import Row, emulated, figure_name, figures, qualities, rows
+from compress.report.rows import Row, emulated, figure_name, figures, judges, rows
+from compress.report.stats import found_in
 from compress.words.escape import shown
 
 Chart = dict[str, Any]
 Series = dict[str, Any]
+THIS = "this model"  # the label of a point that is the report's own model
 
 
 def charts(report: Mapping[str, Any]) -> list[Chart]:
-    """Every chart that the report has figures for, in the order of the card's plots."""
+    """Every chart that the report has figures for, in the order of the card's plots; what it quotes can be seen."""
+    found: list[Chart] = shown(data(report))
+    return found
+
+
+def chart_of(report: Mapping[str, Any], name: str) -> Chart | None:
+    """One chart, its texts as the report has them; None where there are no figures for it."""
+    return next((chart for chart in data(report) if chart["id"] == name), None)
+
+
+def latencies(report: Mapping[str, Any]) -> list[Chart]:
+    """Those of this machine's own bench record, a figure each."""
+    return [chart for chart in _latency(report) if chart["of"] == ""]
+
+
+def data(report: Mapping[str, Any]) -> list[Chart]:
+    """The charts, their texts as the report has them."""
     makers: tuple[Callable[[Mapping[str, Any]], list[Chart]], ...] = (
         _layers, _channels, _perplexity, _metrics, _rounds, _latency, _ratios, _search
     )  # fmt: skip
-    found: list[Chart] = shown([chart for make in makers for chart in make(report)])
-    return found
+    return [chart for make in makers for chart in make(report)]
 
 
 def _chart(name: str, title: str, kind: str, x: str, y: str, series: list[Series], **more: Any) -> Chart:
@@ -109,7 +126,7 @@ def _rounds(report: Mapping[str, Any]) -> list[Chart]:
 
 def _judges(report: Mapping[str, Any]) -> list[Row]:
     """The rows that a network's tasks are judged by."""
-    return [row for row in qualities(rows(report)) if row.main and row.unit == "score"]
+    return [row for row in judges(report) if row.unit == "score"]
 
 
 def _perplexity(report: Mapping[str, Any]) -> list[Chart]:
@@ -127,7 +144,7 @@ def _perplexity(report: Mapping[str, Any]) -> list[Chart]:
             {"x": 100 * p[share], "y": p["texts"][text["name"]], "label": "another sparsity"}
             for p in quality.get("curve", ())
         ]
-        points.append({"x": 100 * size[share], "y": text["pruned_ppl"], "label": "this model"})
+        points.append({"x": 100 * size[share], "y": text["pruned_ppl"], "label": THIS})
         series.append({"name": text["name"], "points": sorted(points, key=lambda p: p["x"])})
     title, axis = "Perplexity against sparsity, held-out text", {"log": True}
     return [_chart("perplexity", title, "lines", "removed, %", "perplexity", series, axis=axis)]
@@ -145,8 +162,8 @@ def _metrics(report: Mapping[str, Any]) -> list[Chart]:
             if point["sparsity"] != size["pruned_share"]:
                 value = point["tasks"][row.task][row.metric]
                 points.append({"x": 100 * point["sparsity"], "y": value, "label": "another sparsity"})
-        points.append({"x": 100 * size["pruned_share"], "y": row.pruned, "label": "this model"})
-        series.append({"name": row.name, "points": sorted(points, key=lambda p: p["x"])})
+        points.append({"x": 100 * size["pruned_share"], "y": row.pruned, "label": THIS})
+        series.append({"name": row.name, "task": row.task, "points": sorted(points, key=lambda p: p["x"])})
     return [_chart("accuracy", "Quality against sparsity", "lines", "weights pruned, %", "quality", series)]
 
 
@@ -173,9 +190,13 @@ def _latency(report: Mapping[str, Any]) -> list[Chart]:
                 series.append({"name": label, "colour": label, "points": points,
                                "median": 1000 * record[label][key]["median"]})  # fmt: skip
             name = "latency" if not found else f"latency-{number}-{key}"
+            own = "" if record is report.get("bench") else where
             name_ = figure_name(key, record["spec"])
             title = f"{name_[:1].upper()}{name_[1:]}: {where}"
-            found.append(_chart(name, title, "dots", "ms; a dot is a process, the bar their median", "", series))
+            x, said = "ms; a dot is a process, the bar their median", found_in(record, key)
+            found.append(
+                _chart(name, title, "dots", x, "", series, of=own, figure=name_, said=said.words, short=said.short)
+            )
     return found
 
 

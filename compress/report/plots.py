@@ -1,19 +1,25 @@
-"""The plots of the model card, drawn from report.json alone."""
+"""The pictures of the model card, drawn from the data of `charts`: what the HTML page shows, for those who print it."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from compress.report.stats import found_in
+from compress.errors import CompressError
+from compress.report.charts import THIS, Chart, chart_of, latencies
+from compress.report.rows import here, rows
 from compress.words.escape import caption
 from compress.words.wording import number
 
 # Two colours that stay apart for colour-blind readers and in grey.
 DENSE, PRUNED, QUIET = "#7a869a", "#0b6e8f", "#c9ced6"
+COLOURS = {"dense": DENSE, "pruned": PRUNED, "quiet": QUIET}
+SLANTED: dict[str, Any] = {"rotation": 60, "fontsize": 6, "ha": "right", "rotation_mode": "anchor"}
+FEW_LAYERS = 24  # of which each has its name on an axis
 
 
 # Draws one figure from a report, given pyplot.
@@ -23,11 +29,11 @@ Plot = Callable[[dict[str, Any], Any], Any]
 def draw(report: dict[str, Any], folder: Path, plots: Mapping[str, Plot]) -> dict[str, Path]:
     """Draws figures of a report into ``folder``; returns name -> PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = {}
+    made = {}
     for name, figure in figures(report, plots):
-        drawn[name] = folder / f"{name}.png"
-        figure.savefig(drawn[name], metadata={"Software": None})
-    return drawn
+        made[name] = folder / f"{name}.png"
+        figure.savefig(made[name], metadata={"Software": None})
+    return made
 
 
 STYLE: dict[Any, Any] = {
@@ -94,60 +100,83 @@ def whole_steps(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(integer=True))
 
 
+def drawn(report: Mapping[str, Any], name: str) -> Chart:
+    """The data of a plot that a report's method has."""
+    chart = chart_of(report, name)
+    if chart is None:
+        raise CompressError(
+            f"the report has no figures for the plot {name!r}", where="report.json", fix="make it again"
+        )
+    return chart
+
+
+def xs(points: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [p["x"] for p in points]
+
+
+def ys(points: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [p["y"] for p in points]
+
+
 def _layers(report: dict[str, Any], plt: Any) -> Any:
-    rows = report["layers"]
+    chart = drawn(report, "sparsity-per-layer")
     figure, axes = plt.subplots(2, 1, figsize=(7, 4), sharex=True)
-    at = [r["layer"] for r in rows]
-    for axis, key, title in (
-        (axes[0], "attention_sparsity", "attention"),
-        (axes[1], "ffn_sparsity", "FFN"),
-    ):
-        axis.bar(at, [100 * r[key] for r in rows], color=PRUNED, width=0.8)
-        axis.set_ylabel(f"{title}\nremoved, %")
-        axis.set_ylim(0, 100)
-    axes[1].set_xlabel("layer")
+    for axis, series in zip(axes, chart["series"], strict=True):
+        axis.bar([int(x) for x in xs(series["points"])], ys(series["points"]), color=PRUNED, width=0.8)
+        axis.set_ylabel(f"{series['name']}\n{chart['y']['label']}")
+        axis.set_ylim(chart["y"]["min"], chart["y"]["max"])
+    axes[1].set_xlabel(chart["x"]["label"])
     whole_steps(axes[1].xaxis)
-    axes[0].set_title(
-        f"What each layer gave up: {100 * report['size']['backbone_removed']:.1f} % of the backbone in all"
-    )
+    axes[0].set_title(f"{chart['title']}: {chart['rules'][0]['value']:.1f} % of the backbone in all")
+    return figure
+
+
+def zeros_per_layer(report: dict[str, Any], plt: Any, all_layers: str, title: str) -> Any:
+    """A bar a layer, the most that its floor allows, and all of them together, which ``all_layers`` names."""
+    chart = drawn(report, "sparsity-per-layer")
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    bars, *floors = chart["series"]
+    at = range(len(bars["points"]))
+    axis.bar(at, ys(bars["points"]), color=PRUNED, width=0.8)
+    for series in floors:
+        limited = [(i, p["y"]) for i, p in zip(at, series["points"], strict=True) if p["y"] < 100]
+        ends = [i - 0.4 for i, _ in limited], [i + 0.4 for i, _ in limited]
+        axis.hlines([y for _, y in limited], *ends, color="black", lw=1.5, label=series["name"])
+    axis.axhline(chart["rules"][0]["value"], color=DENSE, lw=1, ls="--", label=all_layers)
+    axis.set_ylim(0, 125)  # the legend has room above the bars
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylabel("weights pruned, %")
+    axis.set_xlabel("layer, from the input")
+    if len(bars["points"]) <= FEW_LAYERS:
+        axis.set_xticks(list(at), [caption(x, 30) for x in xs(bars["points"])], **SLANTED)
+    axis.set_title(title + ("; no bar can pass its floor" if floors else ""))
+    axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
     return figure
 
 
 def _search(report: dict[str, Any], plt: Any) -> Any:
+    chart = drawn(report, "search")
     figure, axis = plt.subplots(figsize=(7, 3.4))
-    offset = 0
-    labels = set()
-    log = [r for r in report["search"]["log"] if r["phase"] != "single"]
-    top = 0.0
-    for iteration in sorted({r["iteration"] for r in log}):
-        rows = [r for r in log if r["iteration"] == iteration]
-        best = float("inf")
-        line_x, line_y = [], []
-        for row in rows:
-            x = (offset + row["work"]) / 1e6
-            start = row["phase"].startswith("start")
-            label = "starting point" if start else "candidate"
-            axis.plot(
-                x,
-                row["kl"],
-                "D" if start else ".",
-                color=DENSE if start else QUIET,
-                ms=5 if start else 6,
-                label=None if label in labels else label,
-            )
-            labels.add(label)
-            best = min(best, row["kl"])
-            line_x.append(x)
-            line_y.append(best)
-        axis.step(line_x, line_y, where="post", color=PRUNED, label=None if "best" in labels else "best so far")
-        labels.add("best")
-        offset += max((r["work"] for r in rows), default=0)
-        top = max(top, *(r["kl"] for r in rows))
-    low = min(r["kl"] for r in log)
+    kls: list[float] = []
+    for series in chart["series"]:
+        points, colour = series["points"], COLOURS[series["colour"]]
+        if series.get("step"):
+            # An iteration starts from another model: its best is no better or worse than the last one's.
+            for i, (_, own) in enumerate(groupby(points, key=lambda p: p["label"])):
+                part = list(own)
+                label = None if i else series["name"]
+                axis.step(xs(part), ys(part), where="post", color=colour, label=label)
+            continue
+        start = series["colour"] == "dense"
+        axis.plot(
+            xs(points), ys(points), "D" if start else ".", color=colour, ms=5 if start else 6, label=series["name"]
+        )
+        kls += ys(points)
+    low, top = min(kls), max(kls)
     axis.set_ylim(max(0, low - 0.15 * (top - low)), min(top, 4 * low) * 1.05)
-    axis.set_xlabel("work, million tokens x layers (singles included)")
-    axis.set_ylabel("KL to the dense model, nats")
-    axis.set_title("The search: KL over work")
+    axis.set_xlabel(f"{chart['x']['label']} (singles included)")
+    axis.set_ylabel(chart["y"]["label"])
+    axis.set_title(chart["title"])
     axis.legend(frameon=False, loc="upper right")
     return figure
 
@@ -155,70 +184,54 @@ def _search(report: dict[str, Any], plt: Any) -> Any:
 def perplexity(
     report: dict[str, Any],
     plt: Any,
-    share: str = "backbone_removed",
     unit: str = "backbone parameters removed",
     others: str = "knapsack alone",
 ) -> Any:
-    """``share`` is the key of the sparsity, ``unit`` says of what, and ``others`` what the curve's points are."""
+    """``unit`` says of what the sparsity is, and ``others`` what the curve's points are."""
+    chart = drawn(report, "perplexity")
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    removed = 100 * report["size"][share]
-    curve = report["quality"]["curve"]
-    for text in report["quality"]["texts"]:
-        xs = [0.0, *(100 * point[share] for point in curve)]
-        ys = [text["dense_ppl"], *(point["texts"][text["name"]] for point in curve)]
-        (line,) = axis.plot(xs, ys, "o--", lw=1, ms=3, label=caption(text["name"]))
-        axis.plot([removed], [text["pruned_ppl"]], "*", ms=13, color=line.get_color())
-        axis.annotate(
-            number(text["pruned_ppl"]),
-            (removed, text["pruned_ppl"]),
-            xytext=(8, -3),
-            textcoords="offset points",
-            va="top",
-        )
-    axis.plot([], [], "*", ms=11, color="black", ls="none", label="this model")
-    if curve:
+    for series in chart["series"]:
+        way = [p for p in series["points"] if p["label"] != THIS]
+        (line,) = axis.plot(xs(way), ys(way), "o--", lw=1, ms=3, label=caption(series["name"]))
+        (own,) = (p for p in series["points"] if p["label"] == THIS)
+        axis.plot([own["x"]], [own["y"]], "*", ms=13, color=line.get_color())
+        axis.annotate(number(own["y"]), (own["x"], own["y"]), xytext=(8, -3), textcoords="offset points", va="top")
+    axis.plot([], [], "*", ms=11, color="black", ls="none", label=THIS)
+    if any(len(series["points"]) > 2 for series in chart["series"]):
         axis.plot([], [], "o--", lw=1, ms=3, color="black", label=others)
     axis.set_yscale("log")
     axis.margins(y=0.12)
-    axis.set_xlim(-2, max([removed, *(100 * point[share] for point in curve)]) * 1.08)
+    axis.set_xlim(-2, max(x for series in chart["series"] for x in xs(series["points"])) * 1.08)
     axis.set_xlabel(f"{unit}, %")
-    axis.set_ylabel("perplexity (log scale)")
-    axis.set_title("Perplexity against sparsity, held-out text")
+    axis.set_ylabel(f"{chart['y']['label']} (log scale)")
+    axis.set_title(chart["title"])
     axis.legend(frameon=False, loc="upper left")
     return figure
 
 
-def _smaller(bench: Mapping[str, Any]) -> str:
-    ratio = f"{bench['dense']['bytes'] / bench['pruned']['bytes']:.2f}x"
-    return "no change" if ratio == "1.00x" else ratio
-
-
 def _latency(report: dict[str, Any], plt: Any) -> Any:
-    bench = report["bench"]
-    figure, axes = plt.subplots(1, 3, figsize=(7.4, 3))
-    spec = bench["spec"]
-    for axis, key, title in (
-        (axes[0], "ttft", f"TTFT, {spec['prompt']} tokens"),
-        (axes[1], "tpot", f"TPOT at {spec['context']} tokens"),
-    ):
-        for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
-            values = [1000 * v for v in bench[label][key]["process_medians"]]
-            middle = 1000 * bench[label][key]["median"]
-            axis.bar(x, middle, color=colour, width=0.65)
+    found = latencies(report)
+    figure, axes = plt.subplots(1, len(found) + 1, figsize=(7.4 * (len(found) + 1) / 3, 3))
+    for axis, chart in zip(axes, found, strict=False):
+        for x, series in enumerate(chart["series"]):
+            values, middle = ys(series["points"]), series["median"]
+            axis.bar(x, middle, color=COLOURS[series["colour"]], width=0.65)
             axis.errorbar(x, middle, [[middle - min(values)], [max(values) - middle]], color="black", capsize=4, lw=1)
             axis.annotate(number(middle), (x, max(values)), xytext=(0, 4), textcoords="offset points", ha="center")
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(chart["figure"].removesuffix(" of context"), loc="left", fontsize=10)
         axis.set_ylabel("ms")
-        axis.set_xticks([0, 1], ["dense", f"pruned\n{found_in(bench, key).short}"])
+        axis.set_xticks([0, 1], ["dense", f"pruned\n{chart['short']}"])
         axis.margins(y=0.15)
-    axis = axes[2]
-    for x, (label, colour) in enumerate((("dense", DENSE), ("pruned", PRUNED))):
-        size = bench[label]["bytes"] / 1e6
-        axis.bar(x, size, color=colour, width=0.65)
-        axis.annotate(number(size), (x, size), xytext=(0, 4), textcoords="offset points", ha="center")
-    axis.set_title("ONNX files", loc="left", fontsize=10)
+    (files,) = (row for row in here(rows(report)) if row.metric == "bytes")
+    assert files.dense and files.pruned  # a row of what was measured has both
+    axis = axes[-1]
+    for x, (size, colour) in enumerate(((files.dense, DENSE), (files.pruned, PRUNED))):
+        axis.bar(x, size / 1e6, color=colour, width=0.65)
+        axis.annotate(number(size / 1e6), (x, size / 1e6), xytext=(0, 4), textcoords="offset points", ha="center")
+    ratio = f"{files.dense / files.pruned:.2f}x"
+    axis.set_title(files.name, loc="left", fontsize=10)
     axis.set_ylabel("MB")
-    axis.set_xticks([0, 1], ["dense", f"pruned\n{_smaller(bench)}"])
+    axis.set_xticks([0, 1], ["dense", f"pruned\n{'no change' if ratio == '1.00x' else ratio}"])
     axis.margins(y=0.15)
     return figure
 

@@ -334,6 +334,11 @@ def qualities(found: Sequence[Row]) -> list[Row]:
     return [row for row in found if row.unit in ("perplexity", "score")]
 
 
+def judges(report: Mapping[str, Any]) -> list[Row]:
+    """The rows that tasks and texts are judged by."""
+    return [row for row in qualities(rows(report)) if row.main]
+
+
 def here(found: Sequence[Row]) -> list[Row]:
     """Those of this machine."""
     return [row for row in found if not row.where]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.report.card import INHERITED, beginning, frame, loading, onnx_check, publish, text_metadata
-from compress.report.plots import DENSE, PRUNED, Plot, latency_plot, perplexity
+from compress.report.plots import Plot, latency_plot, perplexity, zeros_per_layer
 from compress.report.stats import found_in
 from compress.words.escape import code, markdown
 from compress.words.wording import counted, small
@@ -107,28 +107,10 @@ def _floors(report: dict[str, Any]) -> str:
     return f"Every layer had to keep at least {span} weights; layers that keep no more than that: {held}."
 
 
-def _layers(report: dict[str, Any], plt: Any) -> Any:
-    rows = report["layers"]
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    at = range(len(rows))
-    axis.bar(at, [100 * r["pruned"] / r["weights"] for r in rows], color=PRUNED, width=0.9)
-    limits = [100 * (1 - r["floor"] / r["weights"]) for r in rows]
-    if any(r["floor"] for r in rows):
-        ends = [i - 0.45 for i in at], [i + 0.45 for i in at]
-        axis.hlines(limits, *ends, color="black", lw=1.5, label="the most its floor allows")
-    axis.axhline(100 * report["size"]["pruned_share"], color=DENSE, lw=1, ls="--", label="all layers together")
-    axis.set_ylim(0, 125)
-    axis.set_yticks(range(0, 101, 20))
-    axis.set_xlabel("layer, first to last")
-    axis.set_ylabel("weights pruned, %")
-    axis.set_title("What each layer gave up to one threshold")
-    axis.legend(frameon=False, loc="upper center", ncol=2)
-    return figure
-
-
 def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
     """What of such a report can be drawn."""
-    curve = partial(
-        perplexity, share="pruned_share", unit="weights of the pruned layers that are zero", others="other sparsities"
+    curve = partial(perplexity, unit="weights of the pruned layers that are zero", others="other sparsities")
+    layers = partial(
+        zeros_per_layer, all_layers="all layers together", title="What each layer gave up to one threshold"
     )
-    return {"sparsity-per-layer": _layers, "perplexity": curve, **latency_plot(report)}
+    return {"sparsity-per-layer": layers, "perplexity": curve, **latency_plot(report)}

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.networks.card import (
     COUNTED,
-    SLANTED,
     judged_on,
-    judges,
     latency_plot,
     loaded_lines,
     measures,
@@ -19,7 +17,7 @@ from compress.networks.card import (
 )
 from compress.report.card import INHERITED, frame, publish, runtimes
 from compress.report.metadata import card_data, network_results, pipeline_tag
-from compress.report.plots import PRUNED, QUIET, Plot
+from compress.report.plots import COLOURS, SLANTED, Plot, drawn, xs, ys
 from compress.words.escape import block, caption, cell, code, markdown
 from compress.words.wording import counted
 
@@ -199,17 +197,18 @@ def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
 
 
 def _channels(report: dict[str, Any], plt: Any) -> Any:
-    rows = report["layers"]
+    chart = drawn(report, "channels")
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    at = range(len(rows))
-    axis.bar(at, [r["channels"] for r in rows], color=QUIET, width=0.8, label="dense")
-    axis.bar(at, [r["kept"] for r in rows], color=PRUNED, width=0.8, label="kept")
-    axis.set_ylabel("output channels")
+    names = xs(chart["series"][0]["points"])
+    for series in chart["series"]:
+        bars = ys(series["points"])
+        axis.bar(range(len(names)), bars, color=COLOURS[series["colour"]], width=0.8, label=series["name"])
+    axis.set_ylabel(chart["y"]["label"])
     axis.set_xlabel("layer, from the input")
-    if len(rows) <= 40:
-        axis.set_xticks(list(at), [caption(r["name"], 30) for r in rows], **SLANTED)
-    axis.set_title("Channels that every layer keeps")
-    axis.set_ylim(0, 1.2 * max(r["channels"] for r in rows))  # the legend has room above the bars
+    if len(names) <= 40:
+        axis.set_xticks(range(len(names)), [caption(name, 30) for name in names], **SLANTED)
+    axis.set_title(chart["title"])
+    axis.set_ylim(0, 1.2 * max(y for series in chart["series"] for y in ys(series["points"])))  # room for the legend
     axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=2)
     return figure
 
@@ -243,17 +242,17 @@ def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
 
 
 def _quality(report: dict[str, Any], plt: Any) -> Any:
+    chart = drawn(report, "quality")
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    left = [100.0, *(100 * (1 - p["removed"]) for p in report["quality"]["curve"])]
-    for row in judges(report):
-        points = [p["trained"][row.task][row.metric] for p in report["quality"]["curve"]]
-        (line,) = axis.plot(left, [row.dense, *points], marker="o", label=caption(row.name))
-        cut = [p["cut"][row.task][row.metric] for p in report["quality"]["curve"]]
-        axis.plot(left[1:], cut, "x", color=line.get_color())
+    # After every task's line come its points just cut.
+    for trained, cut in zip(chart["series"][::2], chart["series"][1::2], strict=True):
+        left = [100 - x for x in xs(trained["points"])]
+        (line,) = axis.plot(left, ys(trained["points"]), marker="o", label=caption(trained["name"]))
+        axis.plot([100 - x for x in xs(cut["points"])], ys(cut["points"]), "x", color=line.get_color())
     axis.plot([], [], "x", color="black", label="just cut")
     axis.set_xlabel("FLOPs left, %")
     axis.set_ylabel(measures(report))
     axis.invert_xaxis()
-    axis.set_title("Every task against FLOPs, round by round (held-out samples)")
+    axis.set_title(f"{chart['title']} (held-out samples)")
     axis.legend(frameon=False, fontsize=8)
     return figure

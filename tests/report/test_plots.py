@@ -13,6 +13,7 @@ from compress.exporters.bench import plots as bench_plots
 from compress.networks.card import plots_of as of_network
 from compress.recipes.global_mp.card import plots_of as of_zeros
 from compress.recipes.pagcp.card import plots_of as of_channels
+from compress.report import charts
 from compress.report.plots import figures
 from compress.report.plots import plots_of as of_units
 from compress.words.wording import counted, megabytes, milliseconds, number
@@ -75,6 +76,51 @@ def test_no_text_is_cut_off_and_no_two_labels_of_an_axis_lie_on_each_other(name:
                 shown = [t for t in straight if t in texts(figure)]
                 for a, b in itertools.pairwise(shown):
                     assert not a.get_window_extent().overlaps(b.get_window_extent()), (plot, a.get_text(), b.get_text())
+
+
+def values(figure: Any) -> set[float]:
+    """Every height, place and end that is drawn, on either axis."""
+    found: set[float] = set()
+    for axes in figure.axes:
+        found |= {float(v) for patch in axes.patches for v in (patch.get_height(), patch.get_width())}
+        found |= {float(v) for line in axes.lines for v in (*line.get_xdata(), *line.get_ydata())}
+        for held in axes.collections:
+            found |= {float(v) for point in held.get_offsets() for v in point}
+            found |= {float(v) for path in held.get_paths() for point in path.vertices for v in point}
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_shows_what_the_page_shows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The charts' data is what is drawn: all of it, and what is put into it comes out on the picture."""
+    report = sample(name)
+    both = {chart["id"]: chart for chart in charts.charts(report)}
+    plots = {plot: job for plot, job in PLOTS[name](report).items() if plot in both}
+    assert len(plots) == len(PLOTS[name](report)) - (name == "pagcp") >= 3  # its sensitivity is a picture alone
+    for plot, figure in figures(report, plots):
+        want = {float(p["y"]) for series in both[plot]["series"] for p in series["points"]}
+        if plot == "latency" and "bench" in report and len(charts.latencies(report)) > 1:
+            # Bars with the ends of the processes: the middle ones are not drawn.
+            want = {float(end(p["y"] for p in s["points"])) for s in both[plot]["series"] for end in (min, max)}
+        if plot == "sparsity-per-layer":
+            want -= {100.0}  # a layer without a floor
+        drawn_there = values(figure)
+        assert all(any(abs(w - v) < 1e-9 for v in drawn_there) for w in want), plot
+
+    made = charts.data
+
+    def moved(of: Any) -> Any:
+        found = made(of)
+        for chart in found:
+            for series in chart["series"]:
+                for point in series["points"]:
+                    point["y"] *= 0.987654
+        return found
+
+    before = {plot: values(figure) for plot, figure in figures(report, plots)}
+    monkeypatch.setattr(charts, "data", moved)
+    for plot, figure in figures(report, plots):
+        assert plot == "latency" or values(figure) != before[plot], plot
 
 
 def test_an_axis_of_perplexities_says_them_in_whole_numbers_or_decimals() -> None:
