@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UsageError
+from compress.report.rows import FIGURES, better_of
 from compress.report.stats import P90_FROM, P99_FROM
 
 FIRST, LAST = 7, 21  # rounds
@@ -48,9 +49,8 @@ THROTTLED = 1.05  # the last quarter of the baseline's processes against the fir
 Verdict = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[str, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
-TIMES = ("latency", "ttft", "tpot")
+TIMES = tuple(figure for figure, unit in FIGURES.items() if unit == "seconds")
 MEASURED = (*TIMES, "memory")
-FIGURES = (*MEASURED, "size", "accuracy", "perplexity")
 # The fastest call of a process is gated unless another is asked for: preemption, a busy sibling core and interrupts
 # only ever add, so it varies least. What it does not show is a candidate that is slow only now and then.
 STATISTICS = ("fastest", "median", "p90", "p99")
@@ -90,19 +90,20 @@ def parse_budget(text: str) -> Budget:
     if figure not in FIGURES:
         from compress.schema.recipe import nearest
 
-        raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, FIGURES))
+        raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, tuple(FIGURES)))
     value = float(number)
     if not math.isfinite(value):
         raise _wrong(text[:40] + "...", "the limit is no number that can be reached", f"for example: {EXAMPLES}")
-    if figure == "accuracy":
-        if statistic or sign != ">=" or unit != "%" or number[0] not in "+-":
+    allowed_sign = ">=" if better_of(figure) == "higher" else "<="
+    if FIGURES[figure] == "score":
+        if statistic or sign != allowed_sign or unit != "%" or number[0] not in "+-":
             raise _wrong(text, "a budget of accuracy is a change in percentage points", "for example: accuracy>=-0.5%")
         return Budget(text.strip(), figure, "value", "points", value / 100)
-    if sign != "<=":
+    if sign != allowed_sign:
         raise _wrong(text, f"{figure} is bounded from above", f"write {figure}<={number}{unit}")
     if statistic is not None and (figure not in TIMES or statistic not in STATISTICS):
         raise _wrong(text, f"{figure} has no statistic {statistic!r}", f"times have {', '.join(STATISTICS)}")
-    units = SECONDS if figure in TIMES else {} if figure == "perplexity" else BYTES
+    units = {"seconds": SECONDS, "bytes": BYTES}.get(FIGURES[figure], {})
     if unit != "x" and unit not in units:
         known = ", ".join(["x (times the baseline's)", *units])
         raise _wrong(text, f"{figure} has no unit {unit!r}" if unit else "the unit is missing", f"one of: {known}")

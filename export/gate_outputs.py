@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
-from compress.exporters import gate
+from compress.report.rows import FIGURES
 from compress.words.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
 
+# Of a row's unit: how many of what is written make one of it, its name, and the digits that are told.
+UNITS: dict[str, tuple[float, str, int]] = {
+    "seconds": (1000.0, "ms", 3), "bytes": (1e-6, "MB", 2), "score": (1.0, "", 4), "perplexity": (1.0, "", 3)
+}  # fmt: skip
 LEVELS = {"pass": "notice", "inconclusive": "warning", "fail": "error"}
 MARKS = {"pass": "✅ pass", "inconclusive": "⚠️ inconclusive", "fail": "❌ fail"}
 
@@ -28,11 +32,8 @@ def quantity(row: Mapping[str, Any], value: float) -> str:
 
 def plain(figure: str, value: float) -> str:
     """A figure of one model, with its unit."""
-    if figure in gate.TIMES:
-        return f"{1000 * value:.3f} ms"
-    if figure in ("memory", "size"):
-        return f"{value / 1e6:.2f} MB"
-    return f"{value:.4f}" if figure == "accuracy" else f"{value:.3f}"
+    scale, unit, digits = UNITS[FIGURES[figure]]
+    return f"{scale * value:.{digits}f}{unit and ' ' + unit}"
 
 
 def title(row: Mapping[str, Any]) -> str:
@@ -151,7 +152,8 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
     rows = [r for r in record["budgets"] if "values" in r]
     figure, axes = plt.subplots(1, len(rows), figsize=(1.2 + 3.2 * len(rows), 3.2), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
-        scale = 1.0 if row["kind"] == "relative" else 1000.0 if row["figure"] in gate.TIMES else 1e-6
+        scale, unit, _ = UNITS[FIGURES[row["figure"]]]
+        scale = 1.0 if row["kind"] == "relative" else scale
         values = [scale * v for v in row["values"]]
         axis.axhspan(scale * row["low"], scale * row["high"], color=QUIET, alpha=0.6, lw=0, label="95 % interval")
         axis.axhline(scale * row["value"], color=PRUNED, lw=1, label="median")
@@ -161,7 +163,6 @@ def plot(record: Mapping[str, Any], plt: Any) -> Any:
             axis.axhline(1.0, color=DENSE, lw=0.8, ls=":")
         axis.set_title(f"{caption(row['budget'])}: {row['verdict']}", fontsize=9)
         axis.set_xlabel("round")
-        unit = "ms" if row["figure"] in gate.TIMES else "MB"
         axis.set_ylabel("candidate / baseline" if row["kind"] == "relative" else unit)
         axis.margins(y=0.15)
     axes[0][-1].legend(frameon=False, fontsize=7)

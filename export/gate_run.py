@@ -50,7 +50,7 @@ class Artefact:
     """One exported model.
 
     ``inputs`` is name -> (element type, dimensions; a free one by its name or ``?``), of the decode graph for a
-    language model. ``quality`` is what the run's report says: ``{"perplexity": {text: (value, windows, length)},
+    language model. ``quality`` is what the run's report says: ``{"perplexity": {text: (value, conditions)},
     "accuracy": {task: (metric, value)}}``.
     """
 
@@ -162,19 +162,15 @@ def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) ->
 def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
     """What the run's report says of the dense or the pruned model; None where the run has not got so far."""
     from compress.report.build import read_report
+    from compress.report.rows import is_share, rows
 
     if not (run / "release" / "report.json").is_file():
         return None
-    quality = read_report(run)["quality"]
+    found = rows(read_report(run))
+    texts = [row for row in found if row.unit == "perplexity" and row.task]
     return {
-        "perplexity": {
-            text["name"]: (text[f"{form}_ppl"], text["windows"], text["length"]) for text in quality.get("texts", ())
-        },
-        "accuracy": {
-            row["task"]: (row["metric"], row[form])
-            for row in quality.get("tasks", ())
-            if re.split(r"[,_ ]", row["metric"].lower())[0] in ("accuracy", "acc", "iou", "miou")
-        },
+        "perplexity": {row.task: (getattr(row, form), row.conditions) for row in texts},
+        "accuracy": {row.task: (row.metric, getattr(row, form)) for row in found if is_share(row)},
     }
 
 
@@ -349,17 +345,18 @@ def unmeasured(budget: Budget, baseline: Artefact, candidate: Artefact) -> list[
             )
         known.append(quality)
     # What was measured, without the values.
-    same = [{k: v[1:] if budget.figure == "perplexity" else v[0] for k, v in quality.items()} for quality in known]
+    means = budget.figure == "perplexity"
+    same = [{k: v[1] if means else v[0] for k, v in quality.items()} for quality in known]
     if same[0] != same[1]:
         raise UsageError(
             f"the two reports do not measure {budget.figure} on the same",
             where=f"{baseline.name}, {candidate.name}",
             fix="name two runs with the same evaluation",
         )
-    if budget.figure == "perplexity":
-        means = [float(np.exp(np.mean([np.log(v) for v, _, _ in quality.values()]))) for quality in known]
-        value = means[1] / means[0]
-        return [_row(budget, value, value <= budget.limit, baseline=means[0], candidate=means[1])]
+    if means:
+        middle = [float(np.exp(np.mean([np.log(v) for v, _ in quality.values()]))) for quality in known]
+        value = middle[1] / middle[0]
+        return [_row(budget, value, value <= budget.limit, baseline=middle[0], candidate=middle[1])]
     rows = []
     for task in known[0]:
         was, now = (quality[task][1] for quality in known)

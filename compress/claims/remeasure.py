@@ -48,21 +48,20 @@ def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Cla
     report = subject.report
     assert report is not None
     tokenizer = load_tokenizer(subject.release)
-    texts: list[tuple[Mapping[str, Any], Any]] = []  # with token ids and how many begin each, or why there are none
+    found = qualities(rows(report))
+    own = {row.task: row for row in found if row.unit == "perplexity" and row.task}
+    texts: list[tuple[Row, Any]] = []  # with token ids and how many begin each, or why there are none
     for text in report["quality"]["texts"]:
         try:
-            texts.append((text, _windows(subject, report, text, tokenizer, like)))
+            texts.append((own[text["name"]], _windows(subject, report, text, tokenizer, like)))
         except CompressError as e:
-            texts.append((text, f"the text is not here: {e.what} ({e.where})"))
+            texts.append((own[text["name"]], f"the text is not here: {e.what} ({e.where})"))
     claims = _perplexities(subject.release, texts, "pruned")
     if dense.folder is not None:
         claims += _perplexities(dense.folder, texts, "dense")
     else:
-        claims += [
-            Claim(f"perplexity, {text['name']}, dense", f"{text['dense_ppl']:.3f}", "", OPEN, dense.why)
-            for text, _ in texts
-        ]
-    for row in (r for r in qualities(rows(report)) if r.unit == "score"):
+        claims += [Claim(f"{row.name}, dense", f"{row.dense:.3f}", "", OPEN, dense.why) for row, _ in texts]
+    for row in (r for r in found if r.unit == "score"):
         sides: tuple[tuple[Side, Path | None], ...] = (("pruned", subject.release), ("dense", dense.folder))
         for label, folder in sides:
             by = f"`compress eval {folder} --like RUN --task {row.task}` measures it" if folder else dense.why
@@ -71,13 +70,13 @@ def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Cla
     return claims
 
 
-def _perplexities(folder: Path, texts: list[tuple[Mapping[str, Any], Any]], label: str) -> list[Claim]:
+def _perplexities(folder: Path, texts: list[tuple[Row, Any]], label: Side) -> list[Claim]:
     """The claims about the perplexity of the model in ``folder``; it is read where one can be checked."""
     from compress.language.evaluate import perplexity
 
     model, claims = None, []
-    for text, here in texts:
-        title, said = f"perplexity, {text['name']}" + (", dense" if label == "dense" else ""), text[f"{label}_ppl"]
+    for row, here in texts:
+        title, said = row.name + (", dense" if label == "dense" else ""), getattr(row, label)
         if isinstance(here, str):
             claims.append(Claim(title, f"{said:.3f}", "", OPEN, here))
             continue

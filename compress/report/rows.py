@@ -106,6 +106,24 @@ class Row(BaseModel):
 
 
 DIGITS = {"score": 4, "perplexity": 2}
+# Figures that are asked for by name, as a gate's budgets are, and what each is counted in.
+FIGURES: dict[str, Unit] = {
+    "latency": "seconds", "ttft": "seconds", "tpot": "seconds", "memory": "bytes", "size": "bytes", "accuracy": "score",
+    "perplexity": "perplexity",
+}  # fmt: skip
+COSTS = frozenset({"seconds", "bytes", "parameters", "FLOPs"})  # less of these is better, whatever the figure is called
+# First words in the names of scores that are shares of what was right: they change by percentage points.
+SHARES = frozenset({"accuracy", "acc", "iou", "miou"})
+
+
+def better_of(figure: str) -> Better:
+    """Which way of one of `FIGURES` is better."""
+    return "lower" if FIGURES[figure] in COSTS else better(figure)
+
+
+def is_share(row: Row) -> bool:
+    """Whether a row is a score whose change is told in percentage points, more being better."""
+    return row.unit == "score" and row.better == "higher" and re.split(r"[,_ ]", row.metric.lower())[0] in SHARES
 
 
 def better(metric: str, said: bool | None = None) -> Better:

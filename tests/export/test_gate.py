@@ -12,6 +12,7 @@ from scipy.stats import binom
 from compress.errors import UsageError
 from compress.exporters import gate
 from compress.exporters.gate import Budget, parse_budget
+from compress.report.rows import FIGURES, Row, better, better_of, is_share
 from compress.report.stats import paired_ratio
 
 
@@ -161,3 +162,26 @@ def test_one_fail_fails_and_strict_takes_inconclusive_for_one() -> None:
 
 def test_no_budget_is_infinite() -> None:
     assert all(math.isfinite(parse_budget(t.strip()).limit) for t in gate.EXAMPLES.split(","))
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_which_way_and_in_what_a_figure_is_counted_is_the_rows_word(figure: str) -> None:
+    """A budget bounds a figure from its worse side, in the units of its row."""
+    unit = {"seconds": "ms", "bytes": "MB"}.get(FIGURES[figure], "x")
+    right, wrong = ("<=", ">=") if better_of(figure) == "lower" else (">=", "<=")
+    number = f"-0.5{'%'}" if FIGURES[figure] == "score" else f"5{unit}"
+    assert gate.parse_budget(f"{figure}{right}{number}").figure == figure
+    with pytest.raises(UsageError):
+        gate.parse_budget(f"{figure}{wrong}{number}")
+    for other in {"ms", "MB", "x", "%"} - {number.lstrip("-.05"), "x"}:
+        with pytest.raises(UsageError):
+            gate.parse_budget(f"{figure}{right}5{other}")
+
+
+def test_only_a_share_that_is_better_when_it_is_larger_is_an_accuracy() -> None:
+    def score(metric: str, said: bool | None = None) -> Row:
+        return Row(name=metric, unit="score", better=better(metric, said), metric=metric, task="t", dense=1, pruned=1)
+
+    assert is_share(score("acc,none")) and is_share(score("accuracy")) and is_share(score("mIoU"))
+    assert not is_share(score("rmse")) and not is_share(score("accuracy loss")) and not is_share(score("bits"))
+    assert not is_share(score("acc", said=False))

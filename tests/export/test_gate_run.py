@@ -255,7 +255,7 @@ def test_quality_is_compared_only_where_reports_say_it(both: tuple[Artefact, Art
 
 
 def judged(accuracy: float, ppl: float = 10.0, windows: int = 8, task: str = "shape") -> Artefact:
-    texts = {"t": (ppl, windows, 64), "u": (40.0, windows, 64)}
+    texts = {name: (value, f"{windows} windows of 64 tokens") for name, value in (("t", ppl), ("u", 40.0))}
     quality = {"accuracy": {task: ("accuracy", accuracy)}, "perplexity": texts}
     return Artefact("run", "network", Path("x"), (), {}, quality)
 
