@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from compress.claims.dense import Dense, find_dense
-from compress.claims.verify import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict
+from compress.claims.verify import FAILS, HOLDS, OPEN, OTHER, REPORT, Claim, Subject, Verdict, made_with
 from compress.errors import CompressError
 from compress.report.rows import Row, Side, qualities, rows
 from compress.report.stats import FEWEST, finding
 from compress.run.cache import sha256_of
-from compress.run.seals import inside, verify_seal
+from compress.run.seals import VERSION, inside, verify_seal
 
 SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
 
@@ -137,7 +137,7 @@ def _windows(
     if like is not None and not kept.exists():
         raise CompressError("this is not a run folder with text in it", where=str(like))
     if kept.exists():
-        verify_seal(kept.parent)
+        verify_seal(kept.parent, version=VERSION if like is not None else made_with(report))
         windows, begin = kept_windows(kept)
         ids, where = windows.get(f"evaluation.{number}"), str(kept)
         if ids is None:

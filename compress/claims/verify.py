@@ -16,7 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.report.rows import check
 from compress.run.cache import sha256_of
 from compress.run.folder import RECIPE_LOCK, SEAL, STAGE_NAMES, fingerprint, read_seal, sealed_folders
-from compress.run.seals import entries, inside, read_stamped
+from compress.run.seals import VERSION, entries, inside, read_stamped
 from compress.words.wording import small
 
 Verdict = Literal["holds", "does not hold", "is another", "cannot be checked here"]
@@ -92,8 +92,8 @@ def verify(
     if models and network is not None:
         raise UsageError("this is a language model", where=str(folder), fix="leave out --network")
     release = folder / "release" if (folder / "release" / REPORT).exists() else folder
-    count, claims = _seals(folder)
     report, rows = _own_report(release)
+    count, claims = _seals(folder, made_with(report))
     claims += rows
     whole = all(c.verdict != FAILS for c in claims)
     loaded: dict[str, Any] = {}
@@ -208,7 +208,12 @@ def _compare(folder: Path, files: Mapping[str, Any], title: str, source: str) ->
     return bad
 
 
-def _seals(folder: Path) -> tuple[int, list[Claim]]:
+def made_with(report: Mapping[str, Any] | None) -> int:
+    """The version that a believed report says it was made with; without one, the version that shows a change."""
+    return VERSION if report is None or "rows" in report else min(VERSION, int(report.get("schema_version", 1)))
+
+
+def _seals(folder: Path, version: int) -> tuple[int, list[Claim]]:
     """(how many files seals name, the claims about them, and about what no seal names)."""
     count, bad = 0, []
     sealed = list(sealed_folders(folder))
@@ -216,7 +221,7 @@ def _seals(folder: Path) -> tuple[int, list[Claim]]:
         title = str(place.relative_to(folder)) if place != folder else ""
         source = str(PurePosixPath(title) / SEAL)
         try:
-            files = read_seal(place)["files"]
+            files = read_seal(place, version)["files"]
         except CompressError as e:
             bad.append(Claim(source, "", "", FAILS, e.what))
             continue
@@ -228,16 +233,25 @@ def _seals(folder: Path) -> tuple[int, list[Claim]]:
             bad += [
                 Claim(str(p.relative_to(folder)), "", "a file more", FAILS, f"{source} does not name it") for p in more
             ]
-    if os.path.lexists(folder / RECIPE_LOCK):
-        bad += _of_run(folder, sealed)
-    return count, bad or ([Claim("files named in seals", f"{count} files", "all unchanged", HOLDS)] if count else [])
+    run = os.path.lexists(folder / RECIPE_LOCK)
+    if run:
+        bad += _of_run(folder, sealed, version)
+    if bad or not count:
+        return count, bad
+    claims = [Claim("files named in seals", f"{count} files", "all unchanged", HOLDS)]
+    if version == 1:
+        what = f"seals and {RECIPE_LOCK}" if run else "seals"
+        reason = f"made by version 1: its {what} do not carry their own hash, so whether one was changed is not checked"
+        claims.append(Claim(f"{what} themselves", "no hash", "", OPEN, reason))
+    return count, claims
 
 
-def _of_run(folder: Path, sealed: list[Path]) -> list[Claim]:
+def _of_run(folder: Path, sealed: list[Path], version: int) -> list[Claim]:
     """What of a run folder is damaged outside its seals: the recipe's lock, and stages that have none."""
     bad = []
     try:
-        read_stamped(folder / RECIPE_LOCK, RECIPE_LOCK, "")
+        if version > 1:
+            read_stamped(folder / RECIPE_LOCK, RECIPE_LOCK, "")
     except CompressError as e:
         bad.append(Claim(RECIPE_LOCK, "", "", FAILS, e.what))
     known = set(sealed)

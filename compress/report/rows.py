@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import CompressError
 from compress.report.stats import Found, finding, promised
+from compress.run.seals import VERSION as VERSION
 from compress.words.wording import counted, megabytes, milliseconds
-
-VERSION = 2
 
 Better = Literal["higher", "lower"]
 Side = Literal["dense", "pruned", "before_training"]

@@ -1,7 +1,7 @@
 """Seals: what a sealed stage or release holds, and whether it still does.
 
-``seal.json`` names every file beside it with its size and SHA-256, and carries a hash of its own content. It tells
-damage; whoever can write the folder can also write a seal that fits.
+``seal.json`` names every file beside it with its size and SHA-256, and carries a hash of its own content (since version
+2). It tells damage; whoever can write the folder can also write a seal that fits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from compress.run.cache import sha256_of
 from compress.run.strict_json import member, parse_json, read_bytes, typed
 
 SEAL = "seal.json"
+VERSION = 2  # of a seal, and of the report that a release was made with: they go together
 MEND = "fetch or copy it again; of a run, delete the stage's folder: the same command makes it again"
 FACTS: dict[str, type] = {
     "stage": str,
@@ -44,19 +45,30 @@ def seal_text(facts: Mapping[str, Any]) -> str:
     return json.dumps({**facts, "sha256": fingerprint(facts)}, indent=1) + "\n"
 
 
-def read_seal(folder: Path) -> dict[str, Any]:
+def read_seal(folder: Path, version: int = VERSION) -> dict[str, Any]:
     """A sealed folder's seal, as it was written.
 
+    Args:
+        version: of the report that the folder was made with. Seals of version 1 have no hash of their own: a change of
+            one is not seen, and who reads it so must say so.
+
     Raises:
-        CompressError: it is missing, cannot be read, is not what a seal is (the field is named), or was changed. One
-            without a hash of its own, as earlier versions wrote them, is refused: a change would not be seen.
+        CompressError: it is missing, cannot be read, is not what a seal is (the field is named), was changed, or is of
+            another version.
     """
     path = folder / SEAL
     what, where = "the seal", str(path)
     raw = read_bytes(path, what, fix=MEND)
     seal = typed(parse_json(raw, what, where, constants=True, fix=MEND), dict, "", what, where, MEND)
-    for key, kind in FACTS.items():
-        member(seal, key, kind, what, where, fix=MEND)
+    for key in (key for key in FACTS if key != "sha256"):
+        member(seal, key, FACTS[key], what, where, fix=MEND)
+    if "sha256" not in seal and version > 1:
+        said = "'sha256' is missing (version 1 wrote none, but this is of version 2)"
+        raise CompressError(f"{what} is not what it should be: {said}", where=where, fix=MEND)
+    if "sha256" in seal and version == 1:
+        raise CompressError(f"{what} is of version 2, and the report of version 1", where=where, fix=MEND)
+    if version > 1:
+        member(seal, "sha256", str, what, where, fix=MEND)
     for name, facts in seal["files"].items():
         within = f"files.{name}"
         member(typed(facts, dict, within, what, where, MEND), "bytes", int, what, where, within, MEND)
@@ -65,7 +77,7 @@ def read_seal(folder: Path) -> dict[str, Any]:
         if not inside(name) or name == SEAL:
             raise CompressError(f"{what} names a file outside its folder: {name!r}", where=where, fix=MEND)
     facts = {k: v for k, v in seal.items() if k != "sha256"}
-    if seal_text(facts).encode() != raw:
+    if version > 1 and seal_text(facts).encode() != raw:
         raise CompressError("the seal was changed since it was written", where=where, fix=MEND)
     return seal
 
@@ -175,12 +187,12 @@ def entries(folder: Path) -> Iterator[Path]:
         folders.sort()
 
 
-def verify_seal(folder: Path, strangers: bool = True) -> int:
+def verify_seal(folder: Path, strangers: bool = True, version: int = VERSION) -> int:
     """Checks every file of a sealed folder against its recorded hash; returns how many were checked.
 
     Raises:
         CompressError: the seal is none, or a file is missing, was changed, or (``strangers``) is one more.
     """
-    seal = read_seal(folder)
+    seal = read_seal(folder, version)
     check_sealed(folder, seal, sha256_of, strangers)
     return len(seal["files"])
