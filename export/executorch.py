@@ -146,7 +146,7 @@ def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, in
     if name == "model":
         module: nn.Module = _Outputs(copy.deepcopy(model), [p.name for p in graph.outputs])
     else:
-        layers = [i for i, _ in cached_layers(model)]
+        layers = [i for i, *_ in cached_layers(model)]
         inner = copy.deepcopy(model)
         module = _Prefill(inner, layers) if name == "prefill" else _Flat(_WithCache(inner, layers))
     module = module.eval()

@@ -38,8 +38,8 @@ class Exported:
     seconds: float
 
 
-def cached_layers(model: Any) -> list[tuple[int, int]]:
-    """(layer, KV heads) of every layer that keeps a cache."""
+def cached_layers(model: Any) -> list[tuple[int, int, int]]:
+    """(layer, KV heads, channels of a head) of every layer that keeps a cache."""
     found = []
     for i, block in enumerate(model.model.layers):
         attention = block.self_attn
@@ -47,7 +47,7 @@ def cached_layers(model: Any) -> list[tuple[int, int]]:
             continue
         groups = getattr(attention, "num_key_value_groups", 1)
         heads = attention.o_proj.in_features // attention.head_dim
-        found.append((i, heads // groups))
+        found.append((i, heads // groups, attention.head_dim))
     return found
 
 
@@ -91,17 +91,16 @@ def export_llm(model: Any, folder: Path) -> Exported:
 
     began = time.monotonic()
     layers = cached_layers(model)
-    head_dim = model.model.layers[layers[0][0]].self_attn.head_dim
     batch, length, past_length = 2, 3, 5
     ids = torch.zeros(batch, length, dtype=torch.int64)
     mask = torch.ones(batch, past_length + length, dtype=torch.int64)
     positions = torch.arange(past_length, past_length + length)[None].repeat(batch, 1)
-    past = [torch.zeros(batch, heads, past_length, head_dim) for _, heads in layers for _ in range(2)]
+    past = [torch.zeros(batch, heads, past_length, head_dim) for _, heads, head_dim in layers for _ in range(2)]
     b, s, p = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
     t = torch.export.Dim("total", min=4)  # torch traces every dynamic length as 2 or more: past + sequence
     shapes = ({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past))
-    names = [f"{i}.{kind}" for i, _ in layers for kind in ("key", "value")]
-    module = _WithCache(model, [i for i, _ in layers])
+    names = [f"{i}.{kind}" for i, *_ in layers for kind in ("key", "value")]
+    module = _WithCache(model, [i for i, *_ in layers])
     say(f"tracing {len(model.model.layers)} layers for ONNX")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
@@ -126,7 +125,7 @@ def export_llm(model: Any, folder: Path) -> Exported:
     forget_trace(decode)
     ir.save(decode, folder / DECODE, external_data=WEIGHTS)
     prefill = ir.load(folder / DECODE)
-    _cut_past(prefill, layers, head_dim, names)
+    _cut_past(prefill, layers, names)
     _last_position_only(prefill)
     ir.save(prefill, folder / PREFILL)
     sizes = {name: (folder / name).stat().st_size for name in (PREFILL, DECODE, WEIGHTS)}
@@ -163,7 +162,7 @@ def forget_trace(model: Any) -> None:
             node.metadata_props.clear()
 
 
-def _cut_past(model: Any, layers: list[tuple[int, int]], head_dim: int, names: list[str]) -> None:
+def _cut_past(model: Any, layers: list[tuple[int, int, int]], names: list[str]) -> None:
     """Puts an empty tensor in the place of every past input."""
     import numpy as np
     import onnx_ir as ir
@@ -172,22 +171,23 @@ def _cut_past(model: Any, layers: list[tuple[int, int]], head_dim: int, names: l
     ids = next(v for v in graph.inputs if v.name == "input_ids")
     made: list[Any] = [ir.node("Shape", [ids], attributes={"start": 0, "end": 1}, num_outputs=1)]
     made[0].outputs[0].name = "batch_size"
-    heads_of = {f"{i}.{kind}": heads for i, heads in layers for kind in ("key", "value")}
-    empty: dict[int, Any] = {}
-    for heads in sorted(set(heads_of.values())):
-        tail = ir.tensor(np.array([heads, 0, head_dim], dtype=np.int64), name=f"empty_past_{heads}.tail")
+    size_of = {f"{i}.{kind}": (heads, head_dim) for i, heads, head_dim in layers for kind in ("key", "value")}
+    empty: dict[tuple[int, int], Any] = {}
+    for heads, head_dim in sorted(set(size_of.values())):
+        label = f"empty_past_{heads}" if heads not in {h for h, _ in empty} else f"empty_past_{heads}x{head_dim}"
+        tail = ir.tensor(np.array([heads, 0, head_dim], dtype=np.int64), name=f"{label}.tail")
         constant = ir.node("Constant", [], attributes={"value": tail}, num_outputs=1)
         constant.outputs[0].name = tail.name
         shape = ir.node("Concat", [made[0].outputs[0], constant.outputs[0]], attributes={"axis": 0}, num_outputs=1)
-        shape.outputs[0].name = f"empty_past_{heads}.shape"
+        shape.outputs[0].name = f"{label}.shape"
         zeros = ir.node("ConstantOfShape", [shape.outputs[0]], num_outputs=1)
-        zeros.outputs[0].name = f"empty_past_{heads}"
+        zeros.outputs[0].name = label
         zeros.outputs[0].type, zeros.outputs[0].dtype = ir.TensorType(ir.DataType.FLOAT), ir.DataType.FLOAT
         made += [constant, shape, zeros]
-        empty[heads] = zeros.outputs[0]
+        empty[heads, head_dim] = zeros.outputs[0]
     for name in names:
         value = next(v for v in graph.inputs if v.name == f"past_key_values.{name}")
-        ir.convenience.replace_all_uses_with(value, empty[heads_of[name]])
+        ir.convenience.replace_all_uses_with(value, empty[size_of[name]])
         graph.inputs.remove(value)
     graph.insert_before(next(iter(graph)), made)
     for value in (*graph.inputs, *graph.outputs):

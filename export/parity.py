@@ -58,7 +58,7 @@ def check_llm(
     bad = {name: value for name, value in worst.items() if not value <= tolerance}
     if bad:
         raise CompressError(
-            f"the exported model differs from torch: {first_fault(bad, [i for i, _ in cached_layers(model)])}",
+            f"the exported model differs from torch: {first_fault(bad, [i for i, *_ in cached_layers(model)])}",
             where=str(folder),
             fix="export it again; where it stays, this torch or ONNX Runtime version is at fault (`compress doctor`)",
         )
@@ -87,7 +87,7 @@ def first_fault(bad: dict[str, float], cached: list[int]) -> str:
 def _torch(model: Any, ids: torch.Tensor, mask: torch.Tensor, before: Arrays | None) -> Arrays:
     from transformers import DynamicCache
 
-    layers = [layer for layer, _ in cached_layers(model)]
+    layers = [layer for layer, *_ in cached_layers(model)]
     cache: Any = DynamicCache()
     if before is not None:
         for layer in layers:

@@ -41,7 +41,30 @@ def tiny(model_type: str, seed: int = 0, **changes: Any) -> Any:
         del settings["head_dim"]  # Qwen2 has none of its own: hidden / heads
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return _random(AutoModelForCausalLM.from_config(config).eval())
+
+
+# What differs from `SHAPE` in a block of `uneven`.
+UNEVEN: dict[int, dict[str, int]] = {
+    1: {"intermediate_size": 80},
+    2: {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 32},
+}
+
+
+def uneven(seed: int = 0) -> Any:
+    """The same of a dense Llama whose blocks differ in heads and FFN widths."""
+    from transformers import LlamaConfig
+
+    from compress.models.families.llama import Llama
+
+    config = LlamaConfig(
+        **SHAPE, tie_word_embeddings=True, per_layer_config=UNEVEN, allow_global_per_layer_attribute_access=True
+    )
+    torch.manual_seed(seed)
+    return _random(Llama().ragged_class()(config).eval())
+
+
+def _random(model: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.3 if "norm" in name or "bias" in name else 0.15

@@ -82,7 +82,7 @@ def main() -> None:
     print(f"{layers} blocks of {block / 1e6:.0f} MB, {size / 1e9:.1f} GB of weights; memory {memory / 1e9:.1f} GB")
     torch.set_grad_enabled(False)
     family = family_for(config)
-    geometry, costs = family.geometry(config), family.costs(config)
+    costs = family.costs(config)
     model = stream_model(given.folder, family, 1, torch.device("cpu"))
     blocks = model.model.layers
     assert isinstance(blocks, StreamedBlocks)
@@ -94,7 +94,7 @@ def main() -> None:
     for index in range(min(given.blocks, layers)):
         began = time.monotonic()
         prune_block(
-            runner, index, streams, menu, geometry=geometry, costs=costs, damping=0.01, target="residual",
+            runner, index, streams, menu, costs=costs.blocks[index], damping=0.01, target="residual",
             accumulation="expectation", score="obs", step=16, trim=False, token_weight="norm",
         )  # fmt: skip
         peak = host.peak_memory()

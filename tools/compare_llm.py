@@ -37,9 +37,9 @@ LEVELS = (0.125, 0.25, 0.375, 0.5)
 
 def scored_plan(setup: Setup, counts: list[int], score: Callable[[int], torch.Tensor]) -> Plan:
     """Keeps the neurons of highest score in every block; no weight is changed."""
-    heads = tuple(range(setup.geometry.heads))
     blocks = []
     for i, count in enumerate(counts):
+        heads = tuple(range(setup.geometry.blocks[i].heads))
         kept = score(i).argsort(descending=True)[:count].sort().values
         blocks.append(BlockPlan(heads, tuple(kept.tolist())))
     return Plan(tuple(blocks))
@@ -93,10 +93,10 @@ def take_over(folder: Path) -> None:
 
 def obs(folder: Path, job: Job, counts: list[int]) -> Plan:
     """OBS with exact refit at given widths, attention left alone; the same last pass as Týr's."""
-    g = job.geometry
+    choices = [Choice(g.kv_heads, g.group, n) for g, n in zip(job.geometry.blocks, counts, strict=True)]
     take_over(folder)
     with Run.open(folder) as run:
-        return Plan.load(final_pass(run, job, [Choice(g.kv_heads, g.group, n) for n in counts], []))
+        return Plan.load(final_pass(run, job, choices, []))
 
 
 def tyr(folder: Path, job: Job) -> Plan:

@@ -107,12 +107,14 @@ def even_plan(costs: Costs, share: float) -> Plan:
     """All FFNs but those of the first and last blocks cut alike, in steps of `STEP` neurons; attention stays whole."""
     g = costs.geometry
     front, back = left_alone(g.layers)
-    steps = round(target_removed(share, costs.backbone) / (costs.ffn(g.ffn) - costs.ffn(g.ffn - STEP)))
+    steps = round(target_removed(share, costs.backbone) / (STEP * costs.blocks[0].neuron))
     base, more = divmod(steps, g.layers - front - back)
-    widths = [g.ffn] * g.layers
+    widths = [block.ffn for block in g.blocks]
     for i in range(front, g.layers - back):
         widths[i] -= STEP * (base + (i - front < more))
-    return Plan(tuple(BlockPlan(tuple(range(g.heads)), tuple(range(n))) for n in widths))
+    return Plan(
+        tuple(BlockPlan(tuple(range(block.heads)), tuple(range(n))) for block, n in zip(g.blocks, widths, strict=True))
+    )
 
 
 def llm_work(costs: Costs, plan: Plan) -> dict[str, dict[str, int]]:
@@ -126,7 +128,8 @@ def llm_work(costs: Costs, plan: Plan) -> dict[str, dict[str, int]]:
     counts = plan.counts(g)
     kept = costs.backbone - plan.removed(costs)
     head = g.hidden * g.vocab
-    scores = sum(4 * TOKENS * TOKENS * heads * g.head_dim for heads, _, _ in counts)
+    columns = sum(heads * block.head_dim for (heads, _, _), block in zip(counts, g.blocks, strict=True))
+    scores = 4 * TOKENS * TOKENS * columns
     return {
         "ttft": {WEIGHTS: 2 * (TOKENS * kept + head), ATTENTION: scores},
         "tpot": {WEIGHTS: 4 * (kept + head)},
@@ -136,7 +139,7 @@ def llm_work(costs: Costs, plan: Plan) -> dict[str, dict[str, int]]:
 def plans(costs: Costs, given: Sequence[Path]) -> Iterator[tuple[str, Plan]]:
     """(its size in words, plan): the dense one, and those given or the even ones."""
     g = costs.geometry
-    yield "dense", Plan((BlockPlan(tuple(range(g.heads)), tuple(range(g.ffn))),) * g.layers)
+    yield "dense", Plan(tuple(BlockPlan(tuple(range(block.heads)), tuple(range(block.ffn))) for block in g.blocks))
     for made in [Plan.load(p) for p in given] or [even_plan(costs, share) for share in REMOVED]:
         made.check(g)
         yield f"{100 * made.removed(costs) / costs.backbone:.1f} % of the backbone gone", made

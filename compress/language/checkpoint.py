@@ -65,13 +65,15 @@ def save_model(
     config = json.loads(path.read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     if layers is not None:
-        geometry = family.geometry(load_config_dict(config))
-        dense = (geometry.heads, geometry.kv_heads, geometry.ffn)
-        config["per_layer_config"] = {
-            str(i): family.layer_overrides(*layer) for i, layer in enumerate(layers) if layer != dense
-        }
+        blocks = family.geometry(model.config).blocks
+        entries = config.pop("per_layer_config", {})  # a dense model's own, where its blocks differ
+        for i, (layer, dense) in enumerate(zip(layers, blocks, strict=True)):
+            if layer != (dense.heads, dense.kv_heads, dense.ffn):
+                entries[str(i)] = {**entries.get(str(i), {}), **family.layer_overrides(*layer)}
+        config["per_layer_config"] = entries
         # Without it some families take hidden / heads, which a layer with fewer heads gets wrong.
-        config["head_dim"] = geometry.head_dim
+        if all(block.head_dim == blocks[0].head_dim for block in blocks):
+            config["head_dim"] = blocks[0].head_dim
         config["allow_global_per_layer_attribute_access"] = True
         config["architectures"] = [f"Compressed{family.causal_lm}"]
         config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_FILE}.Compressed{family.causal_lm}"}
@@ -143,13 +145,6 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
         places.update(dict.fromkeys(names, name))
     index_facts = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_facts, indent=2) + "\n")
-
-
-def load_config_dict(config: dict[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    plain = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "per_layer_config")}
-    return AutoConfig.for_model(config["model_type"], **plain)
 
 
 def remote_source(folder: Path) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,20 +84,17 @@ class Plan:
 
         if len(self.blocks) != geometry.layers:
             refuse(f"the plan has {len(self.blocks)} blocks, the model {geometry.layers}", "plan.json")
-        for i, block in enumerate(self.blocks):
-            for kind, kept, limit in (("head", block.heads, geometry.heads), ("neuron", block.neurons, geometry.ffn)):
+        for i, (block, dense) in enumerate(zip(self.blocks, geometry.blocks, strict=True)):
+            for kind, kept, limit in (("head", block.heads, dense.heads), ("neuron", block.neurons, dense.ffn)):
                 if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < limit):
                     refuse(f"{kind} indices must be distinct, sorted and below {limit}", f"block {i}")
-            sizes = {
-                sum(h // geometry.group == g for h in block.heads) for g in {h // geometry.group for h in block.heads}
-            }
-            if len(sizes) > 1:
+            if len(set(Counter(h // dense.group for h in block.heads).values())) > 1:
                 refuse("every kept KV group must keep equally many query heads", f"block {i}")
-            for key, columns in (("o", len(block.heads) * geometry.head_dim), ("down", len(block.neurons))):
+            for key, columns in (("o", len(block.heads) * dense.head_dim), ("down", len(block.neurons))):
                 weight = self.weights.get(f"blocks.{i}.{key}")
-                if weight is not None and tuple(weight.shape) != (geometry.hidden, columns):
+                if weight is not None and tuple(weight.shape) != (dense.hidden, columns):
                     refuse(
-                        f"the refitted weight is {tuple(weight.shape)}, not {(geometry.hidden, columns)}",
+                        f"the refitted weight is {tuple(weight.shape)}, not {(dense.hidden, columns)}",
                         f"block {i}, {key}",
                     )
 
@@ -106,13 +104,16 @@ class Plan:
 
     def counts(self, geometry: Geometry) -> list[tuple[int, int, int]]:
         """(query heads, KV groups, neurons) of every block."""
-        return [(len(b.heads), len({h // geometry.group for h in b.heads}), len(b.neurons)) for b in self.blocks]
+        return [
+            (len(b.heads), len({h // dense.group for h in b.heads}), len(b.neurons))
+            for b, dense in zip(self.blocks, geometry.blocks, strict=True)
+        ]
 
     def removed(self, costs: Costs) -> int:
         """Backbone parameters that the plan removes, exactly."""
         kept = 0
-        for heads, groups, neurons in self.counts(costs.geometry):
-            kept += costs.attention(groups, heads // groups if groups else 0) + costs.ffn(neurons)
+        for (heads, groups, neurons), block in zip(self.counts(costs.geometry), costs.blocks, strict=True):
+            kept += block.attention(groups, heads // groups if groups else 0) + block.ffn(neurons)
         return costs.backbone - kept
 
     def apply(self, model: Any, family: Family) -> None:
@@ -141,8 +142,8 @@ class Plan:
         """Block ``i`` made from the ``dense`` one by ``make``: the family's `sliced` or `masked`."""
         import torch
 
-        plan, config = self.blocks[i], dense.self_attn.config  # type: ignore[union-attr]
-        geometry = family.geometry(config)
+        plan = self.blocks[i]
+        geometry = family.block_geometry(dense.self_attn.config, i)  # type: ignore[union-attr]
         return make(
             dense,
             heads=None if len(plan.heads) == geometry.heads else torch.tensor(plan.heads, dtype=torch.int64),

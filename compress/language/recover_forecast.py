@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.run.forecast import Stage
 
 if TYPE_CHECKING:
-    from compress.models.families.base import Costs, Geometry
+    from compress.models.families.base import BlockGeometry, Costs, Geometry
     from compress.schema.recipe import RecoverSection
 
 # Bytes that clipping and AdamW move for a trained weight in a step: its gradient, both moments and itself, some of
@@ -21,11 +21,16 @@ HARDER = 1.3
 PASSES = 12
 
 
-def trained_parameters(spec: RecoverSection, g: Geometry, backbone: float, kept: float) -> float:
+def trained_parameters(spec: RecoverSection, geometry: Geometry, backbone: float, kept: float) -> float:
     """Weights that are trained, where a share ``kept`` of every layer is left. All linear layers count as targets where
     only some are named: no fewer are ever trained."""
     if spec.method == "full":
-        return backbone + (2 * g.layers + 1) * g.hidden
+        return backbone + (2 * geometry.layers + 1) * geometry.hidden
+    return sum(spec.rank * _ends(spec, block, kept) for block in geometry.blocks)
+
+
+def _ends(spec: RecoverSection, g: BlockGeometry, kept: float) -> float:
+    """Rows and columns of the targets in a block, of which a low-rank update holds its rank each."""
     q, kv, ffn = kept * g.heads * g.head_dim, kept * g.kv_heads * g.head_dim, kept * g.ffn
     ends = {
         "q_proj": g.hidden + q,
@@ -37,12 +42,11 @@ def trained_parameters(spec: RecoverSection, g: Geometry, backbone: float, kept:
         "down_proj": ffn + g.hidden,
     }
     named = [ends[t] for t in spec.targets or ends if t in ends]
-    return g.layers * spec.rank * sum(named or ends.values())
+    return sum(named or ends.values())
 
 
 def recover_stage(
     spec: RecoverSection,
-    g: Geometry,
     costs: Costs,
     *,
     length: int,
@@ -61,7 +65,8 @@ def recover_stage(
     """
     from compress.language.recover import steps_of
 
-    steps = steps_of(spec, length)
+    g, steps = costs.geometry, steps_of(spec, length)
+    inputs = sum(block.inputs for block in g.blocks)
     mine = math.ceil(spec.batch / world)
     tokens = mine * length
     backbone = kept * costs.backbone
@@ -69,7 +74,7 @@ def recover_stage(
     trained = trained_parameters(spec, g, backbone, kept)
 
     def forward(share: float) -> float:
-        return share * tokens * (2 * costs.backbone + 4 * g.layers * length * g.heads * g.head_dim)
+        return share * tokens * (2 * costs.backbone + 4 * length * inputs)
 
     head = 2.0 * tokens * g.hidden * g.vocab
     # The student's forward, the gradients of its inputs, and of the weights that are trained.
@@ -79,8 +84,8 @@ def recover_stage(
     away = spec.teacher == "dispatch" or streamed
     dense = 4.0 * costs.total
     micro = spec.micro * length
-    width = 12 * g.hidden + kept * (4 * g.ffn + 5 * g.heads * g.head_dim)
-    held = 4.0 * micro * (g.layers * g.hidden + width if spec.save_memory else g.layers * width)
+    widths = [12 * g.hidden + kept * (4 * block.ffn + 5 * block.inputs) for block in g.blocks]
+    held = 4.0 * micro * (g.layers * g.hidden + max(widths) if spec.save_memory else sum(widths))
     made = 4.0 * backbone  # the merged weights, in float32 as they are trained
     checkpoint = 3 * 4.0 * trained
     return Stage(

@@ -10,8 +10,9 @@ import copy
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,22 +23,66 @@ from compress.models.families.ragged import NoAttention, NoFFN, Ragged
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """Sizes of a dense decoder; every block has the same."""
+class BlockGeometry:
+    """Sizes of one dense block."""
 
-    layers: int
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
-    vocab: int
-    tied: bool
 
     @property
     def group(self) -> int:
         """Query heads per KV group."""
         return self.heads // self.kv_heads
+
+    @property
+    def inputs(self) -> int:
+        """Channels that `o_proj` reads."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A dense decoder: the sizes of each of its blocks, and what stands around them."""
+
+    blocks: tuple[BlockGeometry, ...]
+    vocab: int
+    tied: bool
+
+    def __post_init__(self) -> None:
+        widths = sorted({block.hidden for block in self.blocks})
+        if len(widths) != 1:
+            raise CompressError(
+                f"the blocks are {widths} channels wide; they add to one residual stream, so they must be equally wide",
+                where="config.json",
+                fix="only what is inside a block may differ from block to block: heads, head size, FFN width",
+            )
+
+    @classmethod
+    def alike(cls, layers: int, block: BlockGeometry, vocab: int, tied: bool) -> Geometry:
+        """A decoder of equal blocks."""
+        return cls((block,) * layers, vocab, tied)
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.blocks[0].hidden
+
+    def facts(self) -> dict[str, Any]:
+        """Everything by name; of what differs from block to block a list of all blocks' values."""
+        own = {name: one_or_all([getattr(block, name) for block in self.blocks]) for name in vars(self.blocks[0])}
+        return {"layers": self.layers, **own, "vocab": self.vocab, "tied": self.tied}
+
+
+def one_or_all(values: Sequence[int]) -> int | list[int]:
+    """The value that all blocks have, or every block's own."""
+    return values[0] if len(set(values)) == 1 else list(values)
 
 
 @dataclass(frozen=True)
@@ -51,13 +96,11 @@ class Biases:
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Exact parameter counts (integers). The *backbone* is all linear layers of the blocks, biases included;
-    embeddings, head and norms are not part of it."""
+class BlockCosts:
+    """Exact parameter counts (integers) of one block's linear layers, biases included."""
 
-    geometry: Geometry
+    geometry: BlockGeometry
     biases: Biases
-    total: int  # all parameters of the model, tied ones once
 
     def attention(self, groups: int, per_group: int) -> int:
         """Parameters of q, k, v and o with ``groups`` KV groups of ``per_group`` query heads each."""
@@ -70,18 +113,42 @@ class Costs:
 
     def ffn(self, neurons: int) -> int:
         """Parameters of gate, up and down with ``neurons`` neurons."""
-        if neurons == 0:
-            return 0
-        g = self.geometry
-        return neurons * (2 * (g.hidden + int(self.biases.gate_up)) + g.hidden) + int(self.biases.down) * g.hidden
+        return neurons * self.neuron + int(self.biases.down) * self.geometry.hidden if neurons else 0
+
+    @property
+    def neuron(self) -> int:
+        """Parameters that one neuron more takes."""
+        return 2 * (self.geometry.hidden + int(self.biases.gate_up)) + self.geometry.hidden
 
     @property
     def attention_dense(self) -> int:
         return self.attention(self.geometry.kv_heads, self.geometry.group)
 
     @property
+    def ffn_dense(self) -> int:
+        return self.ffn(self.geometry.ffn)
+
+    @property
+    def dense(self) -> int:
+        return self.attention_dense + self.ffn_dense
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Exact parameter counts (integers). The *backbone* is all linear layers of the blocks, biases included;
+    embeddings, head and norms are not part of it."""
+
+    geometry: Geometry
+    biases: Biases
+    total: int  # all parameters of the model, tied ones once
+
+    @cached_property
+    def blocks(self) -> tuple[BlockCosts, ...]:
+        return tuple(BlockCosts(block, self.biases) for block in self.geometry.blocks)
+
+    @cached_property
     def backbone(self) -> int:
-        return self.geometry.layers * (self.attention_dense + self.ffn(self.geometry.ffn))
+        return sum(block.dense for block in self.blocks)
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -124,16 +191,18 @@ class Family:
     # --- sizes -----------------------------------------------------------------------------------------------
 
     def geometry(self, config: Any) -> Geometry:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return Geometry(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=head_dim,
-            ffn=config.intermediate_size,
-            vocab=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
+        blocks = tuple(self.block_geometry(config, index) for index in range(config.num_hidden_layers))
+        return Geometry(blocks, config.vocab_size, bool(config.tie_word_embeddings))
+
+    def block_geometry(self, config: Any, index: int) -> BlockGeometry:
+        """Sizes of dense block ``index``: as the configuration has them for all blocks, or in the block's own entry."""
+        own = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+        return BlockGeometry(
+            hidden=own.hidden_size,
+            heads=own.num_attention_heads,
+            kv_heads=getattr(own, "num_key_value_heads", None) or own.num_attention_heads,
+            head_dim=getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads,
+            ffn=own.intermediate_size,
         )
 
     def biases(self, config: Any) -> Biases:
@@ -196,11 +265,11 @@ class Family:
 
     # --- surgery ---------------------------------------------------------------------------------------------
 
-    def slice_queries(self, attention: Any, heads: Tensor, groups: Tensor, head_dim: int) -> None:
+    def slice_queries(self, attention: Any, heads: Tensor, groups: Tensor, dense: BlockGeometry) -> None:
         """Replaces q, k and v in ``attention`` (a shallow copy) by the rows of ``heads`` and KV ``groups``."""
-        attention.q_proj = take_rows(attention.q_proj, spans(heads, head_dim))
-        attention.k_proj = take_rows(attention.k_proj, spans(groups, head_dim))
-        attention.v_proj = take_rows(attention.v_proj, spans(groups, head_dim))
+        attention.q_proj = take_rows(attention.q_proj, spans(heads, dense.head_dim))
+        attention.k_proj = take_rows(attention.k_proj, spans(groups, dense.head_dim))
+        attention.v_proj = take_rows(attention.v_proj, spans(groups, dense.head_dim))
 
     def slice_gate_up(self, mlp: Any, neurons: Tensor) -> None:
         """Replaces gate and up in ``mlp`` (a shallow copy) by the rows of ``neurons``."""
@@ -230,7 +299,7 @@ class Family:
         made: Any = twin(block)
         old: Any = block
         config = old.self_attn.config
-        g = self.geometry(config)
+        g = self.block_geometry(config, old.self_attn.layer_idx)
         if heads is not None and len(heads) == 0:
             made.self_attn = NoAttention()
         elif heads is not None or o_weight is not None:
@@ -238,7 +307,7 @@ class Family:
             groups = torch.unique(heads // g.group)
             attention: Any = twin(old.self_attn)
             if len(heads) < g.heads:
-                self.slice_queries(attention, heads, groups, g.head_dim)
+                self.slice_queries(attention, heads, groups, g)
                 # Some families read their head counts from the config while they run.
                 attention.config = copy.copy(config)
                 attention.config.num_attention_heads, attention.config.num_key_value_heads = len(heads), len(groups)
@@ -281,7 +350,7 @@ class Family:
         """The same function as `sliced`, at full shape: columns that read removed units are zero."""
         made: Any = twin(block)
         old: Any = block
-        g = self.geometry(old.self_attn.config)
+        g = self.block_geometry(old.self_attn.config, old.self_attn.layer_idx)
         if heads is not None or o_weight is not None:
             heads = torch.arange(g.heads) if heads is None else heads
             made.self_attn = twin(old.self_attn)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.supernet import Menu, neuron_counts
 
 if TYPE_CHECKING:
-    from compress.models.families.base import Costs, Family, Geometry
+    from compress.models.families.base import BlockCosts, BlockGeometry, Costs, Family, Geometry
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,18 @@ class Job:
         return max(0, self.begin - 1)
 
 
-def saving(job: Job, choice: Choice) -> int:
-    """Parameters that ``choice`` removes from one block."""
-    costs, geometry = job.costs, job.geometry
+def savings(costs: BlockCosts, choice: Choice) -> tuple[int, int]:
+    """Parameters that ``choice`` removes from a block's attention, and from its FFN."""
     attention = costs.attention_dense - costs.attention(choice.groups, choice.per_group)
-    return attention + costs.ffn(geometry.ffn) - costs.ffn(choice.neurons)
+    return attention, costs.ffn_dense - costs.ffn(choice.neurons)
 
 
-def head_choices(geometry: Geometry, trim: bool) -> tuple[tuple[int, int], ...]:
+def removed(job: Job, choices: Sequence[Choice]) -> int:
+    """Parameters that the blocks' choices remove together."""
+    return sum(sum(savings(costs, c)) for costs, c in zip(job.costs.blocks, choices, strict=True))
+
+
+def head_choices(geometry: BlockGeometry, trim: bool) -> tuple[tuple[int, int], ...]:
     """Every (groups, per_group) that can be kept, most first."""
     found = [(geometry.kv_heads, geometry.group)]
     for groups in range(geometry.kv_heads, 0, -1):
@@ -73,7 +77,7 @@ def head_choices(geometry: Geometry, trim: bool) -> tuple[tuple[int, int], ...]:
 
 def allowed_heads(job: Job, block: int) -> tuple[tuple[int, int], ...]:
     """The (groups, per_group) that block ``block`` may keep, most first."""
-    choices = head_choices(job.geometry, job.options.query_heads)
+    choices = head_choices(job.geometry.blocks[block], job.options.query_heads)
     if not job.options.attention:
         return choices[:1]
     return choices[:-1] if block in job.family.keeps_attention(job.config) else choices
@@ -81,22 +85,24 @@ def allowed_heads(job: Job, block: int) -> tuple[tuple[int, int], ...]:
 
 def head_levels(job: Job, block: int) -> tuple[tuple[int, int], ...]:
     """The choices of `allowed_heads`, thinned to at most ``head_levels`` that spread evenly over the savings."""
-    found = sorted(allowed_heads(job, block), key=lambda c: (-job.costs.attention(*c), -c[0]))
+    costs = job.costs.blocks[block]
+    found = sorted(allowed_heads(job, block), key=lambda c: (-costs.attention(*c), -c[0]))
     most = job.options.head_levels
     if len(found) <= most:
         return tuple(found)
-    low, high = job.costs.attention(*found[-1]), job.costs.attention(*found[0])
+    low, high = costs.attention(*found[-1]), costs.attention(*found[0])
     kept = {found[0], found[-1]}
     for i in range(1, most - 1):
         wanted = high - (high - low) * i / (most - 1)
         left = [c for c in found if c not in kept]
-        kept.add(min(left, key=lambda c: abs(job.costs.attention(*c) - wanted)))
+        kept.add(min(left, key=lambda c: abs(costs.attention(*c) - wanted)))
     return tuple(c for c in found if c in kept)
 
 
 def neighbours(job: Job, block: int, choice: Choice) -> tuple[tuple[int, int], ...]:
     """The attention choice of a block so far, with those of `head_levels` that stand next to it in savings."""
-    found = sorted(head_levels(job, block), key=lambda c: (-job.costs.attention(*c), -c[0]))
+    costs = job.costs.blocks[block]
+    found = sorted(head_levels(job, block), key=lambda c: (-costs.attention(*c), -c[0]))
     mine = (choice.groups, choice.per_group)
     if mine not in found:
         return tuple(found)
@@ -112,9 +118,9 @@ def check_budget(job: Job) -> int:
     """
     target = target_removed(job.sparsity, job.costs.backbone)
     most = 0
-    for i in range(job.geometry.layers):
-        least = min(job.costs.attention(groups, per_group) for groups, per_group in allowed_heads(job, i))
-        most += job.costs.attention_dense - least + job.costs.ffn(job.geometry.ffn)
+    for i, costs in enumerate(job.costs.blocks):
+        least = min(costs.attention(groups, per_group) for groups, per_group in allowed_heads(job, i))
+        most += costs.attention_dense - least + costs.ffn_dense
     if target > most:
         raise CompressError(
             f"a sparsity of {job.sparsity:.1%} asks to remove {target:,} parameters, but what may be pruned holds only"
@@ -129,17 +135,17 @@ def check_budget(job: Job) -> int:
 def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[Menu]:
     """The levels every block offers: the whole range, whatever the sparsity, first; then around the choice so far, at
     half the distance with every iteration."""
-    options, geometry = job.options, job.geometry
-    step = options.interval / 2 ** (iteration - 1) * geometry.ffn
-    step = max(options.round_to, round(step / options.round_to) * options.round_to)
+    options = job.options
     found = []
-    for i in range(geometry.layers):
+    for i, block in enumerate(job.geometry.blocks):
+        step = options.interval / 2 ** (iteration - 1) * block.ffn
+        step = max(options.round_to, round(step / options.round_to) * options.round_to)
         if choices is None:
-            counts = neuron_counts(geometry.ffn, geometry.ffn // 2, step, options.levels, options.round_to)
+            counts = neuron_counts(block.ffn, block.ffn // 2, step, options.levels, options.round_to)
             found.append(Menu(counts, head_levels(job, i)))
         else:
             centre, mine = choices[i].neurons, (choices[i].groups, choices[i].per_group)
-            counts = neuron_counts(geometry.ffn, centre, step, options.refine_levels, options.round_to)
+            counts = neuron_counts(block.ffn, centre, step, options.refine_levels, options.round_to)
             found.append(Menu(counts, neighbours(job, i, choices[i]), (mine, centre)))
     return found
 
@@ -151,14 +157,18 @@ def left_alone(layers: int) -> tuple[int, int]:
 
 def even_widths(job: Job, front: int, back: int) -> list[int]:
     """FFN widths that meet the budget when every block but the first ``front`` and the last ``back`` gives up
-    equally many neurons and attention nothing; never below 0."""
-    g, costs = job.geometry, job.costs
-    neurons = round(target_removed(job.sparsity, costs.backbone) / (costs.ffn(g.ffn) - costs.ffn(g.ffn - 1)))
-    inner = g.layers - front - back
-    base, more = divmod(neurons, inner)
-    widths = [g.ffn] * g.layers
-    for i in range(inner):
-        widths[front + i] = max(0, g.ffn - base - (i < more))
+    the same share of its neurons and attention nothing; never below 0."""
+    widths = [block.ffn for block in job.geometry.blocks]
+    inner = range(front, len(widths) - back)
+    # A neuron costs the same in every block: what it is joined to is the residual stream.
+    neurons = round(target_removed(job.sparsity, job.costs.backbone) / job.costs.blocks[0].neuron)
+    whole = sum(widths[i] for i in inner)
+    shares = {i: divmod(neurons * widths[i], whole) for i in inner}
+    more = neurons - sum(share for share, _ in shares.values())
+    # What whole neurons leave over goes where the most of one was cut off.
+    first = set(sorted(inner, key=lambda i: (-shares[i][1], i))[:more])
+    for i in inner:
+        widths[i] = max(0, widths[i] - shares[i][0] - (i in first))
     return widths
 
 
@@ -173,20 +183,20 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     """
     target = target_removed(job.sparsity, job.costs.backbone)
     step = job.options.round_to
-    cost = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(job.geometry.ffn - step)
-    steps = round((target - sum(saving(job, c) for c in choices)) / cost)
+    cost = step * job.costs.blocks[0].neuron  # the same in every block
+    steps = round((target - removed(job, choices)) / cost)
     found = list(choices)
     while steps:
         sign = 1 if steps > 0 else -1
         able = [
             i
-            for i, c in enumerate(found)
-            if 0 <= c.neurons - sign * step <= job.geometry.ffn and (sign < 0 or c.neurons >= step)
+            for i, (c, block) in enumerate(zip(found, job.geometry.blocks, strict=True))
+            if 0 <= c.neurons - sign * step <= block.ffn and (sign < 0 or c.neurons >= step)
         ]
         if not able:
             break
         curves = {i: [Option(o["saving"], o["loss"]) for o in options[2 * i + 1]] for i in able}
-        slopes = {i: _slope(curves[i], job, found[i], sign) for i in able}
+        slopes = {i: _slope(curves[i], savings(job.costs.blocks[i], found[i])[1], sign) for i in able}
         at = min(able, key=lambda i: (sign * slopes[i], i))
         neurons = found[at].neurons - sign * step
         found[at] = Choice(found[at].groups, found[at].per_group, neurons)
@@ -194,9 +204,9 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     return found
 
 
-def _slope(menu: list[Option], job: Job, choice: Choice, sign: int) -> float:
-    """KL per parameter on the stretch of the FFN's measured curve that the next step would walk."""
-    at = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
+def _slope(menu: list[Option], at: int, sign: int) -> float:
+    """KL per parameter on the stretch of an FFN's measured curve that the next step would walk, where so many of its
+    parameters are gone."""
     curve = sorted({o.saving: o.loss for o in menu}.items())
     for (s0, l0), (s1, l1) in pairwise(curve):
         inside = s0 <= at < s1 if sign > 0 else s0 < at <= s1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from compress.language.budget import Option, common_unit, nearest_feasible, target_removed
@@ -24,7 +25,7 @@ from compress.recipes.tyr.supernet import BATCHES, KEEP_BYTES, Menu, batch_token
 from compress.run.forecast import Stage
 
 if TYPE_CHECKING:
-    from compress.models.families.base import Costs, Geometry
+    from compress.models.families.base import BlockCosts, BlockGeometry, Costs, Geometry
     from compress.schema.recipe import RecoverSection
 
 # Bytes moved for an element that `ExactSum.add` takes: to double, divided, its size, rounded, to int64, added.
@@ -60,11 +61,6 @@ class Shape:
     shard: bool = False
 
     @property
-    def inputs(self) -> int:
-        """Channels that `o_proj` reads."""
-        return self.geometry.heads * self.geometry.head_dim
-
-    @property
     def batch(self) -> int:
         """Tokens per forward, at most."""
         return batch_tokens(self.geometry, self.gpu is not None)
@@ -76,39 +72,50 @@ class Shape:
         return 0.0 if self.gpu is None or self.streamed else (self.gpu - 4 * self.costs.total) / 4
 
     @property
-    def block(self) -> int:
-        """Parameters of one block."""
-        return self.costs.attention_dense + self.costs.ffn(self.geometry.ffn)
+    def largest(self) -> int:
+        """Parameters of the largest block."""
+        return max(block.dense for block in self.costs.blocks)
+
+    @property
+    def rest(self) -> int:
+        """Parameters outside the blocks' linear layers."""
+        return self.costs.total - self.costs.backbone
 
     @property
     def sharded(self) -> bool:
         """Whether processes hold a part of every block while they walk over the model together."""
         return self.shard and self.streamed and self.world > 1
 
-    def forward(self, tokens: float, length: int, kept: float = 1.0) -> float:
-        """FLOPs of one block on ``tokens``, with that share of it kept."""
-        return kept * tokens * (2 * self.block + 4 * length * self.inputs)
+    def forward(self, tokens: float, length: int, kept: float = 1.0, runs: Sequence[float] | None = None) -> float:
+        """FLOPs of all blocks on ``tokens``, with that share of them kept; each run so often, once by default."""
+        each = [2 * block.dense + 4 * length * block.geometry.inputs for block in self.costs.blocks]
+        return kept * tokens * (sum(each) if runs is None else sum(n * x for n, x in zip(runs, each, strict=True)))
 
     def head(self, tokens: float) -> float:
         return 2 * tokens * self.geometry.hidden * self.geometry.vocab
 
 
-def even_choice(job: Job) -> Choice:
-    """Every sublayer at the sparsity asked for: what is taken for a solution that nobody knows beforehand."""
-    g = job.geometry
+def even_choice(job: Job, costs: BlockCosts) -> Choice:
+    """Both sublayers of a block at the sparsity asked for: what is taken for a solution that is not yet known."""
+    g = costs.geometry
     neurons = round(g.ffn * (1 - job.sparsity) / job.options.round_to) * job.options.round_to
     if not job.options.attention:
         return Choice(g.kv_heads, g.group, neurons)
-    wanted = (1 - job.sparsity) * job.costs.attention_dense
+    wanted = (1 - job.sparsity) * costs.attention_dense
     groups, per_group = min(
-        head_choices(g, job.options.query_heads), key=lambda c: (abs(job.costs.attention(*c) - wanted), -c[0])
+        head_choices(g, job.options.query_heads), key=lambda c: (abs(costs.attention(*c) - wanted), -c[0])
     )
     return Choice(groups, per_group, neurons)
 
 
+def even_choices(job: Job) -> list[Choice]:
+    """`even_choice` of every block."""
+    return [even_choice(job, costs) for costs in job.costs.blocks]
+
+
 def menus_of(job: Job) -> list[list[Menu]]:
-    """The menus of every iteration; those behind the first are drawn around `even_choice`."""
-    even = [even_choice(job)] * job.geometry.layers
+    """The menus of every iteration; those behind the first are drawn around `even_choices`."""
+    even = even_choices(job)
     return [block_menus(job, i, None if i == 1 else even) for i in range(1, job.options.iterations + 1)]
 
 
@@ -132,7 +139,7 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
         made.append(_walk(shape, f"supernet-{number}", menu, few, alone=first or not accumulates, final=False))
         made.append(_singles(shape, number, menu))
         made.append(_search(shape, job, number, menu))
-    chosen = [even_choice(job)] * shape.geometry.layers if found is None else found
+    chosen = even_choices(job) if found is None else found
     single = [Menu((c.neurons,), ((c.groups, c.per_group),)) for c in chosen]
     run_off, last = options.run_off, "final"
     if run_off is not None:
@@ -148,7 +155,6 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
         made.append(
             recover_stage(
                 shape.recover,
-                shape.geometry,
                 shape.costs,
                 length=shape.length,
                 kept=1 - shape.sparsity,
@@ -167,22 +173,20 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
 def _held(shape: Shape, in_step: bool = True) -> tuple[dict[str, float], dict[str, float]]:
     """(device, RAM) bytes of the model and, where it is streamed, of the block that is being read; of a part of all
     blocks, where every process that goes over them ``in_step`` holds one."""
-    rest = shape.costs.total - shape.geometry.layers * shape.block
     if not shape.streamed:
         return {"model": 4 * shape.costs.total}, {}
-    device = {"model": 4.0 * (rest + shape.cache_blocks * shape.block)}
-    one = float(shape.dtype_bytes * shape.block)
+    device = {"model": 4.0 * (shape.rest + shape.cache_blocks * shape.largest)}
+    one = float(shape.dtype_bytes * shape.largest)
     if not (in_step and shape.sharded):
         return device, {"the block being read": one}
-    part = shape.geometry.layers * one / shape.world
+    part = float(shape.dtype_bytes * shape.costs.backbone) / shape.world
     near = part if shape.gpu is None else min(part, SHARE * shape.gpu)
     return {**device, "its part of the blocks": near, "a block put together": one}, {"parts in memory": part - near}
 
 
 def _passing(shape: Shape, tokens: float, length: int) -> float:
     """Bytes that one batch needs on its way through a block."""
-    g = shape.geometry
-    return 4 * tokens * (max(4 * g.ffn, 3 * shape.inputs) + 4 * g.hidden)
+    return 4 * tokens * (max(max(4 * g.ffn, 3 * g.inputs) for g in shape.geometry.blocks) + 4 * shape.geometry.hidden)
 
 
 def _own(windows: int, length: int, world: int, most: int) -> tuple[int, int, int]:
@@ -192,21 +196,21 @@ def _own(windows: int, length: int, world: int, most: int) -> tuple[int, int, in
     return min(windows, batches * size), batches, size * length
 
 
-def _reads(shape: Shape, blocks: float) -> float:
-    """Bytes read when ``blocks`` blocks are asked for one after another."""
-    return blocks * shape.block * shape.dtype_bytes if shape.streamed else 0.0
+def _reads(shape: Shape, times: float = 1.0) -> float:
+    """Bytes read when all blocks are asked for one after another, so many times."""
+    return times * shape.costs.backbone * shape.dtype_bytes if shape.streamed else 0.0
 
 
-def _fetched(shape: Shape, blocks: float) -> dict[str, float]:
-    """Work of having so many blocks one after another in step: read, or put together from all processes' parts, which
-    takes no longer than adding as many bytes up."""
-    moved = _reads(shape, blocks)
+def _fetched(shape: Shape, times: float = 1.0) -> dict[str, float]:
+    """Work of having all blocks one after another in step, so many times: read, or put together from all processes'
+    parts, which takes no longer than adding as many bytes up."""
+    moved = _reads(shape, times)
     return {"sums": moved} if shape.sharded else {"read": moved}
 
 
 def _opened(shape: Shape) -> dict[str, float]:
     """Work of a stage that goes over the blocks in step, before its first one: each process reads its part of all."""
-    return {"read": _reads(shape, shape.geometry.layers / shape.world) if shape.sharded else 0.0}
+    return {"read": _reads(shape, 1 / shape.world) if shape.sharded else 0.0}
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def _metrics(shape: Shape) -> Stage:
     tokens, h = mine * length, g.hidden
     stream = 4.0 * tokens * h
     device, ram = _held(shape)
-    graph = 4.0 * length * (6 * g.ffn + 4 * shape.inputs + 10 * h)
+    graph = 4.0 * length * max(6 * block.ffn + 4 * block.inputs + 10 * h for block in g.blocks)
     device |= {
         "one window's graph": max(graph, 4.0 * length * g.vocab * 4),
         "output metrics": 2 * h * h * 8 + h * h * 28,
@@ -249,9 +253,9 @@ def _metrics(shape: Shape) -> Stage:
     kept = blocks * (2 * h * h * 4 + SEAL_BYTES)
     work = _added(
         _opened(shape),
-        _fetched(shape, 2 * blocks),
+        _fetched(shape, 2),
         {
-            "gemm32": blocks * (3 * shape.forward(tokens, length) + 4 * tokens * h * h) + 3 * shape.head(tokens),
+            "gemm32": 3 * shape.forward(tokens, length) + blocks * 4 * tokens * h * h + 3 * shape.head(tokens),
             "touch": blocks * mine * 2 * h * h * (SUMMED + 40),
             "logits": 6.0 * tokens * g.vocab,
             "calls": 3.0 * blocks * mine,
@@ -282,16 +286,16 @@ def _eliminate(n: int, h: int, step: int, least: int) -> tuple[float, float]:
     return 2 * squares + 2 * rows, (16 * squares + 24 * rows) / step
 
 
-def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
+def _heads(g: BlockGeometry, menu: Menu, trim: bool) -> tuple[float, float]:
     """(large products' FLOPs, thin updates' bytes) of `local.prune_heads` and its refits."""
-    g, h = shape.geometry, shape.geometry.hidden
+    h = g.hidden
     large, moved = 0.0, 0.0
     width = g.group * g.head_dim
     for kept in range(g.kv_heads, 0, -1):
         m = kept * width
         large += 2 * m * m * width + 2 * m * width * h + kept * 2 * width * width * h
         moved += 16 * m * m + 16 * m * h
-        if not shape.options.query_heads:
+        if not trim:
             continue
         for per_group in range(g.group - 1, 0, -1):
             m = kept * (per_group + 1) * g.head_dim
@@ -307,78 +311,83 @@ def _heads(shape: Shape, menu: Menu) -> tuple[float, float]:
 
 def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: bool, final: bool) -> Stage:
     """A pass over all blocks that makes candidates: a supernet, or the final weights."""
-    g, h, n, q = shape.geometry, shape.geometry.hidden, shape.geometry.ffn, shape.inputs
-    layers, length = g.layers, shape.length
+    g, h, length = shape.geometry, shape.geometry.hidden, shape.length
     windows, batches, batch = _own(total, length, shape.world, shape.batch)
     tokens = windows * length
     streams = 1 if alone else 2
     solver_metric = shape.options.metric != "none"
 
-    # Each stream runs the block once, and the refit's own target takes both projections again.
-    flops = streams * shape.forward(tokens, length) + 2 * tokens * h * (q + n)
-    for width in (q, n):
-        flops += 2 * tokens * width * (width + h)
-        if not alone and 4 * tokens * width > KEEP_BYTES:
-            flops += shape.forward(tokens, length) / 2  # the inputs are made again
-    touched = batches * (q * q + q * h + n * n + n * h) * SUMMED + streams * tokens * (4 * n + 3 * q + 12 * h) * 8
+    # Each stream runs the blocks once.
+    flops = streams * shape.forward(tokens, length)
+    touched = summed = hold = sums = solver = aims = freed = 0.0
+    for costs in shape.costs.blocks:
+        widths = costs.geometry.inputs, costs.geometry.ffn
+        moments = sum(width * (width + h) for width in widths)
+        # The refit's own target takes the projection again.
+        flops += sum(2 * tokens * h * width for width in widths) + 2 * tokens * moments
+        touched += batches * moments * SUMMED + streams * tokens * (4 * widths[1] + 3 * widths[0] + 12 * h) * 8
+        summed += 8.0 * moments
+        for width in widths:
+            if not alone and 4 * tokens * width > KEEP_BYTES:
+                flops += tokens * (2 * costs.dense + 4 * length * widths[0]) / 2  # the inputs are made again
+            elif not alone:
+                hold = max(hold, 4.0 * tokens * width)  # for the pruned stream, on the device
+        n = widths[1]
+        # int64 sums, float64 in their place, the factor in H's and the inverse in the factor's. Solving takes a copy of
+        # the factor beside G and W*; later, with the matrix shrunk, a level is copied.
+        sums = max(sums, (n * n + n * h) * 8 + Moments.ROWS * n * ADDING)
+        solver = max(solver, 8.0 * (2 * n * n + 2 * n * h))
+        aims = max(aims, 8.0 * n * h)  # G, in memory
+        # Matrices shrink step by step; what is freed below this size the C library keeps.
+        freed = max(freed, min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2))
 
     solved = thin = thin_flops = kept = levels32 = 0.0
-    for menu in menus:
-        if menu.neurons != (g.ffn,):
+    for menu, block in zip(menus, g.blocks, strict=True):
+        n, q = block.ffn, block.inputs
+        if menu.neurons != (n,):
             least = min(menu.neurons)
             solved += n**3 + 2 * n * n * h + (h**3 / 3 + 4 * n * h * h if solver_metric else 0)
             f, b = _eliminate(n, h, shape.options.round_to, least)
             thin, thin_flops = thin + b, thin_flops + f
             solved += sum(m * h * h for m in menu.neurons) if solver_metric else 0
             thin += sum(40 * m * h for m in menu.neurons)
-        if menu.heads != ((g.kv_heads, g.group),):
-            large, moved = _heads(shape, menu)
+        if menu.heads != ((block.kv_heads, block.group),):
+            large, moved = _heads(block, menu, shape.options.query_heads)
             solved += q**3 + 2 * q * q * h + (h**3 / 3 + 4 * q * h * h if solver_metric else 0) + large
             thin += moved
         channels = sum(m for m in menu.neurons if m < n)
-        heads = sum(a * b * g.head_dim for a, b in menu.heads if a * b < g.heads)
+        heads = sum(a * b * block.head_dim for a, b in menu.heads if a * b < block.heads)
         levels32 = max(levels32, 4.0 * (channels + heads) * h)
-        plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + g.heads)
-        kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, g))
+        plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + block.heads)
+        kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, block))
     stream = 4.0 * tokens * h * streams
     device, ram = _held(shape)
-    # Inputs of a sublayer that are kept for the pruned stream lie on the device.
-    hold = 0.0 if alone else max((4.0 * tokens * w for w in (n, q) if 4 * tokens * w <= KEEP_BYTES), default=0.0)
-    adding = Moments.ROWS * n * ADDING
-    # int64 sums, float64 in their place, the factor in H's and the inverse in the factor's. Solving takes a copy of the
-    # factor beside G and W*; later, with the matrix shrunk, a level is copied.
-    sums = (n * n + n * h) * 8
-    solver = 8.0 * (2 * n * n + 2 * n * h)
-    aims = 8.0 * n * h  # G, in memory
-    # Matrices shrink step by step; what is freed below this size the C library keeps.
-    freed = min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2)
     device |= {
         "a batch": _passing(shape, batch, length) * (1 if alone else 1.3),
         "kept inputs": hold,
-        "statistics and solver": max(sums + adding, solver),
+        "statistics and solver": max(sums, solver),
     }
     if shape.streamed:  # embeddings and head lie in memory meanwhile
-        rest = 4.0 * (shape.costs.total - layers * shape.block)
-        device["model"] -= rest
-        ram["embeddings and head"] = rest
+        device["model"] -= 4.0 * shape.rest
+        ram["embeddings and head"] = 4.0 * shape.rest
     (device if 8.0 * total * length * h <= shape.spare else ram)["streams"] = stream
     ram |= {"levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
     whole = 4.0 * total * length * h * streams
     work = _added(
         _opened(shape),
-        _fetched(shape, layers),
+        _fetched(shape),
         {
-            "gemm32": layers * flops,
+            "gemm32": flops,
             "gemm64": solved,
             "thin64": thin,
             "thin64_flops": thin_flops,
-            "touch": layers * touched,
-            "calls": layers * batches * 4.0 * streams,
-            "seals": float(layers),
-            "read": layers * 4.0 * 2 * h * h * solver_metric,
+            "touch": touched,
+            "calls": g.layers * batches * 4.0 * streams,
+            "seals": float(g.layers),
+            "read": g.layers * 4.0 * 2 * h * h * solver_metric,
             "write": kept,
-            "save": (layers - 1) * stream,
-            "sums": layers * 8.0 * (q * q + q * h + n * n + n * h) if shape.world > 1 else 0.0,
+            "save": (g.layers - 1) * stream,
+            "sums": summed if shape.world > 1 else 0.0,
         },
     )
     return Stage(
@@ -404,26 +413,27 @@ def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, 
     device |= {"a batch": _passing(shape, group, length), "logits": 4.0 * positions * g.vocab * 4}
     (device if states * (g.layers + 2) / (g.layers + 1) <= shape.spare else ram)["the parent's streams"] = states
     work = {
-        "gemm32": g.layers * shape.forward(tokens, length) + shape.head(windows * positions),
+        "gemm32": shape.forward(tokens, length) + shape.head(windows * positions),
         "touch": 8 * states,
         "logits": 4.0 * windows * positions * g.vocab,
         "calls": float(g.layers * mine),
         "gather": states if shape.world > 1 else 0.0,
     }
-    return _added(work, _opened(shape), _fetched(shape, g.layers)), device, ram
+    return _added(work, _opened(shape), _fetched(shape)), device, ram
 
 
 def _evaluate(
-    shape: Shape, count: float, windows: int, blocks: float, kept: float, made: float, fresh: float
+    shape: Shape, count: float, windows: int, runs: Sequence[float], kept: float, made: float, fresh: float
 ) -> dict[str, float]:
     """Work of one process for ``count`` candidates of the whole run.
 
     Args:
-        blocks: blocks that a candidate runs, on average.
+        runs: how often a candidate runs each block, on average.
         kept: share of a block that it still has.
-        made: pruned blocks made for a candidate's own changes.
-        fresh: pruned blocks made for every chunk of candidates beside them.
+        made: parameters, before pruning, of the blocks made for a candidate's own changes.
+        fresh: those of the blocks made for every chunk of candidates beside them.
     """
+    blocks, weighted = sum(runs), sum(n * c.dense for n, c in zip(runs, shape.costs.blocks, strict=True))
     g, length = shape.geometry, shape.options.search.length or shape.length
     positions = min(shape.options.search.positions, length - 1)
     tokens = windows * length
@@ -432,12 +442,12 @@ def _evaluate(
     chunks = math.ceil(mine / chunk)
     group = max(1, min(shape.batch, tokens // 4) // length)
     return {
-        "gemm32": mine * (blocks * shape.forward(tokens, length, kept) + shape.head(windows * positions)),
+        "gemm32": mine * (shape.forward(tokens, length, kept, runs) + shape.head(windows * positions)),
         "touch": mine * blocks * tokens * g.hidden * 40,
         "logits": 3.0 * mine * windows * positions * g.vocab,
         "calls": mine * blocks * math.ceil(windows / group) + 3.0 * mine * windows,
-        "make": (mine * made + chunks * fresh) * shape.block * kept * 6.0,
-        **_fetched(shape, chunks * blocks),
+        "make": (mine * made + chunks * fresh) * kept * 6.0,
+        **_fetched(shape, chunks * weighted / shape.costs.backbone),
     }
 
 
@@ -459,19 +469,23 @@ def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
     each = [len(m.neurons) + len(m.heads) - 2 for m in menus]
     count = sum(each)
     run = sum(n * (g.layers - b) for b, n in enumerate(each))
+    runs = [reached / max(1, count) for reached in accumulate(each)]
     kept = 1.0 if number == 1 else 1 - shape.sparsity
     length = search.length or shape.length
-    mean = run / max(1, count)
-    parts = [start, _evaluate(shape, count, windows, mean, kept, 0.5, 0.0 if number == 1 else mean)]
+    own = sum(n * costs.dense for n, costs in zip(each, shape.costs.blocks, strict=True)) / max(1, count)
+    behind = sum(n * costs.dense for n, costs in zip(runs, shape.costs.blocks, strict=True))
+    parts = [start, _evaluate(shape, count, windows, runs, kept, 0.5 * own, 0.0 if number == 1 else behind)]
     layers = g.layers
     tokens = windows * length
     if number > 1:
         # The parent is the solution so far: its streams are made once.
-        again = layers * shape.forward(tokens / shape.world, length, kept)
-        parts.append({"gemm32": again, "make": 6.0 * layers * shape.block * kept})
-    device = {**device, "a variant of a block": 4.0 * shape.block * (0.5 if number == 1 else 1.5 * kept)}
-    ffns, attentions = sum(len(m.neurons) - 1 for m in menus), sum(len(m.heads) - 1 for m in menus)
-    made = 4.0 * g.hidden * (ffns * 3 * g.ffn + attentions * 2 * shape.inputs) / 2
+        again = shape.forward(tokens / shape.world, length, kept)
+        parts.append({"gemm32": again, "make": 6.0 * shape.costs.backbone * kept})
+    device = {**device, "a variant of a block": 4.0 * shape.largest * (0.5 if number == 1 else 1.5 * kept)}
+    made = 0.0
+    for menu, block in zip(menus, g.blocks, strict=True):
+        sizes = (len(menu.neurons) - 1) * 3 * block.ffn + (len(menu.heads) - 1) * 2 * block.inputs
+        made += 4.0 * g.hidden * sizes / 2
     device["made blocks"] = min(shape.spare, made)
     rows = count * (160 + 4 * layers)
     return Stage(
@@ -494,7 +508,8 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     layers, kept = g.layers, 1 - shape.sparsity
     parts = [start]
     starting = 8 if number == 1 else 7
-    parts.append(_evaluate(shape, starting, search.windows, layers, kept, layers, 0.0))
+    backbone = shape.costs.backbone
+    parts.append(_evaluate(shape, starting, search.windows, [1.0] * layers, kept, backbone, 0.0))
     shares = list(zip(search.steps, [search.offspring, *search.survivors], strict=True))
     spent = float(layers * search.windows * length * (2 + starting))
     evaluated = float(starting)
@@ -502,8 +517,8 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
         windows = max(1, round(share * search.windows))
         tokens = windows * length
         many = max(1, min(activation_bytes(shape.streamed) // (4 * tokens * g.hidden), -(-count // shape.world)))
-        variants = layers * (1 / many + DIFFERENT * (1 - 1 / many))
-        step = _evaluate(shape, count, windows, RERUN * layers, kept, variants, 0.0)
+        variants = backbone * (1 / many + DIFFERENT * (1 - 1 / many))
+        step = _evaluate(shape, count, windows, [RERUN] * layers, kept, variants, 0.0)
         parts.append({kind: search.generations * amount for kind, amount in step.items()})
         spent += search.generations * count * tokens * RERUN * layers
         evaluated += search.generations * count
@@ -512,9 +527,9 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     mine = -(-search.windows // shape.world) * length
     parts.append(
         {
-            "gemm32": again * layers * shape.forward(mine, length, kept) * RERUN,
-            "make": 6.0 * again * layers * shape.block * kept,
-            **_fetched(shape, again * layers * RERUN),
+            "gemm32": again * shape.forward(mine, length, kept) * RERUN,
+            "make": 6.0 * again * backbone * kept,
+            **_fetched(shape, again * RERUN),
             "touch": again * 8.0 * 4 * layers * search.windows * length * g.hidden,
         }
     )
@@ -522,9 +537,13 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     cells, capacity = _knapsack(job, menus)
     parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
     work = _added(*parts)
-    device = {**device, "a variant of a block": 4.0 * shape.block * kept}
-    pairs = [min(len(m.neurons) * len(m.heads), search.generations * search.offspring) for m in menus]
-    device["made blocks"] = min(shape.spare, DIFFERENT * sum(pairs) * 4.0 * shape.block * kept)
+    device = {**device, "a variant of a block": 4.0 * shape.largest * kept}
+    most = search.generations * search.offspring
+    pairs = [
+        min(len(m.neurons) * len(m.heads), most) * costs.dense
+        for m, costs in zip(menus, shape.costs.blocks, strict=True)
+    ]
+    device["made blocks"] = min(shape.spare, DIFFERENT * sum(pairs) * 4.0 * kept)
     tokens = search.windows * length
     ram = {
         **ram,
@@ -549,25 +568,23 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
 
 def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[float, int]:
     """(cells of one knapsack, its capacity in units)."""
-    costs = job.costs
     options: list[list[Option]] = []
-    for menu in menus:
+    for menu, costs in zip(menus, job.costs.blocks, strict=True):
         options.append([Option(costs.attention_dense - costs.attention(*c), 0.0) for c in menu.heads])
-        options.append([Option(costs.ffn(job.geometry.ffn) - costs.ffn(n), 0.0) for n in menu.neurons])
-    total = nearest_feasible(options, target_removed(job.sparsity, costs.backbone))
+        options.append([Option(costs.ffn_dense - costs.ffn(n), 0.0) for n in menu.neurons])
+    total = nearest_feasible(options, target_removed(job.sparsity, job.costs.backbone))
     capacity = total // common_unit(options)
     return float(capacity * sum(map(len, options))), capacity
 
 
 def _weights_kept(shape: Shape, chosen: Sequence[Choice]) -> float:
     """Elements of the refitted projections in a plan."""
-    g = shape.geometry
     columns = 0
-    for choice in chosen:
+    for choice, block in zip(chosen, shape.geometry.blocks, strict=True):
         heads = choice.groups * choice.per_group
-        columns += choice.neurons if choice.neurons < g.ffn else 0
-        columns += heads * g.head_dim if heads < g.heads else 0
-    return float(columns * g.hidden)
+        columns += choice.neurons if choice.neurons < block.ffn else 0
+        columns += heads * block.head_dim if heads < block.heads else 0
+    return float(columns * shape.geometry.hidden)
 
 
 def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, length: int) -> Stage:
@@ -587,18 +604,18 @@ def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, lengt
         device |= {
             "both streams": 2 * 4.0 * tokens * g.hidden,
             "logits": 6 * 4.0 * length * g.vocab,
-            "the sliced block": 4.0 * shape.block * kept,
+            "the sliced block": 4.0 * shape.largest * kept,
             "a batch": _passing(shape, length, length),
         }
         work = _added(
             work,
             _opened(shape),
-            _fetched(shape, g.layers),
+            _fetched(shape),
             {
-                "gemm32": g.layers * shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
+                "gemm32": shape.forward(tokens, length, 1 + kept) + 2 * shape.head(tokens),
                 "logits": tokens * g.vocab * (2 + 4.0 * scales),
                 "calls": 2.0 * g.layers * mine,
-                "make": g.layers * shape.block * kept * 6.0,
+                "make": shape.costs.backbone * kept * 6.0,
             },
         )
     units = sum(c.neurons + c.groups * c.per_group for c in chosen)
@@ -612,7 +629,7 @@ def _model(shape: Shape, chosen: Sequence[Choice]) -> Stage:
     written = float(left * shape.dtype_bytes * shape.layouts)
     device, ram = _held(shape, in_step=False)
     ram |= {"the plan": shape.dtype_bytes * _weights_kept(shape, chosen)}
-    work = {"read": 2 * written + _reads(shape, 2 * shape.geometry.layers), "write": written}
+    work = {"read": 2 * written + _reads(shape, 2), "write": written}
     return Stage("model", work, device, ram, kept=written, scratch=0.0, reads=work["read"])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.language.plan import BlockPlan, Plan
-from compress.recipes.tyr.choice import Choice, Curves, Job, saving, settle
+from compress.recipes.tyr.choice import Choice, Curves, Job, removed, settle
 from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
 from compress.recipes.tyr.supernet import Menu
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
@@ -158,7 +158,7 @@ def final_pass(
             {
                 "method": "tyr",
                 "sparsity_asked": job.sparsity,
-                "removed": sum(saving(job, c) for c in choices),
+                "removed": removed(job, choices),
                 "backbone": job.costs.backbone,
                 **dict(job.inputs),
             }

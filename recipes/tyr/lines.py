@@ -47,6 +47,11 @@ def _size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e9:.1f} GB"
 
 
+def _each(value: int | list[int], form: str = ",") -> str:
+    """What all blocks have, or the least and the most of what they have."""
+    return format(value, form) if isinstance(value, int) else f"{min(value):{form}} to {max(value):{form}}"
+
+
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
     shapes, units, machine = facts["shapes"], facts["units"], facts["machine"]
     gpu = "gpu_bytes" in facts
@@ -74,10 +79,11 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         memory = f"{_size(facts['gpu_bytes'])} of GPU memory a process (in {facts['gpu_stage']}), " + memory
     return [
         f"model    {facts['model']} ({facts['family']}): {shapes['layers']} layers, hidden {shapes['hidden']},"
-        f" {shapes['heads']} heads in {shapes['kv_heads']} KV groups of {shapes['head_dim']}, FFN {shapes['ffn']}",
+        f" {_each(shapes['heads'], '')} heads in {_each(shapes['kv_heads'], '')} KV groups of"
+        f" {_each(shapes['head_dim'], '')}, FFN {_each(shapes['ffn'], '')}",
         f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
         f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
-        f"units    a KV group with its query heads {units['kv_group_parameters']:,},"
+        f"units    a KV group with its query heads {_each(units['kv_group_parameters'])},"
         f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
         f"machine  {machine['name']}: {machine['processes']} process{'es' if machine['processes'] > 1 else ''};"
         f" {machine['figures']}",

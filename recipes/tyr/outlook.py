@@ -24,6 +24,7 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         on: the machine that is asked about; see `compress.run.machines`.
     """
     from compress.language.setup import RESIDENT_SHARE, outline
+    from compress.models.families.base import one_or_all
     from compress.recipes.tyr.choice import check_budget
     from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
     from compress.recipes.tyr.stages import job_for
@@ -48,13 +49,13 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "model": setup.resolved.name,
         "source": setup.resolved.source,
         "family": setup.family.name,
-        "shapes": vars(g),
+        "shapes": g.facts(),
         "backbone_parameters": costs.backbone,
         "total_parameters": costs.total,
         "remove": target,
         "units": {
-            "kv_group_parameters": costs.attention(1, g.group),
-            "neuron_parameters": costs.ffn(g.ffn) - costs.ffn(g.ffn - 1),
+            "kv_group_parameters": one_or_all([block.attention(1, block.geometry.group) for block in costs.blocks]),
+            "neuron_parameters": costs.blocks[0].neuron,
             "neurons_round_to": options.round_to,
         },
         "after": {

@@ -18,7 +18,7 @@ from compress.language.budget import Option, knapsack, nearest_feasible, target_
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
-from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, settle
+from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, savings, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
 from compress.recipes.tyr.supernet import Accumulation, Supernet, head_choice, write_block
@@ -247,11 +247,11 @@ def _priced(facts: Mapping[str, Any]) -> list[list[Option]]:
 def full_shape_bytes(supernet: Supernet, job: Job) -> int:
     """What the same levels take when every candidate is stored at full shape in the model's own type."""
     size = next(job.model.parameters()).element_size()
-    geometry = job.geometry
-    per = {"attention": geometry.heads * geometry.head_dim * geometry.hidden, "ffn": geometry.ffn * geometry.hidden}
-    return sum(
-        per[kind] * size for facts in supernet.facts for kind in per for level in facts[kind] if not level["dense"]
-    )
+    found = 0
+    for block, facts in zip(job.geometry.blocks, supernet.facts, strict=True):
+        for kind, columns in (("attention", block.inputs), ("ffn", block.ffn)):
+            found += sum(columns * block.hidden * size for level in facts[kind] if not level["dense"])
+    return found
 
 
 def _describe(supernet: Supernet, job: Job, sublayer: int, e: int) -> list[int]:
@@ -259,7 +259,7 @@ def _describe(supernet: Supernet, job: Job, sublayer: int, e: int) -> list[int]:
     block, ffn = divmod(sublayer, 2)
     if ffn:
         return [supernet.facts[block]["ffn"][e]["kept"]]
-    return list(head_choice(supernet.level(block, "attention", e).units, job.geometry))
+    return list(head_choice(supernet.level(block, "attention", e).units, job.geometry.blocks[block]))
 
 
 def _choices_of(supernet: Supernet, job: Job, genome: Genome) -> list[Choice]:
@@ -275,9 +275,7 @@ def _genome_of(supernet: Supernet, job: Job, choices: list[Choice]) -> Genome:
     """The level of each sublayer that comes nearest to ``choices`` in parameters kept."""
     genome = []
     for block, choice in enumerate(choices):
-        attention = job.costs.attention_dense - job.costs.attention(choice.groups, choice.per_group)
-        ffn = job.costs.ffn(job.geometry.ffn) - job.costs.ffn(choice.neurons)
-        for kind, wanted in (("attention", attention), ("ffn", ffn)):
+        for kind, wanted in zip(("attention", "ffn"), savings(job.costs.blocks[block], choice), strict=True):
             facts = supernet.facts[block][kind]
             genome.append(min(range(len(facts)), key=lambda e: (abs(facts[e]["saving"] - wanted), e)))
     return tuple(genome)

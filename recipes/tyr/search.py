@@ -128,7 +128,8 @@ class Evaluator:
         self._made: OrderedDict[tuple[int, int, int], torch.nn.Module] = OrderedDict()
         self._most_made = 0
         if runner.device.type != "cpu" and not is_streamed(runner.model):
-            self._most_made = device_bytes() // 4 // (4 * sum(p.numel() for p in runner.blocks[0].parameters()))
+            largest = max(sum(p.numel() for p in block.parameters()) for block in runner.blocks)
+            self._most_made = device_bytes() // 4 // (4 * largest)
         self._states: list[Tensor] = []  # _states[i]: the parent's stream in front of block i, (n, length, hidden)
         self._advance(self.dense)
         self.teacher = self._teach(torch.stack(draw), top_k)

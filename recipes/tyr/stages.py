@@ -264,13 +264,13 @@ def describe_plan(
             "heads": heads,
             "kv_heads": groups,
             "neurons": neurons,
-            "dense_heads": g.heads,
-            "dense_kv_heads": g.kv_heads,
-            "dense_neurons": g.ffn,
-            "attention_sparsity": 1 - costs.attention(groups, heads // groups if groups else 0) / costs.attention_dense,
-            "ffn_sparsity": 1 - costs.ffn(neurons) / costs.ffn(g.ffn),
+            "dense_heads": block.geometry.heads,
+            "dense_kv_heads": block.geometry.kv_heads,
+            "dense_neurons": block.geometry.ffn,
+            "attention_sparsity": 1 - block.attention(groups, heads // groups if groups else 0) / block.attention_dense,
+            "ffn_sparsity": 1 - block.ffn(neurons) / block.ffn_dense,
         }
-        for i, (heads, groups, neurons) in enumerate(plan.counts(g))
+        for i, ((heads, groups, neurons), block) in enumerate(zip(plan.counts(g), costs.blocks, strict=True))
     ]
     report["logit_scale"] = plan.meta.get("logit_scale")
     report["run_off"] = plan.meta.get("run_off")

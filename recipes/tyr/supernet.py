@@ -25,7 +25,7 @@ from compress.processes.distributed import from_main, is_main, main_says, share,
 from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, neuron_levels, prune_heads
 
 if TYPE_CHECKING:
-    from compress.models.families.base import Costs, Geometry
+    from compress.models.families.base import BlockCosts, BlockGeometry, Geometry
 
 Target = Literal["own", "output", "residual"]
 Accumulation = Literal["expectation", "uniform", "none"]
@@ -42,7 +42,7 @@ def batch_tokens(geometry: Geometry, gpu: bool) -> int:
     kernel takes it as long as a small model's work on a thousand tokens."""
     if not gpu:
         return BATCH_TOKENS
-    each = 4 * 4 * (geometry.ffn + geometry.hidden)
+    each = 4 * 4 * (max(block.ffn for block in geometry.blocks) + geometry.hidden)
     return max(BATCH_TOKENS, min(GPU_BATCH_TOKENS, GPU_BATCH_BYTES // each // BATCH_TOKENS * BATCH_TOKENS))
 
 
@@ -216,7 +216,7 @@ class _Kept:
         return self._parts.pop(s.start) if self._keeps else again()
 
 
-def head_choice(heads: Sequence[int], geometry: Geometry) -> tuple[int, int]:
+def head_choice(heads: Sequence[int], geometry: BlockGeometry) -> tuple[int, int]:
     """(KV groups, query heads per group) of the heads kept, equally many in every group."""
     groups = len({head // geometry.group for head in heads})
     return (groups, len(heads) // groups) if groups else (0, 0)
@@ -237,8 +237,7 @@ def prune_block(
     streams: Streams,
     menu: Menu,
     *,
-    geometry: Geometry,
-    costs: Costs,
+    costs: BlockCosts,
     damping: float,
     target: Target,
     accumulation: Accumulation,
@@ -257,6 +256,7 @@ def prune_block(
         (attention levels, FFN levels), most kept first; the first of each is the dense one where the menu has it.
     """
     block = runner.blocks[index]
+    geometry = costs.geometry
     family = runner.family
     if family.post_norm and target == "residual":
         target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
@@ -294,7 +294,7 @@ def prune_block(
             moments,
             o_dense.T,
             damping,
-            lambda problem: _attention_levels(problem, menu, geometry, costs, score, trim, metrics[0]),
+            lambda problem: _attention_levels(problem, menu, costs, score, trim, metrics[0]),
         )
     del moments
     if not alone:
@@ -329,7 +329,7 @@ def prune_block(
             moments,
             down_dense.T,
             damping,
-            lambda problem: _ffn_levels(problem, menu, geometry, costs, score, step, metrics[1]),
+            lambda problem: _ffn_levels(problem, menu, costs, score, step, metrics[1]),
         )
     del moments
     if not alone:
@@ -367,8 +367,9 @@ def _weighted(x: Tensor, aim: Tensor, normed: Tensor, how: TokenWeight) -> tuple
 
 
 def _attention_levels(
-    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, trim: bool, metric: Tensor | None
+    problem: Problem, menu: Menu, costs: BlockCosts, score: Score, trim: bool, metric: Tensor | None
 ) -> list[Level]:
+    geometry = costs.geometry
     found = prune_heads(
         problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score, metric=metric
     )
@@ -384,13 +385,13 @@ def _attention_levels(
 
 
 def _ffn_levels(
-    problem: Problem, menu: Menu, geometry: Geometry, costs: Costs, score: Score, step: int, metric: Tensor | None
+    problem: Problem, menu: Menu, costs: BlockCosts, score: Score, step: int, metric: Tensor | None
 ) -> list[Level]:
-    whole = costs.ffn(geometry.ffn)
+    whole = costs.ffn_dense
     # Taken to the CPU as they come, and let go: together they may be larger than the matrices they come from.
     levels = []
     for count, keep, refitted in neuron_levels(problem, menu.neurons, step, score, metric, last=True):
-        units, dense = tuple(keep.tolist()), count == geometry.ffn
+        units, dense = tuple(keep.tolist()), count == costs.geometry.ffn
         levels.append(_level(units, keep, whole - costs.ffn(count), whole, problem, refitted, dense))
         del refitted
     return levels
@@ -403,7 +404,7 @@ def _level(
     return Level(units, saving, saving / whole, problem.loss(keep, refitted), weight)
 
 
-def predicted_bytes(menu: Menu, geometry: Geometry) -> int:
+def predicted_bytes(menu: Menu, geometry: BlockGeometry) -> int:
     """Size of a block's file in a supernet, before it is made: int32 indices, bfloat16 weights, and the header."""
     size = 0
     tensors = 0
@@ -461,7 +462,8 @@ class Supernet:
         fact = self.facts[block][kind][e]
         file = self._files[block]
         if fact["dense"]:
-            n = self.geometry.heads if kind == "attention" else self.geometry.ffn
+            dense = self.geometry.blocks[block]
+            n = dense.heads if kind == "attention" else dense.ffn
             return Level(tuple(range(n)), 0, 0.0, fact["loss"], None)
         units = tuple(file.get_tensor(f"{kind}.{e}.units").tolist())
         weight = file.get_tensor(f"{kind}.{e}.weight").float()

@@ -38,7 +38,7 @@ def test_the_even_plan_leaves_the_edges_alone_and_meets_the_share_to_one_step(sh
     widths = [n for _, _, n in plan.counts(costs.geometry)]
     assert widths[:2] == [256, 256] and widths[9:] == [256] and max(widths[2:9]) - min(widths[2:9]) <= 16
     assert all(n % 16 == 0 for n in widths) and max(widths[2:9]) < 256
-    step = costs.ffn(16)
+    step = 16 * costs.blocks[0].neuron
     assert abs(plan.removed(costs) - share * costs.backbone) <= step / 2
 
 

@@ -86,7 +86,7 @@ def test_no_path_of_this_machine_is_left_in_the_graphs(llama: tuple[Any, Path]) 
 
 
 def test_cached_layers_counts_kv_heads_from_the_modules(llama: tuple[Any, Path]) -> None:
-    assert cached_layers(llama[0]) == [(0, 2), (1, 1), (3, 2)]
+    assert cached_layers(llama[0]) == [(0, 2, 8), (1, 1, 8), (3, 2, 8)]
 
 
 def test_any_batch_and_length_and_an_empty_past(llama: tuple[Any, Path]) -> None:

@@ -30,10 +30,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[float, tuple[Any,
     made = {}
     for keep in KEEP:
         model = load_model(folder, family).float().eval()
-        g = family.geometry(model.config)
         if keep < 1:
             blocks = []
-            for i in range(g.layers):
+            for i, g in enumerate(family.geometry(model.config).blocks):
                 share = keep + 0.2 * (1 if i % 2 else -1) * (1 - keep)
                 groups = max(1, round(share * g.heads / g.group))
                 neurons = 8 * round(share * g.ffn / 8)

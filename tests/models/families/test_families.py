@@ -21,7 +21,7 @@ families = pytest.mark.parametrize("model_type", ARCHITECTURES)
 def ragged_plan(model: Any) -> Plan:
     """Block 0: three of five query heads of each group (6 do not divide the hidden size), 15 neurons. 1: one group
     whole, dense FFN. 2: nothing at all. 3: dense attention, no FFN. Refitted weights in 0 and 1."""
-    geometry = family_for(model.config).geometry(model.config)
+    geometry = family_for(model.config).geometry(model.config).blocks[0]
     blocks = (
         BlockPlan((0, 2, 4, 5, 7, 9), tuple(range(3, 48, 3))),
         BlockPlan((5, 6, 7, 8, 9), tuple(range(48))),
@@ -55,7 +55,7 @@ def test_costs_equal_what_the_modules_hold(model_type: str) -> None:
 
 def test_llama_costs_by_hand() -> None:
     model = tiny("llama")
-    costs = family_for(model.config).costs(model.config)
+    costs = family_for(model.config).costs(model.config).blocks[0]
     # q 80x40, k and v 16x40 each, o 40x80; gate, up, down 48x40 each.
     assert costs.attention_dense == 3200 + 2 * 640 + 3200
     assert costs.ffn(48) == 3 * 48 * 40

@@ -11,6 +11,7 @@ import torch
 from compress.language.plan import Plan
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
+from compress.models.families.base import Costs
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
@@ -27,20 +28,31 @@ def small_job(
 ) -> Job:
     """A job on a tiny model; ``windows`` are (calibration, search, length)."""
     model = tiny(model_type, seed, **changes)
-    family = family_for(model.config)
+    return job_on(model, family_for(model.config).costs(model.config), options, sparsity, seed, windows)
+
+
+def job_on(
+    model: Any,
+    costs: Costs,
+    options: dict[str, Any] | None = None,
+    sparsity: float = 0.3,
+    seed: int = 0,
+    windows: tuple[int, int, int] = (8, 3, 32),
+) -> Job:
+    """The same on any model."""
     calibration, search, length = windows
     return Job(
         model,
-        family,
+        family_for(model.config),
         model.config,
-        family.geometry(model.config),
-        family.costs(model.config),
+        costs.geometry,
+        costs,
         tokens(calibration, length, seed=100 + seed),
         tokens(search, length, seed=200 + seed),
         sparsity,
         seed,
         TyrOptions.model_validate({"round_to": 4, **(options or {})}),
-        {"model": f"tiny {model_type} {seed}"},
+        {"model": f"tiny {model.config.model_type} {seed}"},
     )
 
 
@@ -56,7 +68,7 @@ def pruned_block(runner: BlockRunner, job: Job, index: int, streams: Streams, me
         **changes,
     }
     with torch.no_grad():
-        return prune_block(runner, index, streams, menu, geometry=job.geometry, costs=job.costs, **settings)
+        return prune_block(runner, index, streams, menu, costs=job.costs.blocks[index], **settings)
 
 
 def written_supernet(folder: Path, job: Job, menu: Menu) -> Supernet:

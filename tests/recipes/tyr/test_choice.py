@@ -11,7 +11,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.language.budget import target_removed
-from compress.models.families.base import Geometry
+from compress.models.families.base import BlockGeometry
 from compress.recipes.tyr.choice import (
     Choice,
     Job,
@@ -23,7 +23,8 @@ from compress.recipes.tyr.choice import (
     head_levels,
     left_alone,
     neighbours,
-    saving,
+    removed,
+    savings,
     settle,
 )
 from tests.recipes.tyr.small import small_job
@@ -31,8 +32,8 @@ from tests.recipes.tyr.small import small_job
 NEURON = 3 * 40  # parameters of one neuron of the tiny models
 
 
-def geometry(heads: int, kv_heads: int) -> Geometry:
-    return Geometry(4, 40, heads, kv_heads, 8, 48, 300, True)
+def geometry(heads: int, kv_heads: int) -> BlockGeometry:
+    return BlockGeometry(40, heads, kv_heads, 8, 48)
 
 
 # --- what can be chosen ---------------------------------------------------------------------------------------
@@ -58,17 +59,17 @@ def test_attention_stays_where_the_cache_needs_it_and_everywhere_on_request() ->
 def test_few_head_levels_are_all_there_are_by_savings() -> None:
     job = small_job("llama", {"head_levels": 65})
     found = head_levels(job, 1)
-    costs = [job.costs.attention(*c) for c in found]
-    assert sorted(found) == sorted(head_choices(job.geometry, True)) and costs == sorted(costs, reverse=True)
+    costs = [job.costs.blocks[1].attention(*c) for c in found]
+    assert sorted(found) == sorted(head_choices(job.geometry.blocks[1], True)) and costs == sorted(costs, reverse=True)
 
 
 @pytest.mark.parametrize("most", [2, 3, 5, 8])
 def test_head_levels_are_spread_over_the_savings(most: int) -> None:
     job = small_job("llama", {"head_levels": most})
     found = head_levels(job, 1)
-    whole = job.costs.attention_dense
+    whole = job.costs.blocks[1].attention_dense
     assert len(found) == most and found[0] == (2, 5) and found[-1] == (0, 0)
-    kept = [job.costs.attention(*c) / whole for c in found]
+    kept = [job.costs.blocks[1].attention(*c) / whole for c in found]
     assert kept == sorted(kept, reverse=True)
     # Every choice of the model lies at most 0.09 from the next, so each level is as near to its place as that.
     assert kept == pytest.approx([1 - i / (most - 1) for i in range(most)], abs=0.09)
@@ -135,16 +136,16 @@ def test_a_budget_out_of_reach_names_the_largest_that_is_not(model_type: str, ch
     plain = job(named)
     must = {"llama": 1, "gemma2": 2}[model_type]
     least = 40 * 8 * (5 if "query_heads" in changes else 1) * 2 + 2 * 40 * 8
-    attention = 0 if "attention" in changes else 4 * plain.costs.attention_dense - must * least
+    attention = 0 if "attention" in changes else 4 * plain.costs.blocks[0].attention_dense - must * least
     assert named == int(1000 * (4 * 48 * NEURON + attention) / plain.costs.backbone) / 1000
 
 
 def test_saving_is_the_difference_of_the_costs() -> None:
-    job = small_job("llama")
-    assert saving(job, Choice(2, 5, 48)) == 0
-    assert saving(job, Choice(2, 5, 44)) == 4 * NEURON
-    assert saving(job, Choice(0, 0, 0)) == job.costs.attention_dense + 48 * NEURON
-    assert saving(job, Choice(1, 5, 48)) == job.costs.attention_dense // 2
+    costs = small_job("llama").costs.blocks[0]
+    assert savings(costs, Choice(2, 5, 48)) == (0, 0)
+    assert savings(costs, Choice(2, 5, 44)) == (0, 4 * NEURON)
+    assert savings(costs, Choice(0, 0, 0)) == (costs.attention_dense, 48 * NEURON)
+    assert savings(costs, Choice(1, 5, 48)) == (costs.attention_dense // 2, 0)
 
 
 # --- the last step --------------------------------------------------------------------------------------------
@@ -161,10 +162,6 @@ def curves(job: Job, losses: list[list[float]]) -> list[list[dict[str, Any]]]:
 
 def sized(job: Job, neurons: tuple[int, ...]) -> list[Choice]:
     return [Choice(2, 5, n) for n in neurons]
-
-
-def removed(job: Job, choices: list[Choice]) -> int:
-    return sum(saving(job, c) for c in choices)
 
 
 def interpolated(curve: list[float], neurons: int) -> float:
@@ -242,12 +239,10 @@ def test_settle_ends_where_no_ffn_has_anything_left() -> None:
 
 def test_even_widths_take_the_budget_evenly_from_the_blocks_between() -> None:
     job = small_job(sparsity=0.2)
-    g, costs = job.geometry, job.costs
     widths = even_widths(job, 1, 1)
-    assert widths[0] == widths[-1] == g.ffn
-    assert max(widths[1:-1]) - min(widths[1:-1]) <= 1
-    neuron = costs.ffn(2) - costs.ffn(1)
-    assert abs(sum(g.ffn - w for w in widths) * neuron - 0.2 * costs.backbone) <= neuron / 2
+    assert widths[0] == widths[-1] == 48
+    assert 0 <= widths[2] - widths[1] <= 1
+    assert abs(sum(48 - w for w in widths) * NEURON - 0.2 * job.costs.backbone) <= NEURON / 2
     assert left_alone(30) == (4, 2) and left_alone(4) == (1, 0)
 
 

@@ -19,8 +19,7 @@ from tests.tiny import ARCHITECTURES, tiny, tokens
 
 
 def cut(job: Job) -> Plan:
-    g = job.geometry
-    return Plan(tuple(BlockPlan(tuple(range(g.heads)), tuple(range(0, g.ffn, 3))) for _ in range(g.layers)))
+    return Plan(tuple(BlockPlan(tuple(range(g.heads)), tuple(range(0, g.ffn, 3))) for g in job.geometry.blocks))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
@@ -53,8 +52,7 @@ def test_a_position_whose_next_token_begins_every_text_is_not_judged(begin: int,
 
 def test_a_model_that_lost_nothing_keeps_its_scale() -> None:
     job = small_job()
-    g = job.geometry
-    whole = Plan(tuple(BlockPlan(tuple(range(g.heads)), tuple(range(g.ffn))) for _ in range(g.layers)))
+    whole = Plan(tuple(BlockPlan(tuple(range(g.heads)), tuple(range(g.ffn))) for g in job.geometry.blocks))
     assert fit_scale(job, whole) == (1.0, pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
 
 

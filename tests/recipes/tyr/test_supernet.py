@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
-from compress.models.families.base import Geometry
+from compress.models.families.base import BlockGeometry, Geometry
 from compress.recipes.tyr import supernet
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.local import Moments, channels, damp, prune_heads, prune_neurons
@@ -103,9 +103,9 @@ def test_neuron_counts_by_hand(arguments: tuple[int, int, int, int, int], expect
     assert neuron_counts(*arguments) == expected
 
 
-def smollm2_block(seed: int) -> tuple[Geometry, Menu, list[Level], list[Level]]:
+def smollm2_block(seed: int) -> tuple[BlockGeometry, Menu, list[Level], list[Level]]:
     """Random levels at the size of a SmolLM2-135M block."""
-    geometry = Geometry(30, 576, 9, 3, 64, 1536, 49152, True)
+    geometry = BlockGeometry(576, 9, 3, 64, 1536)
     menu = Menu(
         neuron_counts(1536, 768, 192, 9, 16),
         ((3, 3), (3, 2), (2, 3), (3, 1), (2, 2), (1, 3), (2, 1), (1, 2), (1, 1), (0, 0)),
@@ -153,7 +153,7 @@ def test_a_block_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -
     geometry, _, attention, ffn = smollm2_block(2)
     for name, a, f in (("0", attention, ffn), ("1", attention[3:], ffn[2:])):
         write_block(tmp_path / name, a, f, dtype)
-    read = Supernet([tmp_path / "0", tmp_path / "1"], geometry)
+    read = Supernet([tmp_path / "0", tmp_path / "1"], Geometry.alike(2, geometry, 49152, True))
     assert read.bytes == sum((tmp_path / name).stat().st_size for name in "01")
     for block, kind, levels in ((0, "attention", attention), (0, "ffn", ffn), (1, "attention", attention[3:])):
         assert len(read.facts[block][kind]) == len(levels)
@@ -219,7 +219,7 @@ def test_the_pruned_stream_is_the_mean_of_all_candidates_really_run(kind: str, a
     dense, pruned = world.streams.dense.clone(), world.streams.pruned.clone()
     assert not torch.allclose(dense, pruned, atol=1e-2)
     attention, ffn = pruned_block(world.runner, world.job, 1, world.streams, world.menu, accumulation=accumulation)
-    costs = world.job.costs
+    costs = world.job.costs.blocks[0]
 
     def shares(kept: Sequence[int], dense: int) -> list[float]:
         return [1.0] * len(kept) if accumulation == "uniform" else [k / dense for k in kept]
@@ -285,7 +285,7 @@ def explicit_levels(
 ) -> tuple[Any, Any]:
     """(heads, neuron levels) of block 1 from statistics gathered here, in one batch and float64."""
     family, block, runner = world.job.family, world.runner.blocks[1], world.runner
-    g = world.job.geometry
+    g = world.job.geometry.blocks[0]
     o, down = family.o_proj(block), family.down_proj(block)
 
     def solve(inputs: Tensor, layer: Any, dense_out: Tensor, behind: Tensor, stream: Tensor) -> Any:
@@ -312,7 +312,7 @@ def explicit_levels(
     levels = [
         Level(h.heads, 0, 0.0, 0.0, None if len(h.heads) == g.heads else w) for h, w in zip(heads, weights, strict=True)
     ]
-    kept = [world.job.costs.attention(h.groups, h.per_group) for h in heads]
+    kept = [world.job.costs.blocks[0].attention(h.groups, h.per_group) for h in heads]
     mean = mean_of(world.sublayer_outputs(levels, pruned, ffn=False), kept)
     middle = pruned + family.after_attention(block, attention_out if dense_attention else mean)
     ffn_out = down(runner.activation(1, dense_middle))
@@ -375,7 +375,7 @@ def test_inputs_made_again_are_those_that_were_kept(monkeypatch: pytest.MonkeyPa
 def test_savings_and_sparsities_are_the_costs_of_what_is_kept() -> None:
     world = World("llama with biases")
     attention, ffn = pruned_block(world.runner, world.job, 1, world.streams, world.menu)
-    costs = world.job.costs
+    costs = world.job.costs.blocks[0]
     for levels, kept, whole in (
         (attention, [costs.attention(*h) for h in world.menu.heads], costs.attention_dense),
         (ffn, [costs.ffn(n) for n in world.menu.neurons], costs.ffn(48)),
