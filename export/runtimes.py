@@ -548,99 +548,115 @@ def _load_tensorrt(
     cuda = Cuda(device)
     logger = trt_logger(trt)
     runtime = trt.Runtime(logger)
-    with open(path, "rb") as file:
-        engine = runtime.deserialize_cuda_engine(file.read())
-    if engine is None:
-        # As TensorRT-RTX 1.7 says it on an H100.
-        pattern = r"has compute capability (\d+\.\d+)\. Supported compute capabilities: ([\d. ]*\d)"
-        other = re.search(pattern, logger.last)
-        if other is not None:
-            raise Missing(
-                f"this GPU has compute capability {other[1]}, the engine was built for {other[2].replace(' ', ', ')}",
-                "run it on such a GPU",
-            )
-        raise CannotRun(f"{version} cannot load {os.path.basename(path)}: {logger.last}")
+    engine = _trt_engine(runtime, logger, path, version)
     if not 0 <= profile < engine.num_optimization_profiles:
         raise CannotRun(f"the engine has {engine.num_optimization_profiles} optimisation profiles, no {profile}")
     context, save_cache = _trt_context(trt, engine, cuda_graph, runtime_cache)
     if context is None or not context.set_optimization_profile_async(profile, cuda.stream.value):
         raise CannotRun(f"{version} gives no execution context: {logger.last}")
     cuda.wait()
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    reading = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-    writing = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+    loaded = _Engine(trt, version, cuda, logger, engine, context, profile)
 
-    def value(name: str) -> Value:
-        shape = tuple(None if d < 0 else int(d) for d in engine.get_tensor_shape(name))
-        return Value(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
+    def run(feed: Any) -> Any:
+        found = {v.name: x.fetch() for v, x in zip(loaded.outputs, loaded.prepare(feed)())}
+        save_cache()
+        return found
 
-    inputs, outputs = [value(n) for n in reading], [value(n) for n in writing]
-    buffers: Any = {}  # name -> (address, bytes)
-    held: Any = {}  # arrays on the host that the engine reads its shapes from
-    begin, end = cuda.event(), cuda.event()
-    last = [0.0]
+    native = (engine, context, runtime, logger)
+    return Runner(
+        format, version, loaded.inputs, loaded.outputs, run, loaded.prepare, lambda: loaded.last_seconds, native
+    )
 
-    def room(name: str, size: int) -> int:
-        address, have = buffers.get(name, (0, -1))
+
+def _trt_engine(runtime: Any, logger: Any, path: str, version: str) -> Any:
+    with open(path, "rb") as file:
+        engine = runtime.deserialize_cuda_engine(file.read())
+    if engine is not None:
+        return engine
+    # As TensorRT-RTX 1.7 says it on an H100.
+    pattern = r"has compute capability (\d+\.\d+)\. Supported compute capabilities: ([\d. ]*\d)"
+    other = re.search(pattern, logger.last)
+    if other is not None:
+        raise Missing(
+            f"this GPU has compute capability {other[1]}, the engine was built for {other[2].replace(' ', ', ')}",
+            "run it on such a GPU",
+        )
+    raise CannotRun(f"{version} cannot load {os.path.basename(path)}: {logger.last}")
+
+
+class _Engine:
+    """An engine with a context of its own and room on the device for what goes in and out."""
+
+    def __init__(self, trt: Any, version: str, cuda: Any, logger: Any, engine: Any, context: Any, profile: int) -> None:
+        self.version, self.cuda, self.logger = version, cuda, logger
+        self.engine, self.context, self.profile = engine, context, profile
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+
+        def value(name: str) -> Value:
+            shape = tuple(None if d < 0 else int(d) for d in engine.get_tensor_shape(name))
+            return Value(name, shape, np.dtype(trt.nptype(engine.get_tensor_dtype(name))).name)
+
+        self.inputs = [value(n) for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+        self.outputs = [value(n) for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.OUTPUT]
+        self._host = trt.TensorLocation.HOST
+        self._buffers: Any = {}  # name -> (address, bytes)
+        self._held: Any = {}  # arrays on the host that the engine reads its shapes from
+        self._begin, self._end = cuda.event(), cuda.event()
+        self.last_seconds = 0.0
+
+    def _room(self, name: str, size: int) -> int:
+        address, have = self._buffers.get(name, (0, -1))
         if have < size:
             if have >= 0:
-                cuda.free(address)
-            address = cuda.alloc(size)
-            buffers[name] = (address, size)
+                self.cuda.free(address)
+            address = self.cuda.alloc(size)
+            self._buffers[name] = (address, size)
         return int(address)
 
-    def place(name: str, array: Any) -> None:
-        low, _, high = engine.get_tensor_profile_shape(name, profile)
+    def _place(self, name: str, array: Any) -> None:
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
         if any(not a <= n <= b for a, n, b in zip(low, array.shape, high)):
             raise CannotRun(
                 f"the shape {tuple(array.shape)} of {name} lies outside the engine's profile:"
                 f" {tuple(low)} to {tuple(high)}"
             )
-        if not context.set_input_shape(name, tuple(array.shape)):
-            raise CannotRun(f"{version} refuses the shape {tuple(array.shape)} of {name}: {logger.last}")
-        if engine.get_tensor_location(name) == trt.TensorLocation.HOST:
-            held[name] = array
-            context.set_tensor_address(name, array.ctypes.data)
+        if not self.context.set_input_shape(name, tuple(array.shape)):
+            raise CannotRun(f"{self.version} refuses the shape {tuple(array.shape)} of {name}: {self.logger.last}")
+        if self.engine.get_tensor_location(name) == self._host:
+            self._held[name] = array
+            self.context.set_tensor_address(name, array.ctypes.data)
             return
-        address = room(name, array.nbytes)
-        cuda.to_device(address, array)
-        context.set_tensor_address(name, address)
+        address = self._room(name, array.nbytes)
+        self.cuda.to_device(address, array)
+        self.context.set_tensor_address(name, address)
 
-    def prepare(feed: Any) -> Any:
-        for name, array in zip(reading, _ordered(inputs, feed)):
-            place(name, array)
-        unknown = context.infer_shapes()
+    def _output_size(self, value: Value) -> int:
+        """Bytes; where the values say how large an output gets, the most it may be."""
+        shape = tuple(self.context.get_tensor_shape(value.name))
+        if any(d < 0 for d in shape):
+            return int(self.context.get_max_output_size(value.name))
+        return int(np.prod(shape, dtype=np.int64)) * np.dtype(value.dtype).itemsize
+
+    def prepare(self, feed: Any) -> Any:
+        """Brings ``feed`` onto the device; returns what runs the engine on it."""
+        for value, array in zip(self.inputs, _ordered(self.inputs, feed)):
+            self._place(value.name, array)
+        unknown = self.context.infer_shapes()
         if unknown:
             raise CannotRun(f"the shapes of {', '.join(unknown)} are not known")
-        sizes = {}
-        for v in outputs:
-            known = all(d >= 0 for d in context.get_tensor_shape(v.name))
-            itemsize = np.dtype(v.dtype).itemsize
-            sizes[v.name] = (
-                int(np.prod(tuple(context.get_tensor_shape(v.name)), dtype=np.int64)) * itemsize
-                if known
-                else context.get_max_output_size(v.name)  # the values say how large it gets
-            )
-            context.set_tensor_address(v.name, room(v.name, sizes[v.name]))
-        cuda.wait()
+        for value in self.outputs:
+            self.context.set_tensor_address(value.name, self._room(value.name, self._output_size(value)))
+        self.cuda.wait()
+        return self._call
 
-        def call() -> Any:
-            cuda.record(begin)
-            if not context.execute_async_v3(cuda.stream.value):
-                raise CannotRun(f"{version} cannot run the engine: {logger.last}")
-            cuda.record(end)
-            cuda.wait()
-            last[0] = cuda.seconds(begin, end)
-            return [_OnDevice(cuda, buffers[v.name][0], context, v) for v in outputs]
-
-        return call
-
-    def run(feed: Any) -> Any:
-        found = {v.name: x.fetch() for v, x in zip(outputs, prepare(feed)())}
-        save_cache()
-        return found
-
-    return Runner(format, version, inputs, outputs, run, prepare, lambda: last[0], (engine, context, runtime, logger))
+    def _call(self) -> Any:
+        self.cuda.record(self._begin)
+        if not self.context.execute_async_v3(self.cuda.stream.value):
+            raise CannotRun(f"{self.version} cannot run the engine: {self.logger.last}")
+        self.cuda.record(self._end)
+        self.cuda.wait()
+        self.last_seconds = self.cuda.seconds(self._begin, self._end)
+        return [_OnDevice(self.cuda, self._buffers[v.name][0], self.context, v) for v in self.outputs]
 
 
 class _OnDevice(NamedTuple):

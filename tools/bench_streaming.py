@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
 from compress.models.streaming import StreamedBlocks, stream_model
-from compress.recipes.tyr.supernet import Menu, Streams, neuron_counts, prune_block
+from compress.recipes.tyr.supernet import Local, Menu, Streams, neuron_counts, prune_block
 from compress.system import host
 from compress.system.files import whole_file, write_whole
 
@@ -90,13 +90,11 @@ def main() -> None:
     ids = torch.randint(0, 1000, (given.windows, given.length), generator=torch.Generator().manual_seed(0))
     streams = Streams.start(runner, ids, "expectation")
     menu = Menu(neuron_counts(given.ffn, given.ffn // 2, given.ffn // 8, 9, 16), ((groups, given.heads // groups),))
+    how = Local(0.01, "residual", "expectation", "obs", step=16, trim=False, token_weight="norm")
     print("block  seconds  read so far (GB)  peak so far (GB)")
     for index in range(min(given.blocks, layers)):
         began = time.monotonic()
-        prune_block(
-            runner, index, streams, menu, costs=costs.blocks[index], damping=0.01, target="residual",
-            accumulation="expectation", score="obs", step=16, trim=False, token_weight="norm",
-        )  # fmt: skip
+        prune_block(runner, index, streams, menu, costs.blocks[index], how)
         peak = host.peak_memory()
         print(
             f"{index:5} {time.monotonic() - began:8.1f} {blocks.bytes_read / 1e9:17.2f} {peak / 1e9:17.3f}", flush=True

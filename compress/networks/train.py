@@ -272,7 +272,6 @@ def train(
     count = len(data.train)
     per_epoch = math.ceil(count / spec.batch)
     steps = per_epoch * spec.epochs
-    place = next(model.parameters()).device
     held = dict(masks or {})
     check_masks(model, held)
     _check_norms(model, spec.batch)
@@ -291,52 +290,25 @@ def train(
     start, total = 0, 0.0
     if checkpoint is not None and checkpoint.exists():
         start, total, rows, held = state.read(checkpoint, mark)
+    learner = _Learner(model, data, spec, seed, label, weights, optimizer, average)
     model.train()
     with _one_batch(model), sound_gradients(model), Progress(steps, label, start) as bar:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
-            if remask is not None:
-                new = remask(Moment(epoch, step, per_epoch, steps), model)
-                if new is not None:
-                    check_masks(model, new)
-                    held = dict(new)
-                    apply_masks(model, held, optimizer)
-                    if average is not None:
-                        average.mask(held)
+            new = None if remask is None else remask(Moment(epoch, step, per_epoch, steps), model)
+            if new is not None:
+                held = learner.masked(new)
             if not within:
                 total, order = 0.0, _order(count, seed, epoch)
             elif step == start:
                 order = _order(count, seed, epoch)
             at = order[within * spec.batch : (within + 1) * spec.batch]
-            mine = at[rank() :: world()]
-            x, targets = _batch(data, mine, spec, seed, step, place)
             now = rate(spec, step, per_epoch)
-            for group in optimizer.param_groups:
-                group["lr"] = now
-            with torch.autocast(place.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
-                losses = _losses(model, x, targets, data.tasks, spec.label_smoothing)
-                loss = weights(losses, len(mine)) / len(at)
-            optimizer.zero_grad(set_to_none=False)
-            loss.backward()
-            value = float(sum_floats(loss.detach().clone()))
-            if not math.isfinite(value):
-                raise CompressError(
-                    f"the loss is {value} in epoch {epoch + 1}", where=label, fix="lower the learning rate, or clip"
-                )
-            _share_gradients([p for group in optimizer.param_groups for p in group["params"]])
-            mask_gradients(model, held)
-            if spec.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), spec.clip)
-            optimizer.step()
-            if average is not None:
-                average.update(model)
+            value = learner.step(step, epoch, at, now, held)
             total += value * len(at)
             done = step + 1
             if done % per_epoch == 0:
-                pruned = sum(int((~m).sum()) for m in held.values())
-                row = {"epoch": epoch + 1, "loss": total / count, "lr": now, "pruned": pruned}
-                learnt = {f"weight {name}": value for name, value in weights.now().items()} if weights.learnt else {}
-                rows.append(row | learnt)
+                rows.append(learner.row(epoch, total / count, now, held))
             if checkpoint is not None and (done == steps or done % (spec.checkpoint_steps or per_epoch) == 0):
                 if is_main():
                     state.write(checkpoint, mark, done, total, rows, held)
@@ -346,6 +318,71 @@ def train(
         average.give(model)
     model.eval()
     return held, rows
+
+
+@dataclass(frozen=True)
+class _Learner:
+    """What every step of one training works with."""
+
+    model: nn.Module
+    data: Splits
+    spec: TrainSpec
+    seed: int
+    label: str
+    weights: Weights
+    optimizer: torch.optim.Optimizer
+    average: _Average | None
+
+    def masked(self, masks: Masks) -> dict[str, Tensor]:
+        """Holds other masks from here on: momentum and average are masked too."""
+        check_masks(self.model, masks)
+        held = dict(masks)
+        apply_masks(self.model, held, self.optimizer)
+        if self.average is not None:
+            self.average.mask(held)
+        return held
+
+    def step(self, step: int, epoch: int, at: Tensor, lr: float, held: Masks) -> float:
+        """One step on the samples ``at``, which the processes divide; returns their mean loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._loss(step, at)
+        self.optimizer.zero_grad(set_to_none=False)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(sum_floats(loss.detach().clone()))
+        if not math.isfinite(value):
+            raise CompressError(
+                f"the loss is {value} in epoch {epoch + 1}", where=self.label, fix="lower the learning rate, or clip"
+            )
+        _share_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
+        mask_gradients(self.model, held)
+        if self.spec.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.clip)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return value
+
+    def _loss(self, step: int, at: Tensor) -> Tensor:
+        """This process's part of the mean loss over ``at``."""
+        spec, tasks, place = self.spec, self.data.tasks, next(self.model.parameters()).device
+        mine = at[rank() :: world()]
+        x, targets = _batch(self.data, mine, spec, self.seed, step, place)
+        with torch.autocast(place.type, torch.bfloat16, enabled=spec.precision == "bfloat16"):
+            losses = _losses(self.model, x, targets, tasks, spec.label_smoothing)
+            return self.weights(losses, len(mine)) / len(at)
+
+    def row(self, epoch: int, loss: float, lr: float, held: Masks) -> dict[str, float]:
+        """What is noted of an epoch."""
+        pruned = sum(int((~m).sum()) for m in held.values())
+        learnt = self.weights.now() if self.weights.learnt else {}
+        return {
+            "epoch": epoch + 1,
+            "loss": loss,
+            "lr": lr,
+            "pruned": pruned,
+            **{f"weight {name}": value for name, value in learnt.items()},
+        }
 
 
 def _check_norms(model: nn.Module, batch: int) -> None:

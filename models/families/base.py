@@ -42,6 +42,11 @@ class BlockGeometry:
         """Channels that `o_proj` reads."""
         return self.heads * self.head_dim
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Channels that the two projections read whose inputs are pruned: `o_proj` and `down_proj`."""
+        return self.inputs, self.ffn
+
 
 @dataclass(frozen=True)
 class Geometry:

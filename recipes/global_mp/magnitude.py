@@ -125,39 +125,55 @@ def find_cuts(
             rank or by two; another rank's layers could not be read (its own error tells why).
         ValueError: ``prune`` is negative, or ``all_reduce`` is given without ``order``.
     """
-    import numpy as np
-    import torch
 
     if prune < 0:
         raise ValueError(f"prune is {prune}")
     if all_reduce is not None and order is None:
         raise ValueError("ranks need the order of all layers")
     floors = floors or {}
+    sizes, coarse = _upper_bits(source, floors, all_reduce, order)
+    if not sum(sizes.values()):
+        raise CompressError("the model has no prunable weight", where="model", fix="name layers that can be pruned")
+    check_feasible(sizes, floors, prune)
+    # The minimum threshold: a layer keeps min(sigma, m_l) of its m_l weights.
+    caps = {name: size - min(floors.get(name, 0), size) for name, size in sizes.items()}
+    bits = _threshold(source, caps, prune, coarse, all_reduce)
+    return _cuts_at(source, sizes, caps, prune, bits, all_reduce)
 
-    def over_ranks(size: int, count: Callable[[], Tensor]) -> Tensor:
-        """The sum over all ranks of what each counts, int64 of any shape of ``size``; a failure of one ends all."""
-        if all_reduce is None:
-            return count()
-        failure: Exception | None = None
-        try:
-            mine = count().flatten()
-        except Exception as e:  # whatever it is: the others wait for this rank's counts
-            failure, mine = e, torch.zeros(size, dtype=torch.int64)
-        total = all_reduce(torch.cat([mine, torch.tensor([int(failure is not None)])]))
-        if failure is not None:
-            raise failure
-        if int(total[-1]):
-            raise CompressError(
-                f"layers could not be read on {int(total[-1])} of the other ranks",
-                where="another rank",
-                fix="mend what is said there; nothing was pruned",
-            )
-        return total[:-1]
 
-    # Pass 1: sizes, faults, and how many weights go at most at each value of the upper bits.
+def _over_ranks(all_reduce: AllReduce | None, size: int, count: Callable[[], Tensor]) -> Tensor:
+    """The sum over all ranks of what each counts, int64 of any shape of ``size``; a failure of one ends all."""
+    import torch
+
+    if all_reduce is None:
+        return count()
+    failure: Exception | None = None
+    try:
+        mine = count().flatten()
+    except Exception as e:  # whatever it is: the others wait for this rank's counts
+        failure, mine = e, torch.zeros(size, dtype=torch.int64)
+    total = all_reduce(torch.cat([mine, torch.tensor([int(failure is not None)])]))
+    if failure is not None:
+        raise failure
+    if int(total[-1]):
+        raise CompressError(
+            f"layers could not be read on {int(total[-1])} of the other ranks",
+            where="another rank",
+            fix="mend what is said there; nothing was pruned",
+        )
+    return total[:-1]
+
+
+def _upper_bits(
+    source: Source, floors: Mapping[str, int], all_reduce: AllReduce | None, order: Sequence[str] | None
+) -> tuple[dict[str, int], Tensor]:
+    """First pass: every layer's size, by name in order, and how many weights go at most where the threshold ends each
+    bin of the upper bits, (BINS / 2,) int64. Faults of all ranks are raised here."""
+    import torch
+
     sizes, faults = dict[str, int](), dict[str, int]()
 
-    def first() -> Tensor:
+    def count() -> Tensor:
         coarse = torch.zeros(BINS // 2, dtype=torch.int64)
         for name, weight in source():
             size = weight.numel()
@@ -174,32 +190,48 @@ def find_cuts(
         table = torch.tensor([[name in sizes, sizes.get(name, 0), faults.get(name, 0)] for name in every])
         return torch.cat([coarse, table.long().flatten(), torch.tensor([len(set(sizes) - set(every))])])
 
-    counts = over_ranks(BINS // 2 + 3 * len(order or ()) + 1, first)
+    counts = _over_ranks(all_reduce, BINS // 2 + 3 * len(order or ()) + 1, count)
     names = sorted(sizes) if order is None else sorted(order)
     coarse, table = counts[: BINS // 2], counts[BINS // 2 : -1].view(-1, 3)
     _refuse_faults(names, table, int(counts[-1]), [name for name in sizes if name not in set(names)])
-    every = {name: int(size) for name, size in zip(names, table[:, 1], strict=True)}
-    if not sum(every.values()):
-        raise CompressError("the model has no prunable weight", where="model", fix="name layers that can be pruned")
-    check_feasible(every, floors, prune)
-    caps = {name: size - min(floors.get(name, 0), size) for name, size in every.items()}
+    return {name: int(size) for name, size in zip(names, table[:, 1], strict=True)}, coarse
 
-    # Pass 2: the same inside the bin where the sum reaches the target, in the lower bits.
+
+def _threshold(
+    source: Source, caps: Mapping[str, int], prune: int, coarse: Tensor, all_reduce: AllReduce | None
+) -> int:
+    """Second pass: the bits of the threshold t, the kappa-quantile of |w| over all prunable weights together. The bin
+    of the upper bits in which the sum reaches ``prune`` is counted in the lower ones."""
+    import torch
+
     high = int(torch.searchsorted(coarse, prune))
 
-    def second() -> Tensor:
+    def count() -> Tensor:
         fine = torch.zeros(BINS, dtype=torch.int64)
         for name, weight in source():
             below, inside = _fine(weight, high)
             fine += inside.cumsum(0).add_(below).clamp_(max=caps[name])
         return fine
 
-    bits = (high << 16) + int(torch.searchsorted(over_ranks(BINS, second), prune))
+    return (high << 16) + int(torch.searchsorted(_over_ranks(all_reduce, BINS, count), prune))
 
-    # Pass 3: what each layer has below and at the threshold; a layer that its cap stops earlier has a cut of its own.
+
+def _cuts_at(
+    source: Source,
+    sizes: Mapping[str, int],
+    caps: Mapping[str, int],
+    prune: int,
+    bits: int,
+    all_reduce: AllReduce | None,
+) -> dict[str, Cut]:
+    """Third pass: what each of this rank's layers has below and at the threshold, and so loses; a layer that its cap
+    stops earlier has a cut of its own."""
+    import numpy as np
+    import torch
+
     found, cuts = dict[str, tuple[int, int]](), dict[str, Cut]()
 
-    def third() -> Tensor:
+    def count() -> Tensor:
         for name, weight in source():
             below = equal = 0
             for keys in _keys(weight):
@@ -208,13 +240,13 @@ def find_cuts(
             found[name] = (below, below + equal)
             if below > caps[name]:
                 cuts[name] = _cut_alone(weight, caps[name])
-        return torch.tensor([found.get(name, (0, 0)) for name in names], dtype=torch.int64)
+        return torch.tensor([found.get(name, (0, 0)) for name in sizes], dtype=torch.int64)
 
-    reached = over_ranks(2 * len(names), third).view(-1, 2)
-    losses = allot(reached[:, 0].tolist(), reached[:, 1].tolist(), [caps[name] for name in names], prune)
-    for name, loss in zip(names, losses, strict=True):
+    reached = _over_ranks(all_reduce, 2 * len(sizes), count).view(-1, 2)
+    losses = allot(reached[:, 0].tolist(), reached[:, 1].tolist(), [caps[name] for name in sizes], prune)
+    for name, loss in zip(sizes, losses, strict=True):
         if name in found and name not in cuts:
-            cuts[name] = Cut(every[name], bits, loss - found[name][0], loss)
+            cuts[name] = Cut(sizes[name], bits, loss - found[name][0], loss)
     return cuts
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,9 @@ from compress.words.wording import small
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from compress.recipes.pagcp.greedy import Pruner
+    from compress.recipes.pagcp.greedy import Decision, Pruner
+    from compress.recipes.pagcp.groups import Groups
+    from compress.recipes.pagcp.oracle import Oracle
 
 __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
@@ -250,16 +252,10 @@ def _planned(
     spec: TrainSpec | None,
 ) -> Path:
     """The sealed plan of a round: groups, what the oracle decided, and the channels that go."""
-    from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, Pruner
-    from compress.recipes.pagcp.groups import find_groups
-    from compress.recipes.pagcp.norms import Settle
-    from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
-    from compress.recipes.pagcp.plan import Plan
-    from compress.recipes.pagcp.saliency import rankings
     from compress.recipes.pagcp.trials import Trials, choose
 
     name = f"round-{number}"
-    options, data = setup.recipe.options, setup.data
+    options = setup.recipe.options
     asked = {
         **setup.inputs,
         "options": options.model_dump(mode="json", exclude={"cache_bytes"}),
@@ -270,29 +266,9 @@ def _planned(
     }
 
     def build(folder: Path | None) -> None:
-        model = loaded(setup, start)
-        place = next(model.parameters()).device
-        x = real_inputs(setup, 2).to(place)
-        found = find_groups(model, x, options.round_to, options.skip)
-        split = calibration(data, options.samples)
-        order = rankings(model, found.groups, data, split, options.saliency)
-        limits = tolerances(options, [t.name for t in data.tasks])
-        journal = run.journal(f"{name}/plan", "oracle.jsonl")
-        oracle = Oracle(data, split, limits, options.batch, journal, fingerprint(asked)[:16])
-        whole = loaded(setup, dense)
-        oracle.base = oracle.measure("dense", whole, 1.0).values
-        pruner = Pruner(
-            model,
-            found.groups,
-            order,
-            oracle,
-            options,
-            x,
-            _flops(whole, x),
-            f"{name}: the oracle's pass",
-            Settle(data, options.settle),
-        )
-        worth = _latency_of(pruner, x, oracle) if options.contribution == "latency" else None
+        found = _measured_groups(run, setup, name, dense, start, fingerprint(asked)[:16])
+        pruner = found.pruner
+        worth = _latency_of(pruner, found.x, found.oracle) if options.contribution == "latency" else None
         decision = pruner.decide(target, worth, must=start == dense)
         trials: dict[str, Any] | None = None
         if options.trials is not None:
@@ -300,42 +276,88 @@ def _planned(
             assert spec is not None  # nor `prepare` without it
             held = Trials(
                 pruner,
-                data,
-                split,
+                setup.data,
+                found.split,
                 options.batch,
                 spec,
                 setup.recipe.seed + number,
-                oracle.base or {},
+                found.oracle.base or {},
                 run.journal(f"{name}/plan", "trials.jsonl"),
-                oracle.of,
+                found.oracle.of,
                 run.scratch(f"{name}/plan"),
             )
             decision, trials = choose(held, decision, target, worth)
-        if folder is None:
-            return
-        facts = {
-            **asdict(decision),
-            "groups": len(found.groups),
-            "base": oracle.base,
-            "tolerances": {t: v.model_dump(mode="json", exclude_none=True) for t, v in limits.items()},
-            "samples": len(split),
-            "removed": pruner.removal(decision.state),
-            "passes": oracle.passes + (trials["passes"] if trials else 0),
-            "measurements": oracle.measurements + (trials["measurements"] if trials else 0),
-            "reference_passes": REFERENCE_RATIOS * len(found.groups),
-            **({"trials": trials} if trials else {}),
-        }
-        facts.pop("trail")
-        (folder / DECISION).write_text(json.dumps(facts, indent=1) + "\n")
-        (folder / GROUPS).write_text(
-            json.dumps({"groups": [g.as_dict() for g in found.groups], "left": [asdict(v) for v in found.left]}) + "\n"
-        )
-        meta = {"kept": decision.state, "removed": facts["removed"]}
-        Plan.of(model, pruner.removed(decision.state), meta).save(folder)
+        if folder is not None:
+            _write_round(folder, found, decision, trials)
 
     stage = run.stage_together(f"{name}/plan", asked, build)
     run.drop_scratch(f"{name}/plan")
     return stage
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a round decides on: the network's groups in a pruner, the inputs it was traced with, and the oracle."""
+
+    pruner: Pruner
+    found: Groups
+    x: Tensor
+    split: Any
+    limits: Mapping[str, Any]
+    oracle: Oracle
+
+
+def _measured_groups(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path, mark: str) -> _Measured:
+    """The groups of the network in ``start``, ranked, and an oracle that has measured the one in ``dense``; its journal
+    belongs to the inputs that ``mark`` stands for."""
+    from compress.recipes.pagcp.greedy import Pruner
+    from compress.recipes.pagcp.groups import find_groups
+    from compress.recipes.pagcp.norms import Settle
+    from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
+    from compress.recipes.pagcp.saliency import rankings
+
+    options, data = setup.recipe.options, setup.data
+    model = loaded(setup, start)
+    place = next(model.parameters()).device
+    x = real_inputs(setup, 2).to(place)
+    found = find_groups(model, x, options.round_to, options.skip)
+    split = calibration(data, options.samples)
+    order = rankings(model, found.groups, data, split, options.saliency)
+    limits = tolerances(options, [t.name for t in data.tasks])
+    journal = run.journal(f"{name}/plan", "oracle.jsonl")
+    oracle = Oracle(data, split, limits, options.batch, journal, mark)
+    whole = loaded(setup, dense)
+    oracle.base = oracle.measure("dense", whole, 1.0).values
+    label, settle = f"{name}: the oracle's pass", Settle(data, options.settle)
+    pruner = Pruner(model, found.groups, order, oracle, options, x, _flops(whole, x), label, settle)
+    return _Measured(pruner, found, x, split, limits, oracle)
+
+
+def _write_round(folder: Path, made: _Measured, decision: Decision, trials: Mapping[str, Any] | None) -> None:
+    """What was decided and at what cost, the groups, and the plan."""
+    from compress.recipes.pagcp.greedy import REFERENCE_RATIOS
+    from compress.recipes.pagcp.plan import Plan
+
+    pruner, found, oracle = made.pruner, made.found, made.oracle
+    facts = {
+        **asdict(decision),
+        "groups": len(found.groups),
+        "base": oracle.base,
+        "tolerances": {t: v.model_dump(mode="json", exclude_none=True) for t, v in made.limits.items()},
+        "samples": len(made.split),
+        "removed": pruner.removal(decision.state),
+        "passes": oracle.passes + (trials["passes"] if trials else 0),
+        "measurements": oracle.measurements + (trials["measurements"] if trials else 0),
+        "reference_passes": REFERENCE_RATIOS * len(found.groups),
+        **({"trials": trials} if trials else {}),
+    }
+    facts.pop("trail")
+    (folder / DECISION).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / GROUPS).write_text(
+        json.dumps({"groups": [g.as_dict() for g in found.groups], "left": [asdict(v) for v in found.left]}) + "\n"
+    )
+    meta = {"kept": decision.state, "removed": facts["removed"]}
+    Plan.of(pruner.model, pruner.removed(decision.state), meta).save(folder)
 
 
 def _flops(model: nn.Module, x: Tensor) -> int:

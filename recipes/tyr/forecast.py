@@ -21,7 +21,7 @@ from compress.recipes.tyr.local import SHRINK, Moments
 from compress.recipes.tyr.prune import REFERENCE_TOKENS
 from compress.recipes.tyr.rescale import SCALES
 from compress.recipes.tyr.search import activation_bytes
-from compress.recipes.tyr.supernet import BATCHES, KEEP_BYTES, Menu, batch_tokens, predicted_bytes
+from compress.recipes.tyr.supernet import BATCHES, Menu, batch_tokens, keeps_inputs, predicted_bytes
 from compress.run.forecast import Stage
 
 if TYPE_CHECKING:
@@ -309,94 +309,118 @@ def _heads(g: BlockGeometry, menu: Menu, trim: bool) -> tuple[float, float]:
     return large, moved
 
 
-def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: bool, final: bool) -> Stage:
-    """A pass over all blocks that makes candidates: a supernet, or the final weights."""
-    g, h, length = shape.geometry, shape.geometry.hidden, shape.length
-    windows, batches, batch = _own(total, length, shape.world, shape.batch)
-    tokens = windows * length
-    streams = 1 if alone else 2
-    solver_metric = shape.options.metric != "none"
+@dataclass
+class _Solver:
+    """What choosing and refitting the levels of blocks takes: FLOPs of large products, bytes and FLOPs of thin updates;
+    bytes of the largest block's levels in memory, and of all blocks' on disk."""
 
-    # Each stream runs the blocks once.
-    flops = streams * shape.forward(tokens, length)
-    touched = summed = hold = sums = solver = aims = freed = 0.0
+    large: float = 0.0
+    thin: float = 0.0
+    thin_flops: float = 0.0
+    levels: float = 0.0
+    kept: float = 0.0
+
+
+def _solved(shape: Shape, menus: Sequence[Menu], final: bool) -> _Solver:
+    """What `supernet._in_main` does for every block, and what the stage writes."""
+    made, h, metric = _Solver(), shape.geometry.hidden, shape.options.metric != "none"
+    for menu, block in zip(menus, shape.geometry.blocks, strict=True):
+        n, q = block.ffn, block.inputs
+        if menu.neurons != (n,):
+            made.large += n**3 + 2 * n * n * h + (h**3 / 3 + 4 * n * h * h if metric else 0)
+            flops, moved = _eliminate(n, h, shape.options.round_to, min(menu.neurons))
+            made.thin, made.thin_flops = made.thin + moved, made.thin_flops + flops
+            made.large += sum(m * h * h for m in menu.neurons) if metric else 0
+            made.thin += sum(40 * m * h for m in menu.neurons)
+        if menu.heads != ((block.kv_heads, block.group),):
+            large, moved = _heads(block, menu, shape.options.query_heads)
+            made.large += q**3 + 2 * q * q * h + (h**3 / 3 + 4 * q * h * h if metric else 0) + large
+            made.thin += moved
+        channels = sum(m for m in menu.neurons if m < n)
+        heads = sum(a * b * block.head_dim for a, b in menu.heads if a * b < block.heads)
+        made.levels = max(made.levels, 4.0 * (channels + heads) * h)
+        plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + block.heads)
+        made.kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, block))
+    return made
+
+
+def _solver_bytes(shape: Shape) -> tuple[float, dict[str, float]]:
+    """(bytes on the device, bytes in memory by what holds them) of the widest block's statistics and solver."""
+    n, h = max(block.ffn for block in shape.geometry.blocks), shape.geometry.hidden
+    # int64 sums, float64 in their place, the factor in H's and the inverse in the factor's. Solving takes a copy of the
+    # factor beside G and W*; later, with the matrix shrunk, a level is copied.
+    sums = (n * n + n * h) * 8 + Moments.ROWS * n * ADDING
+    solver = 8.0 * (2 * n * n + 2 * n * h)
+    # Matrices shrink step by step; what is freed below this size the C library keeps.
+    freed = min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2)
+    return max(sums, solver), {"G and a level": 2 * 8.0 * n * h, "freed, not given back": freed}
+
+
+def _streamed(shape: Shape, tokens: int, batches: int, *, alone: bool) -> tuple[dict[str, float], float]:
+    """(work of taking the streams through all blocks, with the statistics; bytes of a sublayer's kept inputs)."""
+    h, length, streams = shape.geometry.hidden, shape.length, 1 if alone else 2
+    flops = streams * shape.forward(tokens, length)  # each stream runs the blocks once
+    touched = summed = hold = 0.0
     for costs in shape.costs.blocks:
-        widths = costs.geometry.inputs, costs.geometry.ffn
+        widths = costs.geometry.widths
         moments = sum(width * (width + h) for width in widths)
         # The refit's own target takes the projection again.
         flops += sum(2 * tokens * h * width for width in widths) + 2 * tokens * moments
-        touched += batches * moments * SUMMED + streams * tokens * (4 * widths[1] + 3 * widths[0] + 12 * h) * 8
+        touched += batches * moments * SUMMED + streams * tokens * (3 * widths[0] + 4 * widths[1] + 12 * h) * 8
         summed += 8.0 * moments
-        for width in widths:
-            if not alone and 4 * tokens * width > KEEP_BYTES:
-                flops += tokens * (2 * costs.dense + 4 * length * widths[0]) / 2  # the inputs are made again
-            elif not alone:
+        for width in () if alone else widths:
+            if keeps_inputs(tokens, width):
                 hold = max(hold, 4.0 * tokens * width)  # for the pruned stream, on the device
-        n = widths[1]
-        # int64 sums, float64 in their place, the factor in H's and the inverse in the factor's. Solving takes a copy of
-        # the factor beside G and W*; later, with the matrix shrunk, a level is copied.
-        sums = max(sums, (n * n + n * h) * 8 + Moments.ROWS * n * ADDING)
-        solver = max(solver, 8.0 * (2 * n * n + 2 * n * h))
-        aims = max(aims, 8.0 * n * h)  # G, in memory
-        # Matrices shrink step by step; what is freed below this size the C library keeps.
-        freed = max(freed, min(8.0 * n * n, 2.0**25) * SHRINK**2 / (1 - SHRINK**2))
+            else:
+                flops += tokens * (2 * costs.dense + 4 * length * widths[0]) / 2  # made again
+    layers = shape.geometry.layers
+    work = {
+        "gemm32": flops,
+        "touch": touched,
+        "calls": layers * batches * 4.0 * streams,
+        "sums": summed if shape.world > 1 else 0.0,
+    }
+    return work, hold
 
-    solved = thin = thin_flops = kept = levels32 = 0.0
-    for menu, block in zip(menus, g.blocks, strict=True):
-        n, q = block.ffn, block.inputs
-        if menu.neurons != (n,):
-            least = min(menu.neurons)
-            solved += n**3 + 2 * n * n * h + (h**3 / 3 + 4 * n * h * h if solver_metric else 0)
-            f, b = _eliminate(n, h, shape.options.round_to, least)
-            thin, thin_flops = thin + b, thin_flops + f
-            solved += sum(m * h * h for m in menu.neurons) if solver_metric else 0
-            thin += sum(40 * m * h for m in menu.neurons)
-        if menu.heads != ((block.kv_heads, block.group),):
-            large, moved = _heads(block, menu, shape.options.query_heads)
-            solved += q**3 + 2 * q * q * h + (h**3 / 3 + 4 * q * h * h if solver_metric else 0) + large
-            thin += moved
-        channels = sum(m for m in menu.neurons if m < n)
-        heads = sum(a * b * block.head_dim for a, b in menu.heads if a * b < block.heads)
-        levels32 = max(levels32, 4.0 * (channels + heads) * h)
-        plan = float(shape.dtype_bytes) * (channels + heads) * h + UNIT_BYTES * (sum(menu.neurons) + block.heads)
-        kept += SEAL_BYTES + (plan if final else predicted_bytes(menu, block))
+
+def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: bool, final: bool) -> Stage:
+    """A pass over all blocks that makes candidates: a supernet, or the final weights."""
+    h, layers, length = shape.geometry.hidden, shape.geometry.layers, shape.length
+    windows, batches, batch = _own(total, length, shape.world, shape.batch)
+    tokens, streams = windows * length, 1 if alone else 2
+    work, hold = _streamed(shape, tokens, batches, alone=alone)
+    solved = _solved(shape, menus, final)
+    on_device, in_memory = _solver_bytes(shape)
     stream = 4.0 * tokens * h * streams
     device, ram = _held(shape)
     device |= {
         "a batch": _passing(shape, batch, length) * (1 if alone else 1.3),
         "kept inputs": hold,
-        "statistics and solver": max(sums, solver),
+        "statistics and solver": on_device,
     }
     if shape.streamed:  # embeddings and head lie in memory meanwhile
         device["model"] -= 4.0 * shape.rest
         ram["embeddings and head"] = 4.0 * shape.rest
     (device if 8.0 * total * length * h <= shape.spare else ram)["streams"] = stream
-    ram |= {"levels": levels32, "G and a level": 2 * aims, "freed, not given back": freed}
-    whole = 4.0 * total * length * h * streams
-    work = _added(
-        _opened(shape),
-        _fetched(shape),
-        {
-            "gemm32": flops,
-            "gemm64": solved,
-            "thin64": thin,
-            "thin64_flops": thin_flops,
-            "touch": touched,
-            "calls": g.layers * batches * 4.0 * streams,
-            "seals": float(g.layers),
-            "read": g.layers * 4.0 * 2 * h * h * solver_metric,
-            "write": kept,
-            "save": (g.layers - 1) * stream,
-            "sums": summed if shape.world > 1 else 0.0,
-        },
-    )
+    ram |= {"levels": solved.levels, **in_memory}
+    own = {
+        "gemm64": solved.large,
+        "thin64": solved.thin,
+        "thin64_flops": solved.thin_flops,
+        "seals": float(layers),
+        "read": layers * 4.0 * 2 * h * h * (shape.options.metric != "none"),
+        "write": solved.kept,
+        "save": (layers - 1) * stream,
+    }
+    work = _added(_opened(shape), _fetched(shape), work, own)
     return Stage(
         name,
         work,
         device=device,
         ram=ram,
-        kept=kept,
-        scratch=2 * whole,  # what stands before a block goes when what stands behind it is on the disk
+        kept=solved.kept,
+        # What stands before a block goes when what stands behind it is on the disk.
+        scratch=2 * 4.0 * total * length * h * streams,
         reads=work["read"],
     )
 

@@ -249,7 +249,7 @@ def full_shape_bytes(supernet: Supernet, job: Job) -> int:
     size = next(job.model.parameters()).element_size()
     found = 0
     for block, facts in zip(job.geometry.blocks, supernet.facts, strict=True):
-        for kind, columns in (("attention", block.inputs), ("ffn", block.ffn)):
+        for kind, columns in zip(("attention", "ffn"), block.widths, strict=True):
             found += sum(columns * block.hidden * size for level in facts[kind] if not level["dense"])
     return found
 

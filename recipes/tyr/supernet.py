@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -200,12 +200,17 @@ def _expected(
     return weight, bias
 
 
+def keeps_inputs(tokens: int, width: int) -> bool:
+    """Whether a sublayer's inputs (tokens, width) in float32 are kept."""
+    return tokens * width * 4 <= KEEP_BYTES
+
+
 class _Kept:
     """One sublayer's inputs in the pruned stream, kept from when statistics were taken to when the stream moves on, or,
     where they are more than `KEEP_BYTES`, made again."""
 
     def __init__(self, stream: Tensor, width: int) -> None:
-        self._keeps = stream.shape[0] * stream.shape[1] * width * 4 <= KEEP_BYTES
+        self._keeps = keeps_inputs(stream.shape[0] * stream.shape[1], width)
         self._parts: dict[int, Tensor] = {}
 
     def keep(self, s: slice, part: Tensor) -> None:
@@ -231,23 +236,54 @@ def _bias(layer: nn.Linear) -> Tensor:
     return torch.zeros(()) if layer.bias is None else layer.bias
 
 
+@dataclass(frozen=True)
+class Local:
+    """How a block's candidates are made: the recipe's options, of which ``step`` is `round_to` and ``trim`` is
+    `query_heads`."""
+
+    damping: float
+    target: Target
+    accumulation: Accumulation
+    score: Score
+    step: int
+    trim: bool
+    token_weight: TokenWeight = "none"
+
+
+@dataclass(frozen=True)
+class _Sublayer:
+    """One half of a block, around the projection whose inputs are pruned: `o_proj` or `down_proj`.
+
+    ``reads``: the residual stream in front -> X, what the projection reads (b, length, in).
+    ``add``: the stream in front and the projection's output -> the stream behind, (b, length, hidden) all.
+    ``solve``: all levels of the menu. ``columns``: which inputs a level keeps. ``kept``: the solution's among levels.
+    ``units``: how many there are; ``stays``: the untouched projection is the only level.
+    """
+
+    where: str
+    layer: nn.Linear
+    reads: Callable[[Tensor], Tensor]
+    add: Callable[[Tensor, Tensor], Tensor]
+    solve: Callable[[Problem], list[Level]]
+    columns: Callable[[Level], Tensor]
+    kept: Callable[[Sequence[Level]], int | None]
+    units: int
+    stays: bool
+    post_norm: bool  # a norm stands between the projection's output and the residual sum
+
+
 def prune_block(
     runner: BlockRunner,
     index: int,
     streams: Streams,
     menu: Menu,
-    *,
     costs: BlockCosts,
-    damping: float,
-    target: Target,
-    accumulation: Accumulation,
-    score: Score,
-    step: int,
-    trim: bool,
-    token_weight: TokenWeight = "none",
+    how: Local,
     metrics: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[list[Level], list[Level]]:
     """Makes the candidates of block ``index`` and moves both streams behind it (in place).
+
+    `down_proj` comes second: its statistics are those of the block with its attention pruned.
 
     Args:
         metrics: (hidden, hidden) output metrics of attention and FFN that the choice of units is made in, or None.
@@ -255,91 +291,108 @@ def prune_block(
     Returns:
         (attention levels, FFN levels), most kept first; the first of each is the dense one where the menu has it.
     """
-    block = runner.blocks[index]
-    geometry = costs.geometry
-    family = runner.family
-    if family.post_norm and target == "residual":
-        target = "output"  # a norm stands between the projection and the sum: the sum cannot be aimed at directly
-    where = f"block {index}"
-    slices = streams.batches
-    o, down = family.o_proj(block), family.down_proj(block)
-    o_dense, down_dense = o.weight, down.weight
-    # A bias stays as it is, so what the weights are fitted to is what remains without it.
-    o_bias, down_bias = _bias(o), _bias(down)
+    block = runner.blocks[index]  # asked for once: a streamed one is read when it is
+    attention = _attention(runner, index, block, menu, costs, how, metrics[0])
+    ffn = _ffn(runner, index, block, menu, costs, how, metrics[1])
+    return _prune_sublayer(attention, streams, how), _prune_sublayer(ffn, streams, how)
 
-    # A sublayer whose only level is the untouched one needs no statistics.
-    attention_stays = menu.heads == ((geometry.kv_heads, geometry.group),)
-    ffn_stays = menu.neurons == (geometry.ffn,)
 
-    # Attention: the dense stream passes through to its middle; the pruned stream's inputs of o_proj are gathered.
-    moments = Moments(o_dense.shape[1], o_dense.shape[0], f"{where}, o_proj", runner.device)
-    alone = streams.alone
-    contexts = _Kept(streams.dense, o_dense.shape[1])
-    for s in slices:
-        dense_context = runner.context(index, streams.dense[s])
-        attention = dense_context @ o_dense.T + o_bias
-        middle = runner.middle(index, streams.dense[s], attention)
-        context = dense_context if alone else runner.context(index, streams.pruned[s])
-        if not attention_stays:
-            residual = middle - streams.pruned[s].to(middle.device) - o_bias
-            aim = _aim(target, context @ o_dense.T, attention - o_bias, residual)
-            moments.add(*_weighted(context, aim, attention if family.post_norm else middle, token_weight))
-        if not alone:
-            contexts.keep(s, context)
-        streams.dense[s] = middle
-    if attention_stays:
-        attention_levels = [Level(tuple(range(geometry.heads)), 0, 0.0, 0.0, None)]
+def _attention(
+    runner: BlockRunner, index: int, block: Any, menu: Menu, costs: BlockCosts, how: Local, metric: Tensor | None
+) -> _Sublayer:
+    g, solution = costs.geometry, menu.solution
+    return _Sublayer(
+        where=f"block {index}, o_proj",
+        layer=runner.family.o_proj(block),
+        reads=lambda stream: runner.context(index, stream),
+        add=lambda stream, out: runner.middle(index, stream, out),
+        solve=lambda problem: _attention_levels(problem, menu, costs, how, metric),
+        columns=lambda level: channels(level.units, g.head_dim),
+        kept=lambda levels: _place(solution and solution[0], [head_choice(v.units, g) for v in levels]),
+        units=g.heads,
+        stays=menu.heads == ((g.kv_heads, g.group),),
+        post_norm=runner.family.post_norm,
+    )
+
+
+def _ffn(
+    runner: BlockRunner, index: int, block: Any, menu: Menu, costs: BlockCosts, how: Local, metric: Tensor | None
+) -> _Sublayer:
+    g, solution = costs.geometry, menu.solution
+    return _Sublayer(
+        where=f"block {index}, down_proj",
+        layer=runner.family.down_proj(block),
+        reads=lambda stream: runner.activation(index, stream),
+        add=lambda stream, out: runner.output(index, stream, out),
+        solve=lambda problem: _ffn_levels(problem, menu, costs, how, metric),
+        columns=lambda level: torch.tensor(level.units, dtype=torch.int64),
+        kept=lambda levels: _place(solution and solution[1], [len(v.units) for v in levels]),
+        units=g.ffn,
+        stays=menu.neurons == (g.ffn,),
+        post_norm=runner.family.post_norm,
+    )
+
+
+def _prune_sublayer(sublayer: _Sublayer, streams: Streams, how: Local) -> list[Level]:
+    """Statistics of the projection's inputs, the levels they lead to, and the pruned stream behind their mean."""
+    moments, inputs = _statistics(sublayer, streams, how)
+    if moments is None:
+        levels = [Level(tuple(range(sublayer.units)), 0, 0.0, 0.0, None)]
     else:
-        attention_levels = _in_main(
-            moments,
-            o_dense.T,
-            damping,
-            lambda problem: _attention_levels(problem, menu, costs, score, trim, metrics[0]),
-        )
-    del moments
-    if not alone:
-        columns = [channels(level.units, geometry.head_dim) for level in attention_levels]
-        kept = _place(menu.solution and menu.solution[0], [head_choice(v.units, geometry) for v in attention_levels])
-        mean, bias = _expected(attention_levels, columns, o, accumulation, kept)
-        for s in slices:
-            context = contexts.get(s, lambda s=s: runner.context(index, streams.pruned[s]))  # type: ignore[misc]
-            streams.pruned[s] = runner.middle(index, streams.pruned[s], context @ mean.T + bias)
-    del contexts
+        levels = _in_main(moments, sublayer.layer.weight.T, how.damping, sublayer.solve)
+    del moments  # as large as the layer; not needed while the stream moves on
+    if not streams.alone:
+        _move_pruned(sublayer, streams, inputs, levels, how.accumulation)
+    return levels
 
-    # FFN: its inputs come from the pruned attention just made.
-    moments = Moments(down_dense.shape[1], down_dense.shape[0], f"{where}, down_proj", runner.device)
-    activations = _Kept(streams.dense, down_dense.shape[1])
-    for s in slices:
-        dense_activation = runner.activation(index, streams.dense[s])
-        dense_out = dense_activation @ down_dense.T + down_bias
-        behind = runner.output(index, streams.dense[s], dense_out)
-        activation = dense_activation if alone else runner.activation(index, streams.pruned[s])
-        if not ffn_stays:
-            own = activation @ down_dense.T
-            residual = behind - streams.pruned[s].to(behind.device) - down_bias
-            aim = _aim(target, own, dense_out - down_bias, residual)
-            moments.add(*_weighted(activation, aim, dense_out if family.post_norm else behind, token_weight))
-        if not alone:
-            activations.keep(s, activation)
+
+def _statistics(sublayer: _Sublayer, streams: Streams, how: Local) -> tuple[Moments | None, _Kept]:
+    """Sums H = X^T X and G = X^T T over the pruned stream's inputs X, and moves the dense stream behind the sublayer.
+
+    Returns:
+        The sums (None where the sublayer stays as it is), and X, kept for when the pruned stream moves on.
+    """
+    weight, bias = sublayer.layer.weight, _bias(sublayer.layer)
+    n_out, n_in = weight.shape
+    moments = None if sublayer.stays else Moments(n_in, n_out, sublayer.where, weight.device)
+    inputs = _Kept(streams.dense, n_in)
+    for s in streams.batches:
+        x_dense = sublayer.reads(streams.dense[s])
+        out = x_dense @ weight.T + bias
+        behind = sublayer.add(streams.dense[s], out)
+        x = x_dense if streams.alone else sublayer.reads(streams.pruned[s])
+        if moments is not None:
+            aim = _aim(sublayer, how.target, x, out, behind - streams.pruned[s].to(behind.device))
+            moments.add(*_weighted(x, aim, out if sublayer.post_norm else behind, how.token_weight))
+        if not streams.alone:
+            inputs.keep(s, x)
         streams.dense[s] = behind
-    if ffn_stays:
-        ffn_levels = [Level(tuple(range(geometry.ffn)), 0, 0.0, 0.0, None)]
-    else:
-        ffn_levels = _in_main(
-            moments,
-            down_dense.T,
-            damping,
-            lambda problem: _ffn_levels(problem, menu, costs, score, step, metrics[1]),
-        )
-    del moments
-    if not alone:
-        columns = [torch.tensor(level.units, dtype=torch.int64) for level in ffn_levels]
-        kept = _place(menu.solution and menu.solution[1], [len(level.units) for level in ffn_levels])
-        mean, bias = _expected(ffn_levels, columns, down, accumulation, kept)
-        for s in slices:
-            activation = activations.get(s, lambda s=s: runner.activation(index, streams.pruned[s]))  # type: ignore[misc]
-            streams.pruned[s] = runner.output(index, streams.pruned[s], activation @ mean.T + bias)
-    return attention_levels, ffn_levels
+    return moments, inputs
+
+
+def _aim(sublayer: _Sublayer, target: Target, x: Tensor, out: Tensor, gap: Tensor) -> Tensor:
+    """What the refitted projection is fitted to, T: the dense weights on its own inputs ``x`` (the paper's XW), the
+    dense model's output ``out``, or the ``gap`` to the dense stream behind, so that the sum with the pruned stream
+    equals it.
+
+    A bias stays as it is, so what the weights are fitted to is what remains without it.
+    """
+    if target == "own":
+        return x @ sublayer.layer.weight.T
+    # Where a norm stands between the projection and the sum, the sum cannot be aimed at directly.
+    return (out if target == "output" or sublayer.post_norm else gap) - _bias(sublayer.layer)
+
+
+def _move_pruned(
+    sublayer: _Sublayer, streams: Streams, inputs: _Kept, levels: list[Level], accumulation: Accumulation
+) -> None:
+    """Moves the pruned stream behind the sublayer: expectation error accumulation, X' = sum_e (1 - S_e) X'_e over
+    sum_e (1 - S_e), which for a linear layer is the mean of the candidates' weights."""
+    columns = [sublayer.columns(level) for level in levels]
+    mean, bias = _expected(levels, columns, sublayer.layer, accumulation, sublayer.kept(levels))
+    for s in streams.batches:
+        x = inputs.get(s, lambda s=s: sublayer.reads(streams.pruned[s]))  # type: ignore[misc]
+        streams.pruned[s] = sublayer.add(streams.pruned[s], x @ mean.T + bias)
 
 
 def _in_main(moments: Moments, W: Tensor, damping: float, levels: Callable[[Problem], list[Level]]) -> list[Level]:
@@ -352,12 +405,6 @@ def _in_main(moments: Moments, W: Tensor, damping: float, levels: Callable[[Prob
     return found
 
 
-def _aim(target: Target, own: Tensor, output: Tensor, residual: Tensor) -> Tensor:
-    """What the refitted projection is fitted to: the dense weights on its own inputs, the dense model's output, or
-    what makes the sum with the pruned residual stream equal to the dense one."""
-    return {"own": own, "output": output, "residual": residual}[target]
-
-
 def _weighted(x: Tensor, aim: Tensor, normed: Tensor, how: TokenWeight) -> tuple[Tensor, Tensor]:
     """Scales every token's row so that its error counts relative to the size of what the next norm will divide by."""
     if how == "none":
@@ -367,11 +414,11 @@ def _weighted(x: Tensor, aim: Tensor, normed: Tensor, how: TokenWeight) -> tuple
 
 
 def _attention_levels(
-    problem: Problem, menu: Menu, costs: BlockCosts, score: Score, trim: bool, metric: Tensor | None
+    problem: Problem, menu: Menu, costs: BlockCosts, how: Local, metric: Tensor | None
 ) -> list[Level]:
     geometry = costs.geometry
     found = prune_heads(
-        problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=trim, score=score, metric=metric
+        problem, geometry.heads, geometry.kv_heads, geometry.head_dim, trim=how.trim, score=how.score, metric=metric
     )
     levels = []
     for heads in found:
@@ -384,13 +431,11 @@ def _attention_levels(
     return levels
 
 
-def _ffn_levels(
-    problem: Problem, menu: Menu, costs: BlockCosts, score: Score, step: int, metric: Tensor | None
-) -> list[Level]:
+def _ffn_levels(problem: Problem, menu: Menu, costs: BlockCosts, how: Local, metric: Tensor | None) -> list[Level]:
     whole = costs.ffn_dense
     # Taken to the CPU as they come, and let go: together they may be larger than the matrices they come from.
     levels = []
-    for count, keep, refitted in neuron_levels(problem, menu.neurons, step, score, metric, last=True):
+    for count, keep, refitted in neuron_levels(problem, menu.neurons, how.step, how.score, metric, last=True):
         units, dense = tuple(keep.tolist()), count == costs.geometry.ffn
         levels.append(_level(units, keep, whole - costs.ffn(count), whole, problem, refitted, dense))
         del refitted

@@ -21,9 +21,10 @@ from compress.language.activations import Room, is_whole
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step, is_streamed, only_blocks
 from compress.processes.distributed import device_bytes, is_main, main_says, meet
+from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.sensitivity import output_metrics
-from compress.recipes.tyr.supernet import Accumulation, Menu, Streams, prune_block, runner_tokens
+from compress.recipes.tyr.supernet import Accumulation, Local, Menu, Streams, prune_block, runner_tokens
 from compress.run.folder import Run, fingerprint, seal_hash
 from compress.run.progress import Progress
 
@@ -81,6 +82,19 @@ CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a
 LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
 
 
+def local_of(options: TyrOptions, accumulation: Accumulation) -> Local:
+    """How a walk with this error accumulation makes a block's candidates."""
+    return Local(
+        damping=options.damping,
+        target=options.target,
+        accumulation=accumulation,
+        score=options.score,
+        step=options.round_to,
+        trim=options.query_heads,
+        token_weight=options.token_weight,
+    )
+
+
 def walk(
     run: Run,
     job: Job,
@@ -106,6 +120,7 @@ def walk(
         return folders
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
     room = room_for(run, job, name, runner, 2 * calibration.numel())
+    how = local_of(job.options, accumulation)
 
     def last_kept() -> int:
         every = [int(p.name.removeprefix("before-")) for p in scratch.glob("before-*") if is_whole(p, len(calibration))]
@@ -121,21 +136,8 @@ def walk(
     with only_blocks(job.model, runner.device), in_step(job.model), bar:
         for index in range(start, layers):
             began = time.monotonic()
-            attention, ffn = prune_block(
-                runner,
-                index,
-                streams,
-                block_menu[index],
-                costs=job.costs.blocks[index],
-                damping=job.options.damping,
-                target=job.options.target,
-                accumulation=accumulation,
-                score=job.options.score,
-                step=job.options.round_to,
-                trim=job.options.query_heads,
-                token_weight=job.options.token_weight,
-                metrics=metrics.of(index),
-            )
+            costs = job.costs.blocks[index]
+            attention, ffn = prune_block(runner, index, streams, block_menu[index], costs, how, metrics.of(index))
             spent += time.monotonic() - began
             keeps = index + 1 < layers and main_says(lambda due=spent >= cost or cost < CHEAP: bool(due))  # type: ignore[misc]
             if keeps:

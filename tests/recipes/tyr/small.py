@@ -14,7 +14,7 @@ from compress.models.families import family_for
 from compress.models.families.base import Costs
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Job
-from compress.recipes.tyr.supernet import Menu, Streams, Supernet, prune_block, write_block
+from compress.recipes.tyr.supernet import Local, Menu, Streams, Supernet, prune_block, write_block
 from tests.tiny import tiny, tokens
 
 
@@ -58,6 +58,7 @@ def job_on(
 
 def pruned_block(runner: BlockRunner, job: Job, index: int, streams: Streams, menu: Menu, **changes: Any) -> Any:
     """`prune_block` with plain settings; ``changes`` replace them."""
+    metrics = changes.pop("metrics", (None, None))
     settings: dict[str, Any] = {
         "damping": 0.01,
         "target": "residual",
@@ -68,7 +69,7 @@ def pruned_block(runner: BlockRunner, job: Job, index: int, streams: Streams, me
         **changes,
     }
     with torch.no_grad():
-        return prune_block(runner, index, streams, menu, costs=job.costs.blocks[index], **settings)
+        return prune_block(runner, index, streams, menu, job.costs.blocks[index], Local(**settings), metrics)
 
 
 def written_supernet(folder: Path, job: Job, menu: Menu) -> Supernet:
