@@ -74,6 +74,12 @@ def _infeasible(menus: Sequence[Sequence[Option]], total: int) -> CompressError:
     )
 
 
+def knapsack_cells(menus: Sequence[Sequence[Option]], total: int) -> tuple[int, int]:
+    """(cells of the tables that `knapsack` goes through, its capacity in units)."""
+    capacity = total // common_unit(menus)
+    return capacity * sum(map(len, menus)), capacity
+
+
 def knapsack(menus: Sequence[Sequence[Option]], total: int) -> list[int]:
     """Chooses one option per menu so that the savings sum to ``total`` exactly and the losses to the least possible.
 

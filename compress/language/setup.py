@@ -188,6 +188,12 @@ class Windows:
     begin: tuple[int, ...] = ()
 
 
+def set_aside(options: Any) -> tuple[int, int]:
+    """(windows that are taken from the calibration text beside those calibrated on; of them, those judged on)."""
+    judged = options.run_off.windows if options.run_off else 0
+    return options.search.windows + judged, judged
+
+
 def read_windows(setup: Setup, run: Run) -> Windows:
     """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
     import torch
@@ -195,9 +201,7 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     from compress.data.text import assert_disjoint, calibration_windows, evaluation_windows, keep_windows, kept_windows
 
     recipe = setup.recipe
-    run_off = recipe.options.run_off
-    judged = run_off.windows if run_off else 0
-    wanted = recipe.options.search.windows + judged
+    wanted, judged = set_aside(recipe.options)
 
     def build(folder: Path) -> None:
         spec = recipe.calibration

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.language.budget import Option, target_removed
 from compress.recipes.tyr import TyrOptions
+from compress.recipes.tyr.local import head_states
 from compress.recipes.tyr.supernet import Menu, neuron_counts
 
 if TYPE_CHECKING:
@@ -67,12 +68,7 @@ def removed(job: Job, choices: Sequence[Choice]) -> int:
 
 def head_choices(geometry: BlockGeometry, trim: bool) -> tuple[tuple[int, int], ...]:
     """Every (groups, per_group) that can be kept, most first."""
-    found = [(geometry.kv_heads, geometry.group)]
-    for groups in range(geometry.kv_heads, 0, -1):
-        for per_group in range(geometry.group, 0, -1) if trim else (geometry.group,):
-            if (groups, per_group) != found[0]:
-                found.append((groups, per_group))
-    return (*found, (0, 0))
+    return tuple(head_states(geometry.kv_heads, geometry.group, trim))
 
 
 def allowed_heads(job: Job, block: int) -> tuple[tuple[int, int], ...]:

@@ -1,7 +1,13 @@
 """What the stages of a Týr run do, reckoned from shapes alone: work by kind, bytes held, bytes on disk.
 
-The figures follow the code of this folder line by line, so they must change when it does; `tools/fit_forecast.py
---check` holds them against runs. How fast a machine does the work is `compress.run.forecast`'s business.
+What a run decides from sizes alone is asked of the functions that decide it: how many windows run together and how
+many candidates, where streams lie, which states of the heads are gone through, what the knapsack's tables hold, how
+many starting points there are. What a run does without ever reckoning it stands here alone, and must change when the
+run does: the passes over matrices inside one call of LAPACK or torch (`_eliminate`, `_heads`, `_passing`, `SUMMED`,
+`ADDING`: closed sums where the run has loops), what a search will meet (`RERUN`, `DIFFERENT`), the length of JSON
+(`SEAL_BYTES`, `UNIT_BYTES`), and which stages there are, for a run's depend on what it has found.
+`tools/fit_forecast.py --check` holds the figures against runs. How fast a machine does the work is
+`compress.run.forecast`'s business.
 """
 
 from __future__ import annotations
@@ -12,16 +18,18 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from compress.language.budget import Option, common_unit, nearest_feasible, target_removed
+from compress.language.budget import Option, knapsack_cells, nearest_feasible, target_removed
 from compress.language.recover_forecast import recover_stage
+from compress.language.setup import set_aside
 from compress.models.shards import SHARE
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Choice, Job, block_menus, head_choices
-from compress.recipes.tyr.local import SHRINK, Moments
-from compress.recipes.tyr.prune import REFERENCE_TOKENS
-from compress.recipes.tyr.rescale import SCALES
-from compress.recipes.tyr.search import activation_bytes
-from compress.recipes.tyr.supernet import BATCHES, Menu, batch_tokens, keeps_inputs, predicted_bytes
+from compress.recipes.tyr.local import SHRINK, Moments, head_states
+from compress.recipes.tyr.prune import REFERENCE_TOKENS, accumulation_of
+from compress.recipes.tyr.rescale import COARSE, SCALES
+from compress.recipes.tyr.search import compared, group_windows, held_tokens, most_starts, portion_windows, together
+from compress.recipes.tyr.supernet import Menu, batch_tokens, batch_windows, keeps_inputs, predicted_bytes
+from compress.recipes.tyr.walk import STREAMS, lies_near
 from compress.run.forecast import Stage
 
 if TYPE_CHECKING:
@@ -133,10 +141,10 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
     if options.metric != "none":
         made.append(_metrics(shape))
     few = min(shape.windows, options.supernet_windows or shape.windows)
-    accumulates = options.accumulation != "none"
+    final_alone = options.accumulation == "none"
     for number, menu in enumerate(menus, 1):
-        first = number == 1
-        made.append(_walk(shape, f"supernet-{number}", menu, few, alone=first or not accumulates, final=False))
+        alone = accumulation_of(options, number) == "none"
+        made.append(_walk(shape, f"supernet-{number}", menu, few, alone=alone, final=False))
         made.append(_singles(shape, number, menu))
         made.append(_search(shape, job, number, menu))
     chosen = even_choices(job) if found is None else found
@@ -145,11 +153,11 @@ def stages(shape: Shape, job: Job, found: Sequence[Choice] | None = None) -> lis
     if run_off is not None:
         passes = min(shape.windows, run_off.calibration or shape.windows)
         for k in range(run_off.solutions + job.options.iterations - 1):
-            made.append(_walk(shape, f"run-off-{k}", single, passes, alone=not accumulates, final=True))
+            made.append(_walk(shape, f"run-off-{k}", single, passes, alone=final_alone, final=True))
             made.append(_plan(shape, chosen, f"run-off-{k}-judged", run_off.windows, shape.length))
         last = "" if passes == shape.windows else "final"  # the winner's is the last
     if last:
-        made.append(_walk(shape, last, single, shape.windows, alone=not accumulates, final=True))
+        made.append(_walk(shape, last, single, shape.windows, alone=final_alone, final=True))
     made.append(_plan(shape, chosen, "plan", options.search.windows, options.search.length or shape.length))
     if shape.recover is not None:
         made.append(
@@ -191,7 +199,7 @@ def _passing(shape: Shape, tokens: float, length: int) -> float:
 
 def _own(windows: int, length: int, world: int, most: int) -> tuple[int, int, int]:
     """(windows, batches, tokens a batch) of the process that has the most, as `supernet.own_batches` divides them."""
-    size = max(1, min(most // length, windows // BATCHES))
+    size = batch_windows(windows, length, most)
     batches = math.ceil(math.ceil(windows / size) / world)
     return min(windows, batches * size), batches, size * length
 
@@ -222,8 +230,7 @@ def _text(shape: Shape) -> Stage:
     stored = shape.costs.total * shape.dtype_bytes
     # The file (a shard at most) that is mapped while it is read; of weights in float32 the mapping is the model.
     mapped = 0.0 if shape.dtype_bytes == 4 and not shape.streamed else min(stored, 5e9)
-    judged = shape.options.run_off.windows if shape.options.run_off else 0
-    tokens = (shape.windows + shape.options.search.windows + judged) * shape.length
+    tokens = (shape.windows + set_aside(shape.options)[0]) * shape.length
     return Stage(
         "text",
         work={"read": 2.0 * stored},
@@ -291,13 +298,12 @@ def _heads(g: BlockGeometry, menu: Menu, trim: bool) -> tuple[float, float]:
     h = g.hidden
     large, moved = 0.0, 0.0
     width = g.group * g.head_dim
-    for kept in range(g.kv_heads, 0, -1):
-        m = kept * width
-        large += 2 * m * m * width + 2 * m * width * h + kept * 2 * width * width * h
-        moved += 16 * m * m + 16 * m * h
-        if not trim:
-            continue
-        for per_group in range(g.group - 1, 0, -1):
+    for kept, per_group in head_states(g.kv_heads, g.group, trim):
+        if per_group == g.group:  # one of so many whole groups goes next
+            m = kept * width
+            large += 2 * m * m * width + 2 * m * width * h + kept * 2 * width * width * h
+            moved += 16 * m * m + 16 * m * h
+        elif kept:  # of each group one more query head has gone
             m = kept * (per_group + 1) * g.head_dim
             alive = kept * (per_group + 1)
             large += kept * (2 * m * m * g.head_dim + 2 * m * g.head_dim * h + alive * 2 * g.head_dim**2 * h)
@@ -401,7 +407,7 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
     if shape.streamed:  # embeddings and head lie in memory meanwhile
         device["model"] -= 4.0 * shape.rest
         ram["embeddings and head"] = 4.0 * shape.rest
-    (device if 8.0 * total * length * h <= shape.spare else ram)["streams"] = stream
+    (device if lies_near(STREAMS * total * length, h, shape.spare) else ram)["streams"] = stream
     ram |= {"levels": solved.levels, **in_memory}
     own = {
         "gemm64": solved.large,
@@ -428,14 +434,15 @@ def _walk(shape: Shape, name: str, menus: Sequence[Menu], total: int, *, alone: 
 def _evaluator(shape: Shape, windows: int) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """(work, device, RAM) of an evaluator's start: the dense model's streams and the teacher."""
     g, length = shape.geometry, shape.options.search.length or shape.length
-    positions = min(shape.options.search.positions, length - 1)
+    positions = compared(shape.options.search, length)
     mine = -(-windows // shape.world)
     tokens = mine * length
     states = 4.0 * (g.layers + 1) * windows * length * g.hidden
     device, ram = _held(shape)
-    group = max(1, min(shape.batch, windows * length // 4) // length) * length
+    group = group_windows(shape.batch, windows, length) * length
     device |= {"a batch": _passing(shape, group, length), "logits": 4.0 * positions * g.vocab * 4}
-    (device if states * (g.layers + 2) / (g.layers + 1) <= shape.spare else ram)["the parent's streams"] = states
+    near = lies_near(held_tokens(windows * length, g.layers), g.hidden, shape.spare)
+    (device if near else ram)["the parent's streams"] = states
     work = {
         "gemm32": shape.forward(tokens, length) + shape.head(windows * positions),
         "touch": 8 * states,
@@ -459,12 +466,11 @@ def _evaluate(
     """
     blocks, weighted = sum(runs), sum(n * c.dense for n, c in zip(runs, shape.costs.blocks, strict=True))
     g, length = shape.geometry, shape.options.search.length or shape.length
-    positions = min(shape.options.search.positions, length - 1)
+    positions = compared(shape.options.search, length)
     tokens = windows * length
     mine = math.ceil(count / shape.world)
-    chunk = max(1, activation_bytes(shape.streamed) // (4 * tokens * g.hidden))
-    chunks = math.ceil(mine / chunk)
-    group = max(1, min(shape.batch, tokens // 4) // length)
+    chunks = math.ceil(mine / together(shape.streamed, tokens, g.hidden))
+    group = group_windows(shape.batch, windows, length)
     return {
         "gemm32": mine * (shape.forward(tokens, length, kept, runs) + shape.head(windows * positions)),
         "touch": mine * blocks * tokens * g.hidden * 40,
@@ -478,7 +484,8 @@ def _evaluate(
 def _under_way(shape: Shape, count: float, tokens: float) -> float:
     """Bytes of the streams of the candidates that one process runs together."""
     each = 4.0 * tokens * shape.geometry.hidden
-    return each * min(max(1, activation_bytes(shape.streamed) // each), math.ceil(count / shape.world))
+    several = together(shape.streamed, tokens, shape.geometry.hidden)
+    return each * min(several, math.ceil(count / shape.world))
 
 
 def _added(*parts: Mapping[str, float]) -> dict[str, float]:
@@ -531,16 +538,16 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     start, device, ram = _evaluator(shape, search.windows)
     layers, kept = g.layers, 1 - shape.sparsity
     parts = [start]
-    starting = 8 if number == 1 else 7
+    starting = most_starts(first=number == 1)
     backbone = shape.costs.backbone
     parts.append(_evaluate(shape, starting, search.windows, [1.0] * layers, kept, backbone, 0.0))
     shares = list(zip(search.steps, [search.offspring, *search.survivors], strict=True))
     spent = float(layers * search.windows * length * (2 + starting))
     evaluated = float(starting)
     for share, count in shares:
-        windows = max(1, round(share * search.windows))
+        windows = portion_windows(share, search.windows)
         tokens = windows * length
-        many = max(1, min(activation_bytes(shape.streamed) // (4 * tokens * g.hidden), -(-count // shape.world)))
+        many = min(together(shape.streamed, tokens, g.hidden), -(-count // shape.world))
         variants = backbone * (1 / many + DIFFERENT * (1 - 1 / many))
         step = _evaluate(shape, count, windows, [RERUN] * layers, kept, variants, 0.0)
         parts.append({kind: search.generations * amount for kind, amount in step.items()})
@@ -590,15 +597,14 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     )
 
 
-def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[float, int]:
+def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[int, int]:
     """(cells of one knapsack, its capacity in units)."""
     options: list[list[Option]] = []
     for menu, costs in zip(menus, job.costs.blocks, strict=True):
         options.append([Option(costs.attention_dense - costs.attention(*c), 0.0) for c in menu.heads])
         options.append([Option(costs.ffn_dense - costs.ffn(n), 0.0) for n in menu.neurons])
     total = nearest_feasible(options, target_removed(job.sparsity, job.costs.backbone))
-    capacity = total // common_unit(options)
-    return float(capacity * sum(map(len, options))), capacity
+    return knapsack_cells(options, total)
 
 
 def _weights_kept(shape: Shape, chosen: Sequence[Choice]) -> float:
@@ -624,7 +630,7 @@ def _plan(shape: Shape, chosen: Sequence[Choice], name: str, windows: int, lengt
     work: dict[str, float] = {"read": kept_bytes, "write": kept_bytes if final else 0.0}
     ram |= {"the plan": kept_bytes}
     if shape.options.rescale or not final:
-        scales = len(SCALES if final else SCALES[::5]) if shape.options.rescale else 1
+        scales = len(SCALES if final else COARSE) if shape.options.rescale else 1
         device |= {
             "both streams": 2 * 4.0 * tokens * g.hidden,
             "logits": 6 * 4.0 * length * g.vocab,

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.language.plan import BlockPlan, Plan
 from compress.recipes.tyr.choice import Choice, Curves, Job, removed, settle
-from compress.recipes.tyr.rescale import SCALES, fit_scale, kl_at
+from compress.recipes.tyr.rescale import COARSE, fit_scale, kl_at
 from compress.recipes.tyr.supernet import Menu
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
 from compress.run.folder import Run
@@ -117,7 +117,7 @@ def run_off(
     spec = job.options.run_off
     assert spec is not None and job.judging is not None  # asked by the caller
     few = job.calibration[: spec.calibration]
-    scales = SCALES[::5] if job.options.rescale else (1.0,)
+    scales = COARSE if job.options.rescale else (1.0,)
     kls: dict[str, float] = {}
     names = {label: f"run-off-{k}" for k, label in enumerate(contenders)}
     for label, choices in contenders.items():

@@ -288,6 +288,15 @@ def _units_of(alive: Tensor, owner: Tensor, size: int) -> tuple[list[int], Tenso
     return names.tolist(), positions.reshape(len(names), size) if len(names) else positions
 
 
+def head_states(kv_heads: int, group: int, trim: bool) -> Iterator[tuple[int, int]]:
+    """Every (KV groups, query heads per group) that can be kept, as elimination comes to them: the dense one first,
+    nothing last; with ``trim`` each number of groups with fewer and fewer of their query heads."""
+    for groups in range(kv_heads, 0, -1):
+        for per_group in range(group, 0, -1) if trim else (group,):
+            yield groups, per_group
+    yield 0, 0
+
+
 def prune_heads(
     problem: Problem,
     heads: int,
@@ -307,21 +316,18 @@ def prune_heads(
     head_of = torch.arange(heads * head_dim) // head_dim
     group_of = head_of // group
     found = []
-    by_group = Eliminator(problem, score, metric)
-    for kept in range(kv_heads, -1, -1):
-        if kept < kv_heads:
-            _, units = _units_of(by_group.alive, group_of, group * head_dim)
-            by_group.remove(units[int(by_group.scores(units).argmin())])
-        by_head = by_group.copy()
-        for per_group in range(group, 0, -1):
-            if per_group < group:
-                for g in torch.unique(group_of[by_head.alive]).tolist():
-                    names, units = _units_of(by_head.alive, head_of, head_dim)
-                    mine = torch.tensor([i for i, h in enumerate(names) if h // group == g])
-                    scores = by_head.scores(units)[mine]
-                    by_head.remove(units[int(mine[int(scores.argmin())])])
-            names = torch.unique(head_of[by_head.alive]).tolist()
-            found.append(Heads(kept, per_group if kept else 0, tuple(names)))
-            if not trim or kept == 0:
-                break
+    by_group = by_head = Eliminator(problem, score, metric)
+    for kept, per_group in head_states(kv_heads, group, trim):
+        if per_group in (group, 0):
+            if kept < kv_heads:
+                _, units = _units_of(by_group.alive, group_of, group * head_dim)
+                by_group.remove(units[int(by_group.scores(units).argmin())])
+            by_head = by_group.copy()
+        else:
+            for g in torch.unique(group_of[by_head.alive]).tolist():
+                names, units = _units_of(by_head.alive, head_of, head_dim)
+                mine = torch.tensor([i for i, h in enumerate(names) if h // group == g])
+                scores = by_head.scores(units)[mine]
+                by_head.remove(units[int(mine[int(scores.argmin())])])
+        found.append(Heads(kept, per_group, tuple(torch.unique(head_of[by_head.alive]).tolist())))
     return sorted(found, key=lambda h: (-len(h.heads), -h.groups))

@@ -18,9 +18,10 @@ from compress.language.budget import Option, knapsack, nearest_feasible, target_
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
+from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, savings, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
-from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, starts
+from compress.recipes.tyr.search import Evaluator, Genome, compared, evolve, held_tokens, measure_singles, menus, starts
 from compress.recipes.tyr.supernet import Accumulation, Supernet, head_choice, write_block
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, room_for, walk
 from compress.run.folder import Run, fingerprint
@@ -56,13 +57,17 @@ def produce_plan(run: Run, job: Job) -> Path:
     return final_pass(run, job, winner, results, metrics, name, kls)
 
 
+def accumulation_of(options: TyrOptions, iteration: int) -> Accumulation:
+    """The first candidates are measured one at a time in the dense model, so that is what they are fitted to. Weights
+    that make up for pruning in front of them would be out of place there."""
+    return "none" if iteration == 1 else options.accumulation
+
+
 def _supernet(run: Run, job: Job, iteration: int, choices: list[Choice] | None, metrics: Metrics) -> list[Path]:
     """Builds the supernet block by block; every block is a sealed stage, the streams behind it are kept beside."""
     options = job.options
     block_menu = block_menus(job, iteration, choices)
-    # The first candidates are measured one at a time in the dense model, so that is what they are fitted to. Weights
-    # that make up for pruning in front of them would be out of place there.
-    accumulation: Accumulation = "none" if choices is None else options.accumulation
+    accumulation = accumulation_of(options, iteration)
     calibration = job.calibration[: options.supernet_windows]
     inputs = {
         **job.inputs,
@@ -98,12 +103,12 @@ def _evaluator(
         runner,
         Supernet([run.check(path.parent) / path.name for path in files], job.geometry),
         windows,
-        positions=min(options.positions, windows.shape[1] - 1 - job.skip),
+        positions=compared(options, windows.shape[1], job.skip),
         top_k=options.teacher_top_k,
         seed=job.seed,
         log=run.journal(name, f"log-{fingerprint(inputs)[:16]}.jsonl"),
         tag=name,
-        room=room_for(run, job, name, runner, windows.numel() * (job.geometry.layers + 2)),
+        room=room_for(run, job, name, runner, held_tokens(windows.numel(), job.geometry.layers)),
         skip=job.skip,
     )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from compress.recipes.tyr.choice import Job
 
 SCALES = tuple(i / 100 for i in range(60, 121))
+COARSE = SCALES[::5]  # enough to tell solutions apart
 
 
 def fit_scale(job: Job, plan: Plan) -> tuple[float, float, float]:

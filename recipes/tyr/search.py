@@ -34,6 +34,32 @@ def activation_bytes(streamed: bool) -> int:
     return 2**31 if streamed else 2**25
 
 
+def together(streamed: bool, tokens: float, hidden: int) -> int:
+    """How many candidates a process runs together on so many tokens."""
+    return max(1, int(activation_bytes(streamed) // (4 * tokens * hidden)))
+
+
+def group_windows(most: int, windows: int, length: int) -> int:
+    """How many of ``windows`` run together in an evaluation, where a forward takes at most ``most`` tokens."""
+    return max(1, min(most, windows * length // 4) // length)
+
+
+def portion_windows(portion: float, windows: int) -> int:
+    """How many windows a step of the selection looks at."""
+    return max(1, round(portion * windows))
+
+
+def compared(settings: SearchOptions, length: int, skip: int = 0) -> int:
+    """Positions of a window whose logits are compared."""
+    return min(settings.positions, length - 1 - skip)
+
+
+def held_tokens(tokens: int, layers: int) -> int:
+    """Tokens of all the streams that an evaluator holds: the parent's in front of every block and behind the last, and
+    the one that is being made."""
+    return tokens * (layers + 2)
+
+
 class Log(Protocol):
     """Where evaluations are noted: an append-only journal that survives a kill."""
 
@@ -113,7 +139,7 @@ class Evaluator:
         self.layers = len(runner.blocks)
         self.dense: Genome = tuple(0 for _ in range(2 * self.layers))
         # A window runs with the same others whatever process runs it.
-        size = max(1, min(runner_tokens(runner), windows.numel() // 4) // windows.shape[1])
+        size = group_windows(runner_tokens(runner), *windows.shape)
         self._groups = [range(i, min(i + size, len(windows))) for i in range(0, len(windows), size)]
         self._known = {(r["tag"], tuple(r["genome"]), tuple(r["rows"])): r for r in log.rows() if r.get("kind") == "kl"}
         generator = torch.Generator().manual_seed(seed)
@@ -237,9 +263,7 @@ class Evaluator:
                 self.work = max(self.work, known["work"])
                 self.seconds = max(self.seconds, known["seconds"])
         tokens = len(at) * self.windows.shape[1]
-        # As many at once as their activations may take.
-        held = tokens * self._states[0].shape[-1] * 4
-        several = max(1, activation_bytes(is_streamed(self.runner.model)) // held) * world()
+        several = together(is_streamed(self.runner.model), tokens, self._states[0].shape[-1]) * world()
         left = list(todo)
         for begin in range(0, len(left), several):
             chunk = left[begin : begin + several]
@@ -351,6 +375,15 @@ def measure_singles(
     return options
 
 
+STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the penalty on deep cuts
+RULES = ("uniform", "edges left alone")
+
+
+def most_starts(first: bool) -> int:
+    """How many genomes `starts` gives at most: in the first iteration, and in later ones, which have a base."""
+    return 1 + len(STRENGTHS) + (len(RULES) if first else 1)
+
+
 def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None) -> dict[str, Genome]:
     """Genomes worth starting from, all of which remove exactly ``total``; every one is an exact knapsack solution.
 
@@ -373,7 +406,7 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
     # One unit of penalty: what the plain solution costs, spread over the depth it goes to.
     deep = sum(depth[i][g] for i, g in enumerate(found["knapsack"]))
     cost = abs(sum(options[i][g].loss for i, g in enumerate(found["knapsack"])))
-    for strength in (0.1, 0.3, 1.0, 3.0, 10.0):
+    for strength in STRENGTHS:
         unit = strength * cost / deep if deep else 0.0
         bent = [
             [replace(o, loss=o.loss + unit * d) for o, d in zip(menu, far, strict=True)]
@@ -384,7 +417,7 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
         layers = len(options) // 2
         front, back = left_alone(layers)
         edges = {*range(front), *range(layers - back, layers)}
-        for label, spared in (("uniform", set()), ("edges left alone", edges)):
+        for label, spared in zip(RULES, (set(), edges), strict=True):
             # Equal quadratic losses make equal cuts; attention is touched only where the FFNs cannot give enough.
             rule = [
                 [
@@ -447,7 +480,7 @@ def evolve(
         children = offspring(options, parent, total, settings.offspring, rng, seen)
         windows = rng.permutation(n).tolist()
         for portion, survivors in zip(settings.steps[:-1], settings.survivors, strict=True):
-            rows = sorted(windows[: max(1, round(portion * n))])
+            rows = sorted(windows[: portion_windows(portion, n)])
             rated = list(zip(evaluator.kls(children, rows, notes("select", children)), children, strict=True))
             children = [child for _, child in sorted(rated)[:survivors]]
             windows = windows[len(rows) :] + windows[: len(rows)]

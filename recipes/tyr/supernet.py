@@ -46,9 +46,14 @@ def batch_tokens(geometry: Geometry, gpu: bool) -> int:
     return max(BATCH_TOKENS, min(GPU_BATCH_TOKENS, GPU_BATCH_BYTES // each // BATCH_TOKENS * BATCH_TOKENS))
 
 
+def batch_windows(count: int, length: int, most: int | None = None) -> int:
+    """How many of ``count`` windows run together: of at most ``most`` tokens, `BATCH_TOKENS` by default."""
+    return max(1, min((most or BATCH_TOKENS) // length, count // BATCHES))
+
+
 def batches(windows: Tensor, most: int | None = None) -> list[slice]:
-    """Slices of ``windows`` (n, length, ...) that hold at most ``most`` tokens each, `BATCH_TOKENS` by default."""
-    size = max(1, min((most or BATCH_TOKENS) // windows.shape[1], len(windows) // BATCHES))
+    """Slices of ``windows`` (n, length, ...), `batch_windows` each."""
+    size = batch_windows(len(windows), windows.shape[1], most)
     return [slice(i, i + size) for i in range(0, len(windows), size)]
 
 

@@ -77,6 +77,7 @@ def metrics_of(run: Run, job: Job) -> Metrics:
     return Metrics([run.folder / f"metrics/block-{i:03d}" for i in range(layers)], run)
 
 
+STREAMS = 2  # the dense and the pruned one, for which there must be room
 CHEAP = 0.05  # seconds: what takes no longer is kept behind every block; else a stop costs what keeping would have
 # The options that decide what a candidate is, beside the levels themselves.
 LOCAL_OPTIONS = {"score", "target", "damping", "accumulation", "round_to", "token_weight", "metric"}
@@ -119,7 +120,7 @@ def walk(
         run.drop_scratch(name)
         return folders
     runner = BlockRunner(job.model, job.family, calibration.shape[1])
-    room = room_for(run, job, name, runner, 2 * calibration.numel())
+    room = room_for(run, job, name, runner, STREAMS * calibration.numel())
     how = local_of(job.options, accumulation)
 
     def last_kept() -> int:
@@ -161,8 +162,13 @@ def room_for(run: Run, job: Job, name: str, runner: BlockRunner, tokens: int) ->
     quarter of what is free there at most, and no block must be read to be run; else in memory."""
     if job.offload:
         return Room(run.scratch(name) / "activations")
-    near = not is_streamed(job.model) and 4 * tokens * job.geometry.hidden <= device_bytes() // 4
+    near = not is_streamed(job.model) and lies_near(tokens, job.geometry.hidden, device_bytes() // 4)
     return Room(None, runner.device if near else None)
+
+
+def lies_near(tokens: int, hidden: int, spare: float) -> bool:
+    """Whether the activations of so many tokens find room in the ``spare`` bytes of a device."""
+    return 4 * tokens * hidden <= spare
 
 
 def never(_: Path) -> None:

@@ -21,7 +21,16 @@ from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.recipes.tyr import SearchOptions
 from compress.recipes.tyr.choice import Job
-from compress.recipes.tyr.search import Evaluator, Genome, evolve, measure_singles, menus, offspring, starts
+from compress.recipes.tyr.search import (
+    Evaluator,
+    Genome,
+    evolve,
+    measure_singles,
+    menus,
+    most_starts,
+    offspring,
+    starts,
+)
 from compress.recipes.tyr.supernet import Menu, Supernet
 from compress.run.folder import Journal
 from tests.recipes.tyr.small import small_job, written_supernet
@@ -260,6 +269,7 @@ def test_every_start_and_every_offspring_removes_exactly_the_total(
     parent = first["uniform"]
     later = starts(options, total, parent)
     assert later["incumbent"] == parent
+    assert (len(first), len(later)) == (most_starts(first=True), most_starts(first=False))
     for genome in (*first.values(), *later.values()):
         assert saved(options, genome) == total
     seen = {parent}
