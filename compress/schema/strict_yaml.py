@@ -84,7 +84,7 @@ def parse_yaml(data: bytes | str, what: str, where: str, fix: str = FIX) -> Read
 class _Loader(yaml.SafeLoader):
     """Plain data alone; what Python cannot make of a scalar (a date, a number) is an error of that line."""
 
-    def events(self) -> Iterator[yaml.Event]:
+    def events(self) -> Iterator[Any]:
         while self.check_event():
             yield self.get_event()
 
