@@ -1,11 +1,11 @@
-# make demo · make test · make slow · make lint · make gate · make docs: each sets up .venv by itself.
+# make demo · make quick · make test · make slow · make lint · make gate · make docs: each sets up .venv by itself.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 RUN ?= runs/demo
 GATE ?= build/gate
 
-.PHONY: demo test slow lint gate docs clean
+.PHONY: demo quick test slow lint gate docs clean
 
 demo: $(READY)
 	$(BIN)/compress prune smollm2-135m --recipe tyr-demo --out $(RUN)
@@ -16,6 +16,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+
+quick: $(READY)
+	$(BIN)/pytest -m "not slow and not processes" -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

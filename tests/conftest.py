@@ -28,3 +28,15 @@ def finished(job: Job) -> Path:
     ran = compress("prune", job.model, "--recipe", job.recipe, "--out", out)
     assert ran.code == 0, ran.err
     return out
+
+
+STARTERS = ("subprocess", "multiprocessing", "ranks")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what starts processes or makes whole runs: it is told by what a module imports and a test asks for."""
+    whole = {Path(__file__).parent / name for name in ("compress", "docs", "slow")}
+    for item in items:
+        starts = any(name in vars(getattr(item, "module", None) or object) for name in STARTERS)
+        if starts or item.path.parent in whole or "finished" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
