@@ -20,7 +20,8 @@ from typing import Any
 from compress.errors import CompressError
 from compress.models.sizes import check_sizes
 from compress.run.seals import entries
-from compress.run.strict_json import read_json
+from compress.run.strict_json import read_bytes, read_json
+from compress.schema.strict_yaml import parse_yaml
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -157,7 +158,12 @@ def _refuse_keys(config: Mapping[str, Any], path: Path, at: str = "") -> None:
     if config.get(QUANTISED):
         facts = config[QUANTISED]
         how = facts.get("quant_method", "unknown") if isinstance(facts, dict) else "unknown"
-        refuse(QUANTISED, f"says that the weights are quantised ({how!s:.40})", "name the unquantised model")
+        base = _unquantised(path.parent)
+        refuse(
+            QUANTISED,
+            f"says that the weights are quantised ({how!s:.40})",
+            "name the unquantised model" + (f": {base}" if base else ""),
+        )
     for key in IMPLEMENTATIONS:
         value = config.get(key)
         for one in value.values() if isinstance(value, dict) else [value]:
@@ -166,6 +172,19 @@ def _refuse_keys(config: Mapping[str, Any], path: Path, at: str = "") -> None:
     for key, value in config.items():
         if isinstance(value, dict) and key.endswith("_config") and key != QUANTISED:
             _refuse_keys(value, path, f"{at}{key}.")
+
+
+def _unquantised(folder: Path) -> str | None:
+    """What a quantised model's own card calls its base, where it is an id of the hub."""
+    try:
+        text = read_bytes(own_file(folder, "README.md"), "the model's card").decode(errors="replace")
+        head = text.split("\n---", 1)[0].removeprefix("---\n") if text.startswith("---\n") else ""
+        facts = parse_yaml(head, "the model's card", str(folder)).value
+    except CompressError:  # a hint in an error's text: without it the error stands as well
+        return None
+    base = facts.get("base_model") if isinstance(facts, dict) else None
+    base = base[0] if isinstance(base, list) and base else base
+    return base if isinstance(base, str) and re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", base, re.ASCII) else None
 
 
 def weights_of(folder: Path) -> Weights:

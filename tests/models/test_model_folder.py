@@ -226,6 +226,22 @@ def test_a_configuration_that_brings_other_weights_or_code_into_play_is_refused_
     one_error(ran, 1, word, "config.json")
 
 
+def test_a_quantised_model_names_its_base_where_its_card_does(model: Path) -> None:
+    edit(model / "config.json", quantization_config={"quant_method": "awq", "bits": 4})
+    for card, fix in (
+        ("---\nbase_model: org/dense-7b\n---\n# x\n", "name the unquantised model: org/dense-7b"),
+        ("---\nbase_model: [org/dense-7b, b/c]\n---\n", "name the unquantised model: org/dense-7b"),
+        ("---\nbase_model: 'org/x; rm -rf'\n---\n", "name the unquantised model"),
+        ("---\nbase_model: {a: b}\n---\n", "name the unquantised model"),
+        ("---\n[\n---\n", "name the unquantised model"),
+        ("no head", "name the unquantised model"),
+    ):
+        (model / "README.md").write_text(card)
+        with pytest.raises(CompressError, match=r"quantised \(awq\)") as e:
+            read_config(model)
+        assert e.value.fix == fix
+
+
 def test_a_token_without_a_row_in_the_embedding_is_named_where_a_text_uses_it(model: Path) -> None:
     tokenizer = load_tokenizer(model)
     tokenizer.add_tokens(["<picture>"])
