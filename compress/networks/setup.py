@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from compress.data.images import Splits
     from compress.models.sources import Resolved
-    from compress.networks.train import Masks, Remask
+    from compress.networks.train import Masks, Remask, Trainer
 
 WEIGHTS, FACTS, FINGERPRINT = "model.safetensors", "network.json", "fingerprint.safetensors"
 MASKS = "masks.safetensors"
@@ -46,6 +46,7 @@ class NetworkSetup:
     spec: DataSpec
     weights: str  # hash of the weights file, or of what draws them
     weights_file: Path | None
+    trainer: tuple[str, Trainer] | None = None  # a training in place of ours, and the hash of its code
 
     @cached_property
     def data(self) -> Splits:
@@ -91,7 +92,15 @@ class NetworkSetup:
             "weights": self.weights,
             "data": self.data.sha256,
             "seed": self.recipe.seed,
+            **({"trainer": self.trainer[0]} if self.trainer is not None else {}),
         }
+
+    @property
+    def train(self) -> Trainer:
+        """How this network is trained: every method trains by it alone."""
+        from compress.networks.train import train
+
+        return train if self.trainer is None else self.trainer[1]
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
@@ -187,14 +196,14 @@ def trained(
     """
     from safetensors.torch import save_file
 
-    from compress.networks.train import apply_masks, check_masks, train
+    from compress.networks.train import apply_masks, check_masks
 
     def build(folder: Path | None) -> None:
         model = start()
         held, rows = dict(masks or {}), list[dict[str, float]]()
         if spec is not None and spec.epochs:
             checkpoint = run.scratch(name) / "checkpoint.safetensors"
-            held, rows = train(
+            held, rows = setup.train(
                 model,
                 setup.data,
                 spec,

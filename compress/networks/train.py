@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -236,6 +236,28 @@ class Moment:
 
 # Given the model as it is now; None keeps the masks as they are.
 Remask = Callable[[Moment, nn.Module], Masks | None]
+
+
+class Trainer(Protocol):
+    """A training: `train`, or a user's own in its place.
+
+    The model is trained in place; what is masked stays zero, and a checkpoint that exists is gone on from to the same
+    bytes.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        data: Splits,
+        spec: TrainSpec,
+        *,
+        seed: int = 0,
+        masks: Masks | None = None,
+        remask: Remask | None = None,
+        checkpoint: Path | None = None,
+        label: str = "training",
+        identity: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Tensor], list[dict[str, float]]]: ...
 
 
 def train(

@@ -285,6 +285,7 @@ def _planned(
                 run.journal(f"{name}/plan", "trials.jsonl"),
                 found.oracle.of,
                 run.scratch(f"{name}/plan"),
+                setup.train,
             )
             decision, trials = choose(held, decision, target, worth)
         if folder is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from compress.data.images import Split, Splits
 from compress.data.tasks import KINDS, Task
-from compress.networks.train import evaluate, train
+from compress.networks.train import Trainer, evaluate, train
 from compress.processes.distributed import alone, gather, rank, world
 from compress.recipes.pagcp.contenders import contenders
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
@@ -70,6 +70,7 @@ class Trials:
         base: the dense network's figures on ``split``.
         of: hash of all that decides the outcome.
         place: a folder for checkpoints; what was measured is noted in ``journal``.
+        train: how the network is trained.
     """
 
     pruner: Pruner
@@ -82,6 +83,7 @@ class Trials:
     journal: Journal | Notes
     of: str
     place: Path
+    train: Trainer = train
 
     def hold(self, states: Mapping[str, State], epochs: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
         """The winner's name, and a row a contender, the best first: its last heat's epochs, values, drops and what its
@@ -128,7 +130,7 @@ class Trials:
     def _tried(self, name: str, state: State, epochs: int) -> Values:
         # A copy: what a plan leaves whole is the dense network's own.
         network = copy.deepcopy(self.pruner.cut(state))
-        train(
+        self.train(
             network,
             self.data,
             short(self.spec, epochs),

@@ -320,6 +320,26 @@ def test_plan_says_how_many_epochs_trials_take(place: Path) -> None:
     assert "trials   5 plans a round at most, 5 epochs in all" in told.out
 
 
+def test_a_training_of_ones_own_is_the_only_one_that_is_called(place: Path, tmp_path: Path) -> None:
+    from compress.networks.train import train
+    from compress.pipeline import prune as run
+
+    labels = []
+
+    def mine(model: Any, data: Any, spec: Any, **more: Any) -> Any:
+        labels.append(more["label"])
+        return train(model, data, spec, **more)
+
+    def take(setup: Any) -> None:
+        setup.trainer = ("hash of my code", mine)
+
+    short = ["train.epochs=1", "pagcp.rounds=1", "pagcp.between=0", "pagcp.trials={epochs: [1]}"]
+    run(named(place), str(place / "mine.yaml"), tmp_path / "run", short, until="plan", ask=take)
+    assert {"dense", "trial of greedy"} <= set(labels)
+    seal = json.loads((tmp_path / "run" / "dense" / "seal.json").read_text())
+    assert seal["inputs"]["trainer"] == "hash of my code"
+
+
 def _whole_run(place: Path, out: Path) -> None:
     from compress.pipeline import prune as run
 
