@@ -14,7 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md")
-PAGES = sorted([*FIRST, *(ROOT / "docs").rglob("*.md")])
+METHODS = sorted((ROOT / "recipes").glob("*/README.md"))
+PAGES = sorted([*FIRST, *METHODS, *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^(`{3,})(\w*)\s*$")
 MARK = re.compile(r"^<!-- (slow|not run: (.+)) -->$")
 
