@@ -21,7 +21,12 @@ from tests.networks import write_class_folders
 from tests.recipes.global_mp import test_llm
 from tests.tiny import prose, saved_tiny, tiny_job
 
-METHODS = (pytest.param("tyr", marks=pytest.mark.slow), "global-mp text", "global-mp network", "pagcp")
+METHODS = (
+    pytest.param("tyr", marks=pytest.mark.slow),
+    pytest.param("global-mp text", marks=pytest.mark.slow),
+    "global-mp network",
+    "pagcp",
+)
 
 
 @dataclass(frozen=True)

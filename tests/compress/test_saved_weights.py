@@ -90,7 +90,9 @@ def test_a_bfloat16_llama_is_published_as_it_is_proven(run: Path) -> None:
     assert not torch.equal(refitted, refitted.bfloat16().float())
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), [("gemma3_text", "bfloat16"), ("qwen2", "float16")])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("gemma3_text", "bfloat16"), pytest.param("qwen2", "float16", marks=pytest.mark.slow)]
+)
 def test_a_half_precision_model_is_published_as_it_is_proven(model_type: str, dtype: str, tmp_path: Path) -> None:
     job = stored_job(tmp_path, model_type, dtype)
     published_is_proven(prune(job, tmp_path / "run", "--set", "layouts=[per-layer]"), dtype)
@@ -116,6 +118,7 @@ def test_a_model_saved_at_full_shape_alone_is_exported_small_and_of_its_own_weig
     assert any(np.array_equal(want, found) for found in in_graph(run / "export-pruned"))
 
 
+@pytest.mark.slow
 def test_a_streamed_bfloat16_run_leaves_the_same_bytes(bf16: Job, run: Path, tmp_path: Path) -> None:
     streamed = prune(bf16, tmp_path / "run", "--set", "memory.stream=true")
     for name in ("model/model.safetensors", "model-padded/model.safetensors", "export-pruned/weights.data"):

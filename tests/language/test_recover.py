@@ -249,8 +249,8 @@ def test_a_dispatched_teacher_and_a_streamed_model_give_the_same(job: Path, tmp_
     [
         ("{steps: 3, rank: 0}", ("rank", "greater than or equal to 1")),
         ("{steps: 0}", ("steps", "greater than or equal to 1")),
-        ("{}", ("either steps or tokens",)),
-        ("{steps: 3, tokens: 100}", ("either steps or tokens",)),
+        ("{}", ("neither steps nor tokens",)),
+        ("{steps: 3, tokens: 100}", ("both steps and tokens",)),
         ("{steps: 3, kl: 0}", ("nothing to learn from",)),
         ("{steps: 3, method: full, targets: [q_proj]}", ("targets belong to method lora",)),
         ("{steps: 3, lerning_rate: 1}", ("lerning_rate", "did you mean 'learning_rate'?")),

@@ -103,7 +103,7 @@ def test_one_process_has_nobody_to_share_with(tmp_path: Path) -> None:
         assert streamed.model.layers.bytes_read > read
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_of_processes_that_share_the_model_ends_with_the_bytes_of_one(
     job: Job, finished: Path, tmp_path: Path, processes: int
 ) -> None:
@@ -124,7 +124,9 @@ def test_sharing_what_every_process_holds_is_refused(job: Job, tmp_path: Path) -
 
 
 # Behind a metric's block, in the supernet, in a search: where blocks are put together the 3rd, 12th and 30th time.
-@pytest.mark.parametrize("call", [3, 12, 30])
+@pytest.mark.parametrize(
+    "call", [pytest.param(3, marks=pytest.mark.slow), 12, pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_a_process_killed_while_blocks_are_put_together_costs_no_bytes(
     job: Job, finished: Path, tmp_path: Path, call: int
 ) -> None:

@@ -51,7 +51,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return measure(request.param, tmp_path_factory.mktemp("fresh") / "run")
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_recovery_is_foretold(method: str, tmp_path: Path) -> None:
     if method == "lora":
         pytest.importorskip("peft")

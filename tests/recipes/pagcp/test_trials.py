@@ -262,7 +262,7 @@ def test_one_process_and_two_choose_the_same_to_the_last_bit(tmp_path: Path) -> 
 
 
 def test_trials_ask_for_a_target_and_rising_epochs() -> None:
-    with pytest.raises(ValueError, match="give flops"):
+    with pytest.raises(ValueError, match="flops is not"):
         PAGCPOptions(trials=TrialOptions())
     with pytest.raises(ValueError, match="must rise"):
         TrialOptions(epochs=[2, 1])
