@@ -107,7 +107,8 @@ def _shallow(text: str) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > DEPTH:
-                raise yaml.composer.ComposerError(None, None, f"it nests more than {DEPTH} levels", event.start_mark)
+                mark: Any = event.start_mark
+                raise yaml.composer.ComposerError(None, None, f"it nests more than {DEPTH} levels", mark)
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 
