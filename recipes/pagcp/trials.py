@@ -70,7 +70,7 @@ class Trials:
         base: the dense network's figures on ``split``.
         of: hash of all that decides the outcome.
         place: a folder for checkpoints; what was measured is noted in ``journal``.
-        train: how the network is trained.
+        trainer: how the network is trained, where it is not by `compress.networks.train.train`.
     """
 
     pruner: Pruner
@@ -83,7 +83,7 @@ class Trials:
     journal: Journal | Notes
     of: str
     place: Path
-    train: Trainer = train
+    trainer: Trainer | None = None
 
     def hold(self, states: Mapping[str, State], epochs: Sequence[int]) -> tuple[str, list[dict[str, Any]]]:
         """The winner's name, and a row a contender, the best first: its last heat's epochs, values, drops and what its
@@ -130,7 +130,7 @@ class Trials:
     def _tried(self, name: str, state: State, epochs: int) -> Values:
         # A copy: what a plan leaves whole is the dense network's own.
         network = copy.deepcopy(self.pruner.cut(state))
-        self.train(
+        (self.trainer or train)(
             network,
             self.data,
             short(self.spec, epochs),
