@@ -15,7 +15,7 @@ from compress.errors import UsageError
 from compress.exporters import formats
 from compress.exporters.formats import BuildOptions, Source
 from compress.exporters.ort import Arrays
-from compress.schema.section import whole
+from compress.schema.section import whole_number
 
 SAMPLES = 16  # inputs that a network is compared on
 
@@ -65,7 +65,7 @@ def _profiles(shapes: Sequence[str]) -> dict[str, list[dict[str, tuple[int, int,
         if component not in axes:  # the axis' own name has a dot
             component, axis = "", name
         try:
-            numbers = [whole(n) for n in sizes.split(":")]
+            numbers = [whole_number(n) for n in sizes.split(":")]
             low, opt, high = numbers * 3 if len(numbers) == 1 else numbers
             if not axis:
                 raise ValueError("no axis")

@@ -20,8 +20,9 @@ from typing import Any
 from compress.errors import CompressError
 from compress.models.sizes import check_sizes
 from compress.run.seals import entries
-from compress.run.strict_json import read_bytes, read_json
+from compress.run.strict_json import read_json
 from compress.schema.strict_yaml import parse_yaml
+from compress.system.files import read_bytes
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -49,6 +50,7 @@ KNOWN = frozenset(
 # Quantised weights are read as floats by nothing here.
 QUANTISED = "quantization_config"
 
+CARD_BYTES = 2**20  # of a card whose head is asked for a hint
 INDEX_BYTES = 64 * 2**20  # an index of a million tensors takes 60 MB
 
 # What could be run by a loader, a shell or an interpreter. Case does not matter, nor a version behind a library's name.
@@ -177,7 +179,7 @@ def _refuse_keys(config: Mapping[str, Any], path: Path, at: str = "") -> None:
 def _unquantised(folder: Path) -> str | None:
     """What a quantised model's own card calls its base, where it is an id of the hub."""
     try:
-        text = read_bytes(own_file(folder, "README.md"), "the model's card").decode(errors="replace")
+        text = read_bytes(own_file(folder, "README.md"), "the model's card", CARD_BYTES, "").decode(errors="replace")
         head = text.split("\n---", 1)[0].removeprefix("---\n") if text.startswith("---\n") else ""
         facts = parse_yaml(head, "the model's card", str(folder)).value
     except CompressError:  # a hint in an error's text: without it the error stands as well

@@ -104,9 +104,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     with seen(folder, weights=False) as private, _rejected(folder, "", "the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
-    config = read_config(folder) if (folder / CONFIG).exists() else {}
     # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
-    tokenizer.embedding_rows = (config.get("text_config") or config).get("vocab_size")
+    tokenizer.embedding_rows = _embedding_rows(folder)
     tokenizer.name_or_path = str(folder)
     return tokenizer
 
@@ -137,6 +136,14 @@ def _rejected(folder: Path, name: str, what: str) -> Iterator[None]:
         else:
             fix = "the folder must hold a model that transformers knows"
         raise CompressError(f"{what}: {said[:300]}", where=str(folder / name) if name else str(folder), fix=fix) from e
+
+
+def _embedding_rows(folder: Path) -> int | None:
+    """What config.json says of the vocabulary; None where it says nothing."""
+    config = read_config(folder) if (folder / CONFIG).exists() else {}
+    inner = config.get("text_config")
+    rows: int | None = (inner if isinstance(inner, dict) else config).get("vocab_size")
+    return rows
 
 
 def is_ragged(folder: Path) -> bool:

@@ -35,7 +35,7 @@ STARTERS = ("subprocess", "multiprocessing", "ranks")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what starts processes or makes whole runs: it is told by what a module imports and a test asks for."""
-    whole = {Path(__file__).parent / name for name in ("compress", "docs", "slow")}
+    whole = {Path(__file__).parent / name for name in ("compress", "docs")}
     for item in items:
         starts = any(name in vars(getattr(item, "module", None) or object) for name in STARTERS)
         if starts or item.path.parent in whole or "finished" in getattr(item, "fixturenames", ()):

@@ -27,7 +27,10 @@ def check_branches(model: nn.Module, x: Tensor) -> None:
     first = called(model, x)
     shifted = (torch.zeros_like(x), torch.ones_like(x), x + 1, x - 1, 10 * x, -x)
     for other in (x[:1].expand_as(x), x[-1:].expand_as(x), *shifted):
-        layer = _apart(first, called(model, other))
+        try:
+            layer = _apart(first, called(model, other))
+        except Exception:  # made up: what a network does not take says nothing of its branches
+            continue
         if layer is not None:
             raise CompressError(
                 f"the layer {layer} is run for some inputs and not for others: what is traced on one fails others",

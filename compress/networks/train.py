@@ -130,9 +130,9 @@ def _one_batch(model: nn.Module) -> Iterator[None]:
 def _needs_planes(module: nn.Module) -> bool:
     """Whether a convolution's backward pass would write past its memory in oneDNN if channels came last.
 
-    Weights' gradients of a strided 1x1 convolution with fewer input channels than a vector holds (8 with AVX2, 16 with
-    AVX-512): the heap is overwritten, the process dies, or the gradient is wrong (uxlfoundation/oneDNN issue 6035, in
-    torch 2.13). Pruned shortcuts are just such convolutions.
+    Weights' gradients of a strided 1x1 convolution with fewer input channels than a vector holds: the heap is
+    overwritten, the process dies, or the gradient is wrong (uxlfoundation/oneDNN issue 6035, in torch 2.13). That is
+    seen below 8 with AVX2; AVX-512, which was not tried, holds 16. Pruned shortcuts are just such convolutions.
     """
     return (
         isinstance(module, nn.Conv2d)

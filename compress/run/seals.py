@@ -17,7 +17,8 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.run.cache import sha256_of
-from compress.run.strict_json import member, parse_json, read_bytes, typed
+from compress.run.strict_json import LIMIT, member, parse_json, typed
+from compress.system.files import read_bytes
 
 SEAL = "seal.json"
 VERSION = 2  # of a seal, and of the report that a release was made with: they go together
@@ -58,7 +59,7 @@ def read_seal(folder: Path, version: int = VERSION) -> dict[str, Any]:
     """
     path = folder / SEAL
     what, where = "the seal", str(path)
-    raw = read_bytes(path, what, fix=MEND)
+    raw = read_bytes(path, what, LIMIT, MEND)
     seal = typed(parse_json(raw, what, where, constants=True, fix=MEND), dict, "", what, where, MEND)
     for key in (key for key in FACTS if key != "sha256"):
         member(seal, key, FACTS[key], what, where, fix=MEND)
@@ -96,7 +97,7 @@ def read_stamped(path: Path, what: str, fix: str) -> str:
     Raises:
         CompressError: the file cannot be read, has no hash of its own, or was changed since it was written.
     """
-    raw = read_bytes(path, what, fix=fix)
+    raw = read_bytes(path, what, LIMIT, fix)
     text, found, _ = raw.rpartition(STAMP.encode())
     if not found:
         raise CompressError(f"{what} is not whole: it has no hash of its own", where=str(path), fix=fix)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from compress.errors import CompressError
-from compress.system import host
+from compress.system.files import read_bytes
 
 LIMIT = 64 << 20  # bytes of a file
 DEPTH = 100  # levels of lists and objects in each other
@@ -35,28 +33,6 @@ def read_json(path: Path, what: str, *, limit: int = LIMIT, constants: bool = Fa
             is the path.
     """
     return parse_json(read_bytes(path, what, limit, fix), what, str(path), constants=constants, fix=fix)
-
-
-def read_bytes(path: Path, what: str, limit: int = LIMIT, fix: str = FIX) -> bytes:
-    """A regular file's bytes, ``limit`` at most; `CompressError` otherwise. A pipe or a device is never waited for."""
-    try:
-        handle = host.open_to_read(str(path))
-        try:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise CompressError(f"{what} is no file", where=str(path), fix=fix)
-            with os.fdopen(handle, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
-        finally:
-            os.close(handle)
-    except FileNotFoundError as e:
-        raise CompressError(f"{what} is missing", where=str(path), fix=fix) from e
-    except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
-        raise CompressError(
-            f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
-        ) from e
-    if len(data) > limit:
-        raise CompressError(f"{what} is longer than {limit:,} bytes", where=str(path), fix=fix)
-    return data
 
 
 def parse_json(data: bytes | str, what: str, where: str, *, constants: bool = False, fix: str = FIX) -> Any:

@@ -63,7 +63,7 @@ def _holds_section(annotation: Any) -> bool:
     return any(_holds_section(inner) for inner in typing.get_args(annotation))
 
 
-def whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """A whole number from 1 to `LARGEST` in plain digits; ValueError otherwise (`int` takes " 8 ", "1_0" and "８")."""
     if not (text.isascii() and text.isdigit()) or not 1 <= int(text[:17]) <= LARGEST:
         raise ValueError(f"{text[:40]!r} is no whole number from 1")

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
+from compress.system.files import read_bytes
 
 LIMIT = 4 << 20  # bytes of a file
 DEPTH = 50  # levels of maps and lists in each other
@@ -37,16 +38,9 @@ def read_yaml(path: Path, what: str, fix: str = "check the path and its rights")
         UsageError: it is missing, no regular file, longer than `LIMIT`, or not what `parse_yaml` takes.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{what} is no file", where=str(path), fix=fix)
-        with path.open("rb") as file:
-            data = file.read(LIMIT + 1)
-    except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
-        raise UsageError(
-            f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
-        ) from None
-    if len(data) > LIMIT:
-        raise UsageError(f"{what} is longer than {LIMIT:,} bytes", where=str(path), fix=fix)
+        data = read_bytes(path, what, LIMIT, fix)
+    except CompressError as e:
+        raise UsageError(e.what, where=e.where, fix=e.fix) from None
     return parse_yaml(data, what, str(path))
 
 

@@ -12,6 +12,7 @@ import glob
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,28 @@ def _sweep(path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):  # another process swept it
             if time.time() - left.stat().st_mtime > LEFT_SECONDS:
                 left.unlink()
+
+
+def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
+    """A regular file's bytes, ``limit`` at most; `CompressError` otherwise. A pipe or a device is never waited for."""
+    try:
+        handle = host.open_to_read(str(path))
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise CompressError(f"{what} is no file", where=str(path), fix=fix)
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                data = file.read(limit + 1)
+        finally:
+            os.close(handle)
+    except FileNotFoundError as e:
+        raise CompressError(f"{what} is missing", where=str(path), fix=fix) from e
+    except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
+        raise CompressError(
+            f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
+        ) from e
+    if len(data) > limit:
+        raise CompressError(f"{what} is longer than {limit:,} bytes", where=str(path), fix=fix)
+    return data
 
 
 def disk_error(

@@ -22,7 +22,7 @@ from compress.exporters.gate_run import Artefact, Measuring, compare, find
 from compress.exporters.gate_run import self_test as against_itself
 from compress.run.written import append, refuse_replacing, written
 from compress.schema.recipe import load_section
-from compress.schema.section import Clash, Section, whole
+from compress.schema.section import Clash, Count, Section, whole_number
 from compress.system.files import disk_errors
 
 GIT, WORKTREE = "git:", "worktree"
@@ -54,7 +54,7 @@ class GateFile(Section):
     batch: int = Field(1, ge=1, description="networks: samples of one call")
     prompt: int = Field(128, ge=1, description="language models: tokens of the prompt")
     context: int = Field(128, ge=1, description="language models: tokens in the cache")
-    shapes: dict[str, list[Annotated[int, Field(ge=1)]]] = Field({}, description="whole shapes of inputs, by name")
+    shapes: dict[str, list[Count]] = Field({}, description="whole shapes of inputs, by name")
 
     @model_validator(mode="after")
     def _whole(self) -> GateFile:
@@ -181,7 +181,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, list[int]]:
     for text in texts:
         name, _, dims = text.rpartition("=")
         try:
-            found[name] = [whole(d) for d in dims.split("x")]
+            found[name] = [whole_number(d) for d in dims.split("x")]
         except ValueError:
             found[name] = []
         if not name or not found[name] or min(found[name]) < 1:

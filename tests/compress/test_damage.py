@@ -23,7 +23,7 @@ from tests.tiny import prose, saved_tiny, tiny_job
 
 METHODS = (
     pytest.param("tyr", marks=pytest.mark.slow),
-    pytest.param("global-mp text", marks=pytest.mark.slow),
+    "global-mp text",
     "global-mp network",
     "pagcp",
 )

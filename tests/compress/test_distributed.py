@@ -195,7 +195,7 @@ def test_one_process_and_several_give_the_same_bytes(job: Job, alone: Path, tmp_
     assert done.out.count("removed ") == 1 and done.out.count(f"run      {out}") == 1  # one process speaks
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_other_launchers_work_the_same(job: Job, alone: Path, tmp_path: Path, launcher: str) -> None:
     here = Path(sys.executable).parent
     launch = {
@@ -211,7 +211,6 @@ def test_other_launchers_work_the_same(job: Job, alone: Path, tmp_path: Path, la
     assert done.out.count("removed ") == 1
 
 
-@pytest.mark.slow
 def test_two_nodes_with_a_launcher_each_work_as_one(job: Job, alone: Path, tmp_path: Path) -> None:
     """Two launchers on this machine, as two nodes have them; what joins them is the address they are given."""
     with socket.socket() as s:
@@ -244,7 +243,7 @@ def test_an_error_in_one_process_ends_all_with_its_message_within_seconds(job: J
     done = ran(*compress(*command(job, tmp_path / "run", "--processes", "3")), **broken(tmp_path, 1, "error"))
     assert done.code == 1
     assert done.err.count("error: ") == 1 and "error: rank 1: the test broke it" in done.err
-    assert time.monotonic() - began < 600, "the timeout of a process that does not answer is three times as long"
+    assert time.monotonic() - began < 100  # the processes' own start included
 
 
 def test_a_killed_process_is_named_and_ends_all(job: Job, tmp_path: Path) -> None:

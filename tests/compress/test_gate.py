@@ -350,7 +350,6 @@ def test_the_action_passes_and_fails_as_the_gate_does(models: Path, tmp_path: Pa
     assert "::notice title=gate%3A pass%3A size<=4x::" in said and not (tmp_path / "installed").exists()
 
 
-@pytest.mark.slow
 def test_the_actions_candidate_alone_is_held_against_the_gate_files_baseline(models: Path, tmp_path: Path) -> None:
     text = GATE.replace("BASELINE", str(models / "small.onnx")).replace("CANDIDATE", str(models / "small.onnx"))
     (tmp_path / "gate.yaml").write_text(text)

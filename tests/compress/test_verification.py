@@ -203,7 +203,6 @@ def unrun(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return seen
 
 
-@pytest.mark.slow
 def test_the_dense_model_of_a_release_is_found_where_the_report_says_and_exported_to_be_timed(
     release: Path, job: Job, unrun: list[Path]
 ) -> None:
@@ -246,7 +245,6 @@ def test_a_dense_model_that_is_not_here_leaves_its_claims_open_and_says_where_it
     assert row["verdict"] == OPEN and "does not say where it was" in row["reason"], "as an earlier version wrote it"
 
 
-@pytest.mark.slow
 def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job: Job, tmp_path: Path) -> None:
     for name, text, part in (
         ("model.safetensors.index.json", "{", "is no JSON"),
@@ -260,7 +258,6 @@ def test_a_dense_model_that_is_damaged_leaves_its_claims_open(release: Path, job
         assert row["verdict"] == OPEN and part in row["reason"] and str(broken) in row["reason"]
 
 
-@pytest.mark.slow
 def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
     release: Path, job: Job, tmp_path: Path
 ) -> None:
@@ -280,7 +277,6 @@ def test_another_dense_model_is_a_verdict_of_its_own_that_names_both_hashes(
     one_error(compress("verify", release, "--measure", "--dense", "smollm2-135"), 2, "did you mean 'smollm2-135m'?")
 
 
-@pytest.mark.slow
 def test_another_export_of_the_dense_model_is_not_timed(release: Path, finished: Path, unrun: list[Path]) -> None:
     found = claims(compress("verify", release, "--measure", "--dense", finished / "export-pruned", "--json"))
     row = found["the dense model's export, onnx"]
@@ -294,7 +290,6 @@ def test_another_export_of_the_dense_model_is_not_timed(release: Path, finished:
     assert unrun == [finished / "export-dense"] * 2
 
 
-@pytest.mark.slow
 def test_a_package_that_a_report_names_is_not_fetched_unless_an_alias_of_ours_names_it(
     release: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +319,6 @@ def test_a_text_without_a_hash_in_the_report_is_not_measured_on(release: Path) -
 
 
 @pytest.mark.usefixtures("unrun")
-@pytest.mark.slow
 def test_another_text_than_was_measured_on_is_no_verdict(release: Path, finished: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

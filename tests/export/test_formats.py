@@ -91,7 +91,6 @@ def test_a_llama_of_uneven_layers_gives_the_same_in_every_format(
     assert max(outputs.values()) < {"fp32": 1e-4, "fp16": 1e-2, "int8-weights": 5e-2}[precision]
 
 
-@pytest.mark.slow
 def test_executorch_takes_a_recurrent_network_and_batches_that_vary(tmp_path: Path) -> None:
     here("executorch")
     model = build("fastgrnn", {"channels": 3, "hidden": 8, "classes": 4, "r_W": 3, "r_U": 8}, seed=0).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from compress.errors import CompressError, UsageError
-from compress.exporters.bench.local import rows_of
+from compress.exporters.bench import agent
+from compress.exporters.bench.local import Local, measure_once, rows_of
 from compress.exporters.command import read_inputs
 from compress.exporters.formats import random_feed, read_graph
 from compress.exporters.gate_run import Measuring, find, whole_shapes
@@ -81,7 +83,7 @@ def test_the_axis_of_the_table_counts_and_a_one_hots_depth(axis: int, tmp_path: 
     assert index_ranges(graph) == {"a": 9 if axis == 0 else 3, "b": 5}, "c is behind arithmetic"
 
 
-def test_an_encoder_of_three_inputs_is_exported_benched_and_gated(tmp_path: Path) -> None:
+def test_an_encoder_of_three_inputs_is_exported_and_gated(tmp_path: Path) -> None:
     path = encoder(tmp_path / "a.onnx")
     words = ("--format", "ort", "--shape", "batch=2", "--shape", "sequence=8")
     ran = compress("export", path, *words, "--out", tmp_path / "ort")
@@ -93,6 +95,24 @@ def test_an_encoder_of_three_inputs_is_exported_benched_and_gated(tmp_path: Path
     budget = ("-b", "latency<=9x", "-b", "size<=1x", "--samples", 1)
     ran = compress("gate", path, path, *budget, "--shape", "input_ids=1x8")
     assert ran.code in (0, 3) and "size" in ran.out, ran.err
+
+
+def test_what_is_measured_reads_the_whole_of_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids of two rows alone would lie in a cache that no text's ids lie in."""
+    path, asked = encoder(tmp_path / "a.onnx", 7), []
+
+    class Told(Local):
+        def run(self, request: dict[str, Any]) -> dict[str, Any]:
+            asked.append(request)
+            return super().run(request)
+
+    spec = {"min_seconds": 0.01, "min_runs": 2, "shapes": {n: [8, 50] for n in NAMES}}
+    assert measure_once(path, spec, transport=Told())["figures"]["latency"]["samples"]
+    assert asked[0]["rows"] == {"input_ids": 7, "token_type_ids": 2}
+    monkeypatch.syspath_prepend(str(Path(agent.__file__).parents[1]))  # as it lies on a device
+    ports = [SimpleNamespace(name=n, shape=(None, None), dtype="int64") for n in NAMES]
+    drawn = agent._feed(SimpleNamespace(inputs=ports), {**asked[0], "seed": 0})
+    assert [int(drawn[n].max()) for n in NAMES] == [6, 1, 1]
 
 
 def test_inputs_that_are_given_are_used_and_what_does_not_run_is_the_files_fault(tmp_path: Path) -> None:

@@ -133,6 +133,22 @@ def test_layers_left_out_in_training_are_no_fault_and_the_model_is_as_it_was() -
         check_branches(_Branch(), torch.rand(2, 4) + 1)
 
 
+class _Particular(nn.Module):
+    """Takes values from 0 to 1 and says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert float(x.min()) >= 0 and float(x.max()) <= 1
+        return self.a(x)
+
+
+def test_made_up_inputs_that_a_network_refuses_say_nothing() -> None:
+    check_branches(_Particular(), torch.rand(2, 4))
+
+
 class _Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

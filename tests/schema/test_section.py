@@ -14,7 +14,7 @@ from compress.exporters.command import builds
 from compress.pipeline import METHODS
 from compress.run.machines import find_machine
 from compress.schema.recipe import load_recipe, recipe_names
-from compress.schema.section import LARGEST, whole
+from compress.schema.section import LARGEST, whole_number
 from compress.verbs.gate import parse_shapes
 
 
@@ -72,7 +72,7 @@ def test_a_machine_has_gpus_counted_in_plain_digits(machine: str, tmp_path: Any)
 @pytest.mark.parametrize("text", ["0", "-1", "８", " 8", "1_0", "", "1.5", "x", str(LARGEST + 1), "9" * 5000])
 def test_what_is_no_whole_number(text: str) -> None:
     with pytest.raises(ValueError, match="no whole number"):
-        whole(text)
+        whole_number(text)
     with pytest.raises(UsageError):
         parse_shapes([f"x=1x{text}"])
     with pytest.raises(UsageError):
@@ -80,7 +80,7 @@ def test_what_is_no_whole_number(text: str) -> None:
 
 
 def test_precisions_are_asked_for_even_where_no_format_is() -> None:
-    assert whole("0008") == 8
+    assert whole_number("0008") == 8
     for names, precision, what in (
         ([], "fp7", "there is no precision 'fp7'"),
         (["ort"], "fp7", "there is no precision 'fp7'"),

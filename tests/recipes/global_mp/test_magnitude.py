@@ -59,15 +59,15 @@ def random_case(seed: int) -> tuple[dict[str, Tensor], int, dict[str, int]]:
     return weights, draw.randint(0, free), floors
 
 
-def test_a_thousand_random_cases_are_as_sorted() -> None:
-    for seed in range(1000):
+def test_thousands_of_random_cases_are_as_sorted() -> None:
+    for seed in range(3000):
         weights, prune, floors = random_case(seed)
         found = global_masks(weights, prune, floors)
         assert_same(found, by_sorting(weights, prune, floors))
         assert sum(int((~mask).sum()) for mask in found.values()) == prune
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_finite_floats_are_as_sorted(data: st.DataObject) -> None:
     floats = {
