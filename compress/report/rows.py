@@ -145,9 +145,16 @@ def rows(report: Mapping[str, Any]) -> list[Row]:
     Raises:
         CompressError: they are not what this version reads.
     """
-    if report.get("schema_version", 1) > VERSION:
+    version = report.get("schema_version", 1)
+    if type(version) is not int or version < 1:
         raise CompressError(
-            f"the report is of schema version {report['schema_version']}; this version reads up to {VERSION}",
+            f"the report's schema_version is {version!r:.40}, not a number from 1",
+            where="report.json",
+            fix="make it again",
+        )
+    if version > VERSION:
+        raise CompressError(
+            f"the report is of schema version {version}; this version reads up to {VERSION}",
             where="report.json",
             fix="take a newer compress",
         )

@@ -234,3 +234,10 @@ def test_rows_are_read_back_as_they_were_written_and_nonsense_in_them_is_one_err
         check(lying)
     with pytest.raises(CompressError, match="schema version 3"):
         rows({**report, "schema_version": VERSION + 1})
+
+
+@pytest.mark.parametrize("version", [0, -5, True, "2", 1.5, None, [2]])
+def test_a_version_that_is_none_is_refused(version: Any) -> None:
+    report = {k: v for k, v in sample("tyr").items() if k != "rows"}
+    with pytest.raises(CompressError, match="schema_version is"):
+        rows({**report, "schema_version": version})
