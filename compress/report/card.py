@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.report.metadata import assemble, card_data, text_results
-from compress.report.plots import Plot, draw, plots_of
+from compress.report.plots import Plot, draw
 from compress.report.rows import Row, benches, emulated, figures, here, how, rows
 from compress.report.stats import FEWEST
 from compress.words.escape import block, code, markdown
@@ -15,11 +15,6 @@ from compress.words.wording import counted, megabytes, small
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
-
-
-def metadata(report: dict[str, Any]) -> ModelCardData:
-    """The head of a card for a model with whole units gone."""
-    return text_metadata(report, report["size"]["backbone_removed"], "structured-pruning")
 
 
 def text_metadata(report: dict[str, Any], removed: float, kind: str) -> ModelCardData:
@@ -45,11 +40,6 @@ def publish(
     drawn = draw(report, folder / "plots", plots)
     images = {name: path.relative_to(folder).as_posix() for name, path in drawn.items()}
     return write_readme(folder, head(report), text(report, images))
-
-
-def write_card(report: dict[str, Any], folder: Path) -> Path:
-    """The card of a language model that whole units were taken out of."""
-    return publish(report, folder, metadata, body, plots_of(report))
 
 
 def write_readme(folder: Path, head: ModelCardData | Mapping[str, Any], text: str) -> Path:
@@ -114,88 +104,6 @@ def frame(
     return "\n".join([*lines, *again(report), *limits(report, list(said))])
 
 
-def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
-    size, quality, model = report["size"], report["quality"], report["model"]
-    origin = code(model["base_model"]) if model["base_model"] else code(model["name"])
-    first = quality["texts"][0]
-    return frame(
-        report,
-        images,
-        title=f"{model['name']}, {100 * size['backbone_removed']:.1f} % of the backbone removed",
-        intro=f"{origin} pruned with the recipe {code(report['recipe']['method'])} of `compress`: whole KV groups,"
-        f" query heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
-        f" Weights were taken from: {markdown(model['source'])}.",
-        notes=[
-            f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the blocks;"
-            " embeddings, head and norms are not part of it).",
-            f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
-            " the pruner saw." + beginning(report),
-            "",
-            *_recovery(report),
-        ],
-        pictures=(
-            ("sparsity-per-layer", "What each layer gave up"),
-            ("perplexity", "Perplexity against sparsity"),
-            ("latency", "Latency, dense and pruned"),
-            ("search", "The search"),
-        ),
-        sections=_removed(report),
-        loading=loading(report),
-        checks=_checks(report),
-        said=[
-            "The model was calibrated on "
-            + ", ".join(markdown(_source(s)) for s in report["recipe"]["calibration"]["sources"])
-            + ". On text unlike these it has lost more than the table's mean says; what it knew of facts, code and"
-            " other languages was not measured.",
-            INHERITED,
-        ],
-    )
-
-
-def _removed(report: dict[str, Any]) -> list[str]:
-    """What each layer gave up, as counts."""
-    lines = [
-        "## What was removed",
-        "",
-        "| layer | KV groups | query heads | FFN neurons | attention | FFN |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in report["layers"]:
-        counts = (
-            f"{row[kept]:,} of {row[f'dense_{kept}']:,}" if row[kept] != row[f"dense_{kept}"] else "all"
-            for kept in ("kv_heads", "heads", "neurons")
-        )
-        gone = (100 * row[f"{part}_sparsity"] for part in ("attention", "ffn"))
-        shares = (f"-{share:.1f} %" if share else "0 %" for share in gone)
-        lines.append(f"| {markdown(row['layer'])} | {' | '.join(counts)} | {' | '.join(shares)} |")
-    return [*lines, ""]
-
-
-def _training(report: dict[str, Any]) -> str:
-    recovered = report.get("recover")
-    if recovered is None:
-        return "nothing was trained afterwards"
-    how = "all weights of the blocks" if recovered["method"] == "full" else "low-rank updates, merged,"
-    return (
-        f"then {how} were trained for {counted(recovered['steps'], 'step')} ({recovered['tokens']:,} tokens) to do"
-        " what the dense model does"
-    )
-
-
-def _recovery(report: dict[str, Any]) -> list[str]:
-    """What the training brought, where there was one."""
-    recovered = report.get("recover")
-    if recovered is None:
-        return []
-    mean = recovered["geometric_mean"]
-    return [
-        f"Recovery ({markdown(recovered['method'])}, {recovered['trained_parameters']:,} parameters trained):"
-        f" perplexity, geometric mean, {mean['before']:.2f} before and {mean['after']:.2f} after; without it:"
-        f" {code(report['commands']['unrecovered'])}.",
-        "",
-    ]
-
-
 def beginning(report: Mapping[str, Any]) -> str:
     """What the windows of text begin with, as a sentence behind others; empty where the report does not say."""
     if "text" not in report:
@@ -207,12 +115,6 @@ def beginning(report: Mapping[str, Any]) -> str:
 
 
 INHERITED = "It has the limits and biases of the dense model."
-
-
-def _source(spec: Mapping[str, Any]) -> str:
-    if "files" in spec:
-        return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
-    return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))
 
 
 def conditions(record: Mapping[str, Any]) -> str:
@@ -413,30 +315,3 @@ def onnx_check(report: dict[str, Any]) -> list[str]:
         f" difference {small(facts['largest_difference'])} (allowed {small(facts['tolerance'])});"
         f" {counted(facts['greedy']['tokens'], 'greedy token')} equal torch's"
     ]
-
-
-def _checks(report: dict[str, Any]) -> list[str]:
-    lines = []
-    for layout in report["verify"]["layouts"]:
-        lines.append(
-            f"layout {code(layout['layout'])}: loaded in a clean process as {code(layout['class'])}; logits differ by"
-            f" {small(layout['max_logit_difference'])} from those it was saved with (allowed"
-            f" {small(layout['tolerance'])}), the sliced model from the masked one by"
-            f" {small(layout['masked_difference'])}"
-        )
-    lines += onnx_check(report)
-    search = report["search"]
-    lines.append(
-        f"search: {search['work_token_layers']:,} tokens x layers,"
-        f" {search['reference_token_layers'] / search['work_token_layers']:,.0f} times less than the paper's schedule"
-    )
-    if judged := report.get("run_off"):
-        said = ", ".join(f"{markdown(label)} {kl:.4f}" for label, kl in sorted(judged.items(), key=lambda r: r[1]))
-        lines.append(f"run-off, KL to the dense model in nats on text that nothing had seen: {said}")
-    scale = report["logit_scale"]
-    if scale is not None:
-        lines.append(
-            f"scale of the logits: {scale['scale']:.2f}, folded into the last norm; it takes the KL to the dense"
-            f" model on the search windows from {scale['kl_before']:.4f} to {scale['kl']:.4f} nats"
-        )
-    return lines

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +117,6 @@ def ys(points: Sequence[Mapping[str, Any]]) -> list[float]:
     return [p["y"] for p in points]
 
 
-def _layers(report: dict[str, Any], plt: Any) -> Any:
-    chart = drawn(report, "sparsity-per-layer")
-    figure, axes = plt.subplots(2, 1, figsize=(7, 4), sharex=True)
-    for axis, series in zip(axes, chart["series"], strict=True):
-        axis.bar([int(x) for x in xs(series["points"])], ys(series["points"]), color=PRUNED, width=0.8)
-        axis.set_ylabel(f"{series['name']}\n{chart['y']['label']}")
-        axis.set_ylim(chart["y"]["min"], chart["y"]["max"])
-    axes[1].set_xlabel(chart["x"]["label"])
-    whole_steps(axes[1].xaxis)
-    axes[0].set_title(f"{chart['title']}: {chart['rules'][0]['value']:.1f} % of the backbone in all")
-    return figure
-
-
 def zeros_per_layer(report: dict[str, Any], plt: Any, all_layers: str, title: str) -> Any:
     """A bar a layer, the most that its floor allows, and all of them together, which ``all_layers`` names."""
     chart = drawn(report, "sparsity-per-layer")
@@ -151,33 +137,6 @@ def zeros_per_layer(report: dict[str, Any], plt: Any, all_layers: str, title: st
         axis.set_xticks(list(at), [caption(x, 30) for x in xs(bars["points"])], **SLANTED)
     axis.set_title(title + ("; no bar can pass its floor" if floors else ""))
     axis.legend(frameon=False, fontsize=8, loc="upper center", ncol=2)
-    return figure
-
-
-def _search(report: dict[str, Any], plt: Any) -> Any:
-    chart = drawn(report, "search")
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    kls: list[float] = []
-    for series in chart["series"]:
-        points, colour = series["points"], COLOURS[series["colour"]]
-        if series.get("step"):
-            # An iteration starts from another model: its best is no better or worse than the last one's.
-            for i, (_, own) in enumerate(groupby(points, key=lambda p: p["label"])):
-                part = list(own)
-                label = None if i else series["name"]
-                axis.step(xs(part), ys(part), where="post", color=colour, label=label)
-            continue
-        start = series["colour"] == "dense"
-        axis.plot(
-            xs(points), ys(points), "D" if start else ".", color=colour, ms=5 if start else 6, label=series["name"]
-        )
-        kls += ys(points)
-    low, top = min(kls), max(kls)
-    axis.set_ylim(max(0, low - 0.15 * (top - low)), min(top, 4 * low) * 1.05)
-    axis.set_xlabel(f"{chart['x']['label']} (singles included)")
-    axis.set_ylabel(chart["y"]["label"])
-    axis.set_title(chart["title"])
-    axis.legend(frameon=False, loc="upper right")
     return figure
 
 
@@ -234,11 +193,6 @@ def _latency(report: dict[str, Any], plt: Any) -> Any:
     axis.set_xticks([0, 1], ["dense", f"pruned\n{'no change' if ratio == '1.00x' else ratio}"])
     axis.margins(y=0.15)
     return figure
-
-
-def plots_of(report: Mapping[str, Any]) -> dict[str, Plot]:
-    """What of a report of a method that removes whole units can be drawn."""
-    return {"sparsity-per-layer": _layers, "search": _search, "perplexity": perplexity, **latency_plot(report)}
 
 
 def latency_plot(report: Mapping[str, Any]) -> dict[str, Plot]:

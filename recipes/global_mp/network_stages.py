@@ -451,7 +451,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
 
 def card(report: dict[str, Any], folder: Path) -> Path:
     """Draws the plots and writes the card."""
-    from compress.networks.card import write_network_card
+    from compress.recipes.global_mp.network_card import write_network_card
 
     return write_network_card(report, folder)
 

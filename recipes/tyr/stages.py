@@ -222,7 +222,7 @@ def _rounding(setup: Setup) -> dict[str, str]:
 
 
 def card(report: dict[str, Any], folder: Path) -> Path:
-    from compress.report.card import write_card
+    from compress.recipes.tyr.card import write_card
 
     return write_card(report, folder)
 

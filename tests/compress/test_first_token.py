@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from compress.language.recover import training_windows
 from compress.language.setup import prepare, read_windows
 from compress.pipeline import METHODS
+from compress.recipes.tyr.card import body
 from compress.report.build import read_report
-from compress.report.card import body
 from compress.run.folder import Run
 from compress.schema.recipe import load_recipe
 from tests.command import Job, compress, one_error

@@ -96,7 +96,7 @@ def test_a_report_whose_own_hash_was_made_to_fit_is_named_by_the_seal_and_the_ca
 
 def test_a_claim_that_was_made_up_does_not_survive_measuring(release: Path) -> None:
     """Hashes cannot tell who wrote a report: a forger who makes all of them fit is found by measuring again."""
-    from compress.report.card import write_card
+    from compress.recipes.tyr.card import write_card
 
     change_report(release, without_times, stamp=True)
     change_report(release, claim_better, stamp=True)
@@ -220,7 +220,7 @@ def test_the_dense_model_of_a_release_is_found_where_the_report_says_and_exporte
 
 def test_a_dense_figure_that_was_made_up_does_not_survive_measuring(release: Path) -> None:
     """A worse dense model makes the pruned one look better."""
-    from compress.report.card import write_card
+    from compress.recipes.tyr.card import write_card
 
     change_report(release, without_times, stamp=True)
     change_report(release, lambda r: r["quality"]["texts"][0].update(dense_ppl=1e3), stamp=True)

@@ -15,8 +15,8 @@ from markdown_it import MarkdownIt
 
 from compress.cli import app
 from compress.errors import CompressError
+from compress.recipes.tyr.card import body, metadata, write_card
 from compress.report.build import finish, read_report
-from compress.report.card import body, metadata, write_card
 from compress.words.escape import markdown
 from tests.command import Job, compress, one_error
 

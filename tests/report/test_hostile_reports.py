@@ -12,11 +12,11 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from markdown_it import MarkdownIt
 
-from compress.networks import card as network_card
 from compress.pipeline import method_of
 from compress.recipes.global_mp import card as sparse_card
+from compress.recipes.global_mp import network_card
 from compress.recipes.pagcp import card as channels_card
-from compress.report import card
+from compress.recipes.tyr import card
 from compress.report.html import page
 from compress.report.metadata import assemble
 from compress.words.escape import json_text, terminal

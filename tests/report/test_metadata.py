@@ -167,7 +167,7 @@ def network(tasks: list[dict[str, Any]], rows: list[dict[str, Any]], shape: tupl
 
 
 def test_a_networks_tasks_have_the_hubs_words_and_their_main_measure() -> None:
-    from compress.networks.card import metadata
+    from compress.recipes.global_mp.network_card import metadata
 
     shape = {"name": "shape", "kind": "classes"}
     rows = [{"task": "shape", "metric": m, "pruned": v, "dense": 0.6} for m, v in (("loss", 1.5), ("accuracy", 0.5))]

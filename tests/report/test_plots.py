@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from compress.exporters.bench import plots as bench_plots
-from compress.networks.card import plots_of as of_network
 from compress.recipes.global_mp.card import plots_of as of_zeros
+from compress.recipes.global_mp.network_card import plots_of as of_network
 from compress.recipes.pagcp.card import plots_of as of_channels
+from compress.recipes.tyr.card import plots_of as of_units
 from compress.report import charts
 from compress.report.plots import figures
-from compress.report.plots import plots_of as of_units
 from compress.words.wording import counted, megabytes, milliseconds, number
 from tests.reports import NAMES, sample
 
