@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import re
 import shlex
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -473,8 +475,32 @@ class Stopped(BaseException):
     """Ctrl-C. Not KeyboardInterrupt: typer would turn that into an exit code of its own."""
 
 
+_stopping = False
+
+
 def _stop(number: int, frame: object) -> None:
+    global _stopping
+    _stopping = True
     raise Stopped
+
+
+def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a finalizer or a callback: a Ctrl-C that fell into one comes again outside it."""
+    if unraisable.exc_type is Stopped:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+@contextlib.contextmanager
+def _as_it_was_meant() -> Iterator[None]:
+    """Compiled code that calls Python may turn a Ctrl-C that falls into it into an error of its own."""
+    try:
+        yield
+    except Exception as e:
+        if _stopping:
+            raise Stopped from e
+        raise
 
 
 @contextlib.contextmanager
@@ -499,10 +525,13 @@ def main() -> None:
     from compress.processes import distributed
 
     distributed.leave_no_gaps()
+    global _stopping
+    _stopping = False
     sys.excepthook = _trace
+    sys.unraisablehook = _swallowed
     try:
         signal.signal(signal.SIGINT, _stop)
-        with _memory_errors():
+        with _memory_errors(), _as_it_was_meant():
             app()
     except CompressError as e:
         if distributed.report(e, e.exit_code, _debug):

@@ -32,7 +32,7 @@ class Job:
 
 def compress(*words: object) -> Ran:
     """Runs `compress` with these words. An exception that is no user's error passes through and fails the test."""
-    before, handler = sys.argv, signal.getsignal(signal.SIGINT)
+    before, handler, dropped = sys.argv, signal.getsignal(signal.SIGINT), sys.unraisablehook
     out, err = io.StringIO(), io.StringIO()
     sys.argv = ["compress", *map(str, words)]
     code = 0
@@ -42,7 +42,7 @@ def compress(*words: object) -> Ran:
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     finally:
-        sys.argv = before
+        sys.argv, sys.unraisablehook = before, dropped
         signal.signal(signal.SIGINT, handler)
     return Ran(code, out.getvalue(), err.getvalue())
 

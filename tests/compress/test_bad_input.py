@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -230,12 +231,44 @@ def test_ctrl_c_leaves_whole_stages_and_exit_code_130(mine: Job) -> None:
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
     printed, said = child.communicate(timeout=60)
-    assert child.returncode == 130
+    assert child.returncode == 130, said
     assert printed == "" and "Traceback" not in said
     assert said.strip().splitlines()[-1] == "stopped; the same command goes on behind the last whole stage"
     assert {p.name for p in out.iterdir()} >= {"text", "supernet-1", "singles-1"} and not (out / "search-1").exists()
     assert compress(*words).code == 0
     assert not list(out.rglob("*.partial"))
+
+
+# What compiled code does with an exception that Python code called by it raises.
+CAUGHT = """
+import signal, sys, time
+from compress import cli
+
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+@cli.app.command()
+def translated():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except BaseException:
+        raise RuntimeError("a tensor could not be read") from None
+
+@cli.app.command()
+def swallowed():
+    Late()
+    time.sleep(50)
+    print("went on")
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("how", ["translated", "swallowed"])
+def test_ctrl_c_that_falls_into_foreign_code_stops_all_the_same(how: str) -> None:
+    ran = subprocess.run([sys.executable, "-c", CAUGHT, how], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "\nstopped\n")
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------------
