@@ -50,12 +50,12 @@ def write(folder: Path, parts: dict[str, int]) -> None:
             Image.fromarray(image).save(folder / "images" / f"{name}.png")
             Image.fromarray(classes).save(folder / "segmentation" / f"{name}.png")
             np.save(folder / "depth" / f"{name}.npy", depth)
-        (folder / "gt_sets" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        (folder / "gt_sets" / f"{part}.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 def train(model: SceneNet, folder: Path, steps: int = 120) -> None:
     """A loop of your own: nothing of compress is in it."""
-    names = (folder / "gt_sets" / "train.txt").read_text().split()
+    names = (folder / "gt_sets" / "train.txt").read_text("utf-8").split()
     images = np.stack([np.asarray(Image.open(folder / "images" / f"{n}.png")) for n in names])
     x = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - 0.4) / 0.3
     classes = np.stack([np.asarray(Image.open(folder / "segmentation" / f"{n}.png")) for n in names])

@@ -29,5 +29,5 @@ def write_checked(model: Any, tokenizer: Any, folder: Path, spec: ExportSection,
         "tolerance": parity["tolerance"],
         "greedy": greedy_agrees(model, folder, tokenizer, spec.prompt, spec.greedy_tokens),
     }
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts

@@ -384,7 +384,7 @@ def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = T
                 facts["parity"] = module.check(taken, partial, options)
                 if source.evaluate is not None and "skipped" not in facts["parity"]:
                     facts["measures"] = _measures(taken, partial, options, module)
-        (partial / f"{form.name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (partial / f"{form.name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 
@@ -428,7 +428,7 @@ def describe(folder: Path, form: str) -> dict[str, Any]:
     """
     path = folder / f"{form}.json"
     try:
-        facts: dict[str, Any] = json.loads(path.read_text())
+        facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError) as e:
         raise CompressError(
             f"this folder was not built as {form}", where=str(folder), fix=f"compress export --format {form}"

@@ -60,7 +60,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
             fix="rewrite what it names, or name another --format",
         ) from e
     names = {"inputs": [p.name for p in graph.inputs], "outputs": [p.name for p in graph.outputs]}
-    (folder / SIGNATURE).write_text(json.dumps(names, indent=1) + "\n")
+    (folder / SIGNATURE).write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
     return {
         "components": {"model": {"shapes": {p.name: p.at(axes) for p in graph.inputs}}},
         "versions": {"litert_torch": str(getattr(litert_torch, "__version__", "")), "torch": torch.__version__},

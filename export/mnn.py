@@ -75,7 +75,7 @@ def export_mnn(source: Path, folder: Path, *, sparse: bool = True, block: int = 
             (Path(beside) / "blocks").write_bytes(_blocks(block))
             arguments += ["--compressionParamsFile", str(Path(beside) / "blocks")]
         done = subprocess.run(
-            python("-c", CONVERT, *arguments), capture_output=True, text=True, errors="replace", cwd=beside
+            python("-c", CONVERT, *arguments), capture_output=True, encoding="utf-8", errors="replace", cwd=beside
         )
     if done.returncode or not target.exists():  # the converter ends with 0 where it fails, too
         said = [line for line in (done.stdout + done.stderr).splitlines() if "device supports" not in line]
@@ -183,7 +183,7 @@ def write_checked_mnn(
         "outputs_compared": len(parity["outputs"]),
         **parity,
     }
-    (folder / "mnn.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "mnn.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

@@ -230,7 +230,7 @@ def write(found: dict[str, Any], folder: Path) -> None:
     """bench.json, with every raw sample, and the plots, into a folder that is there."""
     from compress.exporters.bench.plots import draw
 
-    (folder / RECORD).write_text(json.dumps(found, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(found, folder)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
+from compress.models.decoder import blocks
 from compress.run.progress import say
 
 OPSET = 20
@@ -41,8 +42,8 @@ class Exported:
 def cached_layers(model: Any) -> list[tuple[int, int, int]]:
     """(layer, KV heads, channels of a head) of every layer that keeps a cache."""
     found = []
-    for i, block in enumerate(model.model.layers):
-        attention = block.self_attn
+    for i, block in enumerate(blocks(model)):
+        attention: Any = block.self_attn
         if not hasattr(attention, "o_proj"):
             continue
         groups = getattr(attention, "num_key_value_groups", 1)
@@ -101,7 +102,7 @@ def export_llm(model: Any, folder: Path) -> Exported:
     shapes = ({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past))
     names = [f"{i}.{kind}" for i, *_ in layers for kind in ("key", "value")]
     module = _WithCache(model, [i for i, *_ in layers])
-    say(f"tracing {len(model.model.layers)} layers for ONNX")
+    say(f"tracing {len(blocks(model))} layers for ONNX")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
         try:

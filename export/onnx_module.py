@@ -189,7 +189,7 @@ def write_checked_module(
         "outputs_compared": len(parity["outputs"]),
         **parity,
     }
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

@@ -423,7 +423,7 @@ def _load_litert(format: str, path: str, threads: int) -> Runner:
     beside = os.path.join(os.path.dirname(path), "signature.json")
     names: Any = {"inputs": [], "outputs": []}
     if os.path.exists(beside):
-        with open(beside) as file:
+        with open(beside, encoding="utf-8") as file:
             names = json.load(file)
 
     def place(name: str) -> Any:

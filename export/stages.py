@@ -55,7 +55,7 @@ def on_targets(
                 for label, source in exported.items()
             }
             record = on_target.bench(places["dense"], places["pruned"], name, {})
-            (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n")
+            (folder / "bench.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
         inputs = {
             "version": __version__,
@@ -63,7 +63,7 @@ def on_targets(
             **{label: seal_hash(folder) for label, folder in exported.items()},
         }
         stage = run.stage(f"target-{target.name}", inputs, build)
-        found[target.name] = json.loads((stage / "bench.json").read_text())
+        found[target.name] = json.loads((stage / "bench.json").read_text("utf-8"))
     if found:
         report["targets"] = found
         report["stages"] = run.stages()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compress.models import decoder
+
 if TYPE_CHECKING:
     from compress.models.families.base import Family
 
@@ -52,7 +54,7 @@ class BlockRunner:
 
     def __init__(self, model: nn.Module, family: Family, length: int) -> None:
         self.model, self.family, self.length = model.eval(), family, length
-        self.blocks = family.blocks(model)
+        self.blocks = decoder.blocks(model)
         self.device = family.embedding_device(model)
         self._kwargs: list[dict[str, Any]] = []
         self._stubs = nn.ModuleList(_passing(b) for b in self.blocks._modules.values())
@@ -136,10 +138,7 @@ class BlockRunner:
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
         """The same before the cap that some families put on logits; linear in the scale of the final norm."""
-        model: Any = self.model
-        z: Tensor = model.lm_head(model.model.norm(hidden.to(self.device)))
-        return z
+        return decoder.head(self.model, decoder.normed(self.model, hidden.to(self.device)))
 
     def capped(self, z: Tensor) -> Tensor:
-        cap = getattr(self.model.config, "final_logit_softcapping", None)
-        return z if cap is None else torch.tanh(z / cap) * cap
+        return decoder.capped(self.model, z)

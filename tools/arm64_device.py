@@ -71,7 +71,7 @@ def register() -> None:
         _run("mount", "-t", "binfmt_misc", "binfmt_misc", BINFMT)
     if any(entry.name.startswith("qemu-aarch64") for entry in BINFMT.iterdir()):
         return
-    (BINFMT / "register").write_text(f":qemu-aarch64:M::{_MAGIC}:{_MASK}:{shutil.which(QEMU)}:OPF\n")
+    (BINFMT / "register").write_text(f":qemu-aarch64:M::{_MAGIC}:{_MASK}:{shutil.which(QEMU)}:OPF\n", encoding="utf-8")
 
 
 def mirror() -> tuple[str, str]:
@@ -86,7 +86,7 @@ def mirror() -> tuple[str, str]:
 
 
 def _mounted() -> list[str]:
-    return [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+    return [line.split()[1] for line in Path("/proc/mounts").read_text("utf-8").splitlines()]
 
 
 def build(home: Path = HOME) -> Path:
@@ -148,10 +148,11 @@ def start(home: Path = HOME, port: int = PORT) -> Path:
     (root / "etc" / "ssh" / "device_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey /etc/ssh/device_host\nPidFile /run/device.pid\n"
         "AuthorizedKeysFile /etc/ssh/device_authorized_keys\nPasswordAuthentication no\n"
-        "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nUsePAM no\nStrictModes no\n"
+        "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nUsePAM no\nStrictModes no\n",
+        encoding="utf-8",
     )
-    kind, public = (home / "host.pub").read_text().split()[:2]
-    (home / "known_hosts").write_text(f"[127.0.0.1]:{port} {kind} {public}\n")
+    kind, public = (home / "host.pub").read_text("utf-8").split()[:2]
+    (home / "known_hosts").write_text(f"[127.0.0.1]:{port} {kind} {public}\n", encoding="utf-8")
     stop(home, unmount=False)
     with (home / "log").open("wb") as log:
         sshd = subprocess.Popen(
@@ -163,14 +164,14 @@ def start(home: Path = HOME, port: int = PORT) -> Path:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
         if sshd.poll() is not None:
-            said = (home / "log").read_text().strip().splitlines()
+            said = (home / "log").read_text("utf-8").strip().splitlines()
             raise CompressError(
                 f"sshd does not start: {said[-1] if said else sshd.returncode}",
                 where=str(home / "log"),
                 fix="see there",
             )
         time.sleep(0.1)
-    (home / "pid").write_text(str(sshd.pid))
+    (home / "pid").write_text(str(sshd.pid), encoding="utf-8")
     target = home / "arm64-device.yaml"
     facts = {
         "description": "an emulated arm64 device on loopback",
@@ -183,7 +184,7 @@ def start(home: Path = HOME, port: int = PORT) -> Path:
         "cool_down": 0,
         "emulated": True,
     }  # fmt: skip
-    target.write_text(yaml.safe_dump(facts, sort_keys=False))
+    target.write_text(yaml.safe_dump(facts, sort_keys=False), encoding="utf-8")
     return target
 
 
@@ -191,7 +192,7 @@ def stop(home: Path = HOME, unmount: bool = True) -> None:
     """Ends the sshd that `start` started, and takes away what it mounted."""
     held = home / "pid"
     if held.exists():
-        pid = int(held.read_text())
+        pid = int(held.read_text("utf-8"))
         with contextlib.suppress(OSError):
             # The number may be another process's by now: only one that runs in this root is ended.
             if Path(f"/proc/{pid}/root").resolve() == (home / "root").resolve():

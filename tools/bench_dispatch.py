@@ -142,7 +142,7 @@ def _in_fresh_processes(way: str, count: int, given: argparse.Namespace) -> list
         codes = [process.wait() for process in running]
         if any(codes):
             raise SystemExit(f"{way} failed")
-        rows: list[dict[str, Any]] = json.loads(out.read_text())
+        rows: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))
     return rows
 
 

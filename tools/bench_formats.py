@@ -58,7 +58,7 @@ def main() -> None:
     except CompressError as e:
         raise SystemExit(str(e)) from e
     # What an earlier call measured into the same folder is drawn with it.
-    draw_all(given.out, [json.loads(path.read_text()) for path in sorted(given.out.glob("*.json"))])
+    draw_all(given.out, [json.loads(path.read_text("utf-8")) for path in sorted(given.out.glob("*.json"))])
 
 
 def compare(case: Case, formats: list[str], processes: int, seconds: float) -> dict[str, Any]:

@@ -67,7 +67,9 @@ def make(folder: Path, alias: str, blocks: int, device: torch.device) -> None:
         places.update(dict.fromkeys(names, file))
     config.architectures = [type(model).__name__]
     config.save_pretrained(made)
-    (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (made / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": places}), encoding="utf-8"
+    )
     small = resolve("smollm2-135m").folder
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(small / name, made / name)

@@ -42,7 +42,7 @@ def main() -> None:
         )  # fmt: skip
         seconds: dict[str, float] = {}
         for path in out.rglob("seal.json"):
-            seal = json.loads(path.read_text())
+            seal = json.loads(path.read_text("utf-8"))
             stage = seal["stage"].split("/")[0]
             seconds[stage] = seconds.get(stage, 0.0) + seal["seconds"]
         found[count] = seconds

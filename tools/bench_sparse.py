@@ -557,7 +557,7 @@ def rows(task: str, runtime: str, folder: Path, spec: argparse.Namespace, python
             missing = "ModuleNotFoundError" in lines[-1] or "ImportError" in lines[-1]
             yield {"task": task, "runtime": runtime, "note": f"not here: pip install {needs}" if missing else lines[-1]}
             return
-        found.append(json.loads(out.read_text()))
+        found.append(json.loads(out.read_text("utf-8")))
     for label in dict.fromkeys(k for f in found for k in (*f["times"], *f["refused"])):
         if label in ("dense", REFERENCE):
             continue

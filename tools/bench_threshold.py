@@ -92,7 +92,7 @@ WAYS: dict[str, Callable[[Model, int], int]] = {
 
 
 def _kib(field: str) -> int:
-    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
+    (line,) = (row for row in Path("/proc/self/status").read_text("utf-8").splitlines() if row.startswith(field))
     return int(line.split()[1])
 
 
@@ -105,7 +105,7 @@ def measure(way: str, sparsity: float) -> dict[str, Any]:
     del few
     model = network(LAYERS)
     total = sum(linear.weight.numel() for linear in model.values())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here
     before, began = _kib("VmRSS"), time.process_time()
     pruned = WAYS[way](model, round(sparsity * total))
     seconds = time.process_time() - began

@@ -22,6 +22,7 @@ import torch
 from compress.language.evaluate import geometric_mean, perplexity
 from compress.language.plan import BlockPlan, Plan
 from compress.language.setup import Setup, Windows, fingerprint_of, prepare, read_windows
+from compress.models import decoder
 from compress.pipeline import METHODS
 from compress.recipes.tyr.choice import Choice, Job, even_widths, left_alone, settle
 from compress.recipes.tyr.last_pass import final_pass, joined
@@ -47,7 +48,7 @@ def scored_plan(setup: Setup, counts: list[int], score: Callable[[int], torch.Te
 
 def magnitude(setup: Setup, widths: list[int]) -> Plan:
     def score(i: int) -> torch.Tensor:
-        mlp = setup.family.blocks(setup.model)[i].mlp
+        mlp = decoder.blocks(setup.model)[i].mlp
         return (mlp.gate_proj.weight**2).sum(1) + (mlp.up_proj.weight**2).sum(1) + (mlp.down_proj.weight**2).sum(0)
 
     return scored_plan(setup, widths, score)
@@ -57,7 +58,7 @@ def wanda(setup: Setup, windows: Windows, widths: list[int]) -> Plan:
     """Wanda-sp: |W| times the norm of its input, summed over a neuron's column of down_proj; dense activations."""
     model, sums = setup.model, {}
     handles = []
-    for i, block in enumerate(setup.family.blocks(model)):
+    for i, block in enumerate(decoder.blocks(model)):
 
         def hook(_: Any, args: tuple[torch.Tensor, ...], i: int = i) -> None:
             sums[i] = sums.get(i, 0) + args[0].double().pow(2).sum((0, 1))
@@ -70,7 +71,7 @@ def wanda(setup: Setup, windows: Windows, widths: list[int]) -> Plan:
         handle.remove()
 
     def score(i: int) -> torch.Tensor:
-        return setup.family.blocks(model)[i].mlp.down_proj.weight.abs().sum(0).double() * sums[i].sqrt()
+        return decoder.blocks(model)[i].mlp.down_proj.weight.abs().sum(0).double() * sums[i].sqrt()
 
     return scored_plan(setup, widths, score)
 
@@ -111,10 +112,10 @@ def knapsack_only(folder: Path, job: Job, searched: Path) -> Plan:
     spec = job.options.run_off
     if spec is not None and spec.calibration is None:
         for judged in searched.glob("run-off-*-judged/kl.json"):
-            if json.loads(judged.read_text())["solution"] == "knapsack":
+            if json.loads(judged.read_text("utf-8"))["solution"] == "knapsack":
                 return joined(sorted((searched / judged.parent.name.removesuffix("-judged")).glob("block-*")))
-    result = json.loads((searched / "search-1" / "search.json").read_text())
-    options = json.loads((searched / "singles-1" / "singles.json").read_text())["options"]
+    result = json.loads((searched / "search-1" / "search.json").read_text("utf-8"))
+    options = json.loads((searched / "singles-1" / "singles.json").read_text("utf-8"))["options"]
     choices = settle(job, [Choice(**c) for c in result["choices_starts"]["knapsack"]], options)
     take_over(folder)
     with Run.open(folder) as run:

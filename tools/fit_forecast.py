@@ -154,8 +154,8 @@ def make(case: Case, folder: Path) -> None:
     tokens = int(1.3 * (case.windows + case.search_windows + 2) * case.length) + 600
     for name, count in (("text", tokens), ("other", 1200)):
         lines = (" ".join(f"w{i}" for i in draw.integers(3, case.vocab, 50)) for _ in range(count // 50 + 2))
-        (folder / f"{name}.txt").write_text("\n\n".join(lines) + "\n")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(case.recipe))
+        (folder / f"{name}.txt").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(case.recipe), encoding="utf-8")
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
             time.sleep(0.02)
             fullest = max(fullest, folder_bytes(folder / "run"))
     if child.returncode:
-        raise SystemExit(f"{case.name} failed:\n{(folder / 'log').read_text()[-2000:]}")
+        raise SystemExit(f"{case.name} failed:\n{(folder / 'log').read_text('utf-8')[-2000:]}")
     rows = sealed(folder / "run")
-    searches = [json.loads(p.read_text()) for p in (folder / "run").glob("search-*/search.json")]
-    blocks = json.loads((folder / "run" / "plan" / "plan.json").read_text())["blocks"]
+    searches = [json.loads(p.read_text("utf-8")) for p in (folder / "run").glob("search-*/search.json")]
+    blocks = json.loads((folder / "run" / "plan" / "plan.json").read_text("utf-8"))["blocks"]
     group = case.heads // case.kv_heads
     found = [(len({h // group for h in b["heads"]}), len(b["heads"]), len(b["neurons"])) for b in blocks]
     shutil.rmtree(folder)
@@ -207,7 +207,7 @@ def folder_bytes(folder: Path) -> int:
 
 def sealed(run: Path) -> list[dict[str, Any]]:
     """Per stage (of blocks: all together), in their order: CPU seconds, the highest memory so far, bytes kept."""
-    seals = [json.loads(p.read_text()) | {"seal_bytes": p.stat().st_size} for p in run.rglob(SEAL)]
+    seals = [json.loads(p.read_text("utf-8")) | {"seal_bytes": p.stat().st_size} for p in run.rglob(SEAL)]
     rows: dict[str, dict[str, Any]] = {}
     before = 0.0
     for seal in sorted(seals, key=lambda s: s["cpu_seconds_so_far"]):
@@ -410,7 +410,7 @@ def exchange(number: int, folder: str) -> None:
             work()
         found[kind] = 5 * mine.nbytes / (time.process_time() - began)
     if number == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        (Path(folder) / "found.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -459,7 +459,7 @@ def speeds() -> dict[str, float]:
         # Both differ in their cells alone (the search for a total is a part of the start, and is left in).
         found["choose"] = 480 * (60_000 - 600) / max(1e-9, time.process_time() - began - coarse)
         torch.multiprocessing.spawn(exchange, (folder,), nprocs=2)
-        found |= json.loads((Path(folder) / "found.json").read_text())
+        found |= json.loads((Path(folder) / "found.json").read_text("utf-8"))
     return found
 
 
@@ -502,7 +502,7 @@ def main() -> None:
         print("within 20 % for memory and disk and 35 % for time" if not missed else f"missed: {', '.join(missed)}")
         sys.exit(bool(missed))
     write_whole(FITTED, fitted(measured(FITTED_ON, args.runs)))
-    print(FITTED.read_text())
+    print(FITTED.read_text("utf-8"))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def read(journal: Path) -> list[dict[str, Any]]:
     if not journal.exists():
         return []
     found = []
-    for line in journal.read_text().splitlines():
+    for line in journal.read_text("utf-8").splitlines():
         try:
             found.append(json.loads(line))
         except json.JSONDecodeError:

@@ -19,7 +19,7 @@ ROOMS = ("compress", "recipes", "export", "models")
 def functions() -> Iterator[tuple[int, int, str]]:
     """(lines, parameters, place) of every function in the rooms; what is reached by a link counts where it lies."""
     for path in sorted({p.resolve() for room in ROOMS for p in (ROOT / room).rglob("*.py")}):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
                 given = node.args
                 parameters = len(given.posonlyargs) + len(given.args) + len(given.kwonlyargs)

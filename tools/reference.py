@@ -28,7 +28,7 @@ LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_
 
 def main() -> None:
     for name, text in pages().items():
-        (FOLDER / name).write_text(text)
+        (FOLDER / name).write_text(text, encoding="utf-8")
 
 
 def pages() -> dict[str, str]:

@@ -136,7 +136,7 @@ def _report_there(api: Any, repo: str, there: set[str]) -> str | None:
     if REPORT not in there:
         return None
     try:
-        return str(json.loads(Path(api.hf_hub_download(repo, REPORT)).read_text())["sha256"])
+        return str(json.loads(Path(api.hf_hub_download(repo, REPORT)).read_text("utf-8"))["sha256"])
     except (ValueError, KeyError, TypeError):
         return None
 

@@ -223,7 +223,7 @@ def _pascal(folder: Path, spec: DataSpec) -> Splits:
 
 def _names(sets: Path, part: str) -> list[str] | None:
     path = sets / f"{part}.txt"
-    return path.read_text().split() if path.is_file() else None
+    return path.read_text("utf-8").split() if path.is_file() else None
 
 
 def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixels], spec: DataSpec) -> Splits:
@@ -414,7 +414,7 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
             words = folder / "labels" / path.relative_to(folder / "images").with_suffix(".txt")
             size = np.array([1.0, *2 * size_of(path)])
             rows = np.zeros((0, 5))
-            if words.is_file() and words.read_text().strip():
+            if words.is_file() and words.read_text("utf-8").strip():
                 try:
                     rows = np.loadtxt(words, ndmin=2)[:, :5]
                 except ValueError as e:
@@ -441,7 +441,7 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
 def _class_names(path: Path) -> tuple[str, ...]:
     """Names out of a YOLO data file (``names``: a list, or a map of numbers) or a list of lines."""
     if path.suffix != ".yaml":
-        return tuple(line for line in path.read_text().split("\n") if line.strip())
+        return tuple(line for line in path.read_text("utf-8").split("\n") if line.strip())
     held = read_yaml(path, "the data file").value
     listed = held.get("names", ()) if isinstance(held, dict) else ()
     if not isinstance(listed, dict | list | tuple):
@@ -458,7 +458,7 @@ def _coco(folder: Path, spec: DataSpec) -> Splits:
         if path is None:
             return None
         try:
-            held = json.loads(path.read_text())
+            held = json.loads(path.read_text("utf-8"))
             for category in held["categories"]:
                 categories[int(category["id"])] = str(category["name"])
             boxes: dict[int, list[list[float]]] = {image["id"]: [] for image in held["images"]}

@@ -326,7 +326,7 @@ def fetch(
             )
         say(f"fetching {archive}")
         with disk_errors(path, every=False), tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", errors="replace")
             made = Path(folder) / archive
             if done.returncode or not made.exists():
                 last = (done.stderr.strip().splitlines() or ["no message"])[-1]

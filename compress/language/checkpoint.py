@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
+from compress.models import decoder
 from compress.models.folder import (
     REMOTE_FILE,
     read_config,
@@ -62,7 +63,7 @@ def save_model(
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text("utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     if layers is not None:
         blocks = family.geometry(model.config).blocks
@@ -77,8 +78,8 @@ def save_model(
         config["allow_global_per_layer_attribute_access"] = True
         config["architectures"] = [f"Compressed{family.causal_lm}"]
         config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_FILE}.Compressed{family.causal_lm}"}
-        (folder / f"{REMOTE_FILE}.py").write_text(family.ragged_source())
-    path.write_text(json.dumps(config, indent=2) + "\n")
+        (folder / f"{REMOTE_FILE}.py").write_text(family.ragged_source(), encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # From what was written, in the type it was written in.
     from compress.models.streaming import stream_model
 
@@ -92,8 +93,6 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
     """Writes a model's weights block by block, in files of at most `SHARD_BYTES`, named as transformers names them."""
     import torch
     from safetensors.torch import save_file
-
-    from compress.models.streaming import PREFIX
 
     held: dict[str, Tensor] = {}
     shards: list[tuple[Path, list[str]]] = []
@@ -125,13 +124,12 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
             held[prefix + name] = kept
             total += kept.nbytes
 
-    blocks = family.blocks(model)
-    for index, block in enumerate(blocks):
-        add(f"{PREFIX}{index}.", block.state_dict())
+    for index, block in enumerate(decoder.blocks(model)):
+        add(f"{decoder.BLOCKS}{index}.", block.state_dict())
     rest = {
         n: t
         for n, t in model.state_dict().items()
-        if not n.startswith(PREFIX) and not (n == "lm_head.weight" and family.geometry(model.config).tied)
+        if decoder.block_of(n) is None and not (n == decoder.HEAD and family.geometry(model.config).tied)
     }
     add("", rest)
     flush()
@@ -144,7 +142,7 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
         path.rename(folder / name)
         places.update(dict.fromkeys(names, name))
     index_facts = {"metadata": {"total_size": total}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index_facts, indent=2) + "\n")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_facts, indent=2) + "\n", encoding="utf-8")
 
 
 def remote_source(folder: Path) -> str | None:
@@ -194,7 +192,7 @@ def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
             "TRANSFORMERS_VERBOSITY": "error",
         }
         command = python(str(Path(__file__).parent / "reload.py"), str(private), *limit)
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         said = done.stderr.replace(str(private), str(folder))
     if done.returncode:
         lines = [line for line in said.splitlines() if line.strip()] or ["no message"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.data.text import around
 from compress.distribution import install_line
 from compress.errors import CompressError
+from compress.models.decoder import capped, head, last_hidden
 from compress.processes.distributed import device, gather, share
 from compress.run.progress import Progress
 
@@ -44,11 +45,11 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity", begin: in
         device = model.get_input_embeddings().weight.device
         ids = windows.to(device)
         # Where blocks are read from disk, once for all windows.
-        hidden: Any = _last_hidden(model, ids[mine[0].start : mine[-1].stop]) if mine and is_streamed(model) else None
+        hidden: Any = last_hidden(model, ids[mine[0].start : mine[-1].stop]) if mine and is_streamed(model) else None
         for s in mine:
             logits: Any = model(input_ids=ids[s], use_cache=False).logits if hidden is None else None
             for k, target in enumerate(ids[s]):
-                row = logits[k] if hidden is None else _logits(model, hidden[s.start - mine[0].start + k])
+                row = logits[k] if hidden is None else capped(model, head(model, hidden[s.start - mine[0].start + k]))
                 losses = cross_entropy(row[scored - 1 : -1].float(), target[scored:], reduction="none")
                 found.append((float(losses.double().sum()), len(target) - scored))
             bar.update(1)
@@ -61,16 +62,6 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity", begin: in
         )
     nll = total / count
     return {"ppl": math.exp(min(nll, 700.0)), "nll": nll, "tokens": count}
-
-
-def _last_hidden(model: Any, ids: Tensor) -> Any:
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def _logits(model: Any, hidden: Tensor) -> Tensor:
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    z: Tensor = model.lm_head(hidden)
-    return z if cap is None else (z / cap).tanh() * cap
 
 
 def geometric_mean(values: list[float]) -> float:

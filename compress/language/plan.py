@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.models import decoder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Plan:
             f' "heads": {list(b.heads)}, "neurons": {list(b.neurons)}}}'
             for i, b in enumerate(self.blocks)
         )
-        (folder / "plan.json").write_text(f'{head},\n "blocks": [\n{rows}\n ]\n}}\n')
+        (folder / "plan.json").write_text(f'{head},\n "blocks": [\n{rows}\n ]\n}}\n', encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -64,7 +65,7 @@ class Plan:
 
         path = folder / "plan.json"
         try:
-            data = json.loads(path.read_text())
+            data = json.loads(path.read_text("utf-8"))
             blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["neurons"])) for b in data["blocks"])
             return cls(blocks, load_file(folder / "plan.safetensors"), data["meta"])
         except FileNotFoundError as e:
@@ -128,10 +129,10 @@ class Plan:
         from compress.models.streaming import StreamedBlocks
 
         self.check(family.geometry(model.config))
-        blocks = family.blocks(model)
+        blocks = decoder.blocks(model)
         if isinstance(blocks, StreamedBlocks):
             # Each when it is read.
-            model.model.layers = blocks.changed(lambda i, block: self.block(i, family, block, make))
+            decoder.put_blocks(model, blocks.changed(lambda i, block: self.block(i, family, block, make)))
         else:
             for i in range(len(self.blocks)):
                 blocks[i] = self.block(i, family, blocks[i], make)

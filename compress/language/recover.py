@@ -28,6 +28,7 @@ from compress import __version__
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.language.plan import Plan
+from compress.models import decoder
 from compress.processes.distributed import (
     Trainer,
     device,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
     from compress.language.setup import Setup, Windows
     from compress.models.families.base import Family
 
-BLOCKS, NORM = "model.layers.", "model.norm.weight"
 BETAS = (0.9, 0.95)
 # What may change between two halves of a run: it decides how the work is done, not what comes out but for rounding.
 HOW = frozenset({"checkpoint_every", "teacher", "teacher_memory", "shard", "micro", "save_memory"})
@@ -104,7 +104,7 @@ def linear_names(family: Family, config: Any) -> list[str]:
 
     with empty_weights():
         model = AutoModelForCausalLM.from_config(config)
-    blocks = family.blocks(model)
+    blocks = decoder.blocks(model)
     return sorted({n.rsplit(".", 1)[-1] for n, m in blocks.named_modules() if isinstance(m, nn.Linear)})
 
 
@@ -314,14 +314,14 @@ def student(setup: Setup, plan: Plan, there: Any = "cpu", empty: bool = False) -
     else:
         pruned = setup.pruned(plan)[0]
         # One at a time: where the dense model is streamed, a block is there only as long as it is looked at.
-        blocks = [copy.deepcopy(block).to(there) for block in setup.family.blocks(pruned)]
-        pruned.model.layers = nn.ModuleList()
-        model = copy.deepcopy(pruned).to(there)
-        model.model.layers = nn.ModuleList(blocks)
+        blocks = [copy.deepcopy(block).to(there) for block in decoder.blocks(pruned)]
+        with decoder.without_blocks(pruned):
+            model = copy.deepcopy(pruned).to(there)
+        decoder.put_blocks(model, nn.ModuleList(blocks))
     model.requires_grad_(False)
     if spec.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.startswith(BLOCKS) or name == NORM)
+            parameter.requires_grad_(decoder.block_of(name) is not None or name == decoder.NORM)
         return model
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -345,7 +345,7 @@ def _target_names(model: Any, spec: RecoverSection) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if name.startswith(BLOCKS)
+        if decoder.block_of(name) is not None
         and isinstance(module, nn.Linear)
         and (spec.targets is None or name.rsplit(".", 1)[-1] in spec.targets)
     ]
@@ -394,9 +394,9 @@ def _train(
     seed, low = _seed(setup), spec.dtype == "bfloat16"
     full = spec.learning_rate if spec.learning_rate is not None else {"lora": 5e-4, "full": 5e-5}[spec.method]
     with trainer(model, sharded, low) as trained, contextlib.ExitStack() as stack:
-        told = Streams(setup.family.blocks(teacher), layers)
+        told = Streams(decoder.blocks(teacher), layers)
         stack.callback(told.close)
-        seen = Streams(setup.family.blocks(model), layers)
+        seen = Streams(decoder.blocks(model), layers)
         weights = _trained(model)
         optimizer = torch.optim.AdamW(_groups(weights, spec.weight_decay), lr=full, betas=BETAS)
         start, log = checkpoints.load(weights, optimizer)
@@ -518,7 +518,7 @@ class Checkpoints:
     def _finish(self, step: int, partial: Path, log: list[dict[str, Any]]) -> None:
         files = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
         facts = {"step": step, "log": log, "files": files}
-        (partial / "state.json").write_text(json.dumps({**facts, "sha256": fingerprint(facts)}))
+        (partial / "state.json").write_text(json.dumps({**facts, "sha256": fingerprint(facts)}), encoding="utf-8")
         settle(partial, self._at(step))
         for older in self.folder.glob("step-*"):
             if older != self._at(step):
@@ -587,8 +587,8 @@ def _files(names: Iterable[str]) -> dict[str, list[str]]:
     """The weights' names by the file of the checkpoint that holds them: one a block, one for what is beside."""
     found: dict[str, list[str]] = {}
     for name in names:
-        block = name.removeprefix(BLOCKS).split(".")[0] if name.startswith(BLOCKS) else ""
-        found.setdefault(f"block-{int(block):03d}.safetensors" if block else "beside.safetensors", []).append(name)
+        place = decoder.block_of(name)
+        found.setdefault(f"block-{place[0]:03d}.safetensors" if place else "beside.safetensors", []).append(name)
     return found
 
 
@@ -617,7 +617,7 @@ def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: C
         "trained_parameters": sum(w.numel() for w in weights.values()),
     }
     Plan(plan.blocks, {**plan.weights, **merged(model, spec)}, {**plan.meta, "recovered": facts}).save(folder)
-    (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n")
+    (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n", encoding="utf-8")
 
 
 def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:
@@ -637,8 +637,10 @@ def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:
 
 
 def _plan_name(name: str) -> str:
-    if name == NORM:
+    if name == decoder.NORM:
         return "norm"
-    block, inside = name.removeprefix(BLOCKS).split(".", 1)
+    place = decoder.block_of(name)
+    assert place is not None  # only what lies in blocks is trained beside the last norm
+    block, inside = place
     short = {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}.get(inside, inside)
     return f"blocks.{block}.{short}"

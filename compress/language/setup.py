@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from typing_extensions import TypeVar
 
 from compress import __version__
+from compress.models import decoder
 from compress.run.folder import Run
 from compress.schema.recipe import Recipe, TextRecipe
 
@@ -106,15 +107,10 @@ class Setup(Generic[AnyText]):
 
     def _beside(self) -> Any:
         """A model whose blocks can be exchanged without the dense one's; all tensors are shared with it."""
-        import copy
-
-        model = copy.copy(self.model)
-        model._modules = dict(self.model._modules)
-        model.model = copy.copy(self.model.model)
-        model.model._modules = dict(self.model.model._modules)
-        layers = self.family.blocks(self.model)
+        model = decoder.beside(self.model)
+        layers = decoder.blocks(self.model)
         if not self.streamed:
-            model.model.layers = type(layers)(list(layers))
+            decoder.put_blocks(model, type(layers)(list(layers)))
         return model
 
     @cached_property

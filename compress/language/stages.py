@@ -61,7 +61,7 @@ def evaluate(
         found: dict[str, Any] = {"texts": perplexities(model, windows, f"perplexity, {label}")}
         if folder is not None:
             found["tasks"] = harness_tasks(source, tasks) if tasks else []
-            (folder / "evaluation.json").write_text(json.dumps(found, indent=1))
+            (folder / "evaluation.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     common = {"version": __version__, "text": held_out(windows), "tasks": tasks}
     layout, folder = next(iter(saved.items()))
@@ -75,7 +75,7 @@ def evaluate(
             {**common, **inputs},
             lambda f, load=load, label=label, source=source: measure(f, load, label, source),  # type: ignore[misc]
         )
-        results[label] = json.loads((stage / "evaluation.json").read_text())
+        results[label] = json.loads((stage / "evaluation.json").read_text("utf-8"))
     dense, pruned = results["dense"]["texts"], results["pruned"]["texts"]
     report["quality"] = {
         "texts": [
@@ -136,7 +136,7 @@ def export(
             lambda f: write_checked(on_cpu(pruned()), setup.tokenizer, f, spec, vocab),
         ),
     }
-    facts = {label: json.loads((folder / "export.json").read_text()) for label, folder in folders.items()}
+    facts = {label: json.loads((folder / "export.json").read_text("utf-8")) for label, folder in folders.items()}
     report["export"] = {"onnx": {label: fact for label, fact in facts.items()}}
     report["export"]["onnx"]["size_ratio"] = sum(facts["pruned"]["bytes"].values()) / sum(
         facts["dense"]["bytes"].values()
@@ -176,9 +176,9 @@ def _bench(run: Run, setup: Setup[Any], exported: Mapping[str, Path], report: di
         found = compare_llm(exported["dense"], exported["pruned"], spec.model_dump(), setup.geometry.vocab)
         if found["dense"]["bytes"] != found["pruned"]["bytes"]:  # zeros alone change no layer's work
             found["why"] = why(exported["dense"], exported["pruned"], spec.model_dump(), LOCAL)
-        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
+    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text("utf-8"))
     report["stages"] = run.stages()
 
 

@@ -35,7 +35,7 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """
     path = folder / "network.json"
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text("utf-8"))
         complete = {"network", "arguments", "input", "mean", "std", "tasks"} <= facts.keys()
     except (OSError, ValueError, AttributeError):
         complete = False

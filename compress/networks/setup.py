@@ -222,7 +222,7 @@ def trained(
         save_network(setup, model, folder, **(changes or {}))
         if held:
             save_file({k: m.contiguous() for k, m in held.items()}, folder / MASKS)
-        (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (folder / "training.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     facts = {
         **setup.inputs,
@@ -295,7 +295,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
         # Layers that are narrower than the function makes them.
         **({"widths": cut} if cut else {}),
     }
-    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     x = real_inputs(setup, 4)
     with torch.no_grad():
         outputs = by_task(model(x), data.tasks)
@@ -312,7 +312,7 @@ def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: 
     """
     save_network(setup, model, folder, **changes)
     found = verify_network(folder)
-    (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 
@@ -328,7 +328,7 @@ def verify_network(folder: Path, network: str | None = None) -> dict[str, Any]:
     done = subprocess.run(
         python("-m", "compress.networks.reload", str(folder), *([network] if network else [])),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -370,11 +370,11 @@ def evaluated(
 
         found = evaluate(make(), setup.data, setup.data.test)
         if out is not None:
-            (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n")
+            (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     inputs = {"version": __version__, "data": setup.data.sha256, "model": seal_hash(folder)}
     folder = run.stage_together(name, inputs, build)
-    found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text())
+    found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text("utf-8"))
     return found
 
 
@@ -428,9 +428,11 @@ def exported(
 def _export_facts(folder: Path, form: str) -> dict[str, Any]:
     """What an export folder says of a format, in the words of export.json."""
     if form in ("onnx", "mnn"):
-        facts: dict[str, Any] = json.loads((folder / ("export.json" if form == "onnx" else "mnn.json")).read_text())
+        facts: dict[str, Any] = json.loads(
+            (folder / ("export.json" if form == "onnx" else "mnn.json")).read_text("utf-8")
+        )
         return facts
-    facts = json.loads((folder / form / f"{form}.json").read_text())
+    facts = json.loads((folder / form / f"{form}.json").read_text("utf-8"))
     parity = facts["parity"]
     if "skipped" in parity:
         return {**facts, "skipped": parity["skipped"]}
@@ -474,14 +476,14 @@ def _measured_here(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], r
             from compress.exporters.mnn import FILE
 
             found["mnn"] = compare_modules(folders["dense"], folders["pruned"], spec.model_dump(), FILE)
-        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+        (folder / "bench.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
     inputs = {
         "version": __version__,
         "bench": spec.model_dump(mode="json"),
         **{label: seal_hash(folder) for label, folder in folders.items()},
     }
-    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text())
+    report["bench"] = json.loads((run.stage("bench", inputs, build) / "bench.json").read_text("utf-8"))
     report["stages"] = run.stages()
 
 

@@ -621,7 +621,7 @@ def launch(count: int, words: Sequence[str]) -> int:
         }
         for number, place in enumerate(places(count)):
             environment = {**surroundings, **place}
-            with (Path(folder) / f"{number}.stderr").open("w") as err:
+            with (Path(folder) / f"{number}.stderr").open("w", encoding="utf-8") as err:
                 children.append(
                     subprocess.Popen(
                         python("-m", "compress", *words),
@@ -681,7 +681,9 @@ def _end(children: Sequence[subprocess.Popen[bytes]], how: signal.Signals, patie
 
 def _explain(folder: Path, codes: Sequence[int | None]) -> int:
     """Prints what ended the group: a killed process first, then the earliest error that is one's own."""
-    reports = sorted((json.loads(p.read_text()) for p in folder.glob("*.report")), key=lambda r: (r["lost"], r["time"]))
+    reports = sorted(
+        (json.loads(p.read_text("utf-8")) for p in folder.glob("*.report")), key=lambda r: (r["lost"], r["time"])
+    )
     killed = [(i, -code) for i, code in enumerate(codes) if code is not None and code < 0]
     own = [r for r in reports if not r["lost"]]
     if killed and not own:
@@ -704,7 +706,7 @@ def _explain(folder: Path, codes: Sequence[int | None]) -> int:
             print(terminal_lines(f"error: {who}{first['text']}"), file=sys.stderr)
         return int(first["code"])
     number = next(i for i, code in enumerate(codes) if code)
-    tail = (folder / f"{number}.stderr").read_text()[-2000:]
+    tail = (folder / f"{number}.stderr").read_text("utf-8")[-2000:]
     print(f"{terminal_lines(tail)}\nerror: rank {number} ended with exit code {codes[number]}", file=sys.stderr)
     return codes[number] or 1
 

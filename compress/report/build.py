@@ -47,7 +47,7 @@ def write_release(report: dict[str, Any], folder: Path, card: Callable[[dict[str
     if (folder / FINGERPRINT).exists():
         report["fingerprint"] = output_sample(folder / FINGERPRINT)
     finish(report)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     write_html(report, card(report, folder), folder / NAME)
 
 

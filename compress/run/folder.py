@@ -205,7 +205,7 @@ class Run:
                 "cpu_seconds_so_far": round(time.process_time(), 3),
                 "files": {key: {"bytes": p.stat().st_size, "sha256": hashes[key]} for key, p in files.items()},
             }
-            (partial / SEAL).write_text(seal_text(facts))
+            (partial / SEAL).write_text(seal_text(facts), encoding="utf-8")
             folder.parent.mkdir(parents=True, exist_ok=True)
             settle(partial, folder)
             with contextlib.suppress(OSError):  # another stage is being built

@@ -229,7 +229,9 @@ def _trees(names: Sequence[str], gate_file: GateFile | None, file: Path | None) 
 
 def _git(folder: Path, *words: str) -> str:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8", errors="replace"
+        )
     except FileNotFoundError as e:
         fix = "install it, or name models by their files"
         raise UsageError("git is not installed", where=str(folder), fix=fix) from e
@@ -252,7 +254,7 @@ def _built(name: str, tree: Path, gate_file: GateFile) -> Artefact:
     assert gate_file.build is not None and gate_file.artefact is not None
     say(f"building {name}")
     try:
-        done = subprocess.run(gate_file.build, cwd=tree, capture_output=True, text=True)
+        done = subprocess.run(gate_file.build, cwd=tree, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as e:
         raise UsageError(f"the build command cannot be started: {e}", where=name, fix="check `build`") from e
     if done.returncode:

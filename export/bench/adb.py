@@ -62,7 +62,7 @@ class Adb:
             CompressError: the device is gone, or the command failed; with its own words.
         """
         done = subprocess.run(
-            self.command("shell", "-T", shlex.join(words)), capture_output=True, text=True, errors="replace"
+            self.command("shell", "-T", shlex.join(words)), capture_output=True, encoding="utf-8", errors="replace"
         )
         if done.returncode not in allow:
             said = (done.stderr.strip() or done.stdout.strip() or f"it ended with {done.returncode}").splitlines()[-1]
@@ -73,7 +73,7 @@ class Adb:
 
     def available(self) -> dict[str, Any]:
         """Checks that exactly the device meant is attached and lets us in."""
-        done = subprocess.run(self.command("devices"), capture_output=True, text=True, errors="replace")
+        done = subprocess.run(self.command("devices"), capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise CompressError(f"adb does not work: {last}", where=self.title, fix="try `adb devices` by hand")
@@ -128,7 +128,7 @@ class Adb:
         partial, said = f"{folder}/.{path.name}.partial", ""
         for attempt in range(ATTEMPTS):
             done = subprocess.run(
-                self.command("push", str(path), partial), capture_output=True, text=True, errors="replace"
+                self.command("push", str(path), partial), capture_output=True, encoding="utf-8", errors="replace"
             )
             said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1] if done.returncode else ""
             if not done.returncode:
@@ -151,7 +151,7 @@ class Adb:
     def pull(self, there: str, here: Path) -> None:
         with whole_file(here) as partial:
             done = subprocess.run(
-                self.command("pull", there, str(partial)), capture_output=True, text=True, errors="replace"
+                self.command("pull", there, str(partial)), capture_output=True, encoding="utf-8", errors="replace"
             )
             if done.returncode:
                 said = done.stderr.strip() or done.stdout.strip()
@@ -181,7 +181,7 @@ class Adb:
     def _agent_run(self, request: Mapping[str, Any], python: str) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as beside:
             asked = Path(beside) / "request.json"
-            asked.write_text(json.dumps(dict(request)))
+            asked.write_text(json.dumps(dict(request)), encoding="utf-8")
             there = self.push((asked,))[asked.name]
             start = self.conditions()
             found: dict[str, Any] = json.loads(self.shell(python, self.agent, there))

@@ -213,7 +213,7 @@ def profile(request: Request) -> dict[str, Any]:
         call()
     written = runner.native.end_profiling()
     try:
-        with open(written) as file:
+        with open(written, encoding="utf-8") as file:
             events = json.load(file)
     finally:
         os.remove(written)
@@ -259,9 +259,9 @@ def answer(request: Request) -> dict[str, Any]:
 
 def main() -> None:
     # Runtimes write to standard output from C++: that goes to the error stream, the answer alone to the real one.
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    with open(sys.argv[1]) if len(sys.argv) > 1 else sys.stdin as file:
+    with open(sys.argv[1], encoding="utf-8") if len(sys.argv) > 1 else sys.stdin as file:
         request = json.load(file)
     json.dump(answer(request), out)
     out.flush()

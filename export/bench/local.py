@@ -49,7 +49,7 @@ class Local:
             python(str(agent_file())),
             input=json.dumps(request),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             errors="replace",
         )
         if done.returncode:

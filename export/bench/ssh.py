@@ -157,7 +157,7 @@ class Ssh:
         return str(self._look("scratch", ())["folder"])
 
     def _receiver(self) -> list[str]:
-        return self.command(self.python, "-c", RECEIVER.read_text())
+        return self.command(self.python, "-c", RECEIVER.read_text("utf-8"))
 
     def _look(self, name: str, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         head = (

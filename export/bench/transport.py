@@ -122,7 +122,7 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
 def _facts(folder: Path, format: str) -> dict[str, Any]:
     """What `compress export` noted of the format it built here."""
     path = folder / f"{format}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     return found
 
 

@@ -228,10 +228,6 @@ class Family:
 
     # --- where things are ------------------------------------------------------------------------------------
 
-    def blocks(self, model: Any) -> nn.ModuleList:
-        blocks: nn.ModuleList = model.model.layers
-        return blocks
-
     def embedding_device(self, model: Any) -> torch.device:
         """Where the model's activations are."""
         device: torch.device = model.get_input_embeddings().weight.device

@@ -224,7 +224,7 @@ def _plan(
             {"name": n, "shape": list(m.shape), "pruned": int((~m).sum()), "floor": floors[n]} for n, m in found.items()
         ]
         facts = {"pruned": sum(r["pruned"] for r in rows), "weights": owner, "layers": rows}
-        (folder / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (folder / "plan.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     inputs = {**setup.inputs, **asked}
     if options.masks is not None:
@@ -256,7 +256,9 @@ def _columns(run: Run, setup: NetworkSetup, dense: Path) -> Sparse:
     def build(folder: Path) -> None:
         kept = kept_columns(model, ranks)
         save_file(kept, folder / "columns.safetensors")
-        (folder / "plan.json").write_text(json.dumps({k: v.tolist() for k, v in kept.items()}, indent=1) + "\n")
+        (folder / "plan.json").write_text(
+            json.dumps({k: v.tolist() for k, v in kept.items()}, indent=1) + "\n", encoding="utf-8"
+        )
 
     plan = run.stage("plan", {**setup.inputs, **asked}, build)
     kept = load_file(plan / "columns.safetensors")
@@ -384,7 +386,7 @@ def _assemble(
         back.unlink()
 
     packed = run.stage("packed", {"version": __version__, "model": seal_hash(folder)}, pack)
-    verified = json.loads((folder / "verified.json").read_text())
+    verified = json.loads((folder / "verified.json").read_text("utf-8"))
     report["verify"] = {"layouts": [{"layout": "network", **verified}]}
     report["size"]["bytes"] = {
         "dense": (dense / WEIGHTS).stat().st_size,
@@ -443,8 +445,8 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
             }
         )
     report["training"] = {
-        "dense": json.loads((dense / "training.json").read_text()),
-        "pruned": json.loads((pruned.folder / "training.json").read_text()),
+        "dense": json.loads((dense / "training.json").read_text("utf-8")),
+        "pruned": json.loads((pruned.folder / "training.json").read_text("utf-8")),
     }
     report["stages"] = run.stages()
 

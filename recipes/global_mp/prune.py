@@ -168,7 +168,7 @@ def write_plan(
     ]
     head = {"schema_version": 1, "pattern": options.pattern, "threshold": threshold, "pruned": prune}
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    (folder / PLAN).write_text(f'{json.dumps(head, indent=1)[:-2]},\n "layers": [\n{lines}\n ]\n}}\n')
+    (folder / PLAN).write_text(f'{json.dumps(head, indent=1)[:-2]},\n "layers": [\n{lines}\n ]\n}}\n', encoding="utf-8")
 
 
 def read_masks(folder: Path, weights: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

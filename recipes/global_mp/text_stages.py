@@ -138,8 +138,8 @@ def _assemble(
         shutil.copyfile(plan / MASKS, folder / MASKS)
         _write_fingerprint(setup, masks, folder)
         found = {"layout": LAYOUT, **verify_clean(folder)}
-        (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
-        (folder / "nonzero.json").write_text(json.dumps(nonzero, indent=1) + "\n")
+        (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        (folder / "nonzero.json").write_text(json.dumps(nonzero, indent=1) + "\n", encoding="utf-8")
 
     inputs = {"version": __version__, "weights": setup.weights, "plan": seal_hash(plan), "layout": LAYOUT}
     model = run.stage("model", inputs, build)
@@ -149,7 +149,7 @@ def _assemble(
         _check_packed(folder, weight_files(model))
 
     packed = run.stage("packed", {"version": __version__, "model": seal_hash(model)}, pack)
-    report["verify"] = {"layouts": [json.loads((model / "verified.json").read_text())]}
+    report["verify"] = {"layouts": [json.loads((model / "verified.json").read_text("utf-8"))]}
     _describe_saved(report, setup, model, packed)
     report["stages"] = run.stages()
     return model
@@ -233,7 +233,7 @@ def _curve(
             texts = {n: p["ppl"] for n, p in perplexities(model, windows, label).items()}
             points.append({"pruned_share": target_count(sparsity, total) / total, "texts": texts})
         if folder is not None:
-            (folder / "curve.json").write_text(json.dumps(points, indent=1))
+            (folder / "curve.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
 
     inputs = {
         **{k: v for k, v in common.items() if k != "tasks"},
@@ -241,13 +241,15 @@ def _curve(
         "options": options.model_dump(mode="json"),
         "sparsities": sparsities,
     }
-    points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
+    points: list[dict[str, Any]] = json.loads(
+        (run.stage_together("curve", inputs, build) / "curve.json").read_text("utf-8")
+    )
     return points
 
 
 def _describe(report: dict[str, Any], setup: Setup[TextRecipe], shapes: Mapping[str, list[int]], plan: Path) -> None:
     """What the plan decides: sizes and layers."""
-    facts = json.loads((plan / "plan.json").read_text())
+    facts = json.loads((plan / "plan.json").read_text("utf-8"))
     prunable, pruned, total = sum(prod(s) for s in shapes.values()), facts["pruned"], setup.costs.total
     report["size"] = {
         "asked": setup.recipe.sparsity,
@@ -277,7 +279,7 @@ def _describe_saved(report: dict[str, Any], setup: Setup[TextRecipe], model: Pat
     from compress.recipes.global_mp.packed import SUFFIX
     from compress.recipes.global_mp.prune import shapes_of
 
-    counts: dict[str, tuple[int, int]] = json.loads((model / "nonzero.json").read_text())
+    counts: dict[str, tuple[int, int]] = json.loads((model / "nonzero.json").read_text("utf-8"))
     dense, nonzero = ({name: pair[i] for name, pair in counts.items()} for i in (0, 1))
     for row in report["layers"]:
         row["nonzero"] = nonzero[row["name"]]

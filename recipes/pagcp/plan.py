@@ -87,7 +87,9 @@ class Plan:
             for (name, axis), count in self.dense.items()
         ]
         rows = ",\n".join("  " + json.dumps(row) for row in layers)
-        (folder / FILE).write_text(f'{{\n "meta": {json.dumps(dict(self.meta))},\n "layers": [\n{rows}\n ]\n}}\n')
+        (folder / FILE).write_text(
+            f'{{\n "meta": {json.dumps(dict(self.meta))},\n "layers": [\n{rows}\n ]\n}}\n', encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Plan:
@@ -100,7 +102,7 @@ class Plan:
         from safetensors.torch import load_file
 
         try:
-            data = json.loads((folder / FILE).read_text())
+            data = json.loads((folder / FILE).read_text("utf-8"))
             tensors = load_file(folder / INDICES)
             dense = {(row["layer"], row["axis"]): int(row["channels"]) for row in data["layers"]}
             removed = {(k.split(" ")[0], k.split(" ")[1]): tuple(v.tolist()) for k, v in tensors.items() if k != "none"}

@@ -230,7 +230,7 @@ def _same_as_measured(setup: NetworkSetup, plan: Path, cut: Path) -> None:
     from compress.networks.train import evaluate
     from compress.recipes.pagcp.oracle import calibration
 
-    options, said = setup.recipe.options, json.loads((plan / DECISION).read_text())["values"]
+    options, said = setup.recipe.options, json.loads((plan / DECISION).read_text("utf-8"))["values"]
     found = evaluate(loaded(setup, cut), setup.data, calibration(setup.data, options.samples), options.batch)
     for task, values in said.items():
         for name, value in values.items():
@@ -353,9 +353,10 @@ def _write_round(folder: Path, made: _Measured, decision: Decision, trials: Mapp
         **({"trials": trials} if trials else {}),
     }
     facts.pop("trail")
-    (folder / DECISION).write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / DECISION).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (folder / GROUPS).write_text(
-        json.dumps({"groups": [g.as_dict() for g in found.groups], "left": [asdict(v) for v in found.left]}) + "\n"
+        json.dumps({"groups": [g.as_dict() for g in found.groups], "left": [asdict(v) for v in found.left]}) + "\n",
+        encoding="utf-8",
     )
     meta = {"kept": decision.state, "removed": facts["removed"]}
     Plan.of(pruner.model, pruner.removed(decision.state), meta).save(folder)
@@ -456,9 +457,9 @@ def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, rounds: 
     ]
     report["rounds"] = []
     for one in rounds:
-        facts = json.loads((one.plan / DECISION).read_text())
+        facts = json.loads((one.plan / DECISION).read_text("utf-8"))
         report["rounds"].append({k: v for k, v in facts.items() if k != "probes"} | {"probes": facts["probes"]})
-    held = json.loads((rounds[0].plan / GROUPS).read_text())
+    held = json.loads((rounds[0].plan / GROUPS).read_text("utf-8"))
     report["groups"] = [
         {
             "name": g["name"],
@@ -482,7 +483,7 @@ def _assemble(run: Run, setup: NetworkSetup, dense: Path, pruned: Path, report: 
 
     inputs = {"version": __version__, "pruned": seal_hash(pruned), "data": setup.data.sha256}
     folder = run.stage("model", inputs, build)
-    verified = json.loads((folder / "verified.json").read_text())
+    verified = json.loads((folder / "verified.json").read_text("utf-8"))
     report["verify"] = {"layouts": [{"layout": "network", **verified}]}
     report["stages"] = run.stages()
     return folder
@@ -521,8 +522,8 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
             )
     report["quality"] = {"tasks": rows, "curve": curve}
     report["training"] = {
-        "dense": json.loads((dense / "training.json").read_text()),
-        "pruned": json.loads((rounds[-1].trained / "training.json").read_text()),
+        "dense": json.loads((dense / "training.json").read_text("utf-8")),
+        "pruned": json.loads((rounds[-1].trained / "training.json").read_text("utf-8")),
     }
     report["stages"] = run.stages()
 

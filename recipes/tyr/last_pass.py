@@ -127,11 +127,11 @@ def run_off(
             plan = joined([run.check(f) for f in folders])
             kl = float(kl_at(job, plan, job.judging, scales, f"run-off, {label}").min())  # type: ignore[arg-type]
             if folder is not None:
-                (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}))
+                (folder / "kl.json").write_text(json.dumps({"solution": label, "kl": kl}), encoding="utf-8")
 
         parts = {**inputs, "parts": [run.seal_hash(f) for f in folders], "scales": scales}
         judged = run.stage_together(f"{names[label]}-judged", parts, judge)
-        kls[label] = json.loads((judged / "kl.json").read_text())["kl"]
+        kls[label] = json.loads((judged / "kl.json").read_text("utf-8"))["kl"]
     best = min(kls, key=lambda label: (kls[label], label))
     say("run-off, KL: " + ", ".join(f"{label} {kl:.4f}" for label, kl in kls.items()) + f"; {best} wins")
     return contenders[best], names[best] if len(few) == len(job.calibration) else "final", kls
@@ -171,7 +171,7 @@ def final_pass(
             plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
         if folder is not None:
             plan.save(folder)
-            (folder / "search.json").write_text(json.dumps(results, indent=1))
+            (folder / "search.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
     parts = [run.seal_hash(f) for f in folders]
     return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)

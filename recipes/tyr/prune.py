@@ -47,8 +47,8 @@ def produce_plan(run: Run, job: Job) -> Path:
         files = _supernet(run, job, iteration, choices, metrics)
         singles = _singles(run, job, iteration, files, choices)
         folder = _search(run, job, iteration, files, singles, choices)
-        results.append(json.loads((folder / "search.json").read_text()))
-        options.append(json.loads((singles / "singles.json").read_text())["options"])
+        results.append(json.loads((folder / "search.json").read_text("utf-8")))
+        options.append(json.loads((singles / "singles.json").read_text("utf-8"))["options"])
         choices = [Choice(**c) for c in results[-1]["choices"]]
     assert choices is not None  # iterations >= 1
     if job.options.run_off is None:
@@ -141,7 +141,7 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
         ]
         facts = {"options": described, "base": list(base), "work": evaluator.work, "candidates": sum(map(len, priced))}
         if folder is not None:
-            (folder / "singles.json").write_text(json.dumps(facts))
+            (folder / "singles.json").write_text(json.dumps(facts), encoding="utf-8")
 
     folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
@@ -166,7 +166,7 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
     def build(folder: Path | None) -> None:
         evaluator = _evaluator(run, job, files, name, job.search, inputs)
         supernet = evaluator.supernet
-        facts = json.loads((singles / "singles.json").read_text())
+        facts = json.loads((singles / "singles.json").read_text("utf-8"))
         priced = _priced(facts)
         total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
         base = None if choices is None else tuple(facts["base"])
@@ -211,7 +211,7 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
             ],
         }
         if folder is not None:
-            (folder / "search.json").write_text(json.dumps(result, indent=1))
+            (folder / "search.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
     folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
@@ -226,7 +226,7 @@ def curve(run: Run, job: Job, sparsities: Sequence[float]) -> Iterator[tuple[int
     """
     folders = [run.check(run.folder / f"supernet-1/block-{i:03d}") for i in range(job.geometry.layers)]
     supernet = Supernet([folder / "levels.safetensors" for folder in folders], job.geometry)
-    facts = json.loads((run.folder / "singles-1" / "singles.json").read_text())
+    facts = json.loads((run.folder / "singles-1" / "singles.json").read_text("utf-8"))
     priced = _priced(facts)
     most = sum(max(o.saving for o in menu) for menu in priced)
     for sparsity in sparsities:

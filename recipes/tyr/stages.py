@@ -101,7 +101,7 @@ def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report
     from compress.language.recover import recover, training_windows
 
     folder = recover(run, setup, training_windows(run, setup, windows), plan_folder, len(windows.begin))
-    facts = json.loads((folder / "recover.json").read_text())
+    facts = json.loads((folder / "recover.json").read_text("utf-8"))
     log = facts.pop("log")
     report["recover"] = {**facts, "first": log[0], "last": log[-1]}
     report["stages"] = run.stages()
@@ -117,11 +117,11 @@ def _evaluate_unrecovered(run: Run, setup: Setup, windows: Windows, plan_folder:
     def build(folder: Path | None) -> None:
         texts = perplexities(setup.as_saved(Plan.load(plan_folder)), windows, "perplexity before recovery")
         if folder is not None:
-            (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1))
+            (folder / "evaluation.json").write_text(json.dumps({"texts": texts}, indent=1), encoding="utf-8")
 
     inputs = {"version": __version__, "text": held_out(windows), "plan": seal_hash(plan_folder), **_rounding(setup)}
     stage = run.stage_together("evaluation-unrecovered", inputs, build)
-    texts = json.loads((stage / "evaluation.json").read_text())["texts"]
+    texts = json.loads((stage / "evaluation.json").read_text("utf-8"))["texts"]
     quality = report["quality"]
     report["recover"]["texts"] = [
         {"name": row["name"], "before_ppl": texts[row["name"]]["ppl"], "after_ppl": row["pruned_ppl"]}
@@ -170,12 +170,12 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
                 tokens=tokens,
             )
             found = {"layout": layout, "masked_difference": difference, **verify_clean(folder)}
-            (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n")
+            (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
         name = "model" if layout == "per-layer" else f"model-{layout}"
         inputs = {"version": __version__, "weights": setup.weights, "plan": seal_hash(plan_folder), "layout": layout}
         saved[layout] = run.stage(name, inputs, build)
-        report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text()))
+        report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text("utf-8")))
     return saved
 
 
@@ -203,7 +203,7 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
             found = perplexities(setup.as_saved(plan), windows, f"perplexity at {100 * share:.1f} %")
             points.append({"backbone_removed": share, "texts": {n: p["ppl"] for n, p in found.items()}})
         if folder is not None:
-            (folder / "curve.json").write_text(json.dumps(points, indent=1))
+            (folder / "curve.json").write_text(json.dumps(points, indent=1), encoding="utf-8")
 
     inputs = {
         **{k: v for k, v in common.items() if k != "tasks"},
@@ -211,7 +211,9 @@ def _curve(run: Run, setup: Setup, windows: Windows, common: Mapping[str, Any]) 
         "sparsities": setup.recipe.evaluation.curve,
         **_rounding(setup),
     }
-    points: list[dict[str, Any]] = json.loads((run.stage_together("curve", inputs, build) / "curve.json").read_text())
+    points: list[dict[str, Any]] = json.loads(
+        (run.stage_together("curve", inputs, build) / "curve.json").read_text("utf-8")
+    )
     return points
 
 
@@ -274,7 +276,7 @@ def describe_plan(
     ]
     report["logit_scale"] = plan.meta.get("logit_scale")
     report["run_off"] = plan.meta.get("run_off")
-    results = json.loads((folder / "search.json").read_text())
+    results = json.loads((folder / "search.json").read_text("utf-8"))
     report["search"] = {
         "iterations": [
             {k: v for k, v in r.items() if k not in ("log", "choices", "choices_starts", "genome")} for r in results

@@ -11,6 +11,7 @@ from compress.errors import CompressError
 from compress.language.checkpoint import save_model, verify_clean
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
+from compress.models.decoder import blocks
 from compress.models.families import family_for
 from compress.models.reading import load_model
 from tests.tiny import ARCHITECTURES, tiny, tokens, word_tokenizer
@@ -182,20 +183,20 @@ def test_any_weight_of_the_sliced_model_can_be_replaced_and_sliced_still_equals_
     plan.apply(plain, family)
     generator = torch.Generator().manual_seed(9)
     names = {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}
-    for i, block in enumerate(family.blocks(plain)):
+    for i, block in enumerate(blocks(plain)):
         for name, parameter in block.named_parameters():
             changed = parameter + torch.randn(parameter.shape, generator=generator) * 0.1
             plan.weights[f"blocks.{i}.{names.get(name, name)}"] = changed
     before = {k: v.clone() for k, v in tiny(model_type).state_dict().items()}
     dense = tiny(model_type)
-    shared = [family.blocks(dense)[i] for i in range(4)]
+    shared = [blocks(dense)[i] for i in range(4)]
     for i in range(4):
         plan.block(i, family, shared[i], family.sliced)
         plan.block(i, family, shared[i], family.masked)
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items()), "the dense model was touched"
     plan.apply(sliced, family)
     plan.mask(masked, family)
-    for i, block in enumerate(family.blocks(sliced)):
+    for i, block in enumerate(blocks(sliced)):
         for name, parameter in block.named_parameters():
             assert torch.equal(parameter, plan.weights[f"blocks.{i}.{names.get(name, name)}"])
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.models.blocks import BlockRunner
+from compress.models.decoder import blocks
 from compress.models.families import family_for
 from compress.recipes.tyr import sensitivity
 from compress.recipes.tyr.sensitivity import RIDGE, output_metrics
@@ -47,7 +48,7 @@ def jacobians(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     family = family_for(model.config)
     zeros = {name: torch.zeros(ids.shape[1], 40, requires_grad=True) for name in NAMES}
     handles = []
-    for i, block in enumerate(family.blocks(model)):
+    for i, block in enumerate(blocks(model)):
         for kind, layer in (("attention", family.o_proj(block)), ("ffn", family.down_proj(block))):
             zero = zeros[f"{i}.{kind}"]
             handles.append(layer.register_forward_hook(lambda _, __, out, zero=zero: out + zero))
