@@ -80,6 +80,9 @@ def _options(
         if not distributed.is_main():
             raise typer.Exit
         distributed.stay_alone()
+    from compress.run.progress import busy
+
+    context.with_resource(busy(_verb))
 
 
 def _finite(value: float) -> float:

@@ -25,6 +25,7 @@ from compress.errors import CompressError
 from compress.processes import distributed
 from compress.run.cache import sha256_of
 from compress.run.lock import Lock
+from compress.run.progress import busy
 from compress.run.seals import SEAL as SEAL
 from compress.run.seals import Hashes, check_sealed, entries, seal_text
 from compress.run.seals import fingerprint as fingerprint
@@ -131,7 +132,7 @@ class Run:
         folder = self.folder / name
 
         def work() -> None:
-            with _disk_errors(self.folder):
+            with _disk_errors(self.folder), busy(name):
                 if not self._there(name, inputs, read):
                     started = time.monotonic() if began is None else began
                     build(self._empty(name))
@@ -146,7 +147,7 @@ class Run:
         folder = self.folder / name
         if not distributed.main_says(lambda: self._there(name, inputs, True)):
             began = time.monotonic()
-            with _disk_errors(self.folder):
+            with _disk_errors(self.folder), busy(name):
                 build(self._empty(name) if distributed.is_main() else None)
             distributed.main_says(lambda: self._seal(name, inputs, began))
         _await(folder)

@@ -6,10 +6,13 @@ import json
 import resource
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from compress.run import progress
 from compress.run.progress import Progress
 from tests.command import Job, compress, one_error
 
@@ -162,6 +165,26 @@ def test_a_resumed_bar_reckons_only_with_what_it_did_itself(clock: Clock, capsys
         clock.now += 20.0
         bar.update(5)
     assert capsys.readouterr().err.splitlines()[0] == "blocks 95/100 (20s, 20s left)"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_work_that_counts_no_steps_is_shown_with_its_time(
+    live: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: live, raising=False)
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.2)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.2)
+    with progress.busy("prune"), progress.busy("export-dense"):
+        time.sleep(1.3)
+        progress.say("tracing")
+    err = capsys.readouterr().err
+    assert "export-dense (1s)" in err and "prune" not in err
+    # What is drawn over leaves nothing on the line.
+    assert err.splitlines()[-1].endswith("tracing") and (err.count("\r\x1b[K") >= 2) == live
+    with progress.busy("gate"):
+        pass
+    assert capsys.readouterr().err == ""
+    assert not [t for t in threading.enumerate() if t.name == "progress"]
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
