@@ -15,10 +15,10 @@ demo: $(READY)
 	@echo "the pruned model: $(RUN)/model/   and as ONNX: $(RUN)/release/onnx/"
 
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 quick: $(READY)
-	$(BIN)/pytest -m "not slow and not processes" -n 2 --dist loadfile
+	$(BIN)/pytest -m "not slow and not processes" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(READY)
 	$(BIN)/pytest -m slow

@@ -64,7 +64,7 @@ def test_json_stands_alone_on_standard_output(job: Job, finished: Path, tmp_path
     export, card = tmp_path / "onnx", tmp_path / "card"
     small = ("--prompt", 8, "--context", 8, "--processes", 1, "--threads", 1)
     commands: dict[str, tuple[object, ...]] = {
-        "prune": (job.model, "--recipe", job.recipe, "--out", finished),
+        "prune": (job.model, "--recipe", job.recipe, "--out", tmp_path / "run", "--until", "plan"),
         "plan": (job.model, "--recipe", job.recipe),
         "eval": (finished, "--like", finished),
         "export": (finished, "--out", export),

@@ -195,9 +195,9 @@ def test_a_card_of_a_run_that_was_stopped_early_says_what_it_lacks(job: Any, tmp
     assert "saved no model, measured no quality, exported nothing, measured no latency" in ran.err
 
 
-def test_where_the_users_files_lay_is_not_published_as_their_source(text: str, finished: Path) -> None:
+def test_where_the_users_files_lay_is_not_published_as_their_source(text: str, job: Job) -> None:
     limits = text.split("## Limits", 1)[1]
-    assert "calibration.txt" in limits and str(finished.parent) not in limits
+    assert "calibration.txt" in limits and str(job.folder) not in limits
 
 
 def test_what_is_quoted_cannot_become_markup(report: dict[str, Any]) -> None:
