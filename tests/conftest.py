@@ -5,13 +5,18 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: a second thread costs more than it brings
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from compress.exporters.onnx import Exported
+from compress.run.cache import sha256_of
 from tests.command import Job, compress
 from tests.tiny import tiny_job
 
@@ -47,6 +52,40 @@ def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert ran.code == 0, ran.err
 
     return once(tmp_path_factory, "finished", make) / "run"
+
+
+@pytest.fixture(scope="module")
+def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For modules whose subject is neither: the same bytes are loaded in a clean process, and the same model is
+    exported, once in a session; the second time the first one's answer is given."""
+    from compress.exporters import check
+    from compress.language import checkpoint
+
+    load, export = checkpoint.verify_clean, check.export_llm
+
+    def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
+        held = hashlib.sha256(f"{memory}".encode())
+        for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".py", ".jinja")):
+            if path.name not in ("report.json", "seal.json", "verified.json"):
+                held.update(f"{path.name} {sha256_of(path)} ".encode())
+
+        def make(place: Path) -> None:
+            (place / "found.json").write_text(json.dumps(load(folder, memory)))
+
+        return dict(json.loads((once(tmp_path_factory, f"load-{held.hexdigest()}", make) / "found.json").read_text()))
+
+    def export_llm(model: Any, folder: Path) -> Exported:
+        held = hashlib.sha256(f"{type(model)} {model.config.to_json_string()}".encode())
+        for name, tensor in model.state_dict().items():
+            held.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        made = once(tmp_path_factory, f"export-{held.hexdigest()}", lambda place: export(model, place))
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return Exported(folder, {p.name: p.stat().st_size for p in made.iterdir()}, 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "verify_clean", verify_clean)
+        patch.setattr(check, "export_llm", export_llm)
+        yield
 
 
 STARTERS = ("subprocess", "multiprocessing", "ranks")

@@ -17,6 +17,8 @@ from compress.cli import app
 from tests.command import Job
 from tests.test_rooms import MODULES
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 VERBS = ("prune", "plan", "evaluate", "export", "bench", "gate", "verify", "load")
 
 

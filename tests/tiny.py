@@ -157,4 +157,5 @@ def tiny_job(folder: Path, model_type: str = "llama") -> tuple[Path, Path]:
         (folder / f"{name}.txt").write_text(prose(paragraphs, seed))
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
-    return saved_tiny(folder / "model", model_type), recipe
+    # Two blocks: what a run costs is mostly the export, which grows with them.
+    return saved_tiny(folder / "model", model_type, num_hidden_layers=2), recipe

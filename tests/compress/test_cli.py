@@ -16,6 +16,8 @@ from compress.run import progress
 from compress.run.progress import Progress
 from tests.command import Job, compress, one_error
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 VERBS = ("prune", "plan", "eval", "export", "bench", "gate", "card", "report", "verify", "list", "doctor")
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "safetensors", "matplotlib", "pydantic", "yaml")
 

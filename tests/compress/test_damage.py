@@ -21,6 +21,8 @@ from tests.networks import write_class_folders
 from tests.recipes.global_mp import test_llm
 from tests.tiny import prose, saved_tiny, tiny_job
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 METHODS = (
     pytest.param("tyr", marks=pytest.mark.slow),
     "global-mp text",

@@ -22,6 +22,8 @@ from compress.schema.recipe import load_recipe
 from tests.command import Job, compress, one_error
 from tests.tiny import let_it_add, tiny_job
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 SHORT = (
     *("--set", "tyr.iterations=1", "--set", "tyr.search.generations=0", "--set", "bench=null"),
     *("--set", "tyr.run_off={windows: 2, solutions: 2}", "--set", "layouts=[per-layer]"),

@@ -200,6 +200,8 @@ BUILD = """\
 import sys
 from pathlib import Path
 from tools.ci.models import chain
+
+pytestmark = pytest.mark.usefixtures("done_once")
 chain(Path("build/model.onnx"), int(Path("layers.txt").read_text()))
 """
 

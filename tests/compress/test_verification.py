@@ -16,6 +16,8 @@ from compress.report.build import finish
 from tests.command import Job, Ran, compress, one_error
 from tests.tiny import saved_tiny
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 
 @pytest.fixture
 def release(finished: Path, tmp_path: Path) -> Path:
@@ -335,7 +337,8 @@ def test_another_text_than_was_measured_on_is_no_verdict(release: Path, finished
     del seal["sha256"]
     seal["files"][windows.name] = {"bytes": windows.stat().st_size, "sha256": sha256_of(windows)}
     (windows.parent / "seal.json").write_text(seal_text(seal))
-    found = claims(compress("verify", release, "--measure", "--like", other, "--json"))
+    dense = ("--dense", finished / "export-dense")
+    found = claims(compress("verify", release, "--measure", "--like", other, *dense, "--json"))
     assert found["perplexity, first text"]["verdict"] == OPEN
     said = json.loads((release / "report.json").read_text())["quality"]["texts"][0]["sha256"][:12]
     reason = found["perplexity, first text"]["reason"]

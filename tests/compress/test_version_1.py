@@ -16,6 +16,8 @@ from compress.report.rows import rows
 from compress.run.seals import fingerprint, read_seal, seal_text
 from tests.command import Ran, compress
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "v1"
 NETWORKS = {"global-mp-network": "small", "pagcp": "wide"}
 NAMES = ("tyr", "global-mp-text", *NETWORKS)

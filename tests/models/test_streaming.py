@@ -19,6 +19,8 @@ from compress.models.streaming import StreamedBlocks, is_streamed, only_blocks, 
 from tests.command import Job, compress
 from tests.tiny import ARCHITECTURES, tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 CPU = torch.device("cpu")
 
 

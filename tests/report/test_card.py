@@ -20,6 +20,8 @@ from compress.report.build import finish, read_report
 from compress.words.escape import markdown
 from tests.command import Job, compress, one_error
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 
 @pytest.fixture(scope="module")
 def report(finished: Path) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from compress.report.build import read_report
 from tests.command import compress, one_error
 from tests.tiny import prose, saved_tiny, tokens
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 RECIPE = """\
 method: global-mp
 sparsity: 0.6
