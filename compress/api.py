@@ -139,7 +139,8 @@ def evaluate(model: Any, *, like: str | Path | None = None, tokenizer: Any = Non
 
     Args:
         model: a folder, a name, or a model in memory: a transformers one with its ``tokenizer``, or a torch module.
-        options: ``text=[FILE, ...]``, ``windows``, ``length``, ``task=[NAME, ...]``, ``network``.
+        options: ``text=[FILE, ...]``, ``dialogues=[FILE, ...]``, ``windows``, ``length``, ``task=[NAME, ...]``,
+            ``network``.
     """
     from compress.verbs import in_memory
     from compress.verbs.common import evaluate as run

@@ -180,6 +180,9 @@ def eval_(
     model: Annotated[str, typer.Argument(help="a model folder, a run folder, or a model's name")],
     like: Annotated[Path | None, typer.Option(help="a run folder: the text or the data it held out")] = None,
     text: Annotated[list[str] | None, typer.Option(help="a text file or pattern; repeatable")] = None,
+    dialogues: Annotated[
+        list[str] | None, typer.Option(help="likewise, JSON lines of dialogues: the assistant's words are scored")
+    ] = None,
     windows: Annotated[int | None, typer.Option(min=1, max=MOST, help="windows per text  [default: 16]")] = None,
     length: Annotated[int | None, typer.Option(min=16, max=MOST, help="tokens per window  [default: 512]")] = None,
     task: Annotated[
@@ -192,7 +195,9 @@ def eval_(
     from compress.verbs.by_kind import lines
     from compress.verbs.common import evaluate
 
-    facts = evaluate(model, like, text=text, windows=windows, length=length, task=task, network=network)
+    facts = evaluate(
+        model, like, text=text, dialogues=dialogues, windows=windows, length=length, task=task, network=network
+    )
     _show(facts, json_, partial(lines, "evaluate"))
 
 

@@ -130,17 +130,24 @@ def _read_or_write_lock(path: Path, setup: Any, command: str) -> None:
 
 
 def _write_lock(path: Path, setup: Any, command: str) -> None:
-    from compress.data.text import text_facts
     from compress.run.doctor import versions
 
     text = lock_text(
         setup.recipe,
         {
             "model": {"name": setup.resolved.name, "source": setup.resolved.source, "sha256": setup.weights},
-            # What a language model's windows begin with, and what an ended text would end with.
-            **({"text": text_facts(setup.tokenizer)} if isinstance(setup, Setup) else {}),
+            # What a language model's windows begin with, what an ended text would end with, what stands between two.
+            **_text_facts(setup),
             "versions": versions(),
             "command": command,
         },
     )
     write_whole(path, stamped(text))
+
+
+def _text_facts(setup: Any) -> dict[str, Any]:
+    from compress.data.text import text_facts
+
+    if not isinstance(setup, Setup):
+        return {}
+    return {"text": text_facts(setup.tokenizer, bool(setup.recipe.dialogues()))}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data.text import begun
+from compress.data.text import begun, endings
 from compress.errors import CompressError
 from compress.exporters.bisect import largest_difference
 from compress.exporters.onnx import cached_layers
@@ -130,12 +130,13 @@ def _compare(
 def greedy_agrees(
     model: Any, folder: Path, tokenizer: Any, prompt: str, tokens: int, threads: int = 2
 ) -> dict[str, Any]:
-    """Greedy text from ONNX Runtime and from torch's own `generate`.
+    """Greedy text from ONNX Runtime and from torch's own `generate`, up to the first token that ends a text: `generate`
+    is not let end, and takes another there.
 
     Raises:
         CompressError: they differ.
     """
-    ids = torch.tensor([begun(tokenizer, prompt)])  # (1, n)
+    ids, ends = torch.tensor([begun(tokenizer, prompt)]), endings(tokenizer)  # (1, n)
     with torch.no_grad():
         whole = model.generate(
             ids,
@@ -143,12 +144,12 @@ def greedy_agrees(
             max_new_tokens=tokens,
             min_new_tokens=tokens,
             do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
+            pad_token_id=next(iter(ends), None),
         )
     want = whole[0, ids.shape[1] :].tolist()
-    if tokenizer.eos_token_id in want:
-        want = want[: want.index(tokenizer.eos_token_id)]
     got = OrtLLM(folder, threads).greedy(ids.numpy(), tokens)
+    end = next((i for i, token in enumerate(got) if token in ends), len(got))
+    want = want[:end]
     at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), None)
     if at is not None:
         raise CompressError(

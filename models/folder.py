@@ -330,6 +330,12 @@ def _data_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield inner, own_file(folder, inner)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's files lie in the folder: not where its configuration alone was fetched."""
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tekken.json")
+    return any(os.path.lexists(folder / name) for name in names) or any(folder.glob(f"*{SENTENCEPIECE}"))
+
+
 def refuse_code(folder: Path, written: Mapping[str, str]) -> None:
     """Raises CompressError where a folder holds code that is not, byte for byte, what this version writes there.
 

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 from compress.models.folder import (
     CONFIG,
+    own_file,
     read_config,
     seen,
     weights_of,
 )
 from compress.run.cache import sha256_of
+from compress.run.progress import say
+from compress.run.strict_json import read_json
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
@@ -107,7 +110,57 @@ def load_tokenizer(folder: Path) -> Any:
     # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
     tokenizer.embedding_rows = _embedding_rows(folder)
     tokenizer.name_or_path = str(folder)
+    tokenizer.end_ids = end_ids(folder, tokenizer)
     return tokenizer
+
+
+def end_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that generation_config.json and config.json end a text with: one, or a list (Llama 3, Gemma).
+
+    A document ends with the tokenizer's own; where that has none, with the first of these, which is said. So is an id
+    that no token has: it is left out.
+
+    Raises:
+        CompressError: an ``eos_token_id`` is neither a whole number nor a list of such.
+    """
+    found: list[int] = []
+    rows = tokenizer.embedding_rows if tokenizer.embedding_rows is not None else len(tokenizer)
+    for name in ("generation_config.json", CONFIG):
+        for one in _ids(folder, name):
+            if 0 <= one < rows:
+                found.append(one)
+            else:
+                say(f"{folder / name}: eos_token_id {one} is left out, the vocabulary has {rows:,} tokens")
+    ends = tuple(dict.fromkeys(found))
+    own = tokenizer.eos_token_id
+    if own is None and ends:
+        token = tokenizer.convert_ids_to_tokens(ends[0])
+        say(f"{folder}: the tokenizer names no end token; documents end with {token} ({ends[0]}), as the model does")
+    elif ends and own not in ends:
+        token = tokenizer.convert_ids_to_tokens(own)
+        told = ", ".join(map(str, ends))
+        say(f"{folder}: documents end with the tokenizer's {token} ({own}); the model's settings say {told}")
+    return ends
+
+
+def _ids(folder: Path, name: str) -> list[int]:
+    """``eos_token_id`` of a file of the folder; empty where there is none."""
+    if not (folder / name).exists():
+        return []
+    facts = read_config(folder) if name == CONFIG else read_json(own_file(folder, name), f"the file {name}")
+    inner = facts.get("text_config") if isinstance(facts, dict) else None
+    value = facts.get("eos_token_id") if isinstance(facts, dict) else None
+    if value is None and isinstance(inner, dict):
+        value = inner.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    for one in ids:
+        if type(one) is not int:
+            raise CompressError(
+                f"eos_token_id is {value!r:.60}, neither a token's number nor a list of such",
+                where=str(folder / name),
+                fix="write the number of the token that ends a text, or take the key out",
+            )
+    return ids
 
 
 def from_config(config: Any, cls: Any = None) -> Any:

@@ -26,6 +26,7 @@ from compress.schema.strict_yaml import parse_yaml, read_yaml
 from compress.system.files import disk_errors, settle
 
 ALIASES = Path(__file__).parent
+SMALL = ["*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "generation_config.json"]  # beside weights
 FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -251,9 +252,12 @@ def describe_alias(name: str) -> str:
     )
 
 
-def describe(name: str) -> tuple[Resolved, Any]:
+def describe(name: str, tokenizer: bool = False) -> tuple[Resolved, Any]:
     """A model's configuration, without a weight being fetched: from where `resolve` would find the model or, where
     nothing can be reached, from the sizes in its models/*.yaml (which is said).
+
+    Args:
+        tokenizer: fetch the tokenizer's files with it.
 
     Returns:
         (what `resolve` would say, its folder without weights perhaps; the transformers config).
@@ -263,12 +267,13 @@ def describe(name: str) -> tuple[Resolved, Any]:
     """
     from compress.models.reading import load_config
 
+    files = ["config.json", *(SMALL if tokenizer else ())]
     if Path(name).is_dir() and name not in alias_names():
         found = resolve(name)
         return found, load_config(found.folder)
     if name not in alias_names():
         if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-            folder, words = from_hub(name, None, ["config.json"])
+            folder, words = from_hub(name, None, files)
             return Resolved(name.split("/")[1], folder, words, name, None), load_config(folder)
         found = resolve(name)  # says what is wrong with the name
         return found, load_config(found.folder)
@@ -279,7 +284,7 @@ def describe(name: str) -> tuple[Resolved, Any]:
             if source.package:
                 folder, words = _from_package(source)
             else:
-                folder, words = from_hub(str(source.hub), source.revision, ["config.json"])
+                folder, words = from_hub(str(source.hub), source.revision, files)
         except CompressError as e:
             reasons.append(e.what)
             continue

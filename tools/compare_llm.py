@@ -125,7 +125,10 @@ def knapsack_only(folder: Path, job: Job, searched: Path) -> Plan:
 def measure(setup: Setup, windows: Windows, plan: Plan | None) -> dict[str, Any]:
     model = setup.model if plan is None else setup.pruned(plan)[0]
     begin = len(windows.begin)
-    found = {name: perplexity(model, ids, name, begin)["ppl"] for name, ids in windows.evaluation.items()}
+    found = {
+        name: perplexity(model, ids, name, begin, windows.own.get(name))["ppl"]
+        for name, ids in windows.evaluation.items()
+    }
     removed = 0 if plan is None else plan.removed(setup.costs)
     return {"texts": found, "geometric_mean": geometric_mean(list(found.values())), "removed": removed}
 

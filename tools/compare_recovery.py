@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compress.language.evaluate import geometric_mean, perplexity
+from compress.language.evaluate import geometric_mean
 from compress.language.plan import Plan
 from compress.language.recover import recover, training_windows
 from compress.language.setup import Setup, Windows, prepare, read_windows
+from compress.language.stages import perplexities
 from compress.pipeline import METHODS
 from compress.run.folder import Journal, Run
 from compress.run.progress import say
@@ -26,8 +27,7 @@ from compress.schema.recipe import load_recipe
 
 def measure(setup: Setup, windows: Windows, plan: Plan | None, label: str) -> dict[str, Any]:
     model = setup.model if plan is None else setup.pruned(plan)[0]
-    begin = len(windows.begin)
-    found = {n: float(perplexity(model, ids, f"{label}, {n}", begin)["ppl"]) for n, ids in windows.evaluation.items()}
+    found = {n: float(p["ppl"]) for n, p in perplexities(model, windows, label).items()}
     return {"method": label, "texts": found, "geometric_mean": geometric_mean(list(found.values()))}
 
 

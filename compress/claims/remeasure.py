@@ -50,7 +50,7 @@ def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Cla
     tokenizer = load_tokenizer(subject.release)
     found = qualities(rows(report))
     own = {row.task: row for row in found if row.unit == "perplexity" and row.task}
-    texts: list[tuple[Row, Any]] = []  # with token ids and how many begin each, or why there are none
+    texts: list[tuple[Row, Any]] = []  # with its windows and how many tokens begin each, or why there are none
     for text in report["quality"]["texts"]:
         try:
             texts.append((own[text["name"]], _windows(subject, report, text, tokenizer, like)))
@@ -82,8 +82,8 @@ def _perplexities(folder: Path, texts: list[tuple[Row, Any]], label: Side) -> li
             continue
         try:
             model = model or _model(folder)
-            ids, begin = here
-            found = float(perplexity(model, ids, title, begin)["ppl"])
+            packed, begin = here
+            found = float(perplexity(model, packed.ids, title, begin, packed.scored)["ppl"])
         except CompressError as e:
             claims.append(Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})"))
             continue
@@ -125,7 +125,7 @@ def _windows(
     Raises:
         CompressError: they are not here, or others are.
     """
-    from compress.data.text import evaluation_windows, kept_windows, opening
+    from compress.data.text import Packed, evaluation_windows, kept_windows, opening
     from compress.language.stages import text_hash
     from compress.schema.recipe import SourceSpec
 
@@ -142,18 +142,19 @@ def _windows(
         ids, where = windows.get(f"evaluation.{number}"), str(kept)
         if ids is None:
             raise CompressError("the run holds no such text", where=where)
+        packed = Packed(ids, windows.get(f"scored.{number}"))
     else:
         source = SourceSpec.model_validate(texts[number]["source"])
-        ids, begin = evaluation_windows(source, tokenizer, text["windows"], text["length"]), opening(tokenizer)
+        packed, begin = evaluation_windows(source, tokenizer, text["windows"], text["length"]), opening(tokenizer)
         where = f"source {source.title}"
-    found = text_hash(ids)
+    found = text_hash(packed.ids)
     if found != text["sha256"]:
         raise CompressError(
             f"what is here is not the one it was measured on: sha256 {text['sha256'][:12]} in the report,"
             f" {found[:12]} here",
             where=where,
         )
-    return ids, len(begin)
+    return packed, len(begin)
 
 
 def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:

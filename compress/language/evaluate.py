@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 BATCH = 4
 
 
-def perplexity(model: Any, windows: Tensor, label: str = "perplexity", begin: int = 0) -> dict[str, float | int]:
+def perplexity(
+    model: Any, windows: Tensor, label: str = "perplexity", begin: int = 0, own: Tensor | None = None
+) -> dict[str, float | int]:
     """exp of the mean negative log-likelihood of every token but each window's first. Processes divide the windows.
 
     Args:
         windows: token ids (n, length) int64.
         begin: of a window's first tokens, those that the tokenizer put there: they are read and not scored.
+        own: (n, length) bool, which of the others are scored (`compress.data.text.Packed`); all by default.
 
     Returns:
         ``ppl``, ``nll`` (nats per token, summed in float64) and ``tokens``.
@@ -49,9 +52,10 @@ def perplexity(model: Any, windows: Tensor, label: str = "perplexity", begin: in
         for s in mine:
             logits: Any = model(input_ids=ids[s], use_cache=False).logits if hidden is None else None
             for k, target in enumerate(ids[s]):
+                counted = slice(None) if own is None else own[s.start + k, scored:].to(device)
                 row = logits[k] if hidden is None else capped(model, head(model, hidden[s.start - mine[0].start + k]))
-                losses = cross_entropy(row[scored - 1 : -1].float(), target[scored:], reduction="none")
-                found.append((float(losses.double().sum()), len(target) - scored))
+                losses = cross_entropy(row[scored - 1 : -1].float(), target[scored:], reduction="none")[counted]
+                found.append((float(losses.double().sum()), len(losses)))
             bar.update(1)
     # Summed in the order of the windows, whichever process had them.
     every = gather(found)

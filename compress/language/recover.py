@@ -111,9 +111,16 @@ def linear_names(family: Family, config: Any) -> list[str]:
 def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
     """Windows (n, length) int64 to train on: those calibrated on, or as many from the same sources as the recipe asks
     for. None is from the evaluation's part of a source, and that they do not overlap is checked."""
-    from compress.data.text import assert_disjoint, calibration_windows, keep_windows, kept_windows
+    from compress.data.text import (
+        assert_disjoint,
+        calibration_windows,
+        keep_windows,
+        kept_windows,
+        packing_inputs,
+    )
 
     recipe = setup.recipe
+    spoken = {text.name for text in recipe.evaluation.texts if text.source.dialogues is not None}
     assert recipe.recover is not None  # asked by the caller
     wanted = recipe.recover.windows
     if wanted is None:
@@ -123,7 +130,7 @@ def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
         spec = recipe.calibration
         found = calibration_windows(spec.sources, setup.tokenizer, wanted, spec.length)
         for name, held_out in windows.evaluation.items():
-            assert_disjoint(found, held_out, name)
+            assert_disjoint(found, held_out, name, windows.own[name] if name in spoken else None)
         keep_windows({"recover": found}, windows.begin, folder / "windows.safetensors")
 
     inputs = {
@@ -131,7 +138,7 @@ def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
         "weights": setup.weights,
         "windows": wanted,
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True, exclude={"windows"}),
-        **({"begins_with": windows.begin} if windows.begin else {}),
+        **packing_inputs(setup.tokenizer, recipe.dialogues().values()),
     }
     return kept_windows(run.stage("text-recover", inputs, build) / "windows.safetensors")[0]["recover"]
 

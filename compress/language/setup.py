@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -151,6 +151,7 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     family = family_for(config)
     refuse_ragged(resolved.folder)
     weight_files(resolved.folder)
+    check_dialogues(resolved.folder, recipe)
     if isinstance(recipe, Recipe):
         check_recovery(recipe, family, config)
     return Setup(
@@ -165,23 +166,49 @@ def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     from compress.models.sources import describe
 
     quiet()
-    resolved, config = describe(model)
+    resolved, config = describe(model, tokenizer=bool(recipe.dialogues()))
     refuse_ragged(resolved.folder)
+    check_dialogues(resolved.folder, recipe)
     family = family_for(config)
     return Setup(resolved, recipe, family, family.geometry(config), family.costs(config), config, weights="")
+
+
+def check_dialogues(folder: Path, recipe: TextRecipe) -> None:
+    """Reads every line of the dialogues that a recipe names, and has the chat template write the first of each source.
+
+    Raises:
+        CompressError: a line is no dialogue; the tokenizer has no chat template, or it refuses the dialogue.
+    """
+    from compress.data.dialogues import read_dialogues, render
+    from compress.models.folder import has_tokenizer
+    from compress.models.reading import load_tokenizer
+    from compress.run.progress import say
+
+    found = {key: read_dialogues(source.dialogues or ()) for key, source in recipe.dialogues().items()}
+    if not found:
+        return
+    if not has_tokenizer(folder) and not any(folder.glob("*.safetensors")):
+        say("chat template: not checked, no tokenizer could be fetched")
+        return
+    tokenizer = load_tokenizer(folder)
+    for dialogues in found.values():
+        if dialogues:
+            render(dialogues[0], tokenizer)
 
 
 @dataclass
 class Windows:
     """Token windows (n, length) int64: what is calibrated on, searched on, judged on in the run-off, and held out.
 
-    ``begin``: the token ids that every one of them begins with, which are not scored."""
+    ``begin``: the token ids that every one of them begins with, which are not scored; ``own``: (n, length) bool, which
+    tokens of a held-out text are, where it is not all others."""
 
     calibration: Tensor
     search: Tensor
     evaluation: dict[str, Tensor]
     judging: Tensor | None = None
     begin: tuple[int, ...] = ()
+    own: dict[str, Tensor] = field(default_factory=dict)
 
 
 def set_aside(options: Any) -> tuple[int, int]:
@@ -194,7 +221,14 @@ def read_windows(setup: Setup, run: Run) -> Windows:
     """Reads and packs all text once; sealed in the run, so that a resumed run sees the same."""
     import torch
 
-    from compress.data.text import assert_disjoint, calibration_windows, evaluation_windows, keep_windows, kept_windows
+    from compress.data.text import (
+        calibration_windows,
+        held_out_of,
+        held_out_tensors,
+        keep_windows,
+        kept_windows,
+        packing_inputs,
+    )
 
     recipe = setup.recipe
     wanted, judged = set_aside(recipe.options)
@@ -209,10 +243,8 @@ def read_windows(setup: Setup, run: Run) -> Windows:
         judging = torch.zeros(wanted, dtype=torch.bool)
         judging[torch.linspace(0, wanted - 1, judged).long()] = True
         tensors = {"calibration": every[rest], "search": every[at[~judging]], "judging": every[at[judging]]}
-        for i, text in enumerate(recipe.evaluation.texts):
-            ids = evaluation_windows(text.source, setup.tokenizer, recipe.evaluation.windows, recipe.evaluation.length)
-            assert_disjoint(every, ids, text.name)
-            tensors[f"evaluation.{i}"] = ids
+        judged_on = recipe.evaluation
+        tensors |= held_out_tensors(judged_on.texts, setup.tokenizer, judged_on.windows, judged_on.length, every)
         _ = setup.model  # a fault in the weights is to be found before anything is sealed for them
         keep_windows(tensors, setup.begin, folder / "windows.safetensors")
 
@@ -221,19 +253,20 @@ def read_windows(setup: Setup, run: Run) -> Windows:
         "weights": setup.weights,
         "search_windows": recipe.options.search.windows,
         **({"run_off_windows": judged} if judged else {}),
-        **({"begins_with": setup.begin} if setup.begin else {}),
+        **packing_inputs(setup.tokenizer, recipe.dialogues().values()),
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
     }
     tensors, begin = kept_windows(run.stage("text", inputs, build) / "windows.safetensors")
-    evaluation = {t.name: tensors[f"evaluation.{i}"] for i, t in enumerate(recipe.evaluation.texts)}
+    held_out = held_out_of(tensors, [text.name for text in recipe.evaluation.texts])
     length = recipe.options.search.length
     return Windows(
         tensors["calibration"],
         tensors["search"][:, :length],
-        evaluation,
+        {name: packed.ids for name, packed in held_out.items()},
         tensors["judging"] if judged else None,
         begin,
+        {name: packed.scored for name, packed in held_out.items() if packed.scored is not None},
     )
 
 

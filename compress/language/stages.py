@@ -40,7 +40,9 @@ def perplexities(model: Any, windows: Windows, label: str) -> dict[str, dict[str
     from compress.language.evaluate import perplexity
 
     begin = len(windows.begin)
-    return {n: perplexity(model, ids, f"{label}, {n}", begin) for n, ids in windows.evaluation.items()}
+    return {
+        n: perplexity(model, ids, f"{label}, {n}", begin, windows.own.get(n)) for n, ids in windows.evaluation.items()
+    }
 
 
 def evaluate(
@@ -77,6 +79,7 @@ def evaluate(
         )
         results[label] = json.loads((stage / "evaluation.json").read_text("utf-8"))
     dense, pruned = results["dense"]["texts"], results["pruned"]["texts"]
+    spoken = {text.name for text in setup.recipe.evaluation.texts if text.source.dialogues is not None}
     report["quality"] = {
         "texts": [
             {
@@ -84,6 +87,7 @@ def evaluate(
                 "windows": len(windows.evaluation[name]),
                 "length": windows.evaluation[name].shape[1],
                 "sha256": text_hash(windows.evaluation[name]),
+                **({"scored": "assistant", "tokens": dense[name]["tokens"]} if name in spoken else {}),
                 "dense_ppl": dense[name]["ppl"],
                 "pruned_ppl": pruned[name]["ppl"],
             }
@@ -104,12 +108,15 @@ def evaluate(
 
 
 def held_out(windows: Windows) -> dict[str, str]:
-    """A hash of every text that is evaluated on."""
-    return {n: text_hash(w) for n, w in windows.evaluation.items()}
+    """A hash of every text that is evaluated on, and of which tokens of it are scored where it is not all."""
+    return {
+        n: text_hash(w) + (f" {text_hash(windows.own[n])}" if n in windows.own else "")
+        for n, w in windows.evaluation.items()
+    }
 
 
 def text_hash(windows: Tensor) -> str:
-    """The first 16 digits of the SHA-256 of token windows (n, length) int64."""
+    """The first 16 digits of the SHA-256 of token windows (n, length)."""
     import hashlib
 
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
@@ -252,7 +259,7 @@ def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> N
         "sha256": setup.weights,
     }
     report["origin"] = dict(setup.resolved.origin)
-    report["text"] = text_facts(setup.tokenizer)
+    report["text"] = text_facts(setup.tokenizer, bool(setup.recipe.dialogues()))
     report["recipe"] = setup.recipe.resolved()
     report["command"] = command
     report["environment"] = environment()

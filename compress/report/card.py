@@ -105,13 +105,40 @@ def frame(
 
 
 def beginning(report: Mapping[str, Any]) -> str:
-    """What the windows of text begin with, as a sentence behind others; empty where the report does not say."""
+    """What the windows of text begin with and what joins documents, as sentences behind others; empty where the report
+    does not say."""
     if "text" not in report:
         return ""
-    tokens = " ".join(code(row["token"]) for row in report["text"]["begins_with"])
-    if not tokens:
-        return " A window begins with text: the tokenizer puts no token in front of it."
-    return f" Every window begins with {tokens}, as the tokenizer begins every text; that is read, and not scored."
+
+    def tokens(rows: Sequence[Mapping[str, Any]]) -> str:
+        return " ".join(code(row["token"]) for row in rows)
+
+    text = report["text"]
+    begin, between = tokens(text["begins_with"]), tokens(text.get("between", ()))
+    said = (
+        f" Every window begins with {begin}, as the tokenizer begins every text; that is read, and not scored."
+        if begin
+        else " A window begins with text: the tokenizer puts no token in front of it."
+    )
+    if "between" in text:
+        said += f" Between two documents stands {between}." if between else " Nothing stands between two documents."
+    return said + _dialogues(report)
+
+
+def _dialogues(report: Mapping[str, Any]) -> str:
+    """How dialogues were written and what of them was scored; empty where there are none."""
+    template = report["text"].get("chat_template")
+    if template is None:
+        return ""
+    names = [row["name"] for row in (report.get("quality") or {}).get("texts") or () if row.get("scored")]
+    day = f", which is told that the day is {code(template['day'])}" if "day" in template else ""
+    said = (
+        f" Dialogues are written by the tokenizer's chat template (SHA-256 {code(template['sha256'][:12])}{day}), with"
+        " the reasoning of every turn; a window of them begins with one."
+    )
+    if names:
+        said += f" Of {', '.join(map(markdown, names))} the assistant's words alone are scored."
+    return said
 
 
 INHERITED = "It has the limits and biases of the dense model."

@@ -200,7 +200,7 @@ def _qualities(report: Mapping[str, Any]) -> Iterator[Row]:
         yield Row(
             name=f"perplexity, {text['name']}", unit="perplexity", better=better("perplexity"), dense=text["dense_ppl"],
             pruned=text["pruned_ppl"], task=text["name"], metric="perplexity", main=True, command="eval",
-            conditions=f"{text['windows']} windows of {text['length']} tokens" if "windows" in text else "",
+            conditions=_read(text),
         )  # fmt: skip
     mean = quality.get("geometric_mean")
     if len(texts) > 1 and mean:
@@ -218,6 +218,14 @@ def _qualities(report: Mapping[str, Any]) -> Iterator[Row]:
             metric=metric, main=main, command="verify" if network else "eval",
             conditions=f"{row['samples']} held-out samples" if "samples" in row else "",
         )  # fmt: skip
+
+
+def _read(text: Mapping[str, Any]) -> str:
+    """What a perplexity was measured on."""
+    if "windows" not in text:
+        return ""
+    of = f", of which the assistant's {text['tokens']} are scored" if text.get("scored") == "assistant" else ""
+    return f"{text['windows']} windows of {text['length']} tokens{of}"
 
 
 def _sizes(report: Mapping[str, Any]) -> Iterator[Row]:

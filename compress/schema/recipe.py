@@ -24,13 +24,19 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class SourceSpec(Section):
-    """Where text comes from: exactly one of ``hub``, ``files``, ``embedded`` and ``package``."""
+    """Where text comes from: exactly one of ``hub``, ``files``, ``dialogues``, ``embedded`` and ``package``."""
 
     hub: str | None = Field(None, description="data set id on the Hugging Face hub")
     config: str | None = Field(None, description="the data set's configuration (hub)")
     split: str = Field("train", description="the data set's split (hub)")
     column: str = Field("text", description="the column that holds the text (hub)")
     files: list[str] | None = Field(None, min_length=1, description="paths or glob patterns of UTF-8 text files")
+    dialogues: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="paths or glob patterns of JSON lines, a dialogue a line (`messages` or `conversations`), which the"
+        " tokenizer's chat template writes; the first 20,000 are read",
+    )
     embedded: Literal["python-docs"] | None = Field(None, description="text that every Python carries")
     package: (
         Literal["state-of-the-union", "moby-dick", "emails", "debian-handbook", "anarchist-faq", "fortunes"] | None
@@ -40,17 +46,17 @@ class SourceSpec(Section):
 
     @model_validator(mode="after")
     def _one(self) -> SourceSpec:
-        named = [k for k in ("hub", "files", "embedded", "package") if getattr(self, k) is not None]
+        named = [k for k in ("hub", "files", "dialogues", "embedded", "package") if getattr(self, k) is not None]
         if len(named) != 1:
             raise Clash(
-                f"name exactly one of hub, files, embedded, package (here: {', '.join(named) or 'none'})",
+                f"name exactly one of hub, files, dialogues, embedded, package (here: {', '.join(named) or 'none'})",
                 f"keep one of {', '.join(named)}" if named else "for example files: [text/*.txt]",
             )
         return self
 
     @property
     def title(self) -> str:
-        return self.hub or self.embedded or self.package or " ".join(self.files or [])
+        return self.hub or self.embedded or self.package or " ".join(self.files or self.dialogues or [])
 
 
 class Calibration(Section):
@@ -209,6 +215,14 @@ class TextRecipe(AnyRecipe):
     export: ExportSection | None = ExportSection()
     bench: BenchSection | None = BenchSection()
 
+    def dialogues(self) -> dict[str, SourceSpec]:
+        """The sources of dialogues, by the keys that name them."""
+        return {key: source for key, source in self._sources() if source.dialogues is not None}
+
+    def _sources(self) -> Iterator[tuple[str, SourceSpec]]:
+        for i, text in enumerate(self.evaluation.texts):
+            yield f"evaluation.texts.{i}.source", text.source
+
 
 class Recipe(TextRecipe):
     """A recipe that looks at text to decide what goes."""
@@ -216,6 +230,11 @@ class Recipe(TextRecipe):
     layouts: list[Literal["per-layer", "padded"]] = Field(["per-layer"], min_length=1)
     calibration: Calibration
     recover: RecoverSection | None = None
+
+    def _sources(self) -> Iterator[tuple[str, SourceSpec]]:
+        for i, source in enumerate(self.calibration.sources):
+            yield f"calibration.sources.{i}", source
+        yield from super()._sources()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -114,6 +114,25 @@ def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
     if len(data) > limit:
         raise CompressError(f"{what} is longer than {limit:,} bytes", where=str(path), fix=fix)
     return data
+
+
+def matching(patterns: Sequence[str], what: str) -> list[str]:
+    """The files that paths or glob patterns mean, those of a pattern in the order of their names.
+
+    Args:
+        what: they are, for the error: ``the text files``.
+
+    Raises:
+        CompressError: a pattern matches nothing.
+    """
+    found = []
+    for pattern in patterns:
+        # A file's own name may hold what is special in a pattern.
+        paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not paths:
+            raise CompressError("no file matches", where=pattern, fix=f"check the path or pattern of {what}")
+        found += paths
+    return found
 
 
 def disk_error(

@@ -15,6 +15,8 @@ import os
 import platform
 import signal
 import sys
+import threading
+import time
 from typing import Any  # Python 3.9
 
 WINDOWS = sys.platform == "win32"
@@ -44,6 +46,34 @@ def _psutil() -> Any:
     except ImportError:  # a device that only measures
         return None
     return psutil
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Any:
+    """Raises TimeoutError in the block after so many seconds; a timer that ran already runs on behind it.
+
+    Python's own code is stopped, a single call of C is not. Beside the main thread, and on Windows, there is no limit.
+    """
+    if WINDOWS or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    began = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, stop)
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), interval)
 
 
 # --- memory and processors -------------------------------------------------------------------------------------------

@@ -32,18 +32,27 @@ def evaluate(
     like: Path | None,
     *,
     text: Sequence[str] = (),
+    dialogues: Sequence[str] = (),
     windows: int = 16,
     length: int = 512,
     task: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Perplexity on a run's held-out windows (``like``) or on text files, and lm-evaluation-harness tasks."""
-    from compress.data.text import kept_windows, opening, pack
+    """Perplexity on a run's held-out windows (``like``), on text files or dialogues, and lm-evaluation-harness tasks.
+
+    A text file is one text, whatever it holds; several that a pattern matches are documents, and joined as such.
+    """
+    from compress.data.dialogues import read_dialogues
+    from compress.data.text import held_out_of, kept_windows, opening, pack, pack_dialogues
     from compress.language.evaluate import geometric_mean, harness_tasks, perplexity
     from compress.models.saved import locked_recipe
     from compress.run.seals import verify_seal
 
-    if bool(like) == bool(text):
-        raise UsageError("name the text to evaluate on", where="eval", fix="either --like RUN or --text FILE ...")
+    if bool(like) == bool(text or dialogues):
+        raise UsageError(
+            "name the text to evaluate on",
+            where="eval",
+            fix="either --like RUN, or --text FILE ... or --dialogues FILE ...",
+        )
     recipe = locked_recipe(like, TEXT) if like is not None else {}
     loaded, _, tokenizer = _load(folder)
     if like is not None:
@@ -53,13 +62,22 @@ def evaluate(
         verify_seal(source.parent)
         names = [t["name"] for t in recipe["evaluation"]["texts"]]
         tensors, begin = kept_windows(source)
-        texts = {name: tensors[f"evaluation.{i}"] for i, name in enumerate(names)}
+        texts = held_out_of(tensors, names)
+        spoken = {t["name"] for t in recipe["evaluation"]["texts"] if "dialogues" in t["source"]}
     else:
         from compress.data.text import read_files
 
         begin = opening(tokenizer)
         texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
-    found = {name: perplexity(loaded, ids, f"perplexity, {name}", len(begin)) for name, ids in texts.items()}
+        for name in dialogues:
+            texts[name] = pack_dialogues(read_dialogues([name]), tokenizer, length, windows, name)
+        spoken = set(dialogues)
+    found: dict[str, dict[str, Any]] = {
+        name: perplexity(loaded, packed.ids, f"perplexity, {name}", len(begin), packed.scored)
+        for name, packed in texts.items()
+    }
+    for name in spoken:
+        found[name]["scored"] = "assistant"
     return {
         "model": str(folder),
         "texts": found,
@@ -71,7 +89,10 @@ def evaluate(
 
 def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     return [
-        *(f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens)" for name, v in facts["texts"].items()),
+        *(
+            f"ppl  {name}: {v['ppl']:.3f} ({v['tokens']:,} tokens{' of the assistant' if 'scored' in v else ''})"
+            for name, v in facts["texts"].items()
+        ),
         f"ppl  geometric mean: {facts['geometric_mean']:.3f}",
         *([f"text every window begins with {visible(' '.join(facts['begins_with']))}"] if facts["begins_with"] else []),
         *(f"{t['task']}  {t['metric']}: {t['value']:.4f}" for t in facts["tasks"]),

@@ -79,29 +79,32 @@ def _read_texts(run: Run, setup: Setup[TextRecipe]) -> Windows:
     """The held-out windows, sealed in the run, so that a resumed run and `compress eval --like` see the same."""
     import torch
 
-    from compress.data.text import evaluation_windows, keep_windows, kept_windows
+    from compress.data.text import held_out_of, held_out_tensors, keep_windows, kept_windows, packing_inputs
     from compress.models.reading import check_weights
 
     spec = setup.recipe.evaluation
 
     def build(folder: Path) -> None:
         check_weights(setup.resolved.folder)  # a fault in the weights is to be found before anything is sealed for them
-        texts = {
-            f"evaluation.{i}": evaluation_windows(text.source, setup.tokenizer, spec.windows, spec.length)
-            for i, text in enumerate(spec.texts)
-        }
+        texts = held_out_tensors(spec.texts, setup.tokenizer, spec.windows, spec.length)
         keep_windows(texts, setup.begin, folder / "windows.safetensors")
 
     inputs = {
         "version": __version__,
         "weights": setup.weights,
         "evaluation": spec.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
-        **({"begins_with": setup.begin} if setup.begin else {}),
+        **packing_inputs(setup.tokenizer, setup.recipe.dialogues().values()),
     }
     tensors, begin = kept_windows(run.stage("text", inputs, build) / "windows.safetensors")
     none = torch.zeros(0, spec.length, dtype=torch.int64)
-    texts = {text.name: tensors[f"evaluation.{i}"] for i, text in enumerate(spec.texts)}
-    return Windows(none, none, texts, begin=begin)
+    held_out = held_out_of(tensors, [text.name for text in spec.texts])
+    return Windows(
+        none,
+        none,
+        {name: packed.ids for name, packed in held_out.items()},
+        begin=begin,
+        own={name: packed.scored for name, packed in held_out.items() if packed.scored is not None},
+    )
 
 
 def _plan(run: Run, setup: Setup[TextRecipe], shapes: Mapping[str, list[int]]) -> Path:

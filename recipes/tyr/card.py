@@ -65,8 +65,9 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
 
 
 def _source(spec: Mapping[str, Any]) -> str:
-    if "files" in spec:
-        return ", ".join(Path(name).name for name in spec["files"])  # where they lay is nobody's business
+    if "files" in spec or "dialogues" in spec:
+        names = spec.get("files") or spec["dialogues"]
+        return ", ".join(Path(name).name for name in names)  # where they lay is nobody's business
     return str(next(spec[k] for k in ("hub", "embedded", "package") if k in spec))
 
 
