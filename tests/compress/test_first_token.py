@@ -90,10 +90,11 @@ def test_figures_are_those_of_transformers_behind_the_token(run: Path, gemma: Jo
 
 
 def test_lock_file_report_and_card_say_so(run: Path, report: dict[str, Any]) -> None:
-    want = {"begins_with": [{"id": 1, "token": "<s>"}], "ends_with": []}
+    first, end = {"id": 1, "token": "<s>"}, {"id": 2, "token": "</s>"}
+    want = {"begins_with": [first], "ends_with": [], "between": [end, first]}
     assert yaml.safe_load((run / "recipe.lock.yaml").read_text())["text"] == want == report["text"]
     card = (run / "release" / "README.md").read_text()
-    assert "Every window begins with `<s>`" in card
+    assert "Every window begins with `<s>`" in card and "Between two documents stands `</s>` `<s>`." in card
     assert "[:, :-" not in card
 
 

@@ -39,9 +39,9 @@ def test_the_split_is_by_document_and_disjoint() -> None:
 
 def test_windows_are_full_and_hold_the_text_with_its_ends(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(tmp_path)
-    packed = pack(["the cat", "the mat"], tokenizer, 3, 2, "x")
-    ids = [*tokenizer("the cat")["input_ids"], 2, *tokenizer("the mat")["input_ids"], 2]
-    assert packed.shape == (2, 3) and packed[0].tolist() == ids[:3]
+    found = pack(["the cat", "the mat"], tokenizer, 3, 2, "x")
+    packed, ids = found.ids, [*tokenizer("the cat")["input_ids"], 2, *tokenizer("the mat")["input_ids"], 2]
+    assert packed.shape == (2, 3) and packed[0].tolist() == ids[:3] and found.scored is None
     with pytest.raises(CompressError, match="gives 2 windows of 3 tokens, 99 are asked"):
         pack(["the cat", "the mat"], tokenizer, 3, 99, "x")
 
@@ -80,14 +80,21 @@ def test_every_window_begins_as_the_tokenizer_begins_and_no_text_is_lost(
 ) -> None:
     tokenizer, plain = tokenizer_that_adds(tmp_path, template), word_tokenizer(tmp_path / "plain")
     documents = ["the cat sat on the mat and the dog did not", "an apple a day keeps the cat away", "the mat"]
-    whole = [i for text in documents for i in (*plain(text)["input_ids"], 2)]
+    put = [] if before == [2] else before  # what stands in front of a document behind the end of another
+    whole = [i for text in documents for i in (*put, *plain(text)["input_ids"], 2)][len(put) :]
     length = 8
-    count = len(whole) // (length - len(before))
-    packed = pack(documents, tokenizer, length, count, "x")
-    assert packed.shape == (count, length)
-    assert all(row[: len(before)] == before for row in packed.tolist())
-    text = [i for row in packed.tolist() for i in row[len(before) :]]
-    assert text == whole[: len(text)]
+    rows, rest = [], whole
+    while len(rest) >= length - len(before):
+        rows.append([*before, *rest[: length - len(before)]])
+        rest = rest[length - len(before) :]
+        while put and rest and rest[0] in put:  # the next window begins so by itself
+            rest = rest[1:]
+    packed = pack(documents, tokenizer, length, len(rows), "x")
+    assert packed.ids.tolist() == rows
+    assert all(plain.decode(i) in "".join(documents) for row in rows for i in row if i > 2)
+    scored = [[k >= len(before) and (i not in put) for k, i in enumerate(row)] for row in rows]
+    assert packed.scored is None or packed.scored.tolist() == scored
+    assert (packed.scored is None) == (not put or sum(i in put for row in rows for i in row) == len(put) * len(rows))
 
 
 def test_a_window_that_the_first_tokens_fill_is_one_error(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_gemma_is_evaluated_behind_its_first_token(gemma: Path, tmp_path: Path) 
     behind = found["texts"][str(text)]["ppl"]
     # The same tokens without it: the model's own windows, less their first.
     tokenizer = load_tokenizer(gemma)
-    ids = pack([text.read_text()], tokenizer, LENGTH, WINDOWS, "text")
+    ids = pack([text.read_text()], tokenizer, LENGTH, WINDOWS, "text").ids
     assert (ids[:, 0] == tokenizer.bos_token_id).all() and ids.shape == (WINDOWS, LENGTH)
     model = load_model(gemma, family_for(load_config(gemma)))
     without = float(perplexity(model, ids[:, 1:])["ppl"])
