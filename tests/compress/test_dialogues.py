@@ -11,6 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from compress.claims.remeasure import measured
+from compress.claims.verify import Subject
 from compress.data.text import load_dialogues
 from compress.language.setup import prepare, read_windows
 from compress.pipeline import METHODS
@@ -105,16 +107,19 @@ def test_eval_measures_the_same_from_the_run_and_dialogues_of_a_file(job: Job, r
 
 
 def test_a_release_is_measured_again_from_the_dialogues(run: Path) -> None:
-    ran = compress("verify", run / "release", "--measure", "--json")
-    claims = {c["claim"]: c["verdict"] for c in json.loads(ran.out)["claims"]}
-    assert ran.code == 0 and claims["perplexity, chats"] == claims["perplexity, chats, dense"] == "holds", ran.err
+    release = run / "release"
+    claims = measured(Subject(release, release, read_report(run), None), None, None)
+    verdicts = {c.claim: c.verdict for c in claims}
+    assert verdicts["perplexity, chats"] == verdicts["perplexity, chats, dense"] == "holds", claims
 
 
-# --- what is wrong, said by `plan` before anything is read -------------------------------------------------------------
+# --- what is wrong, said by `plan` already ----------------------------------------------------------------------------
 
 
 def planned(model: Path, recipe: Path, chats: Path) -> Any:
-    return compress("plan", model, "--recipe", recipe, "--set", f"calibration.sources=[{{dialogues: [{chats}]}}]")
+    return compress(
+        "plan", model, "--recipe", recipe, "--on", "8xh100", "--set", f"calibration.sources=[{{dialogues: [{chats}]}}]"
+    )
 
 
 def test_plan_says_what_is_wrong_with_template_and_lines(tmp_path: Path) -> None:

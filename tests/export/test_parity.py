@@ -12,7 +12,7 @@ import torch
 from compress.errors import CompressError
 from compress.exporters.check import write_checked
 from compress.exporters.onnx import WEIGHTS, export_llm
-from compress.exporters.ort import session
+from compress.exporters.ort import OrtLLM, session
 from compress.exporters.parity import check_llm, first_fault, greedy_agrees
 from compress.models.families import family_for
 from compress.schema.recipe import ExportSection
@@ -110,6 +110,18 @@ def test_greedy_text_that_differs_names_the_token(exported: tuple[Any, Path], tm
         other.model.norm.weight *= -1
     with pytest.raises(CompressError, match="differs from torch's at token 0"):
         greedy_agrees(other, folder, tokenizer, "the cat sat", 10)
+
+
+def test_greedy_text_is_compared_up_to_any_token_that_ends_a_text(exported: tuple[Any, Path], tmp_path: Path) -> None:
+    model, folder = exported
+    tokenizer = word_tokenizer(tmp_path)
+    ids = torch.tensor([tokenizer("the cat sat")["input_ids"]])
+    likeliest = OrtLLM(folder, 2).greedy(ids.numpy(), 10)
+    at = next(i for i in range(2, 10) if likeliest[i] not in (2, *likeliest[:i]))
+    ending = copy.deepcopy(model)  # as Llama 3's: several, of which the tokenizer names one
+    ending.generation_config.eos_token_id = [2, likeliest[at]]
+    tokenizer.end_ids = (2, likeliest[at])
+    assert greedy_agrees(ending, folder, tokenizer, "the cat sat", 10)["tokens"] == at
 
 
 def test_what_is_checked_is_noted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import types
@@ -12,17 +13,23 @@ import pytest
 import torch
 
 from compress.data.text import (
+    Pieces,
     around,
     assert_disjoint,
     begun,
+    between,
     calibration_windows,
+    endings,
     keep_windows,
     kept_windows,
     load_documents,
+    opening,
     pack,
+    text_facts,
 )
 from compress.errors import CompressError
 from compress.language.evaluate import harness_tasks, perplexity
+from compress.models.reading import load_tokenizer
 from compress.schema.recipe import SourceSpec
 from tests.tiny import let_it_add, saved_tiny, tiny, tokens, word_tokenizer
 
@@ -95,6 +102,96 @@ def test_every_window_begins_as_the_tokenizer_begins_and_no_text_is_lost(
     scored = [[k >= len(before) and (i not in put) for k, i in enumerate(row)] for row in rows]
     assert packed.scored is None or packed.scored.tolist() == scored
     assert (packed.scored is None) == (not put or sum(i in put for row in rows for i in row) == len(put) * len(rows))
+
+
+@pytest.mark.parametrize(
+    ("template", "join"), [(None, [2]), ("<s> $A", [2, 1]), ("<s> $A <pad>", [0, 1]), ("</s> $A", [2])]
+)
+def test_between_documents_stands_the_end_of_one_and_the_beginning_of_the_next(
+    template: str | None, join: list[int], tmp_path: Path
+) -> None:
+    tokenizer, plain = tokenizer_that_adds(tmp_path, template), word_tokenizer(tmp_path / "plain")
+    documents = ["the cat", "the mat", "the dog"]
+    text = [i for words in documents for i in (*join, *plain(words)["input_ids"])][len(join) :]
+    first = opening(tokenizer)
+    length = len(first) + len(text)
+    found = pack(documents, tokenizer, length, 1, "x")
+    assert found.ids.tolist() == [[*first, *text]] and list(between(tokenizer)) == join
+    facts = text_facts(tokenizer)["between"]
+    assert [row["id"] for row in facts] == join and facts[0]["token"] in ("</s>", "<pad>")
+    # Pieces of one text: it ends, as it did, and no text begins.
+    ended = [i for words in documents for i in (*plain(words)["input_ids"], join[0])]
+    pieces = pack(Pieces(documents), tokenizer, len(first) + len(ended), 1, "x")
+    assert pieces.ids.tolist() == [[*first, *ended]] and pieces.scored is None
+
+
+def test_a_text_that_one_file_holds_is_one_text(tmp_path: Path) -> None:
+    # The protocol of published figures: all of it in one, whatever headings it has.
+    tokenizer = tokenizer_that_adds(tmp_path, "<s> $A")
+    text = "= Cats =\n\nthe cat sat on the mat\n\n= Dogs =\n\nthe dog did not\n\n"
+    ids = word_tokenizer(tmp_path / "plain")(text)["input_ids"]
+    found = pack([text], tokenizer, 11, len(ids) // 10, "x")
+    assert [i for row in found.ids.tolist() for i in row[1:]] == ids[: 10 * (len(ids) // 10)] and found.scored is None
+
+
+ENDS: list[tuple[dict[str, Any], dict[str, Any] | None, tuple[int, ...], str]] = [
+    ({"eos_token_id": 2}, None, (2,), ""),
+    ({"eos_token_id": 2}, {"eos_token_id": [0, 2, 0]}, (0, 2), ""),
+    ({"eos_token_id": [2, 7]}, {}, (2, 7), ""),
+    ({}, {"eos_token_id": None}, (), ""),
+    ({"text_config": {"eos_token_id": [2, 9], "vocab_size": 300}}, None, (2, 9), ""),
+    (
+        {"eos_token_id": 5},
+        {"eos_token_id": 6},
+        (6, 5),
+        "end with the tokenizer's </s> (2); the model's settings say 6, 5",
+    ),
+    ({"eos_token_id": [2, 4000]}, {"eos_token_id": -1}, (2,), "eos_token_id 4000 is left out, the vocabulary has 300"),
+]
+
+
+@pytest.mark.parametrize(("config", "generation", "ends", "said"), ENDS)
+def test_every_token_that_ends_a_text_is_read_and_the_tokenizers_ends_documents(
+    config: dict[str, Any],
+    generation: dict[str, Any] | None,
+    ends: tuple[int, ...],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer = with_settings(tmp_path, config, generation)
+    err = capsys.readouterr().err
+    assert tokenizer.end_ids == ends and between(tokenizer) == (2,)
+    assert set(endings(tokenizer)) == {2, *ends} and endings(tokenizer)[0] == 2
+    assert said in err if said else not err
+
+
+def test_where_the_tokenizer_names_no_end_the_models_own_ends_documents(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    word_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+    tokenizer = with_settings(tmp_path, {}, {"eos_token_id": [0, 2]}, made=True)
+    assert tokenizer.eos_token_id is None and between(tokenizer) == (0,)
+    assert "the tokenizer names no end token; documents end with <pad> (0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["</s>", True, [2, "3"], 2.0, {"id": 2}])
+def test_an_end_that_is_no_token_is_one_error(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="eos_token_id is") as caught:
+        with_settings(tmp_path, {}, {"eos_token_id": wrong})
+    assert caught.value.where == str(tmp_path / "generation_config.json")
+
+
+def with_settings(folder: Path, config: dict[str, Any], generation: dict[str, Any] | None, made: bool = False) -> Any:
+    """The tokenizer of a folder whose two other files say this of ends."""
+    if not made:
+        word_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, **config}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return load_tokenizer(folder)
 
 
 def test_a_window_that_the_first_tokens_fill_is_one_error(tmp_path: Path) -> None:
@@ -191,6 +288,25 @@ def test_the_harness_puts_in_front_what_the_tokenizer_does(
         return
     assert harness_tasks(folder, ["arc_easy"])[0]["value"] == 0.5
     assert given["add_bos_token"] is bool(before)
+
+
+def test_tokens_that_are_not_ones_own_are_not_scored() -> None:
+    model: Any = tiny("llama").double()
+    ids = tokens(3, 20)
+    own = torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) < 0.4
+    own[1] = False  # a window of which nothing counts
+    with torch.no_grad():
+        logp = model(ids).logits.log_softmax(-1)
+    want = [-float(logp[r, t - 1, ids[r, t]]) for r in range(3) for t in range(2, 20) if own[r, t]]
+    found = perplexity(model, ids, begin=2, own=own)
+    assert found["nll"] == pytest.approx(sum(want) / len(want), rel=1e-6) and found["tokens"] == len(want)
+    other = tokens(3, 200, seed=9)
+    a = other[0, :200].clone()
+    counted = torch.ones(3, 200, dtype=torch.bool)
+    with pytest.raises(CompressError, match="overlaps"):
+        assert_disjoint(a[None], other, "x", counted)
+    counted[0, 40::64] = False  # no run of 64 of it is all ones own
+    assert_disjoint(a[None], other, "x", counted)
 
 
 def test_a_model_of_nan_is_named() -> None:
