@@ -138,7 +138,7 @@ def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
         "weights": setup.weights,
         "windows": wanted,
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True, exclude={"windows"}),
-        **packing_inputs(setup.tokenizer, recipe.dialogues().values()),
+        **packing_inputs(setup.tokenizer, recipe.dialogues()),
     }
     return kept_windows(run.stage("text-recover", inputs, build) / "windows.safetensors")[0]["recover"]
 

@@ -177,23 +177,24 @@ def check_dialogues(folder: Path, recipe: TextRecipe) -> None:
     """Reads every line of the dialogues that a recipe names, and has the chat template write the first of each source.
 
     Raises:
-        CompressError: a line is no dialogue; the tokenizer has no chat template, or it refuses the dialogue.
+        CompressError: a line is no dialogue, or there are fewer than two; the tokenizer has no chat template, or it
+            refuses the dialogue.
     """
-    from compress.data.dialogues import read_dialogues, render
+    from compress.data.dialogues import render
+    from compress.data.text import load_dialogues
     from compress.models.folder import has_tokenizer
     from compress.models.reading import load_tokenizer
     from compress.run.progress import say
 
-    found = {key: read_dialogues(source.dialogues or ()) for key, source in recipe.dialogues().items()}
+    found = [load_dialogues(source, "calibration") for source in recipe.dialogues()]
     if not found:
         return
     if not has_tokenizer(folder) and not any(folder.glob("*.safetensors")):
         say("chat template: not checked, no tokenizer could be fetched")
         return
     tokenizer = load_tokenizer(folder)
-    for dialogues in found.values():
-        if dialogues:
-            render(dialogues[0], tokenizer)
+    for dialogues in found:
+        render(dialogues[0], tokenizer)
 
 
 @dataclass
@@ -253,7 +254,7 @@ def read_windows(setup: Setup, run: Run) -> Windows:
         "weights": setup.weights,
         "search_windows": recipe.options.search.windows,
         **({"run_off_windows": judged} if judged else {}),
-        **packing_inputs(setup.tokenizer, recipe.dialogues().values()),
+        **packing_inputs(setup.tokenizer, recipe.dialogues()),
         "calibration": recipe.calibration.model_dump(mode="json", exclude_none=True),
         "evaluation": recipe.evaluation.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
     }

@@ -215,13 +215,13 @@ class TextRecipe(AnyRecipe):
     export: ExportSection | None = ExportSection()
     bench: BenchSection | None = BenchSection()
 
-    def dialogues(self) -> dict[str, SourceSpec]:
-        """The sources of dialogues, by the keys that name them."""
-        return {key: source for key, source in self._sources() if source.dialogues is not None}
+    def sources(self) -> list[SourceSpec]:
+        """Where all text comes from."""
+        return [text.source for text in self.evaluation.texts]
 
-    def _sources(self) -> Iterator[tuple[str, SourceSpec]]:
-        for i, text in enumerate(self.evaluation.texts):
-            yield f"evaluation.texts.{i}.source", text.source
+    def dialogues(self) -> list[SourceSpec]:
+        """Those of the sources that are dialogues."""
+        return [source for source in self.sources() if source.dialogues is not None]
 
 
 class Recipe(TextRecipe):
@@ -231,10 +231,8 @@ class Recipe(TextRecipe):
     calibration: Calibration
     recover: RecoverSection | None = None
 
-    def _sources(self) -> Iterator[tuple[str, SourceSpec]]:
-        for i, source in enumerate(self.calibration.sources):
-            yield f"calibration.sources.{i}", source
-        yield from super()._sources()
+    def sources(self) -> list[SourceSpec]:
+        return [*self.calibration.sources, *super().sources()]
 
 
 @dataclass(frozen=True)

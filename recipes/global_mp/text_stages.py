@@ -93,7 +93,7 @@ def _read_texts(run: Run, setup: Setup[TextRecipe]) -> Windows:
         "version": __version__,
         "weights": setup.weights,
         "evaluation": spec.model_dump(mode="json", exclude_none=True, exclude={"tasks", "curve"}),
-        **packing_inputs(setup.tokenizer, setup.recipe.dialogues().values()),
+        **packing_inputs(setup.tokenizer, setup.recipe.dialogues()),
     }
     tensors, begin = kept_windows(run.stage("text", inputs, build) / "windows.safetensors")
     none = torch.zeros(0, spec.length, dtype=torch.int64)

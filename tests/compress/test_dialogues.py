@@ -135,6 +135,8 @@ def test_plan_says_what_is_wrong_with_template_and_lines(tmp_path: Path) -> None
     chats.write_text(chats.read_text() + '{"messages": []}\n')
     one_error(planned(model, recipe, chats), 1, "the dialogue is empty", f"{chats}, line 21")
     one_error(planned(model, recipe, tmp_path / "none.jsonl"), 1, "no file matches", "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    one_error(planned(model, recipe, tmp_path / "empty.jsonl"), 1, "0 dialogues cannot be split", "empty.jsonl")
     one_error(
         compress("plan", model, "--recipe", recipe, "--set", "calibration.sources=[{dialogues: x, files: [y]}]"),
         *(2, "dialogues"),
