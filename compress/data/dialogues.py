@@ -23,7 +23,7 @@ MOST = 20_000  # dialogues read of a source; their order is fixed, so the split 
 LINE = 500_000  # bytes of a line
 TEMPLATE = 256 * 1024  # characters of a template
 GROWTH = 100_000  # characters that a template may write beside four times what the dialogue holds
-SECONDS = 10.0  # for one dialogue
+SECONDS = 10.0  # to write one dialogue
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What ShareGPT's form calls them.
 SPEAKERS = {
@@ -34,6 +34,7 @@ SPEAKERS = {
 # A template that asks for the day is told this one: the same run gives the same text tomorrow. Llama 3.1's template
 # has it for itself where it cannot ask.
 DAY = datetime.datetime(2024, 7, 26)
+ASKS = "strftime_now"  # transformers' function for it
 FORMS = 'write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 THINK = ("<think>", "</think>")
 # Characters that no text should have (Unicode's last private ones): what stands for the tags, and for the words.
@@ -161,7 +162,7 @@ def _message(row: Any, names: tuple[str, str], at: str, place: str) -> tuple[str
 
 
 def template_of(tokenizer: Any) -> str:
-    """The chat template that dialogues are written by; one that asks for the day is told `DAY`.
+    """The chat template that dialogues are written by.
 
     Raises:
         CompressError: the tokenizer has none, or one beyond all sense.
@@ -188,12 +189,17 @@ def template_of(tokenizer: Any) -> str:
             where=where,
             fix="take the template that the model was published with",
         )
-    if "strftime_now" not in found:
-        return found
+    return found
+
+
+def _dated(template: str) -> str:
+    """A template that is told `DAY` where it asks for the day."""
+    if ASKS not in template:
+        return template
     codes = [*("%" + c for c in "aAbBdHIjmMpSuUwWyY"), "%-d", "%-m"]
     told = "".join(f'.replace("{code}", "{_day(code)}")' for code in codes)
     # jinja takes the line's end away with the block.
-    return f"{{% macro strftime_now(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n{found}"
+    return f"{{% macro {ASKS}(format) %}}{{{{ format{told} }}}}{{% endmacro %}}\n{template}"
 
 
 def _day(code: str) -> str:
@@ -206,7 +212,7 @@ def template_facts(tokenizer: Any) -> dict[str, str]:
 
     own = template_of(tokenizer)
     said = {"sha256": hashlib.sha256(own.encode()).hexdigest()}
-    return {**said, "day": DAY.date().isoformat()} if "strftime_now" in own else said
+    return {**said, "day": DAY.date().isoformat()} if ASKS in own else said
 
 
 def render(dialogue: Dialogue, tokenizer: Any) -> Rendered:
@@ -218,7 +224,7 @@ def render(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     Raises:
         CompressError: the template is missing, refuses the dialogue, or drops what the assistant says.
     """
-    template = template_of(tokenizer)
+    template = _dated(template_of(tokenizer))
     marked, turns, words = _marked(dialogue, frozenset())
     written = _apply(tokenizer, template, marked, dialogue)
     hidden = frozenset(i for i, turn in turns.items() if set(turn) & set(THINK) and not _pattern(turn).search(written))
