@@ -12,6 +12,7 @@ from compress.words.escape import visible
 from compress.words.wording import counted, small
 
 if TYPE_CHECKING:
+    from compress.data.text import Packed
     from compress.exporters.formats import BuildOptions
 
 
@@ -42,10 +43,8 @@ def evaluate(
     A text file is one text, whatever it holds; several that a pattern matches are documents, and joined as such.
     """
     from compress.data.dialogues import read_dialogues
-    from compress.data.text import held_out_of, kept_windows, opening, pack, pack_dialogues
+    from compress.data.text import opening, pack, pack_dialogues, read_files
     from compress.language.evaluate import geometric_mean, harness_tasks, perplexity
-    from compress.models.saved import locked_recipe
-    from compress.run.seals import verify_seal
 
     if bool(like) == bool(text or dialogues):
         raise UsageError(
@@ -53,25 +52,19 @@ def evaluate(
             where="eval",
             fix="either --like RUN, or --text FILE ... or --dialogues FILE ...",
         )
-    recipe = locked_recipe(like, TEXT) if like is not None else {}
+    if both := sorted(set(text) & set(dialogues)):
+        raise UsageError(
+            "a file is named as text and as dialogues", where=both[0], fix="measure it as one, then as the other"
+        )
+    kept = _held_out(like) if like is not None else None
     loaded, _, tokenizer = _load(folder)
-    if like is not None:
-        source = like / "text" / "windows.safetensors"
-        if not source.exists():
-            raise CompressError("this is not a run folder with text in it", where=str(like), fix="name a run folder")
-        verify_seal(source.parent)
-        names = [t["name"] for t in recipe["evaluation"]["texts"]]
-        tensors, begin = kept_windows(source)
-        texts = held_out_of(tensors, names)
-        spoken = {t["name"] for t in recipe["evaluation"]["texts"] if "dialogues" in t["source"]}
+    if kept is not None:
+        texts, begin, spoken = kept
     else:
-        from compress.data.text import read_files
-
-        begin = opening(tokenizer)
+        begin, spoken = opening(tokenizer), set(dialogues)
         texts = {name: pack(read_files([name]), tokenizer, length, windows, name) for name in text}
         for name in dialogues:
             texts[name] = pack_dialogues(read_dialogues([name]), tokenizer, length, windows, name)
-        spoken = set(dialogues)
     found: dict[str, dict[str, Any]] = {
         name: perplexity(loaded, packed.ids, f"perplexity, {name}", len(begin), packed.scored)
         for name, packed in texts.items()
@@ -85,6 +78,22 @@ def evaluate(
         "geometric_mean": geometric_mean([float(f["ppl"]) for f in found.values()]),
         "tasks": harness_tasks(folder, list(task)) if task else [],
     }
+
+
+def _held_out(run: Path) -> tuple[dict[str, Packed], tuple[int, ...], set[str]]:
+    """A run's held-out windows by the texts' names, the token ids that they begin with, and the names of dialogues."""
+    from compress.data.text import held_out_of, kept_windows
+    from compress.models.saved import locked_recipe
+    from compress.run.seals import verify_seal
+
+    texts = locked_recipe(run, TEXT)["evaluation"]["texts"]
+    source = run / "text" / "windows.safetensors"
+    if not source.exists():
+        raise CompressError("this is not a run folder with text in it", where=str(run), fix="name a run folder")
+    verify_seal(source.parent)
+    tensors, begin = kept_windows(source)
+    spoken = {text["name"] for text in texts if "dialogues" in text["source"]}
+    return held_out_of(tensors, [text["name"] for text in texts]), begin, spoken
 
 
 def evaluate_lines(facts: dict[str, Any]) -> list[str]:

@@ -143,6 +143,7 @@ def test_plan_says_what_is_wrong_with_template_and_lines(tmp_path: Path) -> None
     )
     one_error(compress("eval", model, "--dialogues", chats), 1, "the dialogue is empty", "line 21")
     one_error(compress("eval", model, "--dialogues", chats, "--like", tmp_path), 2, "--dialogues FILE")
+    one_error(compress("eval", model, "--dialogues", chats, "--text", chats), 2, "as text and as dialogues")
 
 
 def test_a_run_whose_dialogues_or_template_are_others_is_not_gone_on_with(job: Job, run: Path) -> None:
