@@ -495,9 +495,17 @@ def _stop(number: int, frame: object) -> None:
 def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
     """Python drops what is raised in a finalizer or a callback: a Ctrl-C that fell into one comes again outside it."""
     if unraisable.exc_type is Stopped:
-        threading.Timer(0.05, _thread.interrupt_main).start()
+        threading.Timer(0.05, _stop_again).start()
     else:
         sys.__unraisablehook__(unraisable)
+
+
+def _stop_again() -> None:
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGINT)  # ends what the main thread waits for, too
+    else:
+        _thread.interrupt_main()
 
 
 @contextlib.contextmanager

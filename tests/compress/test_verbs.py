@@ -93,12 +93,12 @@ def test_verify_runs_no_code_that_compress_did_not_write(finished: Path, tmp_pat
 def test_verify_finds_one_changed_byte(finished: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
-    path = copy / "final" / "block-002" / "plan.safetensors"
+    path = copy / "final" / "block-001" / "plan.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     ran = compress("verify", copy)
-    assert ran.code == 1 and "changed since it was written" in ran.err and "block-002/plan.safetensors" in ran.err
+    assert ran.code == 1 and "changed since it was written" in ran.err and "block-001/plan.safetensors" in ran.err
     assert "nothing is loaded of files that were changed" in ran.out
 
 
