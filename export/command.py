@@ -153,7 +153,7 @@ def is_onnx(model: str) -> bool:
     """An ONNX file, or a folder with an export and no model of ours."""
     path = Path(model)
     if path.is_file():
-        return True
+        return path.suffix.lower() != ".gguf"  # a language model's weights
     if not path.is_dir() or any(
         (p / f).exists() for p in (path, path / "model") for f in ("config.json", "network.json")
     ):

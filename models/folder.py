@@ -242,6 +242,11 @@ def weights_of(folder: Path) -> Weights:
     return Weights(tuple(folder / name for name in names), {t: folder / name for t, name in places.items()})
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether safetensors weights, or an index of them, lie in the folder."""
+    return os.path.lexists(folder / WEIGHTS) or os.path.lexists(folder / INDEX)
+
+
 def _named(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """(names of the weight files, the index: tensor -> file name, where there is one)."""
     single, indexed = os.path.lexists(folder / WEIGHTS), os.path.lexists(folder / INDEX)
@@ -302,7 +307,7 @@ def seen(folder: Path, *, weights: bool = True, code: str | None = None) -> Iter
     config = read_config(folder)
     with tempfile.TemporaryDirectory(prefix="compress-model-") as temporary:
         private = Path(temporary)
-        for name, path in _data_files(folder):
+        for name, path in data_files(folder):
             target = private / name
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(path.read_bytes())
@@ -320,7 +325,8 @@ def seen(folder: Path, *, weights: bool = True, code: str | None = None) -> Iter
         yield private
 
 
-def _data_files(folder: Path) -> Iterator[tuple[str, Path]]:
+def data_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(name, file) of what transformers needs of a model's folder beside its configuration and weights."""
     for name in sorted(p.name for p in folder.iterdir()):
         if name != CONFIG and (name in DATA or name.endswith(SENTENCEPIECE)):
             yield name, own_file(folder, name)

@@ -76,7 +76,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    with seen(folder, weights=False) as private, _rejected(folder, CONFIG, "the configuration cannot be read"):
+    with seen(folder, weights=False) as private, rejected(folder, CONFIG, "the configuration cannot be read"):
         config = AutoConfig.from_pretrained(private, **NO_CODE)
     _check_activation(config.get_text_config(), folder / CONFIG)
     config._name_or_path = str(folder)
@@ -105,7 +105,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with seen(folder, weights=False) as private, _rejected(folder, "", "the tokenizer cannot be read"):
+    with seen(folder, weights=False) as private, rejected(folder, "", "the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
     # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
     tokenizer.embedding_rows = _embedding_rows(folder)
@@ -174,8 +174,8 @@ def from_config(config: Any, cls: Any = None) -> Any:
 
 
 @contextmanager
-def _rejected(folder: Path, name: str, what: str) -> Iterator[None]:
-    """transformers' refusals as one error each."""
+def rejected(folder: Path, name: str, what: str) -> Iterator[None]:
+    """transformers' refusals of the file ``name`` in ``folder`` as one error each."""
     from huggingface_hub.errors import StrictDataclassError
 
     try:
@@ -233,7 +233,7 @@ def load_model(folder: Path, family: Family, **options: Any) -> Any:
     ragged = is_ragged(folder)
     cls: Any = family.ragged_class() if ragged else AutoModelForCausalLM
     given = {"dtype": torch.float32, "local_files_only": True, **({} if ragged else NO_CODE), **options}
-    with seen(folder) as private, _rejected(folder, "", "the model cannot be loaded"):
+    with seen(folder) as private, rejected(folder, "", "the model cannot be loaded"):
         model, info = cls.from_pretrained(private, config=config, output_loading_info=True, **given)
     model.name_or_path = model.config._name_or_path = str(folder)
     missing = sorted(info["missing_keys"])

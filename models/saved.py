@@ -37,15 +37,21 @@ KINDS = {
 
 
 def find(model: str) -> tuple[str, Path]:
-    """(kind, folder) of a saved model: the folder itself, a run folder's model, or what `resolve` knows by name.
+    """(kind, folder) of a saved model: the folder itself, a run folder's model, or what `resolve` knows by name; of one
+    that is quantised, the folder that it is dequantised to.
 
     Raises:
         CompressError: there is no model, it cannot be fetched, or it is not what was sealed.
         UsageError: there is no such name, or it is that of a network, which no folder comes with.
     """
+    from compress.models.quantised import find as find_quantised
+    from compress.models.quantised import plain
     from compress.models.sources import NetworkAlias, alias_names, load_alias, resolve
 
     path = Path(model)
+    quantised = find_quantised(path)
+    if quantised is not None:
+        return TEXT, plain(quantised)
     if not path.exists():
         if model in alias_names() and isinstance(load_alias(model), NetworkAlias):
             raise UsageError(

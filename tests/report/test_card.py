@@ -59,6 +59,12 @@ def test_base_model_and_license_stand_where_the_hub_looks_for_them(report: dict[
     assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
 
 
+def test_what_was_dequantised_is_said(report: dict[str, Any], tmp_path: Path) -> None:
+    known = copy.deepcopy(report)
+    known["model"]["source"] = "local folder, weights dequantised from fp8 to bfloat16"
+    assert "local folder, weights dequantised from fp8 to bfloat16." in write_card(known, tmp_path).read_text()
+
+
 def test_the_cards_table_is_the_reports(text: str, report: dict[str, Any]) -> None:
     size = report["size"]
     assert row(text, "backbone parameters") == [
