@@ -187,9 +187,16 @@ def export(
 
 
 def bench(dense: str | Path, pruned: str | Path, *, target: str | None = None, **options: Any) -> Facts:
-    """Latency and memory of two export folders, measured in turn in fresh processes; times in seconds."""
+    """Latency and memory of two export folders, measured in turn in fresh processes; times in seconds.
+
+    Args:
+        options: ``processes``, ``threads``; ``prompt`` and ``context`` of a language model; ``batch`` of a network, or
+            ``inputs``: an .npz file with an array for each input, which both are given.
+    """
     from compress.verbs.common import bench as run
 
+    if options.get("inputs") is not None:
+        options["inputs"] = Path(options["inputs"])
     return run(Path(dense), Path(pruned), target, **options)
 
 
@@ -198,6 +205,8 @@ def gate(baseline: str | Path, candidate: str | Path, budgets: Sequence[str], **
 
     Args:
         budgets: such as ``latency<=1.05x``, ``size<=0.7x``.
+        options: ``inputs``, an .npz file with an array for each input of a network, which both are given; and the
+            command line's others.
     """
     from compress.verbs.gate import run
 

@@ -41,7 +41,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Model = Annotated[str, typer.Argument(help="a name from `compress list models`, a hub id, or a local folder")]
+Model = Annotated[str, typer.Argument(help="a name from `compress list models`, a hub id, a local folder or a GGUF")]
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `compress list recipes`, or a YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
@@ -259,6 +259,9 @@ def bench(
     batch: Annotated[int | None, typer.Option(min=1, max=MOST, help="networks: samples of one call")] = None,
     processes: Annotated[int | None, typer.Option(min=1, max=1000, help="fresh processes per model")] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=4096)] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="networks: an array for each input, which both are given")
+    ] = None,
     target: TargetName = None,
     out: Annotated[Path | None, typer.Option(help="a folder for bench.json and the plots")] = None,
     json_: Json = False,
@@ -282,6 +285,7 @@ def bench(
             batch=batch,
             processes=processes,
             threads=threads,
+            inputs=inputs,
             target=target,
         )
         if out is not None and beside is not None:
@@ -329,6 +333,9 @@ def gate(
     shape: Annotated[
         list[str] | None, typer.Option(metavar="NAME=1x3x32x32", help="an input's whole shape; repeatable")
     ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="networks: an array for each input, which both are given")
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Latency, memory, size and quality of a candidate against a baseline, for CI: pass, fail or inconclusive."""
@@ -352,6 +359,7 @@ def gate(
             prompt=prompt,
             context=context,
             shapes=parse_shapes(shape or []),
+            inputs=inputs,
         )
     except CompressError as e:
         if on_github():

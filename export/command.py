@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from compress.errors import UsageError
 from compress.exporters import formats
 from compress.exporters.formats import BuildOptions, Source
+from compress.exporters.inputs import OF_TEXT, read_inputs
 from compress.exporters.ort import Arrays
 from compress.schema.section import whole_number
 
@@ -180,9 +179,7 @@ def export_file(path: Path, out: Path, options: Sequence[BuildOptions], inputs: 
     graphs = {name: formats.read_graph(file) for name, file in files.items()}
     if inputs is not None:
         if list(files) != ["model"]:
-            raise UsageError(
-                "these are a language model's parts, which real text is made for", "--inputs", "leave it out"
-            )
+            raise UsageError(OF_TEXT, "--inputs", "leave it out")
         feed = read_inputs(inputs, graphs["model"])
         source = replace(source, feeds={"model": [feed]})
         options = [_of_shapes(o, feed, graphs["model"]) for o in options]
@@ -191,46 +188,6 @@ def export_file(path: Path, out: Path, options: Sequence[BuildOptions], inputs: 
         for feed in formats.feeds_of(source, options[0], name, graphs[name]):
             of_reference(reference, feed, file)
     return {"kind": "onnx", "formats": make_all([(source, o) for o in options], out)}
-
-
-def read_inputs(path: Path, graph: formats.Graph) -> Arrays:
-    """The arrays of an .npz file, by input.
-
-    Raises:
-        UsageError: it cannot be read, holds no plain numbers, or is not what the graph takes; the input is named.
-    """
-
-    def refuse(what: str, fix: str = "numpy.savez(FILE, NAME=ARRAY, ...), one array by each input's name") -> NoReturn:
-        raise UsageError(what, where=f"--inputs {path}", fix=fix)
-
-    try:
-        held = np.load(path, allow_pickle=False)
-        if not isinstance(held, np.lib.npyio.NpzFile):
-            refuse("this is one array, not a file of several")
-        with held:
-            found = {name: held[name] for name in held.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as e:
-        refuse(f"the inputs cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
-    known = {p.name: p for p in graph.inputs}
-    for name in (*known, *found):
-        if name not in found or name not in known:
-            what = "there is no array for" if name in known else "the file takes no"
-            refuse(f"{what} input {name!r} (it takes {', '.join(known)})")
-    axes: dict[str, int] = {}
-    for name, port in known.items():
-        value = found[name]
-        if value.dtype != port.dtype and not np.can_cast(value.dtype, port.dtype, "same_kind"):
-            refuse(f"input {name!r} is {port.dtype}, the array {value.dtype}", f"save it as {port.dtype}")
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            refuse(f"the array for input {name!r} holds NaN or infinity", "give finite values")
-        if value.ndim != len(port.shape) or any(
-            (axes.setdefault(a, n) if isinstance(a, str) else a) != n
-            for a, n in zip(port.shape, value.shape, strict=True)
-        ):
-            have, want = "x".join(map(str, value.shape)), "x".join(map(str, port.shape))
-            refuse(f"input {name!r} is {want or 'a scalar'}, the array {have or 'a scalar'}", "give it that shape")
-        found[name] = value.astype(port.dtype)
-    return found
 
 
 def _of_shapes(options: BuildOptions, feed: Arrays, graph: formats.Graph) -> BuildOptions:

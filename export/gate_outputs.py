@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError
+from compress.exporters.inputs import words
 from compress.report.rows import FIGURES
 from compress.words.escape import annotation, caption, cell, code, json_text, markdown, terminal, xml
 
@@ -86,6 +87,8 @@ def junit(record: Mapping[str, Any]) -> bytes:
     properties = ET.SubElement(suite, "properties")
     for side in ("baseline", "candidate"):
         ET.SubElement(properties, "property", {"name": side, "value": xml(record[side]["name"])})
+    if "inputs" in record["spec"]:
+        ET.SubElement(properties, "property", {"name": "inputs", "value": xml(words(record["spec"]["inputs"]))})
     for row, fails, skips in zip(rows, failed, skipped, strict=True):
         case = ET.SubElement(
             suite,
@@ -141,6 +144,8 @@ def summary(record: Mapping[str, Any]) -> str:
             f" {threads}, {spec['samples']} or more samples of 0.1 s a process; {machine['cores']} cores{load}. A time"
             " is that of a process's fastest call unless the budget says otherwise; ratios are candidate / baseline.",
         ]
+    if "inputs" in spec:
+        lines += ["", f"Both were given the arrays of {code(words(spec['inputs']))}."]
     lines += ["", f"Again: {code(record['command'])}", ""]
     return "\n".join(lines)
 

@@ -21,6 +21,7 @@ from compress.exporters import gate
 from compress.exporters.bench import transport
 from compress.exporters.bench.local import machine_state, measure_once
 from compress.exporters.gate import Budget, Verdict
+from compress.exporters.inputs import OF_TEXT, Inputs
 from compress.exporters.onnx import DECODE, PREFILL
 from compress.exporters.onnx_module import FILE
 from compress.exporters.tensors import read, size, weights_of
@@ -33,7 +34,8 @@ MODELS = (".onnx", ".mnn")
 
 @dataclass(frozen=True)
 class Measuring:
-    """How one process measures. ``shapes`` names the inputs' whole shapes where they cannot be told from the file."""
+    """How one process measures. ``shapes`` names the inputs' whole shapes where they cannot be told from the file;
+    ``inputs`` are arrays that both networks are given, in place of made-up ones."""
 
     threads: int = 1
     samples: int = gate.SAMPLES
@@ -41,6 +43,7 @@ class Measuring:
     prompt: int = 128
     context: int = 128
     shapes: Mapping[str, Sequence[int]] | None = None
+    inputs: Inputs | None = None
     first: int = gate.FIRST
     last: int = gate.LAST
 
@@ -69,6 +72,17 @@ class Artefact:
     @property
     def bytes(self) -> int:
         return size(self.files)
+
+    @property
+    def graph(self) -> Path:
+        """The ONNX file that says what a network takes.
+
+        Raises:
+            UsageError: it is a language model.
+        """
+        if self.kind != "network":
+            raise UsageError(OF_TEXT, where="--inputs", fix="leave it out")
+        return _described(self.path)
 
 
 def find(name: str, path: Path | None = None) -> Artefact:
@@ -140,8 +154,12 @@ def _inputs(graph: Any) -> dict[str, tuple[str, tuple[int | str, ...]]]:
     return found
 
 
+def _described(path: Path) -> Path:
+    return path if path.suffix == ".onnx" else path.with_name(FILE)
+
+
 def _network(name: str, path: Path, quality: dict[str, dict[str, Any]] | None) -> Artefact:
-    described = path if path.suffix == ".onnx" else path.with_name(FILE)
+    described = _described(path)
     if not described.exists():
         raise UsageError(f"nothing says what {path.name} takes", where=name, fix=f"keep {FILE} beside it")
     graph = _graph(described)
@@ -218,6 +236,8 @@ def whole_shapes(artefact: Artefact, spec: Measuring) -> dict[str, list[int]]:
     Raises:
         UsageError: another free dimension is left, or the network takes what cannot be made up for it.
     """
+    if spec.inputs is not None:
+        return spec.inputs.shapes
     said = spec.shapes or {}
     strange = [n for n in said if n not in artefact.inputs]
     if strange:
@@ -278,6 +298,8 @@ def measure(artefact: Artefact, spec: Measuring, seed: int) -> Sample:
         request |= {"prompt": spec.prompt, "context": spec.context}
     else:
         request["shapes"] = whole_shapes(artefact, spec)
+        if spec.inputs is not None:
+            request["inputs"] = str(spec.inputs.file)
     found = measure_once(artefact.path, request, vocab=artefact.vocab or None, seed=seed)
     if found["emulated"]:
         raise CompressError(
@@ -594,7 +616,8 @@ def _about(
             for label, artefact in artefacts.items()
         },
         "spec": {
-            **{k: v for k, v in vars(spec).items() if k != "shapes"},
+            **{k: v for k, v in vars(spec).items() if k not in ("shapes", "inputs")},
+            **({"inputs": spec.inputs.facts()} if spec.inputs is not None else {}),
             "shapes": {k: list(v) for k, v in (spec.shapes or {}).items()},
             "order": "ABBA",
             # Of each model in a round; more than one where the machine is noisy.

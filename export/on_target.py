@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, UsageError
-from compress.exporters.bench.transport import Absent, answered, artefact
+from compress.exporters.bench.transport import Absent, Transport, answered, artefact
 from compress.exporters.command import label
 from compress.exporters.formats import (
     FORMATS,
@@ -22,6 +23,9 @@ from compress.exporters.formats import (
     network_profiles,
     text_profiles,
 )
+from compress.exporters.inputs import Inputs
+from compress.exporters.inputs import given as given_inputs
+from compress.exporters.onnx_module import FILE
 from compress.exporters.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down
@@ -157,18 +161,16 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
 
     Args:
         given: what the command line says in place of the target: ``prompt``, ``context``, ``batch``, ``processes``,
-            ``threads``; None where it does not.
+            ``threads``; None where it does not. ``inputs``: an .npz file with what both networks are given.
 
     Returns:
         As `local.compare`; and ``kind``, ``target`` and ``budget``: the milliseconds it allows, and by figure whether
         the pruned model keeps to them in every process (None where some do, or the processor is emulated).
     """
-    from compress.exporters.bench.local import compare
-
     target = load_target(name)
     dense, pruned = place(dense, target), place(pruned, target)
     kind = "text" if "prefill" in artefact(dense, target.format).parts else "network"
-    strange = {"text": ("batch",), "network": ("prompt", "context")}[kind]
+    strange = {"text": ("batch", "inputs"), "network": ("prompt", "context")}[kind]
     for option in strange:
         if given.get(option) is not None:
             raise UsageError(f"--{option} is not for this kind of model", where="the command line", fix="leave it out")
@@ -176,8 +178,8 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
     spec = target.spec(**lengths, **{k: given.get(k) for k in ("batch", "processes", "threads")})
     transport = transport_of(target)
     transport.available()
-    found = compare(dense, pruned, spec, format=target.format, transport=transport, cool_down=target.cool_down)
-    found["emulated"] = found["emulated"] or target.emulated
+    with _inputs(given.get("inputs"), (dense, pruned)) as inputs:
+        found = _measured(dense, pruned, target, spec, transport, inputs)
     found["kind"], found["target"] = kind, target.model_dump(mode="json", exclude_none=True)
     if target.budget is not None:
         kept = {
@@ -186,11 +188,41 @@ def bench(dense: Path, pruned: Path, name: str, given: dict[str, Any]) -> dict[s
             if figure != "peak_rss"
         }
         found["budget"] = {"milliseconds": target.budget, "kept": kept}
-    if target.format == "onnx" and not found["emulated"]:
-        from compress.exporters.bench.explain import why
-
-        found["why"] = why(dense, pruned, spec, transport, block=target.round_to)
     return found
+
+
+def _measured(
+    dense: Path, pruned: Path, target: Target, spec: dict[str, Any], transport: Transport, inputs: Inputs | None
+) -> dict[str, Any]:
+    """The two compared and, in ONNX on a real processor, the speed-up explained."""
+    from compress.exporters.bench.explain import why
+    from compress.exporters.bench.local import compare
+
+    found = compare(
+        dense,
+        pruned,
+        spec,
+        format=target.format,
+        transport=transport,
+        cool_down=target.cool_down,
+        inputs=inputs,
+    )
+    found["emulated"] = found["emulated"] or target.emulated
+    if target.format == "onnx" and not found["emulated"]:
+        own = spec if inputs is None else {**spec, "inputs": str(inputs.file)}
+        found["why"] = why(dense, pruned, own, transport, block=target.round_to)
+    return found
+
+
+@contextmanager
+def _inputs(path: Path | None, folders: Sequence[Path]) -> Iterator[Inputs | None]:
+    """The arrays of ``path`` for the networks in two folders that `compress export` made."""
+    if path is None:
+        yield None
+        return
+    graphs = [next((p for p in (f / FILE, f.parent / FILE) if p.is_file()), f / FILE) for f in folders]
+    with given_inputs(path, graphs) as found:
+        yield found
 
 
 def _kept(medians: Sequence[float], milliseconds: float) -> bool | None:

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +19,9 @@ from pydantic import Field, model_validator
 from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters import gate_outputs as outputs
-from compress.exporters.gate_run import Artefact, Measuring, compare, find
+from compress.exporters.gate_run import Artefact, Measuring, check_inputs, compare, find
 from compress.exporters.gate_run import self_test as against_itself
+from compress.exporters.inputs import given
 from compress.run.written import append, refuse_replacing, written
 from compress.schema.recipe import load_section
 from compress.schema.section import Clash, Count, Section, whole_number
@@ -55,6 +57,9 @@ class GateFile(Section):
     prompt: int = Field(128, ge=1, description="language models: tokens of the prompt")
     context: int = Field(128, ge=1, description="language models: tokens in the cache")
     shapes: dict[str, list[Count]] = Field({}, description="whole shapes of inputs, by name")
+    inputs: Path | None = Field(
+        None, description="networks: an .npz file with an array for each input, which both are given"
+    )
 
     @model_validator(mode="after")
     def _whole(self) -> GateFile:
@@ -64,6 +69,8 @@ class GateFile(Section):
                 f"build and artefact belong together (the command, and what it makes), and {missing} is missing",
                 f"give {missing}, or neither",
             )
+        if self.inputs is not None and (self.shapes or "batch" in self.model_fields_set):
+            raise Clash("inputs have shapes of their own", "give inputs, or batch and shapes")
         return self
 
 
@@ -90,6 +97,7 @@ def run(
     pinned: str | None = None,
     out: Path | None = None,
     summary: Path | None = None,
+    inputs: str | Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Gates a candidate, or tests the machine, and writes what is asked for.
@@ -100,7 +108,9 @@ def run(
         budgets: in place of the gate file's, where there are any.
         out: a folder for gate.json, junit.xml, summary.md and the plot.
         summary: a file that the Markdown summary is appended to; ``$GITHUB_STEP_SUMMARY`` where it is None.
-        options: fields of `Measuring`; None: the gate file's, or the default.
+        inputs: an .npz file with an array for each input of a network, which both are given; the gate file's where it
+            is None.
+        options: other fields of `Measuring`; None: the gate file's, or the default.
 
     Returns:
         The record; its ``exit_code`` is the command's.
@@ -126,6 +136,11 @@ def run(
         raise UsageError("there is no candidate", where="gate", fix="compress gate BASELINE CANDIDATE --budget ...")
     elif not parsed:
         raise UsageError("there is no budget", where="gate", fix=f"--budget, for example: {gate.EXAMPLES}")
+    if inputs is not None and (options.get("batch") or options.get("shapes")):
+        raise UsageError(
+            "the arrays have shapes of their own", where="--inputs", fix="leave --batch and --shape out, or --inputs"
+        )
+    arrays = Path(inputs) if inputs is not None else gate_file.inputs if gate_file else None
     spec = _measuring(gate_file, options)
     began, at = time.monotonic(), outputs.now()
     step = os.environ.get("GITHUB_STEP_SUMMARY")
@@ -135,7 +150,7 @@ def run(
         with nullcontext() if out is None or self_test else written(out, NAMES, refuse_replacing) as beside:
             if to is not None:
                 append(to, "")
-            with _trees([str(n) for n in names], gate_file, file) as found:
+            with _trees([str(n) for n in names], gate_file, file) as found, _with(arrays, found, spec) as spec:
                 if self_test:
                     record = against_itself(found[0], parsed, spec)
                 else:
@@ -162,6 +177,18 @@ def run(
     except CompressError as e:
         raise NotJudged(e.what, e.where, e.fix) from e
     return record
+
+
+@contextmanager
+def _with(arrays: Path | None, found: Sequence[Artefact], spec: Measuring) -> Iterator[Measuring]:
+    """``spec`` with the arrays that every artefact is given."""
+    if arrays is None:
+        yield spec
+        return
+    if len(found) == 2:
+        check_inputs(*found)
+    with given(arrays, [artefact.graph for artefact in found]) as inputs:
+        yield replace(spec, inputs=inputs, shapes=None)
 
 
 def on_github() -> bool:

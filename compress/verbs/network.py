@@ -14,7 +14,7 @@ from compress.schema.sections import NetworkBench, NetworkExport
 from compress.words.wording import counted, small
 
 if TYPE_CHECKING:
-    from compress.exporters.formats import BuildOptions
+    from compress.exporters.formats import BuildOptions, Port
     from compress.exporters.runtimes import Runner
 
 CALIBRATION = 128  # samples that set the scales of int8
@@ -171,28 +171,55 @@ def bench(
     batch: int | None = None,
     processes: int | None = None,
     threads: int | None = None,
+    inputs: Path | None = None,
 ) -> dict[str, Any]:
-    """Latency of one call and memory; what is not given is as in a recipe."""
-    from compress.exporters.bench.local import compare_modules
-    from compress.exporters.onnx_module import input_shape
+    """Latency of one call and memory; what is not given is as in a recipe.
 
-    shapes = [input_shape(folder) for folder in (dense, pruned)]
-    if shapes[0] != shapes[1]:
+    Args:
+        inputs: an .npz file with an array for each input, which both are given.
+
+    Raises:
+        CompressError: the two take other inputs.
+        UsageError: the arrays are not what they take.
+    """
+    from compress.exporters.bench.local import compare_modules
+    from compress.exporters.formats import read_graph
+    from compress.exporters.inputs import given as given_inputs
+    from compress.exporters.onnx_module import FILE
+
+    if inputs is not None and batch is not None:
+        raise UsageError(
+            "--batch and --inputs do not go together: the arrays have their own",
+            where="the command line",
+            fix="leave one out",
+        )
+    ports = [read_graph(folder / FILE, own_operators=False).inputs for folder in (dense, pruned)]
+    if [_sample(p) for p in ports[0]] != [_sample(p) for p in ports[1]]:
+        alone = all(len(taken) == 1 for taken in ports)
+        shapes = [_sample(taken[0])[2] if alone else [_sample(p) for p in taken] for taken in ports]
         raise CompressError(
             f"the exports take other inputs: {shapes[0]} and {shapes[1]}",
             where=f"{dense}, {pruned}",
             fix="name two exports of one network",
         )
     given = {"batch": batch, "processes": processes, "threads": threads}
-    return compare_modules(
-        dense, pruned, NetworkBench(**{k: v for k, v in given.items() if v is not None}).model_dump()
-    )
+    spec = NetworkBench(**{k: v for k, v in given.items() if v is not None}).model_dump()
+    if inputs is None:
+        return compare_modules(dense, pruned, spec)
+    with given_inputs(inputs, [dense / FILE, pruned / FILE]) as taken:
+        return compare_modules(dense, pruned, spec, inputs=taken)
+
+
+def _sample(port: Port) -> tuple[str, str, list[int]]:
+    """(name, type, shape of one sample) of an input; 0 is an axis that may vary."""
+    return port.name, port.dtype, [n if isinstance(n, int) else 0 for n in port.shape[1:]]
 
 
 def bench_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.exporters.inputs import words
     from compress.report.stats import found_in
 
-    lines = []
+    lines = [f"inputs  {words(facts['spec']['inputs'])}"] if "inputs" in facts["spec"] else []
     for label in ("dense", "pruned"):
         m = facts[label]["latency"]
         phases = [

@@ -176,6 +176,11 @@ class Adb:
                 "a benchmark program can only measure a network", where=self.title,
                 fix="install Python with numpy and the runtime in Termux and name it as transport.python",
             )  # fmt: skip
+        if request.get("inputs"):
+            raise UsageError(
+                "a benchmark program makes up its inputs", where=self.title,
+                fix="leave --inputs out, or install Python in Termux and name it as transport.python",
+            )  # fmt: skip
         return self._program_run(request, self.benchmark)
 
     def _agent_run(self, request: Mapping[str, Any], python: str) -> dict[str, Any]:

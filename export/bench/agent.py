@@ -10,7 +10,8 @@ argument) and writes one to standard output. What fails for a reason the user ca
 - ``look``: what the device is and whether ``format``'s runtime is there.
 - ``measure``: figures of ``files`` (``model``, or ``prefill`` and ``decode``). ``format``, ``threads``, ``options`` (of
   `runtimes.load`), ``min_seconds``, ``min_runs``, ``sample_seconds``, ``seed``; of a network ``batch`` and ``shapes``
-  (axes that the file leaves open, by input); of a language model ``prompts`` and ``contexts`` (tokens) and ``vocab``.
+  (axes that the file leaves open, by input), or ``inputs`` (path of an .npz by input names); of a language model
+  ``prompts`` and ``contexts`` (tokens) and ``vocab``.
   Every figure has ``load``, ``first`` and the steady ``samples``, in seconds.
 - ``run``: ``input`` (path of an .npz by input names, or an .npy for the only one) -> ``outputs`` (path for an .npz).
 - ``profile``: time per node, ONNX Runtime alone: ``calls`` inferences under its profiler.
@@ -81,11 +82,33 @@ def _load(request: Request, part: str = "model") -> tuple[Any, float]:
     return runner, clock() - start
 
 
-def _feed(runner: Any, request: Request) -> dict[str, Any]:
-    """Random values for every input; an axis that the file leaves open is as the request says, the first the batch."""
+def _given(runner: Any, path: str) -> dict[str, Any]:
+    """The arrays of an .npz file, in the types that this runtime takes them in."""
     import numpy as np
     import runtimes
 
+    with np.load(path, allow_pickle=False) as held:
+        arrays = {name: held[name] for name in held.files}
+    feed = {}
+    for value in runner.inputs:
+        if value.name not in arrays:
+            raise runtimes.CannotRun(f"there is no array for the input {value.name}; there is: {', '.join(arrays)}")
+        array = arrays[value.name]
+        feed[value.name] = array.astype(value.dtype)
+        whole = array.dtype.kind in "iu"
+        if array.dtype.kind != feed[value.name].dtype.kind or (whole and (feed[value.name] != array).any()):
+            raise runtimes.CannotRun(f"the input {value.name} is {value.dtype} here, which does not hold its array")
+    return feed
+
+
+def _feed(runner: Any, request: Request) -> dict[str, Any]:
+    """The inputs that the request names, or random values for every input; an axis that the file leaves open is as the
+    request says, the first the batch."""
+    import numpy as np
+    import runtimes
+
+    if request.get("inputs"):
+        return _given(runner, request["inputs"])
     rng = np.random.default_rng(request["seed"])
     given = request.get("shapes") or {}
     feed = {}
@@ -96,6 +119,7 @@ def _feed(runner: Any, request: Request) -> dict[str, Any]:
         if any(n is None for n in shape):
             raise runtimes.CannotRun(
                 f"the input {value.name} has open axes {tuple(value.shape)}: give its shape (shapes.{value.name})"
+                " or an array (--inputs)"
             )
         kind = np.dtype(value.dtype)
         if kind.kind == "f":

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from compress.exporters.bench.local import brought
 from compress.exporters.bench.transport import Transport, answered, artefact
 from compress.exporters.tensors import read
 from compress.report.explained import MATTERS, OVERHEAD_SECONDS, lines, said_of
@@ -95,6 +96,8 @@ def profile(
             "seed": 0,
             **{k: spec[k] for k in ("threads", "options", "batch", "shapes") if k in spec},
         }
+        if spec.get("inputs"):
+            request["inputs"] = brought(Path(spec["inputs"]), transport)
         if part != "model":
             request["shapes"] = _llm_shapes(artefact(where, "onnx").parts[part], part, spec)
         found[part] = answered(transport.run(request), transport.title)

@@ -17,6 +17,7 @@ from typing import Any
 from compress.errors import CompressError
 from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.transport import Artefact, Transport, answered, artefact
+from compress.exporters.inputs import Inputs
 from compress.exporters.onnx import PREFILL
 from compress.exporters.onnx_module import FILE
 from compress.exporters.ranges import index_ranges
@@ -89,7 +90,8 @@ def measure_once(
         where: an export folder (a language model's prefill and decode, or a network's one file), or the file itself.
         spec: ``threads``, ``min_seconds``, ``min_runs``, ``sample_seconds``, ``options`` of the runtime; of a language
             model ``prompt`` and ``context``, or ``prompts`` and ``contexts`` for a grid; of a network ``batch`` and
-            ``shapes``. Other keys are not read; those left out are as in `MEASURE`.
+            ``shapes``, or ``inputs``: an .npz file with an array for each. Other keys are not read; those left out are
+            as in `MEASURE`.
         vocab: token ids are drawn below it (language models; read from the ONNX file where it is left out).
         format, file: which of several artefacts of a folder.
         seed: of the input's values; two artefacts measured with one seed read the same.
@@ -132,10 +134,17 @@ def _measure(
         request["vocab"] = vocab if vocab is not None else vocab_of(made.parts["prefill"])
     else:
         request["rows"] = rows_of(made.parts["model"])
+        if spec.get("inputs"):
+            request["inputs"] = brought(Path(spec["inputs"]), transport)
     try:
         return answered(transport.run(request), transport.title)
     except CompressError as e:
         raise CompressError(e.what, where=f"{where} on {transport.title}", fix=e.fix) from e
+
+
+def brought(inputs: Path, transport: Transport) -> str:
+    """The place of a file of inputs on the device."""
+    return transport.push((inputs,))[inputs.name]
 
 
 def rows_of(model: Path) -> dict[str, int]:
@@ -183,11 +192,13 @@ def compare(
     file: str | None = None,
     transport: Transport = LOCAL,
     cool_down: float = 0.0,
+    inputs: Inputs | None = None,
 ) -> dict[str, Any]:
     """Measures two artefacts of one format, interleaved ABBA.
 
     Args:
         spec: as of `measure_once`, and ``processes``: fresh ones for each.
+        inputs: networks: what both are given; the record's ``spec`` says what that was.
         cool_down: seconds of rest before every process.
 
     Returns:
@@ -204,6 +215,8 @@ def compare(
         raise CompressError(
             "one is a language model, the other is not", where=f"{dense}, {pruned}", fix="name two exports of one kind"
         )
+    if inputs is not None:
+        spec = {k: v for k, v in spec.items() if k not in ("batch", "shapes")} | {"inputs": str(inputs.file)}
     there = {label: transport.push(a.files) for label, a in made.items()}
     runs: dict[str, list[dict[str, Any]]] = {"dense": [], "pruned": []}
     before = machine_state()
@@ -218,6 +231,7 @@ def compare(
     found: dict[str, Any] = {
         "spec": {
             **spec,
+            **({"inputs": inputs.facts()} if inputs is not None else {}),
             "order": "ABBA",
             "runtime": runs["dense"][0]["runtime"],
             "target": transport.title,
@@ -302,9 +316,11 @@ def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> 
     return compare(dense, pruned, spec, vocab=vocab)
 
 
-def compare_modules(dense: Path, pruned: Path, spec: dict[str, Any], file: str = "model.onnx") -> dict[str, Any]:
+def compare_modules(
+    dense: Path, pruned: Path, spec: dict[str, Any], file: str = "model.onnx", inputs: Inputs | None = None
+) -> dict[str, Any]:
     """Two export folders of networks on this machine: the file of that name in each; its kind says the runtime."""
-    return compare(dense, pruned, spec, file=file)
+    return compare(dense, pruned, spec, file=file, inputs=inputs)
 
 
 def machine_state() -> dict[str, Any]:

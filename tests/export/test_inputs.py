@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -15,10 +17,11 @@ from onnx import helper, numpy_helper
 from compress.errors import CompressError, UsageError
 from compress.exporters.bench import agent
 from compress.exporters.bench.local import Local, measure_once, rows_of
-from compress.exporters.command import read_inputs
 from compress.exporters.formats import random_feed, read_graph
 from compress.exporters.gate_run import Measuring, find, whole_shapes
+from compress.exporters.inputs import read_inputs
 from compress.exporters.ranges import index_ranges
+from compress.run.cache import sha256_of
 from tests.command import compress, one_error
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
@@ -127,6 +130,126 @@ def test_inputs_that_are_given_are_used_and_what_does_not_run_is_the_files_fault
     np.savez(tmp_path / "x.npz", **{**good, "token_type_ids": ids})
     one_error(compress(*words[:-1], tmp_path / "no"), 1, "the ONNX file itself does not run", "a.onnx", "--inputs")
     assert not (tmp_path / "no").exists()
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(folder with a smaller network, one with a larger, arrays for both)."""
+    for name, words in (("a", 50), ("b", 200)):
+        (tmp_path / name).mkdir()
+        encoder(tmp_path / name / "model.onnx", words)
+    ids = np.arange(12, dtype=np.int32).reshape(2, 6)
+    np.savez(tmp_path / "x.npz", input_ids=ids, attention_mask=np.ones_like(ids), token_type_ids=ids % 2)
+    return tmp_path / "a", tmp_path / "b", tmp_path / "x.npz"
+
+
+def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What every measuring process was given: its request, and the arrays in the file that it names."""
+    asked: list[dict[str, Any]] = []
+    run = Local.run
+
+    def told(self: Local, request: dict[str, Any]) -> dict[str, Any]:
+        held = np.load(request["inputs"])
+        asked.append({**request, "arrays": {n: held[n] for n in held.files}})
+        return run(self, request)
+
+    monkeypatch.setattr(Local, "run", told)
+    return asked
+
+
+def test_both_sides_of_a_bench_and_a_gate_get_the_same_arrays(
+    given: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, file = given
+    asked = heard(monkeypatch)
+    ran = compress("bench", a, b, "--inputs", file, "--processes", 1, "--out", tmp_path / "bench", "--json")
+    assert ran.code == 0, ran.err
+    spec = json.loads(ran.out)["spec"]
+    assert spec["inputs"]["sha256"] == sha256_of(file) and "batch" not in spec
+    about = {n: (v["dtype"], v["shape"]) for n, v in spec["inputs"]["arrays"].items()}
+    assert about == {n: ("int64", [2, 6]) for n in NAMES}
+    assert json.loads((tmp_path / "bench" / "bench.json").read_text())["spec"]["inputs"] == spec["inputs"]
+    budgets = ("-b", "latency<=9x", "--samples", 1, "--out", tmp_path / "gate")
+    ran = compress("gate", a, b / "model.onnx", "--inputs", file, *budgets)
+    assert ran.code in (0, 3), ran.err
+    record = json.loads((tmp_path / "gate" / "gate.json").read_text())
+    assert record["spec"]["inputs"] == spec["inputs"]
+    said = f"{file} (sha256 {sha256_of(file)[:12]}): input_ids int64 2x6, attention_mask int64 2x6"
+    assert said in (tmp_path / "gate" / "summary.md").read_text()
+    properties = ElementTree.parse(tmp_path / "gate" / "junit.xml").iter("property")
+    assert any(p.get("name") == "inputs" and p.get("value", "").startswith(said) for p in properties)
+    # A process that is given nothing would draw ids of its own.
+    with np.load(file) as held:
+        assert len(asked) >= 2 + 14 and all(
+            np.array_equal(one["arrays"][n], held[n]) and one["arrays"][n].dtype == np.int64
+            for one in asked
+            for n in NAMES
+        )
+
+
+def test_a_gate_file_names_its_inputs_and_the_command_line_wins(
+    given: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, file = given
+    asked = heard(monkeypatch)
+    gate = tmp_path / "gate.yaml"
+    gate.write_text(f"budgets: ['latency<=9x']\nsamples: 1\ninputs: {file}\n")
+    assert compress("gate", a, b, "--gate", gate).code in (0, 3)
+    assert asked and asked[0]["arrays"]["input_ids"].shape == (2, 6)
+    asked.clear()
+    row = np.zeros((1, 3), np.int64)
+    np.savez(tmp_path / "y.npz", **{n: row for n in NAMES})
+    assert compress("gate", a, b, "--gate", gate, "--inputs", tmp_path / "y.npz").code in (0, 3)
+    assert asked and all(one["arrays"]["input_ids"].shape == (1, 3) for one in asked)
+    gate.write_text(f"budgets: ['latency<=9x']\ninputs: {file}\nbatch: 2\n")
+    one_error(compress("gate", a, b, "--gate", gate), 2, "inputs have shapes of their own")
+
+
+def test_inputs_that_do_not_fit_are_refused_by_export_bench_and_gate_alike(
+    given: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    a, b, file = given
+    wrong = tmp_path / "wrong.npz"
+    ids = np.zeros((2, 6), np.int64)
+    for change, what in (
+        ({"input_ids": None}, "there is no array for input 'input_ids'"),
+        ({"input_ids": ids + 0.5}, "input 'input_ids' is int64, the array float64"),
+        ({"attention_mask": ids[:, :3]}, "input 'attention_mask' is batchxsequence, the array 2x3"),
+        ({"token_type_ids": ids[:0]}, "input 'token_type_ids' is batchxsequence, the array 0x6"),
+    ):
+        np.savez(wrong, **{k: v for k, v in {**dict.fromkeys(NAMES, ids), **change}.items() if v is not None})
+        for verb in (
+            ("export", a, "--format", "ort", "--out", tmp_path / "no"),
+            ("bench", a, b),
+            ("gate", a, b, "-b", "latency<=9x"),
+        ):
+            one_error(compress(*verb, "--inputs", wrong), 2, what, f"--inputs {wrong}")
+    one_error(compress("bench", a, b, "--inputs", file, "--batch", 2), 2, "--batch and --inputs do not go together")
+    for shape in (("--batch", 2), ("--shape", "input_ids=1x8")):
+        ran = compress("gate", a, b, "-b", "latency<=9x", "--inputs", file, *shape)
+        one_error(ran, 2, "the arrays have shapes of their own")
+    # An array that only one of the two takes.
+    save(onnx.compose.add_prefix(onnx.load(b / "model.onnx"), "x").graph, b / "model.onnx")
+    one_error(compress("gate", a, b, "-b", "latency<=9x", "--inputs", file), 2, "takes an input")
+    one_error(compress("bench", a, b, "--inputs", file), 1, "the exports take other inputs", "xinput_ids")
+
+
+def test_values_that_the_inputs_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Cast", ["a"], ["y"], to=T.FLOAT), helper.make_node("Cast", ["b"], ["z"], to=T.FLOAT)]
+    kinds = (("a", T.INT32), ("b", T.FLOAT))
+    inputs = [helper.make_tensor_value_info(n, kind, [2]) for n, kind in kinds]
+    outputs = [helper.make_tensor_value_info(n, T.FLOAT, [2]) for n in "yz"]
+    graph = read_graph(save(helper.make_graph(nodes, "g", inputs, outputs), tmp_path / "a.onnx"))
+    whole, part = np.array([1, 2]), np.array([0.5, 1.5])
+    for change, what in (
+        ({"a": whole + 2**31}, "'a' holds values that int32 cannot"),
+        ({"b": part * 1e300}, "'b', as float32, holds NaN or infinity"),
+        ({"b": part * np.nan}, "'b' holds NaN or infinity"),
+    ):
+        np.savez(tmp_path / "x.npz", **{"a": whole, "b": part, **change})
+        with pytest.raises(UsageError) as e:
+            read_inputs(tmp_path / "x.npz", graph)
+        assert what in e.value.what
 
 
 def test_arrays_that_the_file_does_not_take_are_refused_by_name(tmp_path: Path) -> None:
