@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.exporters import formats, parity, runtimes
+from compress.exporters.refused import refusal, still, unknown_operators
 from compress.run.progress import say
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
                     feeds = source.calibration.get(name, ())
                     programs[method] = _quantised(programs[method], feeds, [p.name for p in graph.inputs], axes)
                 signature[method] = _signature(graph, axes)
+            traced = dict(programs)
             lowered = to_edge_transform_and_lower(
                 programs,
                 partitioner=[XnnpackPartitioner()],
@@ -117,16 +119,13 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
                 constant_methods={"signature": torch.tensor(list(json.dumps(signature).encode()), dtype=torch.uint8)},
             )
             delegated = {m: _delegation(lowered.exported_program(m)) for m in programs}
-            program = lowered.to_executorch()
+            with still():
+                program = lowered.to_executorch()
         except UsageError:
             raise
         except Exception as e:  # torch.export, the partitioner and the emitter each have their own types
-            lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-            raise CompressError(
-                f"executorch cannot take the model: {lines[0].strip()[:300]}",
-                where=type(source.model).__name__,
-                fix="rewrite what it names, or name another --format",
-            ) from e
+            raise refusal(e, "ExecuTorch", source.model, next(iter(programs.values()), None)) from e
+    _known(program.executorch_program, next(iter(traced.values())))
     with (folder / FILE).open("wb") as file:
         program.write_to_file(file)
     return {
@@ -134,6 +133,17 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
         "versions": {"executorch": executorch.version.__version__, "torch": torch.__version__},
         "seconds": round(time.monotonic() - began, 1),
     }
+
+
+def _known(program: Any, traced: Any) -> None:
+    """Raises CompressError where the program calls an operator that ExecuTorch's runtime does not have: it would be
+    built, and not load."""
+    from executorch.extension.pybindings.portable_lib import _get_operator_names
+
+    there = set(_get_operator_names())
+    called = {f"{o.name}.{o.overload}" if o.overload else o.name for p in program.execution_plan for o in p.operators}
+    if called - there:
+        raise unknown_operators(sorted(called - there), traced, "ExecuTorch")
 
 
 def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, int, int]], precision: str) -> Any:
@@ -157,10 +167,13 @@ def _trace(model: Any, name: str, graph: Graph, axes: Mapping[str, tuple[int, in
     given = tuple(torch.from_numpy(feed[p.name] % 2 if p.name == "input_ids" else feed[p.name]) for p in graph.inputs)
     dims = {a: torch.export.Dim(a, min=max(low, 1), max=high) for a, (low, _, high) in axes.items() if low < high}
     if not dims:
-        return torch.export.export(module, given, strict=False)
+        with still():
+            return torch.export.export(module, given, strict=False)
     shapes = tuple({i: dims[a] for i, a in enumerate(p.shape) if a in dims} for p in graph.inputs)
     # `_Lowered` takes its arguments as one of many parts.
-    return torch.export.export(module, given, dynamic_shapes=(shapes,) if precision == "fp16" else shapes, strict=False)
+    taken = (shapes,) if precision == "fp16" else shapes
+    with still():
+        return torch.export.export(module, given, dynamic_shapes=taken, strict=False)
 
 
 def _quantised(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.errors import CompressError, UsageError
+from compress.errors import UsageError
 from compress.exporters import formats, parity, runtimes
+from compress.exporters.refused import refusal, still
 from compress.run.progress import say
 
 if TYPE_CHECKING:
@@ -47,18 +48,13 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     feed = formats.random_feed(graph, axes)
     say("litert: converting the network")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), still():
             warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
             module = _Outputs(source.model, [p.name for p in graph.outputs]).eval()
             made = litert_torch.convert(module, tuple(torch.from_numpy(feed[p.name]) for p in graph.inputs))
             made.export(str(folder / FILE))
     except Exception as e:  # torch.export and the lowering each have their own types
-        lines = [line for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise CompressError(
-            f"litert cannot take the model: {lines[0].strip()[:300]}",
-            where=type(source.model).__name__,
-            fix="rewrite what it names, or name another --format",
-        ) from e
+        raise refusal(e, "LiteRT", source.model) from e
     names = {"inputs": [p.name for p in graph.inputs], "outputs": [p.name for p in graph.outputs]}
     (folder / SIGNATURE).write_text(json.dumps(names, indent=1) + "\n", encoding="utf-8")
     return {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import tempfile
 import time
@@ -29,6 +30,7 @@ from compress.errors import CompressError, UsageError
 from compress.exporters import onnx_module
 from compress.exporters.bench.local import LOCAL
 from compress.exporters.bench.transport import answered, stored
+from compress.exporters.refused import of_graph, plain
 from compress.processes.children import python
 
 if TYPE_CHECKING:
@@ -78,13 +80,21 @@ def export_mnn(source: Path, folder: Path, *, sparse: bool = True, block: int = 
             python("-c", CONVERT, *arguments), capture_output=True, encoding="utf-8", errors="replace", cwd=beside
         )
     if done.returncode or not target.exists():  # the converter ends with 0 where it fails, too
-        said = [line for line in (done.stdout + done.stderr).splitlines() if "device supports" not in line]
         raise CompressError(
-            f"MNN cannot convert the network: {' '.join(' '.join(said).split())[-300:] or 'it did not say why'}",
+            f"MNN cannot convert the network: {_reason(done.stdout + done.stderr, source)}",
             where=str(source),
             fix="leave mnn out of export.formats, or rewrite what it names",
         )
     return {"bytes": {FILE: target.stat().st_size}, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _reason(said: str, graph: Path) -> str:
+    """What the converter's pages say: the operator it does not know, or its last words."""
+    unknown = re.search(r"Op Not Support: \s*(?:\w+::)?(\w+)", said)
+    if unknown:
+        return f"it does not know {of_graph(unknown[1], graph)}"
+    lines = [line for line in said.splitlines() if line.strip() and "device supports" not in line]
+    return plain(re.sub(r"^\[[\d:]+\] :\d+: ", "", lines[-1])) if lines else "it did not say why"
 
 
 def _blocks(block: int) -> bytes:

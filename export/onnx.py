@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from compress.errors import CompressError
+from compress.exporters.refused import refusal, still
 from compress.models.decoder import blocks
 from compress.run.progress import say
 
@@ -105,21 +105,23 @@ def export_llm(model: Any, folder: Path) -> Exported:
     say(f"tracing {len(blocks(model))} layers for ONNX")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
+        traced = None
         try:
-            program = torch.onnx.export(
-                torch.export.export(module, (ids, mask, positions, past), dynamic_shapes=shapes, strict=False),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
-                output_names=["logits", *(f"present.{n}" for n in names)],
-                verbose=False,
-            )
+            with still():
+                traced = torch.export.export(module, (ids, mask, positions, past), dynamic_shapes=shapes, strict=False)
+                program = torch.onnx.export(
+                    traced,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    input_names=[
+                        *("input_ids", "attention_mask", "position_ids"),
+                        *(f"past_key_values.{n}" for n in names),
+                    ],
+                    output_names=["logits", *(f"present.{n}" for n in names)],
+                    verbose=False,
+                )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as e:
-            raise CompressError(
-                f"the model cannot be exported to ONNX: {str(e).strip().splitlines()[0]}",
-                where=type(model).__name__,
-                fix="export goes through torch.onnx.export(dynamo=True); rewrite what it names",
-            ) from e
+            raise refusal(e, "ONNX", module, traced) from e
     assert program is not None
     decode = program.model
     _name_axes(decode, names)

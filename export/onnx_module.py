@@ -21,6 +21,7 @@ from compress.data.tasks import named
 from compress.errors import CompressError
 from compress.exporters.onnx import OPSET, forget_trace
 from compress.exporters.ort import session
+from compress.exporters.refused import refusal, still
 from compress.exporters.tensors import read, walk
 from compress.run.progress import say
 
@@ -78,21 +79,15 @@ def _write(module: nn.Module, sample: Tensor, names: list[str], path: Path) -> N
     shapes = ({0: torch.export.Dim("batch")},)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
+        traced = None
         try:
-            program = torch.onnx.export(
-                torch.export.export(module, (sample,), dynamic_shapes=shapes, strict=False),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=names,
-                verbose=False,
-            )
-        except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as e:
-            raise CompressError(
-                f"the network cannot be exported to ONNX: {(str(e).strip().splitlines() or ['no message'])[0]}",
-                where="export",
-                fix="export goes through torch.onnx.export(dynamo=True); rewrite what it names",
-            ) from e
+            with still():
+                traced = torch.export.export(module, (sample,), dynamic_shapes=shapes, strict=False)
+                program = torch.onnx.export(
+                    traced, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=names, verbose=False
+                )
+        except Exception as e:  # a user's own forward may raise anything
+            raise refusal(e, "ONNX", module, traced) from e
     assert program is not None
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         assert value.shape is not None  # the exporter writes one

