@@ -25,6 +25,7 @@ from compress.schema.strict_yaml import parse_yaml
 from compress.system.files import read_bytes
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 REMOTE_FILE = "modeling_compress"
@@ -32,7 +33,7 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bi
 # Besides the weights and these, transformers needs nothing of a language model's folder.
 DATA = frozenset(
     {
-        CONFIG, "generation_config.json", "fingerprint.safetensors",
+        CONFIG, GENERATION, "fingerprint.safetensors",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
         "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "chat_template.jinja", "chat_template.json",
     }
@@ -371,7 +372,7 @@ def _same(path: Path, text: str) -> bool:
 def refuse_named_code(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises CompressError where a configuration names other code than our own file, and that file is there."""
     files = {CONFIG: config}
-    for name in ("tokenizer_config.json", "generation_config.json"):
+    for name in ("tokenizer_config.json", GENERATION):
         if os.path.lexists(folder / name):
             files[name] = read_json(own_file(folder, name), f"the file {name}")
     for name, facts in files.items():

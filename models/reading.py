@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError
 from compress.models.folder import (
     CONFIG,
+    GENERATION,
     own_file,
     read_config,
     seen,
@@ -189,6 +191,15 @@ def rejected(folder: Path, name: str, what: str) -> Iterator[None]:
         else:
             fix = "the folder must hold a model that transformers knows"
         raise CompressError(f"{what}: {said[:300]}", where=str(folder / name) if name else str(folder), fix=fix) from e
+
+
+def read_generation(model: Any, folder: Path) -> None:
+    """Gives a model that was built from its configuration the folder's own settings for generation, if it has any."""
+    from transformers import GenerationConfig
+
+    if os.path.lexists(folder / GENERATION):
+        with seen(folder, weights=False) as private, rejected(folder, GENERATION, "the settings cannot be read"):
+            model.generation_config = GenerationConfig.from_pretrained(private, local_files_only=True)
 
 
 def _embedding_rows(folder: Path) -> int | None:

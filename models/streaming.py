@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from compress.errors import CompressError
 from compress.models.decoder import BLOCKS, blocks, put_blocks, without_blocks
 from compress.models.folder import weights_of
-from compress.models.reading import from_config, is_ragged, load_config
+from compress.models.reading import from_config, is_ragged, load_config, read_generation
 from compress.models.shards import Shards
 from compress.processes.distributed import empty_weights, world
 
@@ -281,6 +281,7 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
     config = load_config(folder)
     with empty_weights():
         model = from_config(config, family.ragged_class() if is_ragged(folder) else None)
+    read_generation(model, folder)
     weights = Weights(folder)
     rest = weights.beside(BLOCKS)
     skeletons = list(blocks(model))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.errors import CompressError
 from compress.models import decoder
 from compress.models.folder import (
+    GENERATION,
     REMOTE_FILE,
     read_config,
     refuse_code,
@@ -60,7 +61,8 @@ def save_model(
     _write_weights(model, family, folder, dtype)
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
+        # As it is: transformers reads settings that it refuses to save, such as a temperature without sampling.
+        model.generation_config.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))

@@ -217,7 +217,21 @@ def _save(folder: Path, state: Mapping[str, Tensor], write: Callable[[Path], Non
 
 
 def _save_text(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+    from transformers import GenerationConfig
+
+    from compress.models.folder import GENERATION
+
+    # Settings that transformers reads and refuses to save, such as a temperature without sampling, stay as they are.
+    kept = getattr(model, "generation_config", None)
+    if kept is None:
+        model.save_pretrained(folder)
+    else:
+        try:
+            model.generation_config = GenerationConfig()
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = kept
+        kept.to_json_file(folder / GENERATION, keys_to_pop=["compile_config"])
     tokenizer.save_pretrained(folder)
 
 
