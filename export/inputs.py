@@ -74,7 +74,7 @@ def given(path: Path, graphs: Sequence[Path]) -> Iterator[Inputs]:
     with tempfile.TemporaryDirectory(prefix="compress-inputs-") as folder:
         file = Path(folder) / "inputs.npz"
         with file.open("wb") as out:
-            np.savez(out, **feed)
+            np.savez(out, **feed)  # type: ignore[arg-type]  (numpy's own keyword is taken for one of ours)
         yield Inputs(path, file, feed)
 
 

@@ -347,8 +347,9 @@ def _dequantised(model: Quantised, name: str, weight: Tensor, scale: Tensor) -> 
     # Exponents that are kept as bytes, transformers reads itself.
     scale = scale if scale.dtype == torch.uint8 else scale.float()
     op = Fp8Dequantize(None)
-    done: Tensor = op.convert({"weight": whole.view(weight.dtype), f"weight{SCALE}": scale})["weight"]
-    return done[:rows, :columns].to(getattr(torch, model.dtype)).contiguous()
+    done: Any = op.convert({"weight": whole.view(weight.dtype), f"weight{SCALE}": scale})["weight"]
+    made: Tensor = done[:rows, :columns].to(getattr(torch, model.dtype)).contiguous()
+    return made
 
 
 def _by(tensor: Tensor) -> str:
@@ -374,9 +375,8 @@ def from_gguf(gguf: Path, made: Path) -> None:
         if hasattr(transformers, "GgufConfig"):  # without it, packages that are installed may leave weights packed
             given["quantization_config"] = transformers.GgufConfig(dequantize=True)
         with _rejected_gguf(gguf, "the model in the GGUF cannot be loaded"):
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                view, dtype=torch.float32, output_loading_info=True, **given
-            )
+            cls: Any = AutoModelForCausalLM
+            loaded, info = cls.from_pretrained(view, dtype=torch.float32, output_loading_info=True, **given)
     missing = sorted(info["missing_keys"])
     if missing:
         raise CompressError(
