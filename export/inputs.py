@@ -73,8 +73,9 @@ def given(path: Path, graphs: Sequence[Path]) -> Iterator[Inputs]:
         feed = read_inputs(path, read_graph(graph, own_operators=False))
     with tempfile.TemporaryDirectory(prefix="compress-inputs-") as folder:
         file = Path(folder) / "inputs.npz"
+        held: dict[str, Any] = dict(feed)
         with file.open("wb") as out:
-            np.savez(out, **feed)  # type: ignore[arg-type]  (numpy's own keyword is taken for one of ours)
+            np.savez(out, **held)
         yield Inputs(path, file, feed)
 
 
