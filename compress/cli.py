@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -544,6 +545,19 @@ def _memory_errors() -> Iterator[None]:
         ) from e
 
 
+@contextlib.contextmanager
+def _name_errors() -> Iterator[None]:
+    """A name that no file can have, wherever it was looked for."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ) or e.filename is None:
+            raise
+        raise CompressError(
+            f"there can be no file of that name: {os.strerror(e.errno)}", where=str(e.filename), fix="check the name"
+        ) from e
+
+
 def main() -> None:
     """Runs the command line; every error a user can act on is one message and an exit code."""
     from compress.processes import distributed
@@ -555,7 +569,7 @@ def main() -> None:
     sys.unraisablehook = _swallowed
     try:
         signal.signal(signal.SIGINT, _stop)
-        with _memory_errors(), _as_it_was_meant():
+        with _memory_errors(), _name_errors(), _as_it_was_meant():
             app()
     except CompressError as e:
         if distributed.report(e, e.exit_code, _debug):

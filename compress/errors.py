@@ -2,6 +2,8 @@
 
 from compress.words.escape import terminal
 
+LONGEST = 1000  # characters of a line; what is quoted may be a file's whole content
+
 
 class CompressError(Exception):
     """A fault the user can act on.
@@ -27,12 +29,20 @@ class CompressError(Exception):
         self.args = (self.what,)
 
     def __str__(self) -> str:
-        lines = [terminal(self.what)]
+        lines = [_line(self.what)]
         if self.where:
-            lines.append(f"  where: {terminal(self.where)}")
+            lines.append(f"  where: {_line(self.where)}")
         if self.fix:
-            lines.append(f"  fix:   {terminal(self.fix)}")
+            lines.append(f"  fix:   {_line(self.fix)}")
         return "\n".join(lines)
+
+
+def _line(text: str) -> str:
+    if not text.strip():
+        return repr(text)  # a name of blanks
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return terminal(text)
 
 
 class UsageError(CompressError):

@@ -36,6 +36,8 @@ from compress.exporters.ort import Arrays
 from compress.exporters.ranges import index_ranges
 from compress.exporters.runtimes import Runner
 from compress.run.cache import sha256_of
+from compress.run.seals import inside as is_inside
+from compress.run.strict_json import member, read_json, typed
 from compress.run.written import whole
 
 Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
@@ -240,7 +242,7 @@ def read_graph(path: Path, own_operators: bool = True) -> Graph:
         tuple(port(v) for v in graph.input if v.name not in given),
         tuple(port(v) for v in graph.output),
         len(graph.node),
-        dict(sorted(ops.items())),
+        dict(sorted(ops.items(), key=lambda op: str(op[0]))),
     )
     if own_operators:
         tensors.forget_outside(model)  # ONNX's own rule for files beside a graph takes no link; ours was asked above
@@ -426,16 +428,27 @@ def describe(folder: Path, form: str) -> dict[str, Any]:
     Raises:
         CompressError: it was not built as this format, or a file has changed since.
     """
-    path = folder / f"{form}.json"
-    try:
-        facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except (OSError, json.JSONDecodeError) as e:
-        raise CompressError(
-            f"this folder was not built as {form}", where=str(folder), fix=f"compress export --format {form}"
-        ) from e
-    for name, size in facts["bytes"].items():
+    path, fix = folder / f"{form}.json", f"compress export --format {form}"
+    if not path.exists():
+        raise CompressError(f"this folder was not built as {form}", where=str(folder), fix=fix)
+    what, where = f"the record of how this folder was built as {form}", str(path)
+    facts: dict[str, Any] = typed(read_json(path, what, constants=True, fix=fix), dict, "", what, where, fix)
+    sizes, hashes = (member(facts, key, dict, what, where, fix=fix) for key in ("bytes", "sha256"))
+    for name in sizes:
+        size = member(sizes, name, int, what, where, "bytes", fix)
+        said = member(hashes, name, str, what, where, "sha256", fix)
+        if not is_inside(name):
+            raise CompressError(f"{what} names a file outside it: {name!r:.200}", where=where, fix=fix)
         if not (folder / name).is_file() or (folder / name).stat().st_size != size:
-            raise CompressError("a file is missing or has another size", where=str(folder / name), fix="export again")
-        if sha256_of(folder / name) != facts["sha256"][name]:
-            raise CompressError("a file has changed since it was built", where=str(folder / name), fix="export again")
+            raise CompressError(
+                f"a file is missing or has another size than {path.name} says",
+                where=str(folder / name),
+                fix="export again",
+            )
+        if sha256_of(folder / name) != said:
+            raise CompressError(
+                f"a file has changed since it was built: {path.name} has another hash",
+                where=str(folder / name),
+                fix="export again",
+            )
     return facts

@@ -74,7 +74,7 @@ class Budget:
     limit: float
 
 
-_FORM = re.compile(r"([a-z]+)(?:\.([a-z0-9]+))?\s*(<=|>=)\s*([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)\s*([A-Za-z%]*)")
+_FORM = re.compile(r"([a-z]+)(?:\.([a-z0-9]+))?\s*(<=|>=)\s*([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z%]*)")
 
 
 def parse_budget(text: str) -> Budget:

@@ -115,6 +115,8 @@ def find(name: str, path: Path | None = None) -> Artefact:
         if place.name in (PREFILL, DECODE):
             return _text(name, place.parent, None)
         return _network(name, place, None)
+    if not place.is_dir():
+        raise UsageError("this is no file and no folder", where=name, fix="name an ONNX file, an export, or a run")
     run = place
     if (run / f"export-{form}").is_dir():
         place, quality = run / f"export-{form}", _quality(run, form)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.exporters.formats import Graph, Port, read_graph
 from compress.exporters.ort import Arrays
 from compress.run.cache import sha256_of
+from compress.system.arrays import read_arrays
 
 OF_TEXT = "these are a language model's parts, which real text is made for"
 
@@ -108,13 +107,9 @@ def read_inputs(path: Path, graph: Graph) -> Arrays:
 
 def _arrays(path: Path) -> Arrays:
     try:
-        held = np.load(path, allow_pickle=False)
-        if not isinstance(held, np.lib.npyio.NpzFile):
-            _refuse(path, "this is one array, not a file of several")
-        with held:
-            return {name: held[name] for name in held.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as e:
-        _refuse(path, f"the inputs cannot be read: {str(e).splitlines()[0] if str(e) else type(e).__name__}")
+        return read_arrays(path, "the file of inputs", "")
+    except CompressError as e:
+        _refuse(path, e.what)
 
 
 def _taken(path: Path, port: Port, value: Any) -> Any:

@@ -21,6 +21,7 @@ from compress.errors import CompressError
 from compress.models.sizes import check_sizes
 from compress.run.seals import entries
 from compress.run.strict_json import read_json
+from compress.run.tensor_files import open_tensors
 from compress.schema.strict_yaml import parse_yaml
 from compress.system.files import read_bytes
 
@@ -197,8 +198,6 @@ def weights_of(folder: Path) -> Weights:
         CompressError: there are none or two sets of them; a file is missing, damaged or lies elsewhere; the index and
             the files do not name the same tensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     refuse_adapter(folder)
     names, said = _named(folder)
     missing = [n for n in names if not os.path.lexists(folder / n)]
@@ -211,13 +210,8 @@ def weights_of(folder: Path) -> Weights:
     files = {name: own_file(folder, name) for name in names}
     places: dict[str, str] = {}
     for name, path in files.items():
-        try:
-            with safe_open(path, "pt") as file:
-                held = list(file.keys())
-        except (SafetensorError, OSError) as e:
-            raise CompressError(
-                f"the weight file is damaged or cut short: {e}", where=str(folder / name), fix="fetch or copy it again"
-            ) from e
+        with open_tensors(path, "the weight file") as file:
+            held = list(file.keys())
         for tensor in held:
             if tensor in places:
                 raise CompressError(

@@ -20,13 +20,18 @@ from compress.models.folder import (
 from compress.run.cache import sha256_of
 from compress.run.progress import say
 from compress.run.strict_json import read_json
+from compress.run.tensor_files import open_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from compress.models.families.base import Family
 
 
 # transformers otherwise asks on the terminal whether to run a stranger's code, and takes "y" from a pipe.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+
+LARGEST_WEIGHT = 1e12  # sums of squares of what it gives are beyond float32; no trained weight is near it
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -38,27 +43,32 @@ def check_weights(folder: Path) -> None:
     """Reads every tensor once.
 
     Raises:
-        CompressError: a file is truncated or damaged, or a tensor holds NaN or infinity.
+        CompressError: a file is truncated or damaged, or a tensor is no float of 16 bits or more, holds NaN or
+            infinity, or numbers that overflow.
     """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
     for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it has keys() alone)
-                    tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise CompressError(
-                            f"the weight {name} holds {bad:,} NaN or infinite values",
-                            where=str(path),
-                            fix="repair or fetch the model again; nothing was pruned",
-                        )
-        except SafetensorError as e:
-            raise CompressError(
-                f"the weight file is damaged or cut short: {e}", where=str(path), fix="fetch or copy it again"
-            ) from e
+        with open_tensors(path, "the weight file") as file:
+            for name in file.keys():  # noqa: SIM118  (it has keys() alone)
+                tensor = file.get_tensor(name)
+                what = _wrong_values(tensor)
+                if what is not None:
+                    raise CompressError(
+                        f"the weight {name} {what}",
+                        where=str(path),
+                        fix="repair or fetch the model again, unquantised; nothing was pruned",
+                    )
+
+
+def _wrong_values(tensor: Tensor) -> str | None:
+    import torch
+
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return f"is {str(tensor.dtype).removeprefix('torch.')}, not a float of 16 bits or more"
+    if not torch.isfinite(tensor).all():
+        return f"holds {int((~torch.isfinite(tensor)).sum()):,} NaN or infinite values"
+    if tensor.numel() and float(tensor.abs().max()) > LARGEST_WEIGHT:
+        return f"goes up to {float(tensor.abs().max()):.3g}: what is computed with it overflows"
+    return None
 
 
 def weights_hash(folder: Path) -> str:
@@ -81,6 +91,7 @@ def load_config(folder: Path) -> Any:
     with seen(folder, weights=False) as private, rejected(folder, CONFIG, "the configuration cannot be read"):
         config = AutoConfig.from_pretrained(private, **NO_CODE)
     _check_activation(config.get_text_config(), folder / CONFIG)
+    _check_buildable(config, folder)
     config._name_or_path = str(folder)
     return config
 
@@ -99,6 +110,17 @@ def _check_activation(config: Any, path: Path) -> None:
             )
 
 
+def _check_buildable(config: Any, folder: Path) -> None:
+    """transformers says much of what is wrong with a configuration only where it makes a model of it."""
+    import torch
+
+    from compress.models.families import FAMILIES
+
+    if config.model_type in FAMILIES and not is_ragged(folder):
+        with rejected(folder, CONFIG, "no model can be made of the configuration"), torch.device("meta"):
+            from_config(config)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; no code is run.
 
@@ -109,6 +131,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     with seen(folder, weights=False) as private, rejected(folder, "", "the tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
+        # What its files hold of a wrong type is often noticed only where it is used.
+        _check_ids(tokenizer("The sea, 1 ship.")["input_ids"], len(tokenizer))
+        tokenizer.convert_ids_to_tokens(tokenizer("The sea", add_special_tokens=False)["input_ids"])
     # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
     tokenizer.embedding_rows = _embedding_rows(folder)
     tokenizer.name_or_path = str(folder)
@@ -165,6 +190,11 @@ def _ids(folder: Path, name: str) -> list[int]:
     return ids
 
 
+def _check_ids(ids: Any, most: int) -> None:
+    if not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids):
+        raise ValueError(f"it makes {ids!r:.60} of a text, and it knows {most:,} tokens")
+
+
 def from_config(config: Any, cls: Any = None) -> Any:
     """An untrained model in float32: ``cls``, or transformers' own class for the configuration. No code is run."""
     import torch
@@ -178,13 +208,11 @@ def from_config(config: Any, cls: Any = None) -> Any:
 @contextmanager
 def rejected(folder: Path, name: str, what: str) -> Iterator[None]:
     """transformers' refusals of the file ``name`` in ``folder`` as one error each."""
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         yield
-    except CompressError:
+    except (CompressError, MemoryError):
         raise
-    except (StrictDataclassError, ValueError, TypeError, OSError, KeyError, AttributeError, RuntimeError) as e:
+    except Exception as e:  # transformers says what is wrong in any type, and tokenizers in a bare Exception
         said = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
         if "trust_remote_code" in said:
             said, fix = "it needs code of its own, which is not run", "name a model that transformers knows by itself"

@@ -6,7 +6,7 @@ them takes all memory. So it is asked before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,18 @@ LARGEST = {
 }
 MAY_BE_NULL = ("num_key_value_heads", "head_dim")
 TYPES = ("float32", "float16", "bfloat16", "float64")
+# key -> the largest that is no mistake; each is above 0
+NUMBERS = {
+    "rms_norm_eps": 1.0,
+    "rope_theta": 1e12,
+    "query_pre_attn_scalar": 1e6,
+    "final_logit_softcapping": 1e6,
+    "attn_logit_softcapping": 1e6,
+    "sliding_window": 1e12,
+}
+NULL_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "sliding_window", "rope_theta")
+FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 FIX = "correct it, or fetch the model's own config.json again"
 
 
@@ -49,6 +61,7 @@ def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
                 refuse(f"{at}{key} is {one!r:.60}, not a whole number")
             if not 1 <= one <= most:
                 refuse(f"{at}{key} is {one!s:.40}, not from 1 to {most:,}")
+    _check_values(config, refuse, at)
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         refuse(f"{at}num_attention_heads ({heads}) do not divide among num_key_value_heads ({groups})")
@@ -64,3 +77,28 @@ def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         check_sizes(inner, path, f"{at}text_config.")
+
+
+def _check_values(config: Mapping[str, Any], refuse: Callable[[str], None], at: str) -> None:
+    """Numbers that a model computes with, flags and tokens: transformers takes 1e30 and "yes" for what they are."""
+    rope = config.get("rope_parameters")
+    every = [(key, config[key]) for key in NUMBERS if key in config]
+    if isinstance(rope, Mapping):
+        kinds = [r for r in rope.values() if isinstance(r, Mapping)] or [rope]
+        every += [("rope_theta", one["rope_theta"]) for one in kinds if "rope_theta" in one]
+    for key, value in every:
+        if value is None and key in NULL_NUMBERS:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            refuse(f"{at}{key} is {value!r:.60}, not a number")
+        if not 0 < value <= NUMBERS[key]:
+            refuse(f"{at}{key} is {value!s:.40}, not above 0 and at most {NUMBERS[key]:g}")
+    for key in FLAGS:
+        if config.get(key) is not None and type(config[key]) is not bool:
+            refuse(f"{at}{key} is {config[key]!r:.60}, not true or false")
+    rows = config.get("vocab_size")
+    for key in TOKENS:
+        value = config.get(key)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and (type(one) is not int or not -1 <= one < (rows or LARGEST["vocab_size"])):
+                refuse(f"{at}{key} is {one!r:.40}, not the number of a token (vocab_size is {rows})")

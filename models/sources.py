@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.schema.section import Section
 from compress.schema.strict_yaml import parse_yaml, read_yaml
+from compress.system.files import disk_errors
 
 ALIASES = Path(__file__).parent
 SMALL = ["*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja", "generation_config.json"]  # beside weights
@@ -346,6 +348,22 @@ def _card_facts(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+@contextmanager
+def hub_cache() -> Iterator[None]:
+    """A block that fetches from the hub into its client's cache, which is made if it is not there.
+
+    Raises:
+        CompressError: it cannot be made or written: that is no fault of the network's.
+    """
+    from huggingface_hub import constants
+
+    folder, fix = Path(constants.HF_HUB_CACHE), "name another folder: HF_HOME=FOLDER"
+    with disk_errors(folder, "the hub's cache", fix=fix):
+        folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(folder, "the hub's cache", fix=fix, every=False):
+        yield
+
+
 def from_hub(repo: str, revision: str | None, files: Sequence[str] = FILES) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -358,7 +376,10 @@ def from_hub(repo: str, revision: str | None, files: Sequence[str] = FILES) -> t
 
     fix = "check the network, or name a local folder with the model"
     try:
-        folder = snapshot_download(repo, revision=revision, allow_patterns=list(files))
+        with hub_cache():
+            folder = snapshot_download(repo, revision=revision, allow_patterns=list(files))
+    except CompressError:
+        raise
     except GatedRepoError as e:
         raise CompressError(
             f"the hub model {repo} asks you to accept its terms first",

@@ -30,10 +30,13 @@ def fetch(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    from compress.models.sources import hub_cache
+
     _check_id(repo)
     with _errors(repo):
         try:
-            return Path(snapshot_download(repo))
+            with hub_cache():
+                return Path(snapshot_download(repo))
         except LocalEntryNotFoundError as e:
             raise CompressError(
                 f"there is no folder {repo}, and the hub cannot be reached for a model of that name",

@@ -107,8 +107,11 @@ def verify(
         claims.append(Claim("loads in a clean process", "", "", OPEN, "nothing is loaded of files that were changed"))
     whole = whole and all(c.verdict != FAILS for c in claims)
     if whole and report is not None:
-        claims += _counts(subject, loaded)
-        claims += _parity(subject)
+        from compress.report.build import of_report
+
+        with of_report(release):
+            claims += _counts(subject, loaded)
+            claims += _parity(subject)
         if measure:
             from compress.claims.remeasure import measured
 
@@ -270,7 +273,7 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
     path = folder / REPORT
     if not path.exists():
         return None, []
-    from compress.report.build import own_json
+    from compress.report.build import of_report, own_json
 
     try:
         report = own_json(path)
@@ -286,7 +289,13 @@ def _own_report(folder: Path) -> tuple[dict[str, Any] | None, list[Claim]]:
         check(report)
     except CompressError as e:
         return None, [Claim(REPORT, "", "", FAILS, e.what)]
-    claims = [Claim(REPORT, f"sha256 {stamp[:12]}", "the same", HOLDS)]
+    with of_report(path):
+        return _of_its_files(folder, report)
+
+
+def _of_its_files(folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any], list[Claim]]:
+    """A report whose hash fits, and the claims about the files that it names."""
+    claims = [Claim(REPORT, f"sha256 {report['sha256'][:12]}", "the same", HOLDS)]
     files = report.get("files")
     if not isinstance(files, dict):
         return report, [*claims, Claim("files of the model", "", "", OPEN, "the report names no hashes")]

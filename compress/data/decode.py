@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.system.files import check_regular
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
 VERSION = 2  # of how files become pixels: part of what data that is read as it goes is known by
@@ -126,9 +127,13 @@ def _read(source: Path | io.BytesIO, where: str, take: Any) -> Any:
     from PIL import Image
 
     try:
+        if isinstance(source, Path):
+            check_regular(source, "the image", "mend or remove the file")
         # A file that Pillow opens by its name is mapped into memory, and a TIFF that is to be turned is then garbled.
         with source.open("rb") if isinstance(source, Path) else source as file, Image.open(file) as stored:
             return take(stored)
-    # SyntaxError is what Pillow's decoders raise of a broken header.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise CompressError(f"the image cannot be read: {e}", where=where, fix="mend or remove the file") from e
+    except (CompressError, MemoryError):
+        raise
+    except Exception as e:  # each of Pillow's decoders has its own types for a broken file
+        said = " ".join(str(e).split())[:300] or type(e).__name__
+        raise CompressError(f"the image cannot be read: {said}", where=where, fix="mend or remove the file") from e

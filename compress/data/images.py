@@ -162,6 +162,8 @@ def load(spec: DataSpec) -> Splits:
                 f"the data has no task {name!r}", where=f"data {spec.title}", fix=f"one of: {', '.join(names)}"
             )
 
+    _check_targets(splits, [task for task in splits.tasks if task.name in wanted], f"data {spec.title}")
+
     def kept(split: Split) -> Split:
         return replace(split, targets={name: split.targets[name] for name in wanted})
 
@@ -172,6 +174,47 @@ def load(spec: DataSpec) -> Splits:
         test=kept(splits.test),
         tasks=tuple(task for name in wanted for task in splits.tasks if task.name == name),
     )
+
+
+def _check_targets(splits: Splits, tasks: Sequence[Task], where: str) -> None:
+    """Raises CompressError where a class is none of the task's, or where there is nothing to tell apart."""
+    for task in tasks:
+        if task.kind != "classes":
+            continue
+        for name in ("train", "calibration", "test"):
+            most = int(getattr(splits, name).targets[task.name].max())
+            if most >= len(task.classes):
+                raise CompressError(
+                    f"a label of {task.name!r} is {most}, and there are {len(task.classes)} classes, from 0 on",
+                    where=where,
+                    fix="mend the labels",
+                )
+        known = splits.train.targets[task.name]
+        found = known[known >= 0].unique()
+        if len(found) < 2:
+            only = f"all training samples are of the class {task.classes[int(found[0])]!r}" if len(found) else ""
+            raise CompressError(
+                f"there is nothing to tell apart for {task.name!r}: {only or 'no training sample is labelled'}",
+                where=where,
+                fix="name data of several classes",
+            )
+    inputs = splits.train.inputs
+    if not isinstance(inputs, FolderImages) and bool((inputs == inputs[:1]).all()):
+        raise CompressError("all training inputs are alike", where=where, fix="name data whose samples differ")
+
+
+def check_room(count: int, height: int, width: int) -> None:
+    """Raises CompressError where so many images of a size do not fit into the memory that is free."""
+    from compress.processes.distributed import available_bytes
+
+    needed, free = 3 * count * height * width, available_bytes()
+    if needed > free:
+        raise CompressError(
+            f"{count:,} images of {width:,}x{height:,} pixels take {needed / 1e9:,.1f} GB,"
+            f" {free / 1e9:,.1f} GB are free",
+            where="data.size",
+            fix="ask for smaller images (--set data.size=), or fewer",
+        )
 
 
 # --- splitting ------------------------------------------------------------------------------------------------------
@@ -197,7 +240,9 @@ def _moments(inputs: Tensor | FolderImages) -> tuple[Tensor, Tensor]:
         square += (x * x).sum(1)
         count += x.shape[1]
     mean = total / count
-    std = (square / count - mean**2).clamp_min(0).sqrt().clamp_min(1e-6)
+    std = (square / count - mean**2).clamp_min(0).sqrt()
+    # A channel in which all is alike says nothing; what differs there elsewhere is not to be blown up.
+    std = torch.where(std < 1e-6, torch.ones_like(std), std)
     return mean.float(), std.float()
 
 

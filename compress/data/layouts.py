@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import glob
+import io
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -14,13 +17,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data.decode import SUFFIXES, opened, pixels, size_of, upright, white_of
-from compress.data.images import FolderImages, Split, Splits, held_out, resized, splits_of
+from compress.data.images import FolderImages, Split, Splits, check_room, held_out, resized, splits_of
 from compress.data.tasks import IGNORE, KindName, Task
 from compress.errors import CompressError
 from compress.run.progress import Progress
+from compress.run.strict_json import member, read_json, typed
 from compress.schema.sections import DataSpec
 from compress.schema.strict_yaml import read_yaml
+from compress.system.arrays import read_array
+from compress.system.files import check_regular, read_text
 
+LISTED = 64 << 20  # bytes of a list of names, or of the boxes of one image
+ANNOTATIONS = 2 << 30  # bytes of a file of annotations; COCO's own has 0.45 GB
+CLASSES = 100_000  # no data set has more
+FARTHEST = 1e5  # metres
+_PLAIN = re.compile(r"[^/\\\x00-\x1f\x7f][^\\\x00-\x1f\x7f]*")  # a relative path
 HELD_OUT_NAMES = ("test", "val", "validation")
 
 
@@ -67,16 +78,17 @@ def _cifar10_binary(folder: Path, spec: DataSpec) -> Splits:
             path = folder / name
             if not path.exists():
                 raise CompressError("a file of CIFAR-10 is missing", where=str(path), fix="unpack the archive again")
+            check_regular(path, "a file of CIFAR-10", "unpack the archive again")
             data = np.fromfile(path, dtype=np.uint8)
             if not len(data) or len(data) % 3073:
                 raise CompressError(
                     f"the file holds {len(data):,} bytes, no multiple of 3,073", where=str(path), fix="fetch it again"
                 )
             parts.append(data.reshape(-1, 3073))
+            if int(parts[-1][:, 0].max()) > 9:
+                raise CompressError("a label is above 9", where=str(path), fix="is this CIFAR-100? fetch CIFAR-10")
         rows = torch.from_numpy(np.concatenate(parts))
         labels = rows[:, 0].long()
-        if int(labels.max()) > 9:
-            raise CompressError("a label is above 9", where=str(folder), fix="is this CIFAR-100? fetch CIFAR-10")
         return Split(resized(rows[:, 1:].reshape(-1, 3, 32, 32), spec.size), {"class": labels})
 
     names = sorted(p.name for p in folder.glob("data_batch_*.bin"))
@@ -109,6 +121,7 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
         size = spec.size or min(size_of(paths[0]))
         lazy = FolderImages(paths, size, spec.white)
         small = len(paths) * 3 * size * size <= 2**30
+        check_room(min(len(paths), 128), 2 * size, 2 * size)  # a batch, as bytes and as floats
         return Split(_whole(lazy) if small else lazy, {"class": torch.tensor(labels)})
 
     part = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
@@ -133,6 +146,7 @@ def _whole(lazy: FolderImages) -> Tensor:
 
 
 HAR_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")
+HAR_BYTES = 1 << 30  # of a table
 HAR_CLASSES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")
 
 
@@ -141,15 +155,39 @@ def _har(folder: Path, spec: DataSpec) -> Splits:
 
     def read(part: str) -> tuple[Split, Tensor]:
         def table(name: str) -> NDArray[np.float64]:
-            path = folder / part / name
+            path, fix = folder / part / name, "unpack it again"
+            text = read_text(path, "a file of HAR", HAR_BYTES, fix)
             try:
-                return np.loadtxt(path, ndmin=2)
-            except (OSError, ValueError) as e:
-                raise CompressError(f"a file of HAR cannot be read: {e}", where=str(path), fix="unpack it again") from e
+                found = np.loadtxt(io.StringIO(text), ndmin=2) if text.strip() else np.zeros((0, 0))
+            except ValueError as e:
+                raise CompressError(f"a file of HAR cannot be read: {e}", where=str(path), fix=fix) from e
+            if not found.size or not (abs(found) <= 1e6).all():
+                raise CompressError("a file of HAR is empty, or holds what is no number", where=str(path), fix=fix)
+            return found
 
-        signals = np.stack([table(f"Inertial Signals/{name}_{part}.txt") for name in HAR_SIGNALS], axis=1)
-        labels = torch.from_numpy(table(f"y_{part}.txt")[:, 0]).long() - 1
-        people = torch.from_numpy(table(f"subject_{part}.txt")[:, 0]).long()
+        def whole(name: str, most: int) -> NDArray[np.float64]:
+            found = table(name)
+            if found.shape[1] != 1 or not ((found % 1 == 0) & (found >= 1) & (found <= most)).all():
+                raise CompressError(
+                    f"a line is no whole number from 1 to {most}",
+                    where=str(folder / part / name),
+                    fix="unpack it again",
+                )
+            return found[:, 0]
+
+        names = [f"Inertial Signals/{name}_{part}.txt" for name in HAR_SIGNALS]
+        tables = [table(name) for name in names]
+        other = next((i for i, one in enumerate(tables) if one.shape != (len(tables[-1]), 128)), None)
+        if other is not None:
+            shape = "x".join(map(str, tables[other].shape))
+            raise CompressError(
+                f"the signal is {shape}, not {len(tables[-1])} windows of 128 steps",
+                where=str(folder / part / names[other]),
+                fix="unpack it again",
+            )
+        signals = np.stack(tables, axis=1)
+        labels = torch.from_numpy(whole(f"y_{part}.txt", len(HAR_CLASSES))).long() - 1
+        people = torch.from_numpy(whole(f"subject_{part}.txt", 10**6)).long()
         if not len(signals) == len(labels) == len(people):
             raise CompressError("signals and labels differ in number", where=str(folder / part), fix="unpack it again")
         # (n, 9, steps)
@@ -223,7 +261,15 @@ def _pascal(folder: Path, spec: DataSpec) -> Splits:
 
 def _names(sets: Path, part: str) -> list[str] | None:
     path = sets / f"{part}.txt"
-    return path.read_text("utf-8").split() if path.is_file() else None
+    if not os.path.lexists(path):
+        return None
+    names = read_text(path, "the list of images", LISTED, "one name a line, in UTF-8").split()
+    strange = next((n for n in names if not _PLAIN.fullmatch(n) or ".." in n.split("/")), None)
+    if strange is not None:
+        raise CompressError(f"{strange!r:.80} is no name of an image", where=str(path), fix="one name a line")
+    if not names:
+        raise CompressError("the list of images is empty", where=str(path), fix="one name a line, or take the file out")
+    return names
 
 
 def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixels], spec: DataSpec) -> Splits:
@@ -242,6 +288,7 @@ def _pixel_folder(folder: Path, images: str, sets: Path, sources: Sequence[_Pixe
     every = _sized(folder / images, [*train_names, *(test_names or [])], spec)
 
     def read(names: Sequence[str]) -> Split:
+        check_room(len(names), *every)
         whole = torch.empty(len(names), 3, *every, dtype=torch.uint8)
         targets: dict[str, list[NDArray[Any]]] = {s.name: [] for s, _ in there}
         with Progress(len(names), "reading images and their pixels") as bar:
@@ -285,7 +332,7 @@ def _named(place: Path, name: str, suffixes: set[str]) -> Path:
     """
     found = [p for p in (place / f"{name}{suffix}" for suffix in sorted(suffixes)) if p.is_file()]
     if not found:
-        other = next(iter(sorted(place.glob(f"{name}.*"))), None)
+        other = next(iter(sorted(place.glob(f"{glob.escape(name)}.*"))), None)
         fix = "add it, or take the name off the list"
         if other is not None and other.suffix == ".mat":
             fix = "write the array of the MATLAB file as .npy or .png: .mat is not read"
@@ -340,11 +387,17 @@ def _nearest(values: NDArray[Any], every: tuple[int, int]) -> NDArray[Any]:
 def _array(path: Path) -> NDArray[Any]:
     """(h, w) or (h, w, c) of a PNG, upright, or a numpy file without objects."""
     if path.suffix != ".npy":
-        return np.array(upright(path, str(path)))
-    try:
-        return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as e:
-        raise CompressError(f"the target cannot be read: {e}", where=str(path), fix="mend or remove the file") from e
+        found = np.array(upright(path, str(path)))
+    else:
+        found = read_array(path, "the target", "mend or remove the file")
+    if found.ndim not in (2, 3) or not found.size or found.dtype.kind not in "biuf":
+        shape = "x".join(map(str, found.shape))
+        raise CompressError(
+            f"the target cannot be read: it is {shape or 'one number'} of {found.dtype}, not the pixels of an image",
+            where=str(path),
+            fix="mend or remove the file",
+        )
+    return found
 
 
 def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path: Path) -> NDArray[Any]:
@@ -352,7 +405,10 @@ def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path:
     if source.kind in ("labels", "mask", "depth", "edges") and values.ndim == 3:
         values = values[..., 0]
     if source.kind == "labels":
-        labels: NDArray[Any] = _nearest(values, every).astype(np.int64)
+        near = _nearest(values, every)
+        if not np.isfinite(near).all() or not (abs(near.astype(np.float64)) <= 1e6).all():
+            raise CompressError("a label is no number", where=str(path), fix="write 255 where none is known")
+        labels: NDArray[Any] = near.astype(np.int64)
         if source.from_one:
             labels = np.where((labels == 0) | (labels == IGNORE), IGNORE, labels - 1)
         if labels.min() < 0 or labels.max() > IGNORE:
@@ -360,7 +416,11 @@ def _target(source: _Pixels, values: NDArray[Any], every: tuple[int, int], path:
         return labels.astype(np.uint8)
     if source.kind == "depth":
         metres = _nearest(values, every).astype(np.float32) / (1 if np.issubdtype(values.dtype, np.floating) else 1000)
-        return np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+        found = np.where(np.isfinite(metres) & (metres > 0), metres, 0).astype(np.float32)
+        if float(found.max()) > FARTHEST:
+            far = f"a depth is {float(found.max()):g} m"
+            raise CompressError(far, where=str(path), fix="metres in .npy, millimetres in .png; 0 where none is known")
+        return found
     if source.kind == "normals":
         if values.ndim != 3 or values.shape[2] != 3:
             raise CompressError("normals need three channels", where=str(path), fix="write x, y and z")
@@ -395,10 +455,11 @@ GREY = 114
 @dataclass(frozen=True)
 class _Objects:
     """One image's file, and (label, centre x, centre y, width, height) of every object (n, 5), in pixels of the upright
-    image; ``size`` is (width, height) as the annotations say it."""
+    image, as the file ``said`` has them; ``size`` is (width, height) as the annotations say it."""
 
     path: Path
     rows: NDArray[np.float64]
+    said: Path
     size: tuple[int, int] | None = None
 
 
@@ -413,18 +474,7 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
         for path in sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES):
             words = folder / "labels" / path.relative_to(folder / "images").with_suffix(".txt")
             size = np.array([1.0, *2 * size_of(path)])
-            rows = np.zeros((0, 5))
-            if words.is_file() and words.read_text("utf-8").strip():
-                try:
-                    rows = np.loadtxt(words, ndmin=2)[:, :5]
-                except ValueError as e:
-                    raise CompressError(f"the boxes cannot be read: {e}", where=str(words), fix="mend the file") from e
-            outside = (rows[:, 1:] < 0) | (rows[:, 1:] > 1)
-            if rows.shape[1] != 5 or outside.any() or (rows[:, 0] % 1 != 0).any() or (rows[:, 0] < 0).any():
-                raise CompressError(
-                    "a line is not `class x y width height` with shares from 0 to 1", where=str(words), fix="mend it"
-                )
-            found.append(_Objects(path, rows * size))
+            found.append(_Objects(path, _yolo_rows(words) * size, words))
         return found
 
     own = (folder / "images" / "train").is_dir()
@@ -433,66 +483,156 @@ def _yolo(folder: Path, spec: DataSpec) -> Splits:
     names: tuple[str, ...] = ()
     for file in ("data.yaml", "dataset.yaml", "classes.txt"):
         path = folder / file
-        if path.is_file() and not names:
+        if os.path.lexists(path) and not names:
             names = _class_names(path)
     return _box_splits(folder, train, test, read("calibration") if own else None, names, spec)
+
+
+def _yolo_rows(path: Path) -> NDArray[np.float64]:
+    """(n, 5): the lines of a file of boxes; none where there is no file.
+
+    Raises:
+        CompressError: it cannot be read, or a line is none.
+    """
+    if not os.path.lexists(path):
+        return np.zeros((0, 5))
+    text = read_text(path, "the file of boxes", LISTED, "mend the file")
+    if not text.strip():
+        return np.zeros((0, 5))
+    try:
+        rows = np.loadtxt(io.StringIO(text), ndmin=2)[:, :5]
+    except ValueError as e:
+        raise CompressError(f"the boxes cannot be read: {e}", where=str(path), fix="mend the file") from e
+    # What is no number is not within anything.
+    shares = rows.shape[1] == 5 and ((rows[:, 1:] >= 0) & (rows[:, 1:] <= 1)).all()
+    if not shares or not ((rows[:, 0] % 1 == 0) & (rows[:, 0] >= 0) & (rows[:, 0] < CLASSES)).all():
+        raise CompressError(
+            "a line is not `class x y width height` with shares from 0 to 1", where=str(path), fix="mend it"
+        )
+    return rows
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
     """Names out of a YOLO data file (``names``: a list, or a map of numbers) or a list of lines."""
     if path.suffix != ".yaml":
-        return tuple(line for line in path.read_text("utf-8").split("\n") if line.strip())
+        lines = read_text(path, "the list of classes", LISTED, "one class a line, in UTF-8").split("\n")
+        return tuple(line for line in lines if line.strip())
     held = read_yaml(path, "the data file").value
-    listed = held.get("names", ()) if isinstance(held, dict) else ()
-    if not isinstance(listed, dict | list | tuple):
-        raise CompressError("`names` is no list of classes", where=str(path), fix="names: [person, car]")
-    return tuple(str(n) for n in (listed.values() if isinstance(listed, dict) else listed) if str(n).strip())
+    if not isinstance(held, dict):
+        raise CompressError("this is no YOLO data file", where=str(path), fix="names: [person, car]")
+    listed = held.get("names") or []
+    if isinstance(listed, dict):
+        if set(listed) != set(range(len(listed))) or any(type(n) is not int for n in listed):
+            numbers = ", ".join(f"{n!s:.20}" for n in list(listed)[:5])
+            raise CompressError(
+                f"`names` does not number the classes from 0 on: {numbers}",
+                where=str(path),
+                fix="names: {0: person, 1: car}",
+            )
+        listed = [listed[i] for i in range(len(listed))]
+    named = isinstance(listed, list) and all(isinstance(n, str | int | float) and str(n).strip() for n in listed)
+    if not named or len({str(n) for n in listed}) != len(listed):
+        raise CompressError("`names` is no list of classes, each once", where=str(path), fix="names: [person, car]")
+    return tuple(str(n) for n in listed)
 
 
 def _coco(folder: Path, spec: DataSpec) -> Splits:
     """annotations/instances_train2017.json and the images in train2017/ (or images/train2017/); val2017 likewise."""
+    files = {part: next(iter(sorted((folder / "annotations").glob(f"*{part}*.json"))), None)
+             for part in ("train", *HELD_OUT_NAMES, "calibration")}  # fmt: skip
+    held_out_part = next((part for part in HELD_OUT_NAMES if files[part] is not None), None)
+    wanted = [part for part in ("train", held_out_part, "calibration") if part is not None]
+    every = {part: _CocoFile.read(path) for part in wanted if (path := files[part]) is not None}
+    # The parts share one numbering of the classes, whichever of them a file names.
     categories: dict[int, str] = {}
+    first = next(iter(every.values())).path.name if every else ""
+    for one in every.values():
+        for number, name in one.categories.items():
+            if categories.setdefault(number, name) != name:
+                raise CompressError(
+                    f"the category {number} is {name!r:.40} here and {categories[number]!r:.40} in {first}",
+                    where=str(one.path),
+                    fix="give both files the same categories",
+                )
+    order = {number: i for i, number in enumerate(sorted(categories))}
+    found = {part: one.objects(folder, order) for part, one in every.items()}
+    names = tuple(categories[i] for i in sorted(categories))
+    test = found.get(held_out_part) if held_out_part is not None else None
+    return _box_splits(folder, found.get("train", []), test, found.get("calibration"), names, spec)
 
-    def read(part: str) -> list[_Objects] | None:
-        path = next(iter(sorted((folder / "annotations").glob(f"*{part}*.json"))), None)
-        if path is None:
-            return None
-        try:
-            held = json.loads(path.read_text("utf-8"))
-            for category in held["categories"]:
-                categories[int(category["id"])] = str(category["name"])
-            boxes: dict[int, list[list[float]]] = {image["id"]: [] for image in held["images"]}
-            order = sorted(categories)
-            for a in held["annotations"]:
-                if not a.get("iscrowd"):
-                    x, y, w, h = a["bbox"]
-                    boxes[a["image_id"]].append([order.index(a["category_id"]), x + w / 2, y + h / 2, w, h])
-            images = [
-                (str(image["file_name"]), boxes[image["id"]], _said_size(image.get("width"), image.get("height")))
-                for image in held["images"]
+
+@dataclass(frozen=True)
+class _CocoFile:
+    """One file of annotations, each value of the kind that COCO's have. A box is (category, x, y, width, height)."""
+
+    path: Path
+    categories: dict[int, str]
+    images: dict[int, tuple[str, tuple[int, int] | None]]
+    boxes: dict[int, list[tuple[float, ...]]]
+
+    @staticmethod
+    def read(path: Path) -> _CocoFile:
+        """Raises CompressError where it is no such file; the field is named."""
+        what, where, fix = "the file of annotations", str(path), "mend the file"
+
+        def refuse(said: str) -> NoReturn:
+            raise CompressError(f"{what} is not COCO's: {said}", where=where, fix=fix)
+
+        def rows(key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+            for i, row in enumerate(member(held, key, list, what, where, fix=fix)):
+                yield f"{key}.{i}", typed(row, dict, f"{key}.{i}", what, where, fix)
+
+        held = typed(read_json(path, what, limit=ANNOTATIONS, fix=fix), dict, "", what, where, fix)
+        categories: dict[int, str] = {}
+        images: dict[int, tuple[str, tuple[int, int] | None]] = {}
+        for at, row in rows("categories"):
+            number = member(row, "id", int, what, where, at, fix)
+            if number in categories:
+                refuse(f"the category {number} stands twice")
+            categories[number] = member(row, "name", str, what, where, at, fix)
+        for at, row in rows("images"):
+            number = member(row, "id", int, what, where, at, fix)
+            name = member(row, "file_name", str, what, where, at, fix)
+            if number in images:
+                refuse(f"the image {number} stands twice")
+            if not _PLAIN.fullmatch(name) or ".." in name.split("/"):
+                refuse(f"'{at}.file_name' is {name!r:.80}, not the name of a file below the folder of images")
+            size = [row.get(k) for k in ("width", "height")]
+            if any(v is not None and (type(v) is not int or not 0 <= v <= 10**6) for v in size):
+                refuse(f"'{at}' is {size[0]!r:.20} wide and {size[1]!r:.20} high")
+            images[number] = name, (size[0], size[1]) if size[0] and size[1] else None
+        boxes: dict[int, list[tuple[float, ...]]] = {number: [] for number in images}
+        for at, row in rows("annotations"):
+            image, category = (member(row, k, int, what, where, at, fix) for k in ("image_id", "category_id"))
+            if image not in images or category not in categories:
+                refuse(
+                    f"'{at}' names the image {image!s:.20} and the category {category!s:.20}, which are not both there"
+                )
+            sides = [
+                typed(v, float, f"{at}.bbox", what, where, fix) for v in member(row, "bbox", list, what, where, at, fix)
             ]
-        except (ValueError, KeyError, TypeError) as e:
-            raise CompressError(
-                f"the annotations are not COCO's: {type(e).__name__} {e}", where=str(path), fix="mend the file"
-            ) from e
-        stem = path.stem.removeprefix("instances_")
+            if len(sides) != 4 or min(sides[2:]) < 0 or max(map(abs, sides)) > 10**6:
+                refuse(f"'{at}.bbox' is {sides!r:.80}, not x, y, width and height")
+            if not row.get("iscrowd"):
+                boxes[image].append((category, *sides))
+        return _CocoFile(path, categories, images, boxes)
+
+    def objects(self, folder: Path, order: Mapping[int, int]) -> list[_Objects]:
+        """The images that it names, which must be there, and their boxes with classes as ``order`` numbers them."""
+        stem = self.path.stem.removeprefix("instances_")
         roots = [r for r in (folder / stem, folder / "images" / stem, folder / "images") if r.is_dir()]
         found = []
-        for name, rows, size in images:
+        for number, (name, size) in self.images.items():
             file = next((r / name for r in roots if (r / name).is_file()), None)
             if file is None:
-                raise CompressError(f"the image {name!r} is missing", where=str(folder), fix=f"put it into {stem}/")
-            found.append(_Objects(file, np.array(rows, dtype=np.float64).reshape(-1, 5), size))
+                raise CompressError(
+                    f"the image {name!r} is missing, which {self.path.name} names",
+                    where=str(folder),
+                    fix=f"put it into {stem}/",
+                )
+            rows = [[order[int(c)], x + w / 2, y + h / 2, w, h] for c, x, y, w, h in self.boxes[number]]
+            found.append(_Objects(file, np.array(rows, dtype=np.float64).reshape(-1, 5), self.path, size))
         return found
-
-    train = read("train") or []
-    test = next((f for f in map(read, HELD_OUT_NAMES) if f is not None), None)
-    calibration = read("calibration")
-    return _box_splits(folder, train, test, calibration, tuple(categories[i] for i in sorted(categories)), spec)
-
-
-def _said_size(width: Any, height: Any) -> tuple[int, int] | None:
-    return (int(width), int(height)) if width and height else None
 
 
 def _box_splits(
@@ -520,6 +660,7 @@ def _box_splits(
     def read(part: list[_Objects]) -> Split:
         from PIL import Image
 
+        check_room(len(part), size, size)
         images = torch.full((len(part), 3, size, size), GREY, dtype=torch.uint8)
         boxes = torch.zeros(len(part), most, 5)
         boxes[..., 0] = -1
@@ -527,6 +668,7 @@ def _box_splits(
             for i, one in enumerate(part):
                 with opened(one.path, spec.white) as image:
                     _check_size(one, image.size)
+                    _check_inside(one, image.size)
                     factor = size / max(image.size)
                     width, height = (max(1, round(side * factor)) for side in image.size)
                     left, top = (size - width) // 2, (size - height) // 2
@@ -563,4 +705,16 @@ def _check_size(one: _Objects, size: tuple[int, int]) -> None:
             fix="annotate the upright image, or take the orientation out of the file's EXIF"
             if turned
             else "use the images that the annotations were made for",
+        )
+
+
+def _check_inside(one: _Objects, size: tuple[int, int]) -> None:
+    """Raises CompressError where a box lies wholly beside its image."""
+    least, most = one.rows[:, 1:3] - one.rows[:, 3:5] / 2, one.rows[:, 1:3] + one.rows[:, 3:5] / 2
+    beside = (most < 0).any(1) | (least > size).any(1)
+    if beside.any():
+        raise CompressError(
+            f"a box of {one.path.name} lies beside the image, which has {size[0]}x{size[1]} pixels",
+            where=str(one.said),
+            fix="boxes are of the upright image, in its pixels",
         )

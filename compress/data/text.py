@@ -33,13 +33,14 @@ from compress.errors import CompressError
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.schema.recipe import NamedText, SourceSpec
-from compress.system.files import disk_errors, matching, settle
+from compress.system.files import disk_errors, matching, read_text, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Split = Literal["calibration", "evaluation"]
 
+LONGEST = 8 << 30  # bytes of one file
 HUB_DOCUMENTS = 20_000  # documents read from a hub data set; its order is fixed, so the split is too
 # What a tokenizer does with an ordinary text is seen on this one.
 ORDINARY = "The quick brown fox jumps over the lazy dog."
@@ -245,6 +246,7 @@ def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, ti
         at += body
     chosen = [starts[i] for i in _evenly(len(starts), windows, length, f"source {title}", "text")]
     rows = torch.tensor([[*begin, *ids[at : at + body]] for at in chosen], dtype=torch.int64)
+    _refuse_alike(rows[:, len(begin) :], title)
     if not any(i in begins for at in chosen for i in range(at, at + body)):
         return Packed(rows)
     own = [[False] * len(begin) + [i not in begins for i in range(at, at + body)] for at in chosen]
@@ -289,6 +291,7 @@ def pack_dialogues(
     check_ids([i for ids in rows for i in ids], tokenizer)
     at = _evenly(len(rows), windows, length, f"source {title}", "dialogues")
     packed = torch.tensor([rows[i] for i in at], dtype=torch.int64)
+    _refuse_alike(packed, title)
     if not scored:
         return Packed(packed)
     spoken = torch.tensor([marks[i] for i in at], dtype=torch.bool)
@@ -356,6 +359,17 @@ def _evenly(available: int, windows: int, length: int, where: str, what: str) ->
         )
     found: list[int] = torch.linspace(0, available - 1, windows).long().tolist()
     return found
+
+
+def _refuse_alike(windows: Tensor, title: str) -> None:
+    """Raises CompressError where nothing can be measured on the text of ``windows``."""
+    alike = "of one token" if bool((windows == windows[0, 0]).all()) else "all alike"
+    if alike == "of one token" or (len(windows) > 1 and bool((windows == windows[0]).all())):
+        raise CompressError(
+            f"the windows of the text are {alike}: nothing can be measured on them",
+            where=f"source {title}",
+            fix="name a text that people wrote",
+        )
 
 
 def packing_inputs(tokenizer: Any, dialogues: Iterable[SourceSpec]) -> dict[str, Any]:
@@ -505,9 +519,9 @@ def read_files(patterns: Sequence[str]) -> list[str]:
     documents = []
     for path in matching(patterns, "the text files"):
         try:
-            documents.append(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            raise CompressError(f"the text cannot be read: {e}", where=path, fix="give UTF-8 text files") from e
+            documents.append(read_text(Path(path), "the text", LONGEST, "give UTF-8 text files"))
+        except CompressError as e:
+            raise CompressError(f"the text cannot be read: {e.what}", where=e.where, fix=e.fix) from e
     return documents
 
 

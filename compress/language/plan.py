@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.models import decoder
+from compress.run.strict_json import member, read_json, typed
+from compress.run.tensor_files import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -60,22 +62,17 @@ class Plan:
         Raises:
             CompressError: a file is missing or is no plan.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = folder / "plan.json"
-        try:
-            data = json.loads(path.read_text("utf-8"))
-            blocks = tuple(BlockPlan(tuple(b["heads"]), tuple(b["neurons"])) for b in data["blocks"])
-            return cls(blocks, load_file(folder / "plan.safetensors"), data["meta"])
-        except FileNotFoundError as e:
-            raise CompressError(
-                "there is no plan here", where=str(e.filename), fix="name a folder with plan.json and plan.safetensors"
-            ) from e
-        except (json.JSONDecodeError, KeyError, TypeError, SafetensorError) as e:
-            raise CompressError(
-                f"the plan cannot be read: {e}", where=str(folder), fix="make it again with `compress prune`"
-            ) from e
+        path, fix = folder / "plan.json", "make it again with `compress prune`"
+        what, where = "the plan", str(path)
+        data = typed(read_json(path, what, constants=True, fix=fix), dict, "", what, where, fix)
+        blocks = []
+        for i, row in enumerate(member(data, "blocks", list, what, where, fix=fix)):
+            at = f"blocks.{i}"
+            row = typed(row, dict, at, what, where, fix)
+            kept = (member(row, key, list, what, where, at, fix) for key in ("heads", "neurons"))
+            blocks.append(BlockPlan(*(tuple(typed(n, int, at, what, where, fix) for n in one) for one in kept)))
+        meta = member(data, "meta", dict, what, where, fix=fix)
+        return cls(tuple(blocks), load_tensors(folder / "plan.safetensors", "the plan's weights", fix), meta)
 
     def check(self, geometry: Geometry) -> None:
         """Raises CompressError where the plan does not fit a model of this geometry."""

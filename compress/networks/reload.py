@@ -9,12 +9,18 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from compress.errors import CompressError, UsageError
+from compress.run.strict_json import member, read_json, typed
+from compress.run.tensor_files import load_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+FIX = "make the model again, or copy it whole"
+FINGERPRINT = "fingerprint.safetensors"
+LARGEST_ARGUMENT = 100_000  # of a network: no count of channels, blocks or classes is larger
 
 
 @dataclass(frozen=True)
@@ -28,22 +34,60 @@ class Reloaded:
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What a folder says of its network: how it is built, its input, its tasks.
+    """What a folder says of its network: how it is built, its input, its tasks, and the widths of its layers where
+    channels are gone.
 
     Raises:
-        CompressError: it cannot be read.
+        CompressError: it cannot be read, or is not what such a file is; the field is named.
     """
     path = folder / "network.json"
-    try:
-        facts = json.loads(path.read_text("utf-8"))
-        complete = {"network", "arguments", "input", "mean", "std", "tasks"} <= facts.keys()
-    except (OSError, ValueError, AttributeError):
-        complete = False
-    if not complete:
-        raise CompressError(
-            "the facts of the network cannot be read", where=str(path), fix="make the model again, or copy it whole"
-        )
+    what, where = "the facts of the network", str(path)
+
+    def refuse(said: str) -> NoReturn:
+        raise CompressError(f"{what} are not what they should be: {said}", where=where, fix=FIX)
+
+    facts = typed(read_json(path, what, fix=FIX), dict, "", what, where, FIX)
+    member(facts, "network", str, what, where, fix=FIX)
+    arguments = member(facts, "arguments", dict, what, where, fix=FIX)
+    large = next((k for k, v in arguments.items() if isinstance(v, int | float) and abs(v) > LARGEST_ARGUMENT), None)
+    if large is not None:
+        refuse(f"the argument {large!r} is beyond {LARGEST_ARGUMENT:,}")
+    sizes = member(facts, "input", list, what, where, fix=FIX)
+    if not 2 <= len(sizes) <= 4 or not all(type(n) is int and 1 <= n <= LARGEST_ARGUMENT for n in sizes):
+        refuse(f"'input' is {sizes!r:.60}, not the sizes of a sample")
+    for key in ("mean", "std"):
+        values = member(facts, key, list, what, where, fix=FIX)
+        if len(values) != sizes[0] or any(type(v) not in (int, float) or not abs(v) < 1e15 for v in values):
+            refuse(f"{key!r} is {values!r:.60}, not a number for each of {sizes[0]} channels")
+    if min(facts["std"]) <= 0:
+        refuse("'std' is not above 0")
+    for name, shape in typed(facts.get("widths", {}), dict, "widths", what, where, FIX).items():
+        for axis in typed(shape, dict, f"widths.{name}", what, where, FIX):
+            member(shape, axis, int, what, where, f"widths.{name}", FIX)
+    tasks = member(facts, "tasks", list, what, where, fix=FIX)
+    for i, task in enumerate(tasks):
+        _check_task(typed(task, dict, f"tasks.{i}", what, where, FIX), f"tasks.{i}", what, where)
+    if not tasks or len({task["name"] for task in tasks}) != len(tasks):
+        refuse("'tasks' names none, or one twice")
     return dict(facts)
+
+
+def _check_task(task: dict[str, Any], at: str, what: str, where: str) -> None:
+    from compress.data.tasks import KINDS
+
+    member(task, "name", str, what, where, at, FIX)
+    if member(task, "kind", str, what, where, at, FIX) not in KINDS:
+        said = f"{what} are not what they should be: '{at}.kind' is {task['kind']!r:.60}"
+        raise CompressError(said, where=where, fix=f"one of: {', '.join(KINDS)}")
+    for name in member(task, "classes", list, what, where, at, FIX):
+        typed(name, str, f"{at}.classes", what, where, FIX)
+    for key, kind in (("log", bool), ("positive", float)):
+        if key in task:
+            member(task, key, kind, what, where, at, FIX)
+    strange = sorted(set(task) - {"name", "kind", "classes", "log", "positive"})
+    if strange:
+        said = f"{what} are not what they should be: {at} has the key {strange[0]!r:.60}, which no task has"
+        raise CompressError(said, where=where, fix=FIX)
 
 
 def check_named(folder: Path, network: str | None) -> None:
@@ -72,26 +116,28 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
         CompressError: a file is missing or not whole, or the weights do not fit.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     from compress.data.tasks import named
     from compress.models.zoo import build, load_weights
     from compress.networks.surgery import resize
 
     facts = read_facts(folder)
-    try:
-        kept = load_file(folder / "fingerprint.safetensors")
-    except (OSError, SafetensorError) as e:
-        raise CompressError(
-            f"the fingerprint cannot be read: {e}", where=str(folder), fix="make the model again, or copy it whole"
-        ) from e
-    model = resize(build(network or facts["network"], facts["arguments"]).eval(), facts.get("widths", {}))
+    names = [task["name"] for task in facts["tasks"]]
+    kept = _fingerprint(folder, facts, names)
+    model = _built(folder, facts) if network is None else build(network, facts["arguments"])
+    model = resize(model.eval(), facts.get("widths", {}))
     load_weights(model, folder / "model.safetensors")
     with torch.no_grad():
         out = model(kept["input"])
-    names = [task["name"] for task in facts["tasks"]]
     outputs = named(out, names)
+    for name in names:
+        if outputs[name].shape != kept[f"output.{name}"].shape:
+            shapes = f"{tuple(kept[f'output.{name}'].shape)}, the network gives {tuple(outputs[name].shape)}"
+            raise CompressError(
+                f"the fingerprint's output of {name!r} is {shapes}",
+                where=str(folder / FINGERPRINT),
+                fix=FIX,
+            )
     differences = [float((outputs[name] - kept[f"output.{name}"]).abs().max()) for name in names]
     found = {
         "max_abs_difference": max(differences),
@@ -100,6 +146,51 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
         "class": type(model).__name__,
     }
     return Reloaded(model, facts, kept["input"], found)
+
+
+def _built(folder: Path, facts: dict[str, Any]) -> nn.Module:
+    """The network of the zoo that a folder names. Its size is asked before it is made: the file's author chose it.
+
+    Raises:
+        CompressError: there is none, or none of these arguments, or it is far larger than the weights that lie there.
+    """
+    import torch
+
+    from compress.models.zoo import build
+
+    path = folder / "network.json"
+    there = (folder / "model.safetensors").stat().st_size if (folder / "model.safetensors").is_file() else 0
+    try:
+        with torch.device("meta"):
+            size = sum(t.nbytes for t in build(facts["network"], facts["arguments"]).state_dict().values())
+        # What was pruned may be a small part of what is made first.
+        if size > 1000 * max(there, 1 << 20):
+            said = f"the network it names takes {size:,} bytes, and its weights are {there:,}"
+            raise CompressError(said, where=str(path), fix=FIX)
+        return build(facts["network"], facts["arguments"])
+    except UsageError as e:
+        raise CompressError(e.what, where=f"{path}, {e.where}", fix=e.fix) from e
+    except (TypeError, ArithmeticError, RuntimeError) as e:  # arguments of a kind or size that the network has not
+        said = f"the network it names cannot be made: {' '.join(str(e).split())[:200]}"
+        raise CompressError(said, where=f"{path}, arguments", fix=FIX) from e
+
+
+def _fingerprint(folder: Path, facts: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
+    """The held-out samples that lie with a network, and what it gave for each task.
+
+    Raises:
+        CompressError: it cannot be read, or a tensor is missing, of another kind, or of another shape than the input.
+    """
+    path = folder / FINGERPRINT
+    kept = load_tensors(path, "the fingerprint", FIX)
+    for name in ("input", *(f"output.{n}" for n in names)):
+        if name not in kept or not kept[name].is_floating_point() or not bool(kept[name].isfinite().all()):
+            raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=str(path), fix=FIX)
+    shape = list(kept["input"].shape)
+    if shape[1:] != facts["input"] or not shape[0] >= 1:
+        said = f"the fingerprint's input is {shape}, and network.json says {facts['input']} of one sample"
+        raise CompressError(said, where=str(path), fix=FIX)
+    return kept
 
 
 if __name__ == "__main__":

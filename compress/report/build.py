@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,7 @@ def read_report(path: Path) -> dict[str, Any]:
     """
     from compress.report.rows import check
 
-    candidates = [path] if path.is_file() else [path / "report.json", path / "release" / "report.json"]
-    found = next((p for p in candidates if p.is_file()), None)
+    found = _found(path)
     if found is None:
         raise CompressError(
             "there is no report.json" + _unfinished(path),
@@ -95,8 +95,30 @@ def read_report(path: Path) -> dict[str, Any]:
             fix="make it again with `compress prune`",
         )
     report["sha256"] = stamp
-    check(report)  # found out here, and not in the middle of what is made of it
+    with of_report(found):
+        check(report)  # found out here, and not in the middle of what is made of it
     return dict(report)
+
+
+@contextmanager
+def of_report(path: Path) -> Iterator[None]:
+    """What is made of a report that came from elsewhere: a part of it that is no part of a report is the report's
+    fault. ``path`` is the report, or the folder that holds it.
+
+    Raises:
+        CompressError: where the block meets a value of another kind than reports have.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        said = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise CompressError(
+            f"report.json is not what a report is: a part is missing or of another kind ({said})",
+            where=str(_found(path) or path),
+            fix="make it again with `compress prune`",
+        ) from e
 
 
 def own_json(path: Path) -> dict[str, Any]:
@@ -105,6 +127,11 @@ def own_json(path: Path) -> dict[str, Any]:
     report = typed(read_json(path, what, constants=True), dict, "", what, where)
     member(report, "sha256", str, what, where)
     return report
+
+
+def _found(path: Path) -> Path | None:
+    candidates = [path] if path.is_file() else [path / "report.json", path / "release" / "report.json"]
+    return next((p for p in candidates if p.is_file()), None)
 
 
 def _unfinished(run: Path) -> str:

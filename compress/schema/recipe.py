@@ -487,6 +487,9 @@ def explain(
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, Clash):
         fix = cause.fix
+        # What was set last is what does not go with the rest.
+        given = [place for p, place in places.items() if p[: len(at)] == at and place.line is None]
+        where = f"{given[-1]}, key {key}" if given else where
     if key == "sparsity":
         fix = "give the share to remove as a number between 0 and 1, for example 0.5"
     return UsageError(f"{key}: {message[0].lower()}{message[1:]}{value}{more}", where=where, fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -25,7 +26,18 @@ class Section(BaseModel):
         assert info.field_name is not None
         if type(value) is bool and not _takes(cls.model_fields[info.field_name].annotation, bool):
             raise ValueError("true and false are no value here")
+        if value == "" and _takes(cls.model_fields[info.field_name].annotation, Path):
+            raise ValueError("a path is not empty")
         if not _holds_section(cls.model_fields[info.field_name].annotation):  # its own fields are asked by themselves
+            check_sizes(value)
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _sensible_as_read(cls, value: Any, info: ValidationInfo) -> Any:
+        """A text is read as a number where one is meant, and YAML takes 1e30 for a text."""
+        assert info.field_name is not None
+        if not _holds_section(cls.model_fields[info.field_name].annotation):
             check_sizes(value)
         return value
 

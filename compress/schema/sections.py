@@ -25,7 +25,9 @@ class DataSpec(Section):
     hub: str | None = Field(None, description="data set id on the Hugging Face hub")
     image_column: str = Field("img", description="the column of images (hub)")
     label_column: str = Field("label", description="the column of labels (hub)")
-    size: int | None = Field(None, ge=4, description="images are resized to size x size pixels; their own by default")
+    size: int | None = Field(
+        None, ge=4, le=4096, description="images are resized to size x size pixels; their own by default"
+    )
     white: float | None = Field(
         None,
         gt=0,

@@ -93,6 +93,16 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"{short!r} is no value: {str(e).split(';')[0]}", node.start_mark
             ) from None
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        """A character that JSON writes as two halves is one; half a character is none."""
+        found = str(super().construct_scalar(node))
+        if found.isascii():
+            return found
+        try:
+            return found.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            raise yaml.constructor.ConstructorError(None, None, "it holds half a character", node.start_mark) from None
+
 
 def _shallow(text: str) -> None:
     """Raises where the text nests too deeply, before anything recurses over it."""

@@ -94,6 +94,29 @@ def _sweep(path: Path) -> None:
                 left.unlink()
 
 
+def check_regular(path: Path, what: str, fix: str) -> None:
+    """Raises CompressError where there is no regular file: of a pipe, a library would wait for bytes for ever."""
+    try:
+        about = path.stat()
+    except FileNotFoundError as e:
+        raise CompressError(f"{what} is missing", where=str(path), fix=fix) from e
+    except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
+        raise CompressError(
+            f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
+        ) from e
+    if not stat.S_ISREG(about.st_mode):
+        raise CompressError(f"{what} is no file", where=str(path), fix=fix)
+
+
+def read_text(path: Path, what: str, limit: int, fix: str) -> str:
+    """`read_bytes` of a text in UTF-8, lines ended as in Python."""
+    data = read_bytes(path, what, limit, fix)
+    try:
+        return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
+        raise CompressError(f"{what} is not UTF-8 (byte {e.start})", where=str(path), fix=fix) from e
+
+
 def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
     """A regular file's bytes, ``limit`` at most; `CompressError` otherwise. A pipe or a device is never waited for."""
     try:
@@ -102,7 +125,12 @@ def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise CompressError(f"{what} is no file", where=str(path), fix=fix)
             with os.fdopen(handle, "rb", closefd=False) as file:
-                data = file.read(limit + 1)
+                pieces, left = [], limit + 1
+                # Piece by piece: room for the limit is not made for a file of a few bytes.
+                while left > 0 and (piece := file.read(min(left, 1 << 20))):
+                    pieces.append(piece)
+                    left -= len(piece)
+                data = b"".join(pieces)
         finally:
             os.close(handle)
     except FileNotFoundError as e:

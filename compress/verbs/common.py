@@ -78,14 +78,14 @@ def bench(dense: Path, pruned: Path, target: str | None = None, **options: Any) 
 def card(run: Path, out: Path | None) -> dict[str, Any]:
     """Writes the card and the plots of a finished run again, from its report.json."""
     from compress.pipeline import method_of
-    from compress.report.build import read_report
+    from compress.report.build import of_report, read_report
     from compress.report.html import NAME, write_html
     from compress.run.written import refuse_replacing, written
     from compress.system.files import disk_errors
 
     report = read_report(run)
     folder = out if out is not None else Path(f"{run}-card")
-    with written(folder, ("README.md", NAME), refuse_replacing) as beside, disk_errors(folder):
+    with written(folder, ("README.md", NAME), refuse_replacing) as beside, disk_errors(folder), of_report(run):
         write_html(report, method_of(report["recipe"]).card(report, beside), beside / NAME)
     return {"card": str(folder / "README.md"), "html": str(folder / NAME), "report": report["sha256"]}
 
@@ -102,7 +102,7 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     import tempfile
 
     from compress.pipeline import method_of
-    from compress.report.build import read_report
+    from compress.report.build import of_report, read_report
     from compress.report.html import write_html
     from compress.run.written import refuse_replacing, written
     from compress.system.files import disk_errors
@@ -113,6 +113,7 @@ def report_page(run: Path, out: Path) -> dict[str, Any]:
     with (
         written(out.parent, (out.name,), refuse_replacing) as beside,
         disk_errors(out),
+        of_report(run),
         tempfile.TemporaryDirectory() as pictures,
     ):
         card = method_of(report["recipe"]).card(report, Path(pictures))

@@ -14,6 +14,8 @@ from torch import nn
 
 from compress.errors import CompressError, UsageError
 from compress.models.computed import refuse_computed_weights
+from compress.models.reading import LARGEST_WEIGHT
+from compress.run.tensor_files import load_tensors
 
 # name -> file of this folder and function in it
 NETWORKS = {
@@ -112,9 +114,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         CompressError: it is no safetensors file (a pickle is never opened), or does not fit, or holds NaN.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     if not path.is_file():
         raise CompressError("there is no such file of weights", where=str(path), fix="check the path")
     with path.open("rb") as file:
@@ -126,12 +125,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
             where=str(path),
             fix="convert them to safetensors where you trust their source",
         )
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise CompressError(
-            f"the weights cannot be read: {e}", where=str(path), fix="give a whole safetensors file"
-        ) from e
+    tensors = load_tensors(path, "the file of weights", "give a whole safetensors file")
     own = model.state_dict()
     missing, strange = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
     if missing or strange:
@@ -150,6 +144,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
             )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise CompressError(f"{name} holds NaN or infinity", where=str(path), fix="use weights that are whole")
+        if tensor.is_floating_point() and tensor.numel() and float(tensor.abs().max()) > LARGEST_WEIGHT:
+            most = f"{name} goes up to {float(tensor.abs().max()):.3g}: what is computed with it overflows"
+            raise CompressError(most, where=str(path), fix="use weights that are whole")
         own[name].copy_(tensor)
     # What is tied is one: where the file says two things of it, the last one written is what all of them are now.
     for name, tensor in tensors.items():

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.run.strict_json import parse_json
+from compress.run.tensor_files import open_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -136,22 +138,12 @@ def read_tensors(path: Path, format_: str, what: str, fix: str) -> tuple[dict[st
     Raises:
         CompressError: there is none, it cannot be read, or it has another format.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY, "{}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-    except FileNotFoundError as e:
-        raise CompressError(f"there is no {what} here", where=str(path), fix=fix) from e
-    except SafetensorError as e:
-        raise CompressError(
-            f"the {what} is no whole safetensors file (a pickle is never read): {e}", where=str(path), fix=fix
-        ) from e
-    try:
-        facts = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise CompressError(f"the metadata of the {what} cannot be read", where=str(path), fix=fix) from e
+    if not path.exists():
+        raise CompressError(f"there is no {what} here", where=str(path), fix=fix)
+    with open_tensors(path, f"the {what}", f"{fix} (a pickle is never read)") as file:
+        text = (file.metadata() or {}).get(KEY, "{}")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+    facts = parse_json(text, f"the metadata of the {what}", str(path), fix=fix)
     if not isinstance(facts, dict) or facts.get("format") != format_:
         raise CompressError(f"this is no {what}", where=str(path), fix=fix)
     return tensors, facts

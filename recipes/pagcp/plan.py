@@ -13,6 +13,8 @@ from torch import nn
 
 from compress.errors import CompressError
 from compress.networks.surgery import cut, width, widths, zeroed
+from compress.run.strict_json import member, read_json, typed
+from compress.run.tensor_files import load_tensors
 
 FILE, INDICES = "plan.json", "plan.safetensors"
 
@@ -98,23 +100,24 @@ class Plan:
         Raises:
             CompressError: a file is missing or is no plan.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            data = json.loads((folder / FILE).read_text("utf-8"))
-            tensors = load_file(folder / INDICES)
-            dense = {(row["layer"], row["axis"]): int(row["channels"]) for row in data["layers"]}
-            removed = {(k.split(" ")[0], k.split(" ")[1]): tuple(v.tolist()) for k, v in tensors.items() if k != "none"}
-            return cls(dict(sorted(removed.items())), dense, data["meta"])
-        except FileNotFoundError as e:
-            raise CompressError(
-                "there is no plan here", where=str(e.filename), fix=f"name a folder with {FILE} and {INDICES}"
-            ) from e
-        except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, SafetensorError) as e:
-            raise CompressError(
-                f"the plan cannot be read: {e}", where=str(folder), fix="make it again with `compress prune`"
-            ) from e
+        path, fix = folder / FILE, "make it again with `compress prune`"
+        what, where = "the plan", str(path)
+        data = typed(read_json(path, what, constants=True, fix=fix), dict, "", what, where, fix)
+        dense = {}
+        for i, row in enumerate(member(data, "layers", list, what, where, fix=fix)):
+            at = f"layers.{i}"
+            row = typed(row, dict, at, what, where, fix)
+            layer, axis = (member(row, key, str, what, where, at, fix) for key in ("layer", "axis"))
+            dense[layer, axis] = member(row, "channels", int, what, where, at, fix)
+        removed = {}
+        for name, indices in load_tensors(folder / INDICES, "the plan's channels", fix).items():
+            layer, space, axis = name.partition(" ")
+            if name == "none":
+                continue
+            if not space or indices.dim() != 1 or indices.is_floating_point():
+                raise CompressError(f"the plan's channels {name!r} are none", where=str(folder / INDICES), fix=fix)
+            removed[layer, axis] = tuple(indices.tolist())
+        return cls(dict(sorted(removed.items())), dense, member(data, "meta", dict, what, where, fix=fix))
 
 
 def _nothing() -> dict[str, torch.Tensor]:

@@ -414,3 +414,39 @@ def test_a_fault_of_a_text_that_is_found_in_the_first_stage_leaves_no_folder(min
         ran = compress("prune", mine.model, "-r", recipe, "--out", tmp_path / "runs" / "left")
         assert ran.code == 1 and ran.err.count("error: ") == 1, ran.err
         assert not (tmp_path / "runs").exists(), recipe
+
+
+# --- names and places ------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_no_file_can_have_is_one_error(mine: Job) -> None:
+    for name in ("x" * 300, "x" * 5000, "a/" * 2500):
+        one_error(compress("verify", name), 1, "there can be no file of that name", name[:100])
+        one_error(compress("plan", mine.model, "-r", f"./{name}.yaml"), 1, "no file of that name")
+    one_error(compress("verify", "  "), 2, "no such folder", "where: '  '")
+
+
+def test_names_that_are_not_utf_8_are_names_like_others(mine: Job) -> None:
+    """A file's name is bytes; Python shows those that are no UTF-8 as halves of characters."""
+    odd = mine.folder / os.fsdecode(b"m\xff\xe9")
+    mine.model.rename(odd)
+    one_error(compress("plan", odd / "none", "-r", mine.recipe), 2, "none", "\\udcff")
+    ran = compress("eval", odd, "--text", mine.folder / "first.txt", "--windows", 1, "--length", 16)
+    one_error(ran, 1, "its name is not UTF-8", "m\\udcff\\udce9/model.safetensors", "rename it")
+    odd.rename(mine.model)
+    text = mine.folder / os.fsdecode(b"t\xff.txt")
+    (mine.folder / "first.txt").rename(text)
+    ran = compress("eval", mine.model, "--text", text, "--windows", 1, "--length", 16, "--json")
+    assert ran.code == 0 and "\\udcff" in ran.out, ran.err
+
+
+def test_a_cache_of_the_hubs_that_cannot_be_made_is_no_fault_of_the_network(mine: Job) -> None:
+    from huggingface_hub import constants
+
+    from compress.models.sources import hub_cache
+
+    child = start("plan", "nobody/nothing", "-r", mine.recipe, HF_HOME="/proc/none", HF_HUB_OFFLINE="0")
+    out, err = child.communicate(timeout=120)
+    one_error(Ran(child.returncode, out, err), 1, "the hub's cache cannot be written", "/proc/none", "HF_HOME=FOLDER")
+    with pytest.raises(CompressError, match="the hub's cache cannot be written"), hub_cache():
+        raise PermissionError(13, "Permission denied", f"{constants.HF_HUB_CACHE}/models--x")
