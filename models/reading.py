@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +119,7 @@ def _check_buildable(config: Any, folder: Path) -> None:
 
     if config.model_type in FAMILIES and not is_ragged(folder):
         with rejected(folder, CONFIG, "no model can be made of the configuration"), torch.device("meta"):
-            from_config(config)
+            from_config(copy.deepcopy(config))  # it takes the type that it is made in into its configuration
 
 
 def load_tokenizer(folder: Path) -> Any:

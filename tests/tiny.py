@@ -150,12 +150,12 @@ bench: {prompt: 24, context: 24, processes: 2, threads: 1, min_seconds: 0.01, mi
 """
 
 
-def tiny_job(folder: Path, model_type: str = "llama") -> tuple[Path, Path]:
-    """(model folder, recipe file) of a whole run that takes seconds, with its text beside them."""
+def tiny_job(folder: Path, model_type: str = "llama", layers: int = 2) -> tuple[Path, Path]:
+    """(model folder, recipe file) of a whole run that takes seconds, with its text beside them. What it takes is mostly
+    the export, which grows with the layers."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (name, paragraphs) in enumerate((("calibration", 120), ("first", 160), ("second", 160))):
         (folder / f"{name}.txt").write_text(prose(paragraphs, seed))
     recipe = folder / "tiny.yaml"
     recipe.write_text(RECIPE.replace("FOLDER", str(folder)))
-    # Two blocks: what a run costs is mostly the export, which grows with them.
-    return saved_tiny(folder / "model", model_type, num_hidden_layers=2), recipe
+    return saved_tiny(folder / "model", model_type, num_hidden_layers=layers), recipe

@@ -20,6 +20,7 @@ from tests.command import compress, one_error
 from tests.export.test_gate_run import Machine, net
 from tools.ci.models import chain
 
+pytestmark = pytest.mark.usefixtures("done_once")
 TOP = Path(__file__).parents[2]
 
 
@@ -200,8 +201,6 @@ BUILD = """\
 import sys
 from pathlib import Path
 from tools.ci.models import chain
-
-pytestmark = pytest.mark.usefixtures("done_once")
 chain(Path("build/model.onnx"), int(Path("layers.txt").read_text()))
 """
 

@@ -31,7 +31,7 @@ class Recovered:
 
 def setup_of(job: Path, model_type: str = "llama", stream: bool = False, **spec: Any) -> Setup:
     """A tiny model's set-up with this `recover:` section; ``stream``: as if the model did not fit."""
-    model, recipe = (job / "model", job / "tiny.yaml") if job.exists() else tiny_job(job, model_type)
+    model, recipe = (job / "model", job / "tiny.yaml") if job.exists() else tiny_job(job, model_type, layers=4)
     words = [f"recover={json.dumps(spec)}", f"memory.stream={stream}"]
     return prepare(str(model), load_recipe(str(recipe), METHODS, words))
 
