@@ -86,8 +86,8 @@ def test_a_network_is_reloaded_without_the_current_folder(tmp_path: Path) -> Non
     x = torch.randn(2, 3, 12, 12)
     save_file(model.state_dict(), folder / "model.safetensors")
     save_file({"input": x, "output.class": model(x).detach()}, folder / "fingerprint.safetensors")
-    facts = {"network": "resnet", "arguments": arguments, "input": [3, 12, 12], "mean": [0], "std": [1]}
-    task = {"name": "class", "kind": "classes", "names": ["a", "b", "c"]}
+    facts = {"network": "resnet", "arguments": arguments, "input": [3, 12, 12], "mean": [0, 0, 0], "std": [1, 1, 1]}
+    task = {"name": "class", "kind": "classes", "classes": ["a", "b", "c"]}
     (folder / "network.json").write_text(json.dumps({**facts, "tasks": [task]}))
     done = run(python("-m", "compress", "verify", "."), folder)
     assert done.returncode == 1 and "did not write" in done.stderr, "code lies beside the network"
