@@ -291,8 +291,8 @@ def pack_dialogues(
     check_ids([i for ids in rows for i in ids], tokenizer)
     at = _evenly(len(rows), windows, length, f"source {title}", "dialogues")
     packed = torch.tensor([rows[i] for i in at], dtype=torch.int64)
-    _refuse_alike(packed, title)
     if not scored:
+        _refuse_alike(packed, title)
         return Packed(packed)
     spoken = torch.tensor([marks[i] for i in at], dtype=torch.bool)
     if not spoken[:, max(1, len(begin)) :].any():
@@ -301,6 +301,7 @@ def pack_dialogues(
             where=f"source {title}",
             fix="ask for longer windows",
         )
+    _refuse_alike(packed, title)
     return Packed(packed, spoken)
 
 
