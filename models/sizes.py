@@ -99,6 +99,8 @@ def _check_values(config: Mapping[str, Any], refuse: Callable[[str], None], at: 
     rows = config.get("vocab_size")
     for key in TOKENS:
         value = config.get(key)
+        # The embedding has a row for padding; another number that no token has is left out where texts are read.
+        most = (rows if key == "pad_token_id" else None) or LARGEST["vocab_size"]
         for one in value if isinstance(value, list) else [value]:
-            if one is not None and (type(one) is not int or not -1 <= one < (rows or LARGEST["vocab_size"])):
+            if one is not None and (type(one) is not int or not -1 <= one < most):
                 refuse(f"{at}{key} is {one!r:.40}, not the number of a token (vocab_size is {rows})")

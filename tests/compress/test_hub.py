@@ -12,6 +12,8 @@ import pytest
 from tests.command import Job, compress, one_error
 from tests.hub import TOKEN, Hub, Repo, stand_in
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:

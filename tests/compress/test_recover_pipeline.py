@@ -23,6 +23,8 @@ from compress.schema.recipe import load_recipe
 from tests import ranks
 from tests.command import Job, compress, one_error
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 SECTION = "recover={method: full, steps: 40, batch: 4, windows: 12, hidden: 0.3, learning_rate: 0.003}"
 SHORT = ("--set", "tyr.iterations=1", "--set", "export=null", "--set", "bench=null", "--set", "evaluation.curve=[]")
 

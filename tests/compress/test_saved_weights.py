@@ -28,6 +28,8 @@ from compress.schema.recipe import load_recipe
 from tests.command import Job, compress
 from tests.tiny import tiny, tiny_job, tokens, word_tokenizer
 
+pytestmark = pytest.mark.usefixtures("done_once")
+
 TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = (
     *("--set", "tyr.iterations=1", "--set", "tyr.search.generations=0", "--set", "bench=null"),
@@ -90,7 +92,9 @@ def test_a_bfloat16_llama_is_published_as_it_is_proven(run: Path) -> None:
     assert not torch.equal(refitted, refitted.bfloat16().float())
 
 
-@pytest.mark.parametrize(("model_type", "dtype"), [("gemma3_text", "bfloat16"), ("qwen2", "float16")])
+@pytest.mark.parametrize(
+    ("model_type", "dtype"), [("gemma3_text", "bfloat16"), pytest.param("qwen2", "float16", marks=pytest.mark.slow)]
+)
 def test_a_half_precision_model_is_published_as_it_is_proven(model_type: str, dtype: str, tmp_path: Path) -> None:
     job = stored_job(tmp_path, model_type, dtype)
     published_is_proven(prune(job, tmp_path / "run", "--set", "layouts=[per-layer]"), dtype)

@@ -190,7 +190,7 @@ def _tokens(folder: Path) -> Any:
     tokenizer = load_tokenizer(folder)
     text_facts(tokenizer)
     words = "the cat sat on the mat and the dog did not. " * 20
-    ids = pack([words, words], tokenizer, 16, 2, "text").tolist()
+    ids = pack([words, words], tokenizer, 16, 2, "text").ids.tolist()
     return {"ids": ids, "one": begun(tokenizer, "an apple a day"), "said": tokenizer.decode(ids[0])}
 
 
