@@ -329,6 +329,7 @@ def verify_network(folder: Path, network: str | None = None) -> dict[str, Any]:
         python("-m", "compress.networks.reload", str(folder), *([network] if network else [])),
         capture_output=True,
         encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -94,16 +94,23 @@ def _sweep(path: Path) -> None:
                 left.unlink()
 
 
-def check_regular(path: Path, what: str, fix: str) -> None:
-    """Raises CompressError where there is no regular file: of a pipe, a library would wait for bytes for ever."""
+@contextlib.contextmanager
+def _unreadable(path: Path, what: str, fix: str) -> Iterator[None]:
+    """What the system says of a file that is missing or closed, as one error."""
     try:
-        about = path.stat()
+        yield
     except FileNotFoundError as e:
         raise CompressError(f"{what} is missing", where=str(path), fix=fix) from e
     except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
         raise CompressError(
             f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
         ) from e
+
+
+def check_regular(path: Path, what: str, fix: str) -> None:
+    """Raises CompressError where there is no regular file: of a pipe, a library would wait for bytes for ever."""
+    with _unreadable(path, what, fix):
+        about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise CompressError(f"{what} is no file", where=str(path), fix=fix)
 
@@ -119,7 +126,7 @@ def read_text(path: Path, what: str, limit: int, fix: str) -> str:
 
 def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
     """A regular file's bytes, ``limit`` at most; `CompressError` otherwise. A pipe or a device is never waited for."""
-    try:
+    with _unreadable(path, what, fix):
         handle = host.open_to_read(str(path))
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -133,12 +140,6 @@ def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
                 data = b"".join(pieces)
         finally:
             os.close(handle)
-    except FileNotFoundError as e:
-        raise CompressError(f"{what} is missing", where=str(path), fix=fix) from e
-    except (OSError, ValueError) as e:  # a ValueError: the name holds a NUL
-        raise CompressError(
-            f"{what} cannot be read: {getattr(e, 'strerror', None) or e}", where=str(path), fix=fix
-        ) from e
     if len(data) > limit:
         raise CompressError(f"{what} is longer than {limit:,} bytes", where=str(path), fix=fix)
     return data
