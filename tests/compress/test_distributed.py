@@ -195,7 +195,7 @@ def test_one_process_and_several_give_the_same_bytes(job: Job, alone: Path, tmp_
     assert done.out.count("removed ") == 1 and done.out.count(f"run      {out}") == 1  # one process speaks
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_other_launchers_work_the_same(job: Job, alone: Path, tmp_path: Path, launcher: str) -> None:
     here = Path(sys.executable).parent
     launch = {

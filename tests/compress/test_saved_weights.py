@@ -92,9 +92,8 @@ def test_a_bfloat16_llama_is_published_as_it_is_proven(run: Path) -> None:
     assert not torch.equal(refitted, refitted.bfloat16().float())
 
 
-@pytest.mark.parametrize(
-    ("model_type", "dtype"), [("gemma3_text", "bfloat16"), pytest.param("qwen2", "float16", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("model_type", "dtype"), [("gemma3_text", "bfloat16"), ("qwen2", "float16")])
+@pytest.mark.slow
 def test_a_half_precision_model_is_published_as_it_is_proven(model_type: str, dtype: str, tmp_path: Path) -> None:
     job = stored_job(tmp_path, model_type, dtype)
     published_is_proven(prune(job, tmp_path / "run", "--set", "layouts=[per-layer]"), dtype)

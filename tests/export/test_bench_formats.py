@@ -21,6 +21,8 @@ from tools import format_cases
 from tools.format_cases import even_plan, llm_work
 from tools.format_profile import ATTENTION, REST, WEIGHTS, explained, kinds_of
 
+pytestmark = pytest.mark.processes
+
 
 def wide(**changes: Any) -> Any:
     return tiny("llama", intermediate_size=256, num_hidden_layers=10, attn_implementation="eager", **changes)
@@ -77,7 +79,7 @@ def test_the_shares_of_what_is_missing_are_those_of_each_kind() -> None:
     assert "miss nothing" in explained(dense, {**pruned, WEIGHTS: {}}, ({WEIGHTS: 2}, {WEIGHTS: 1}), "FLOPs")[1]
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_the_time_of_a_language_model_is_told_by_kind(form: str, tmp_path: Path) -> None:
     pytest.importorskip({"onnx": "onnxruntime"}.get(form, form))
     model = tiny("llama", intermediate_size=1024, hidden_size=320, head_dim=32, num_hidden_layers=2)

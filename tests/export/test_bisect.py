@@ -24,6 +24,8 @@ from compress.models.zoo import build
 from tests.export.test_onnx import ragged
 from tests.export.test_onnx_module import inputs
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def branched(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -12,6 +12,8 @@ from tests.command import compress
 from tests.compress.test_network import RECIPE
 from tests.networks import write_class_folders
 
+pytestmark = pytest.mark.processes
+
 SET = ("--set", "bench=null", "--set", "arguments={depth: 8, width: 4, classes: 3}")
 FORMATS = ["onnx", "ort", *(f for f in ("openvino", "tensorrt_rtx") if find_spec(f))]
 

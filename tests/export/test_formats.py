@@ -22,6 +22,8 @@ from tests.export.test_onnx import ragged
 from tests.networks import shape_data
 from tests.networks.test_train import TwoHeads
 
+pytestmark = pytest.mark.processes
+
 
 def feeds(count: int, first: int = 0) -> list[dict[str, Any]]:
     data = shape_data()

@@ -25,6 +25,8 @@ from compress.exporters.ranges import index_ranges
 from compress.run.cache import sha256_of
 from tests.command import compress, one_error
 
+pytestmark = pytest.mark.processes
+
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 
 

@@ -16,6 +16,8 @@ from compress.models.families import family_for
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import ARCHITECTURES, tiny, tokens
 
+pytestmark = pytest.mark.processes
+
 
 def ragged(model_type: str) -> Any:
     model = tiny(model_type)

@@ -19,6 +19,8 @@ from compress.schema.recipe import ExportSection
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import tiny, word_tokenizer
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:

@@ -30,6 +30,8 @@ from tests.export.test_onnx import ragged
 from tests.export.test_onnx_module import inputs
 from tests.networks.test_train import TwoHeads
 
+pytestmark = pytest.mark.processes
+
 DEVICES = ("sm86", "sm89")
 
 

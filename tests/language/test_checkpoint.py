@@ -14,6 +14,8 @@ from compress.models.families import family_for
 from compress.models.reading import check_weights, load_model, weight_files
 from tests.tiny import tiny, tokens, word_tokenizer
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:

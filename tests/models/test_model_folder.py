@@ -23,6 +23,8 @@ from compress.run.seals import entries
 from tests.command import compress, one_error
 from tests.tiny import saved_tiny
 
+pytestmark = pytest.mark.processes
+
 EVIL = "from pathlib import Path\nPath(__file__).with_name('PWNED').write_text('1')\nimport os\nos._exit(0)\n"
 
 

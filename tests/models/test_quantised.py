@@ -23,6 +23,8 @@ from tests.command import compress, one_error
 from tests.models.test_model_folder import edit, sharded
 from tests.tiny import RECIPE, prose, tiny, word_tokenizer
 
+pytestmark = pytest.mark.processes
+
 # Blocks of 32: ffn 80 and KV rows 16 leave a last block that is not whole.
 BLOCK = 32
 SIZES: dict[str, Any] = {

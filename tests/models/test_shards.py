@@ -58,7 +58,14 @@ def itemsize(folder: Path) -> int:
 
 
 # 40, 48, 80 and 16 rows: neither 3 nor 5 divides them; of 5 processes one has nothing of 16.
-@pytest.mark.parametrize(("processes", "kind"), [(2, torch.bfloat16), (3, torch.float32), (5, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("processes", "kind"),
+    [
+        pytest.param(2, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(3, torch.float32, marks=pytest.mark.slow),
+        (5, torch.bfloat16),
+    ],
+)
 def test_a_block_put_together_is_the_block_that_was_saved(processes: int, kind: torch.dtype, tmp_path: Path) -> None:
     model = tiny("qwen3").to(kind)
     model.save_pretrained(tmp_path)

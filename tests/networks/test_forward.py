@@ -16,6 +16,8 @@ from tests.compress.test_channels import RECIPE as CHANNELS
 from tests.compress.test_network import RECIPE as WEIGHTS
 from tests.networks import write_class_folders
 
+pytestmark = pytest.mark.processes
+
 MINE = """\
 import torch
 from torch import nn

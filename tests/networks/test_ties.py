@@ -22,6 +22,8 @@ from tests import tied_nets as nets
 from tests.command import compress
 from tests.networks import write_class_folders
 
+pytestmark = pytest.mark.processes
+
 RECIPE = """\
 method: METHOD
 task: network

@@ -415,7 +415,10 @@ def shared_training(out: str, batch: int) -> None:
 
 
 # 203 = 5 * 34 + 33: uneven shares; 203 = 2 * 101 + 1: the last batch leaves all but one process without a sample.
-@pytest.mark.parametrize(("batch", "world"), [(34, 2), (34, 3), (101, 2)])
+@pytest.mark.parametrize(
+    ("batch", "world"),
+    [pytest.param(34, 2, marks=pytest.mark.slow), (34, 3), pytest.param(101, 2, marks=pytest.mark.slow)],
+)
 def test_processes_train_as_one_does_also_where_the_last_batch_leaves_some_empty(
     batch: int, world: int, tmp_path: Path
 ) -> None:

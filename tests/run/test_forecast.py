@@ -21,6 +21,8 @@ from compress.verbs.common import plan
 from tests.command import compress, one_error
 from tools.fit_forecast import Case, folder_bytes, foreseen, least_squares, measure, pairs
 
+pytestmark = pytest.mark.processes
+
 # Parameters as the hub counts them in each model's safetensors files.
 PUBLISHED = {
     "gemma-3-270m": 268_098_176,
@@ -51,7 +53,7 @@ def ran(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return measure(request.param, tmp_path_factory.mktemp("fresh") / "run")
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_recovery_is_foretold(method: str, tmp_path: Path) -> None:
     if method == "lora":
         pytest.importorskip("peft")

@@ -19,6 +19,8 @@ from compress.models.zoo import build
 from compress.networks.train import evaluate, train
 from compress.schema.sections import DataSpec, TrainSpec
 
+pytestmark = pytest.mark.processes
+
 HEADS = {"pixels": {"depth": 1, "normals": 3, "labels": 5}, "labels": {"kind": 4, "words": 7}}
 SMALL = {"widths": [8, 16], "blocks": [1, 1], "decoder": 8, "hidden": 8}
 TASKS = (

@@ -301,7 +301,7 @@ def part_of(weights: Mapping[str, Tensor], rank: int, ranks: int) -> list[str]:
     return names[:cut] if rank == 0 else names[cut + rank - 1 : cut + rank]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_several_processes_give_the_masks_of_one(tmp_path: Path, ranks: int) -> None:
     from safetensors.torch import load_file
 

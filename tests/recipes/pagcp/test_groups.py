@@ -17,6 +17,8 @@ from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Groups, find_groups, tensors
 from tests import channel_nets as nets
 
+pytestmark = pytest.mark.processes
+
 IMAGES = (2, 3, 16, 16)
 MULTI = {"pixels": {"matte": 1}, "labels": {"category": 9, "vendor": 2}}
 ZOO: dict[str, tuple[str, dict[str, object], tuple[int, ...]]] = {

@@ -283,7 +283,7 @@ def _decided(folder: str, saliency: str) -> Any:
     return decision.state, decision.values, [json.dumps(row) for row in p.oracle.journal.rows()]
 
 
-@pytest.mark.parametrize("saliency", ["l1", "taylor"])
+@pytest.mark.parametrize("saliency", [pytest.param("l1", marks=pytest.mark.slow), "taylor"])
 def test_one_process_and_two_measure_and_decide_the_same_to_the_last_bit(tmp_path: Path, saliency: str) -> None:
     torch.set_num_threads(1)
     alone = _decided(str(tmp_path), saliency)
