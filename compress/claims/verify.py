@@ -420,7 +420,7 @@ def _counts(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
     if "nonzero_parameters" in size:
         said, found = size["nonzero_parameters"], _nonzeros(subject)
         title = "non-zero parameters"
-    elif "total_parameters" in (size.get("pruned") or {}) and report["quality"].get("layout") == "per-layer":
+    elif "total_parameters" in (size.get("pruned") or {}) and report["quality"].get("layout") in ("per-layer", "stock"):
         place = subject.folder / "model" if (subject.folder / "model").is_dir() else subject.folder
         said, found = size["pruned"]["total_parameters"], loaded[str(place)]["parameters"]
         title = "parameters"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from compress.models.families.base import Family
 
-Layout = Literal["per-layer", "padded"]
+Layout = Literal["per-layer", "padded", "stock"]
 FINGERPRINT = "fingerprint.safetensors"
 SHARD_BYTES = 5 * 10**9
 TOLERANCE = 1e-4  # largest difference allowed of reloaded logits, relative to the largest logit
@@ -43,12 +44,15 @@ def save_model(
     tokenizer: Any,
     dtype: Any,
     tokens: Tensor,
+    stock: bool = False,
 ) -> None:
     """Writes a model so that transformers loads it again, with the logits it must then give.
 
     Args:
         model: sliced (``layers`` given) or of one shape (``layers`` None: stock classes load it).
         layers: (query heads, KV groups, neurons) of every block: the `per-layer` layout.
+        stock: the blocks of ``layers`` are alike or wholly gone: those that stay are written, and stock classes load
+            them.
         dtype: the type the weights are stored in.
         tokens: (1, n) int64, the input of the fingerprint.
 
@@ -58,7 +62,8 @@ def save_model(
     import torch
     from safetensors.torch import save_file
 
-    _write_weights(model, family, folder, dtype)
+    kept = [i for i, layer in enumerate(layers or ()) if any(layer)] if stock else range(len(decoder.blocks(model)))
+    _write_weights(model, family, folder, dtype, kept)
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         # As it is: transformers reads settings that it refuses to save, such as a temperature without sampling.
@@ -67,7 +72,9 @@ def save_model(
     path = folder / "config.json"
     config = json.loads(path.read_text("utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
-    if layers is not None:
+    if stock and layers is not None:
+        config = _stock_config(config, family, model.config, layers, kept)
+    elif layers is not None:
         blocks = family.geometry(model.config).blocks
         entries = config.pop("per_layer_config", {})  # a dense model's own, where its blocks differ
         for i, (layer, dense) in enumerate(zip(layers, blocks, strict=True)):
@@ -91,8 +98,30 @@ def save_model(
     save_file({"tokens": tokens, "logits": logits.contiguous()}, folder / FINGERPRINT)
 
 
-def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None:
-    """Writes a model's weights block by block, in files of at most `SHARD_BYTES`, named as transformers names them."""
+def _stock_config(
+    config: dict[str, Any], family: Family, dense: Any, layers: Sequence[tuple[int, int, int]], kept: Sequence[int]
+) -> dict[str, Any]:
+    """The configuration of the blocks ``kept``, which are alike; what it says of every block is said of those.
+
+    Raises:
+        CompressError: they are not alike.
+    """
+    shapes = {layers[i] for i in kept}
+    if len(shapes) != 1 or not all(min(shape) for shape in shapes):
+        raise CompressError(
+            f"{len(shapes)} sizes of blocks stay, and a stock shape has one",
+            where="plan.json",
+            fix="save it in the layout per-layer, or prune it with tyr.shape=stock",
+        )
+    every = {n for n, v in config.items() if "layer" in n and isinstance(v, list) and len(v) == len(layers)}
+    made = {name: [value[i] for i in kept] if name in every else value for name, value in config.items()}
+    head_dim = family.geometry(dense).blocks[0].head_dim
+    return {**made, **family.layer_overrides(*shapes.pop()), "head_dim": head_dim, "num_hidden_layers": len(kept)}
+
+
+def _write_weights(model: Any, family: Family, folder: Path, dtype: Any, kept: Sequence[int]) -> None:
+    """Writes a model's weights block by block, in files of at most `SHARD_BYTES`, named as transformers names them;
+    of the blocks those that are ``kept``, numbered anew."""
     import torch
     from safetensors.torch import save_file
 
@@ -126,8 +155,9 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any) -> None
             held[prefix + name] = kept
             total += kept.nbytes
 
-    for index, block in enumerate(decoder.blocks(model)):
-        add(f"{decoder.BLOCKS}{index}.", block.state_dict())
+    blocks = decoder.blocks(model)
+    for index, old in enumerate(kept):
+        add(f"{decoder.BLOCKS}{index}.", blocks[old].state_dict())
     rest = {
         n: t
         for n, t in model.state_dict().items()

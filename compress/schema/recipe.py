@@ -227,9 +227,25 @@ class TextRecipe(AnyRecipe):
 class Recipe(TextRecipe):
     """A recipe that looks at text to decide what goes."""
 
-    layouts: list[Literal["per-layer", "padded"]] = Field(["per-layer"], min_length=1)
+    layouts: list[Literal["per-layer", "padded", "stock"]] = Field(["per-layer"], min_length=1)
     calibration: Calibration
     recover: RecoverSection | None = None
+
+    @model_validator(mode="after")
+    def _layouts_fit(self) -> Recipe:
+        stock = getattr(self.options, "shape", "ragged") == "stock"
+        if stock != ("stock" in self.layouts) or (stock and len(self.layouts) > 1):
+            raise Clash(
+                f"the layouts {self.layouts} do not fit the shape that is asked for: blocks that are alike are saved as"
+                " stock, others as per-layer or padded",
+                "say both, shape: stock and layouts: [stock], or neither",
+            )
+        if stock and self.evaluation.curve:
+            raise Clash(
+                "evaluation.curve draws ragged models, and the shape asked for is stock",
+                "say curve: [], or another shape",
+            )
+        return self
 
     def sources(self) -> list[SourceSpec]:
         return [*self.calibration.sources, *super().sources()]

@@ -76,6 +76,10 @@ class TyrOptions(Section):
     round_to: int = Field(16, ge=1, description="FFN neurons are removed in multiples of this")
     query_heads: bool = Field(True, description="also trim query heads, equally in every kept KV group")
     attention: bool = Field(True, description="false leaves attention dense")
+    shape: Literal["ragged", "stock"] = Field(
+        "ragged",
+        description="stock: every block alike and some whole blocks gone: every runtime's own classes load it",
+    )
     metric: Literal["fisher", "none"] = Field(
         "fisher", description="output metric the choice of units is made in; fisher needs one backward pass"
     )

@@ -115,6 +115,9 @@ def check_budget(job: Job) -> int:
     target = target_removed(job.sparsity, job.costs.backbone)
     most = 0
     for i, costs in enumerate(job.costs.blocks):
+        if job.options.shape == "stock" and i:  # all of every block but one may go
+            most += costs.dense
+            continue
         least = min(costs.attention(groups, per_group) for groups, per_group in allowed_heads(job, i))
         most += costs.attention_dense - least + costs.ffn_dense
     if target > most:
@@ -132,6 +135,10 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
     """The levels every block offers: the whole range, whatever the sparsity, first; then around the choice so far, at
     half the distance with every iteration."""
     options = job.options
+    if options.shape == "stock":
+        from compress.recipes.tyr.stock import stock_menus
+
+        return stock_menus(job, choices)
     found = []
     for i, block in enumerate(job.geometry.blocks):
         step = options.interval / 2 ** (iteration - 1) * block.ffn
@@ -175,8 +182,10 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     """Moves FFN widths by single steps of ``round_to`` neurons until the budget is met as nearly as such steps can.
 
     The levels of the search are coarser than the units; what is left over goes where the measured KL rises least per
-    parameter (or, where too much was removed, comes back where it falls most).
+    parameter (or, where too much was removed, comes back where it falls most). Stock shapes stay as they are.
     """
+    if job.options.shape == "stock":
+        return choices
     target = target_removed(job.sparsity, job.costs.backbone)
     step = job.options.round_to
     cost = step * job.costs.blocks[0].neuron  # the same in every block

@@ -28,6 +28,7 @@ from compress.recipes.tyr.local import SHRINK, Moments, head_states
 from compress.recipes.tyr.prune import REFERENCE_TOKENS, accumulation_of
 from compress.recipes.tyr.rescale import COARSE, SCALES
 from compress.recipes.tyr.search import compared, group_windows, held_tokens, most_starts, portion_windows, together
+from compress.recipes.tyr.stock import shapes, typical
 from compress.recipes.tyr.supernet import Menu, batch_tokens, batch_windows, keeps_inputs, predicted_bytes
 from compress.recipes.tyr.walk import STREAMS, lies_near
 from compress.run.forecast import Stage
@@ -117,7 +118,9 @@ def even_choice(job: Job, costs: BlockCosts) -> Choice:
 
 
 def even_choices(job: Job) -> list[Choice]:
-    """`even_choice` of every block."""
+    """`even_choice` of every block; of stock shapes the one in the middle of those with the dense heads."""
+    if job.options.shape == "stock":
+        return typical(job)
     return [even_choice(job, costs) for costs in job.costs.blocks]
 
 
@@ -497,7 +500,8 @@ def _singles(shape: Shape, number: int, menus: Sequence[Menu]) -> Stage:
     windows = min(search.singles_windows, search.windows)
     start, device, ram = _evaluator(shape, windows)
     # The change in block b is followed by the blocks behind it.
-    each = [len(m.neurons) + len(m.heads) - 2 for m in menus]
+    stock = shape.options.shape == "stock"
+    each = [1 if stock else len(m.neurons) + len(m.heads) - 2 for m in menus]
     count = sum(each)
     run = sum(n * (g.layers - b) for b, n in enumerate(each))
     runs = [reached / max(1, count) for reached in accumulate(each)]
@@ -538,7 +542,7 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
     start, device, ram = _evaluator(shape, search.windows)
     layers, kept = g.layers, 1 - shape.sparsity
     parts = [start]
-    starting = most_starts(first=number == 1)
+    starting = len(shapes(job)) if shape.options.shape == "stock" else most_starts(first=number == 1)
     backbone = shape.costs.backbone
     parts.append(_evaluate(shape, starting, search.windows, [1.0] * layers, kept, backbone, 0.0))
     shares = list(zip(search.steps, [search.offspring, *search.survivors], strict=True))
@@ -565,7 +569,7 @@ def _search(shape: Shape, job: Job, number: int, menus: Sequence[Menu]) -> Stage
         }
     )
     spent += (again - 1) * layers * search.windows * length * RERUN
-    cells, capacity = _knapsack(job, menus)
+    cells, capacity = (0.0, 0) if shape.options.shape == "stock" else _knapsack(job, menus)
     parts.append({"choose": cells * (starting + search.generations * search.offspring / 2)})
     work = _added(*parts)
     device = {**device, "a variant of a block": 4.0 * shape.largest * kept}

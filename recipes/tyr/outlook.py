@@ -17,6 +17,13 @@ PAPER: dict[str, dict[str, float]] = {
 }
 
 
+LOADS_RAGGED = {
+    "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
+    "padded": "any server that knows the family, without the gain in speed",
+}
+LOADS_STOCK = {"stock": "whatever knows the family, with its own classes and at full speed"}
+
+
 def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, Any]:
     """Shapes, budget, disk, memory and time stage by stage, and what will load the model.
 
@@ -69,8 +76,5 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "supernet_bytes": sum(s.kept for s in reckoned if s.name.startswith("supernet")),
         "reference": PAPER.get(model, {}) | {"token_layers": reference_token_layers(g.layers)},
         "iterations": options.iterations,
-        "loads_with": {
-            "per-layer": "transformers with trust_remote_code=True; ONNX Runtime",
-            "padded": "any server that knows the family, without the gain in speed",
-        },
+        "loads_with": LOADS_STOCK if options.shape == "stock" else LOADS_RAGGED,
     }

@@ -7,7 +7,8 @@ choice, so that every projection is refitted to the stream it will really see.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,21 @@ from compress.language.budget import Option, knapsack, nearest_feasible, target_
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
-from compress.recipes.tyr import TyrOptions
-from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, savings, settle
+from compress.recipes.tyr import TyrOptions, stock
+from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, removed, savings, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
-from compress.recipes.tyr.search import Evaluator, Genome, compared, evolve, held_tokens, measure_singles, menus, starts
+from compress.recipes.tyr.search import (
+    Breed,
+    Evaluator,
+    Genome,
+    compared,
+    evolve,
+    held_tokens,
+    measure_singles,
+    menus,
+    starts,
+    swaps_and_knapsacks,
+)
 from compress.recipes.tyr.supernet import Accumulation, Supernet, head_choice, write_block
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, room_for, walk
 from compress.run.folder import Run, fingerprint
@@ -123,6 +135,7 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
         "supernet": [run.seal_hash(path.parent) for path in files],
         "around": None if choices is None else [list(vars(c).values()) for c in choices],
         "seed": job.seed,
+        **({"shape": job.options.shape} if job.options.shape != "ragged" else {}),
     }
 
     @in_step(job.model)
@@ -131,6 +144,11 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
         n = min(options.singles_windows, len(job.search))
         windows = job.search[torch.linspace(0, len(job.search) - 1, n).long()]
         evaluator = _evaluator(run, job, files, name, windows, inputs)
+        if job.options.shape == "stock":
+            facts = _blocks_alone(evaluator, job, name, choices)
+            if folder is not None:
+                (folder / "singles.json").write_text(json.dumps(facts), encoding="utf-8")
+            return
         supernet = evaluator.supernet
         base = evaluator.dense if choices is None else _genome_of(supernet, job, choices)
         with Progress(sum(len(m) - 1 for m in menus(supernet)), f"{name}: single candidates") as bar:
@@ -146,6 +164,43 @@ def _singles(run: Run, job: Job, iteration: int, files: list[Path], choices: lis
     folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
     return folder
+
+
+def _blocks_alone(evaluator: Evaluator, job: Job, name: str, choices: list[Choice] | None) -> dict[str, Any]:
+    """What the loss of each block alone costs, where the shape is a stock one; ``options`` stay empty."""
+    dense = job.geometry.blocks[0]
+    base = choices or [Choice(dense.kv_heads, dense.group, dense.ffn)] * job.geometry.layers
+    with Progress(len(base), f"{name}: single blocks") as bar:
+        losses = stock.measure_blocks(evaluator, stock.Levels(evaluator.supernet, job), base, lambda n: bar.to(n))
+    return {"options": [], "blocks": losses, "work": evaluator.work, "candidates": len(losses)}
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What a search starts from, and how it goes on. ``predicted``: the sum of single losses of the plain start."""
+
+    started: dict[str, Genome]
+    breed: Callable[[Genome], Breed]
+    predicted: float
+    plain: str  # of the starts, the one that the single losses alone lead to
+
+
+def _field(job: Job, supernet: Supernet, facts: Mapping[str, Any], choices: list[Choice] | None) -> _Field:
+    if job.options.shape == "stock":
+        losses, levels = facts["blocks"], stock.Levels(supernet, job)
+        offered = stock.shapes(job, None if choices is None else stock.shape_found(choices))
+        started = stock.starts(offered, losses, levels)
+        if choices is not None:
+            started["incumbent"] = levels.genome(choices)
+        breed = stock.breeder(offered, losses, levels, choices)
+        plain = next(iter(started))
+        gone = stock.least(losses, offered[0].gone)
+        return _Field(started, lambda _: breed, sum(losses[b] for b in gone), plain)
+    priced = _priced(facts)
+    total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
+    started = starts(priced, total, None if choices is None else tuple(facts["base"]))
+    predicted = sum(priced[i][g].loss for i, g in enumerate(started["knapsack"]))
+    return _Field(started, lambda start: swaps_and_knapsacks(priced, start), predicted, "knapsack")
 
 
 def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None) -> Path:
@@ -167,31 +222,30 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
         evaluator = _evaluator(run, job, files, name, job.search, inputs)
         supernet = evaluator.supernet
         facts = json.loads((singles / "singles.json").read_text("utf-8"))
-        priced = _priced(facts)
-        total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
-        base = None if choices is None else tuple(facts["base"])
-        started = starts(priced, total, base)
+        field = _field(job, supernet, facts, choices)
+        started = field.started
         with Progress(len(started), f"{name}: starting points") as bar:
             notes = [{"phase": f"start: {label}"} for label in started]
             rated = dict(zip(started, evaluator.kls(list(started.values()), notes=notes), strict=True))
-            bar.to(len(started), note=f"knapsack {rated['knapsack']:.4f}")
+            bar.to(len(started), note=f"{field.plain} {rated[field.plain]:.4f}")
         best = min(rated, key=lambda label: (rated[label], label))
         with Progress(options.generations, f"{name}: generations") as bar:
             found = evolve(
                 evaluator,
-                priced,
+                field.breed(started[best]),
                 started[best],
                 options,
                 seed=job.seed + iteration,
                 progress=lambda generation, kl: bar.to(generation, note=f"KL {kl:.4f}"),
             )
+        chosen = _choices_of(supernet, job, found.genome)
         result = {
             "iteration": iteration,
             "genome": list(found.genome),
-            "removed": total,
+            "removed": removed(job, chosen),
             "starts": rated,
-            "kl_knapsack": rated["knapsack"],
-            "predicted_knapsack": sum(priced[i][g].loss for i, g in enumerate(started["knapsack"])),
+            "kl_knapsack": rated[field.plain],
+            "predicted_knapsack": field.predicted,
             "kl_start": found.kl_start,
             "kl": found.kl,
             "generations": found.generations,
@@ -200,7 +254,7 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
             "work_token_layers": evaluator.work + facts["work"],
             "supernet_bytes": supernet.bytes,
             "full_shape_bytes": full_shape_bytes(supernet, job),
-            "choices": [vars(c) for c in _choices_of(supernet, job, found.genome)],
+            "choices": [vars(c) for c in chosen],
             "choices_starts": {
                 label: [vars(c) for c in _choices_of(supernet, job, genome)] for label, genome in started.items()
             },
@@ -224,6 +278,8 @@ def curve(run: Run, job: Job, sparsities: Sequence[float]) -> Iterator[tuple[int
 
     Sparsities that the candidates cannot reach are left out.
     """
+    if not sparsities:
+        return
     folders = [run.check(run.folder / f"supernet-1/block-{i:03d}") for i in range(job.geometry.layers)]
     supernet = Supernet([folder / "levels.safetensors" for folder in folders], job.geometry)
     facts = json.loads((run.folder / "singles-1" / "singles.json").read_text("utf-8"))

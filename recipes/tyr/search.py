@@ -446,9 +446,12 @@ class Found:
     stopped: Literal["generations", "patience", "time limit"]
 
 
+Breed = Callable[[Genome, int, np.random.Generator, set[Genome]], list[Genome]]
+
+
 def evolve(
     evaluator: Evaluator,
-    options: Sequence[Sequence[Option]],
+    breed: Breed,
     start: Genome,
     settings: SearchOptions,
     *,
@@ -457,12 +460,13 @@ def evolve(
 ) -> Found:
     """Elitist (1 + lambda) evolution with multi-step selection, started from ``start``.
 
-    Offspring are, in turn, the paper's level swaps (min(U{1..4}, U{1..4}) of them, totals unchanged) and knapsack
-    solutions under losses disturbed by log-normal noise. Each generation's early steps look at other windows than
-    the one before it; the last step looks at all of them, and there the parent takes part.
+    Each generation's early steps look at other windows than the one before it; the last step looks at all of them, and
+    there the parent takes part.
+
+    Args:
+        breed: makes so many offspring of a genome, none that was seen; `swaps_and_knapsacks` for ragged solutions.
     """
     n = len(evaluator.windows)
-    total = sum(options[i][g].saving for i, g in enumerate(start))
     began = evaluator.seconds
     evaluator.set_parent(start)
     parent, parent_kl = start, evaluator.kl(start, phase="parent")
@@ -477,7 +481,7 @@ def evolve(
         def notes(phase: str, of: list[Genome], generation: int = generation) -> list[dict[str, Any]]:
             return [{"phase": phase, "generation": generation}] * len(of)
 
-        children = offspring(options, parent, total, settings.offspring, rng, seen)
+        children = breed(parent, settings.offspring, rng, seen)
         windows = rng.permutation(n).tolist()
         for portion, survivors in zip(settings.steps[:-1], settings.survivors, strict=True):
             rows = sorted(windows[: portion_windows(portion, n)])
@@ -501,6 +505,13 @@ def evolve(
             stopped = "time limit"
             break
     return Found(parent, parent_kl, first_kl, generation, stopped)
+
+
+def swaps_and_knapsacks(options: Sequence[Sequence[Option]], start: Genome) -> Breed:
+    """Offspring that remove exactly what ``start`` does: in turn the paper's level swaps (min(U{1..4}, U{1..4}) of
+    them) and knapsack solutions under losses disturbed by log-normal noise."""
+    total = sum(options[i][g].saving for i, g in enumerate(start))
+    return lambda parent, count, rng, seen: offspring(options, parent, total, count, rng, seen)
 
 
 def offspring(

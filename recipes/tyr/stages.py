@@ -15,6 +15,7 @@ from compress.report.rows import VERSION
 from compress.schema.stages import STAGES
 
 if TYPE_CHECKING:
+    from compress.language.plan import Plan
     from compress.language.setup import Setup
 
 from collections.abc import Mapping
@@ -159,32 +160,56 @@ def _assemble(run: Run, setup: Setup, plan_folder: Path, report: dict[str, Any])
                     where="assembly",
                     fix="this is a fault of the family's adapter; report it with the model's name",
                 )
-            ragged = layout == "per-layer"
+            small = layout != "padded"
             save_model(
-                sliced if ragged else masked,
+                sliced if small else masked,
                 setup.family,
-                counts if ragged else None,
+                counts if small else None,
                 folder,
                 tokenizer=setup.tokenizer,
                 dtype=setup.stored_dtype,
                 tokens=tokens,
+                stock=layout == "stock",
             )
+            if layout == "stock":
+                _same_as_sliced(setup, plan, folder)
             found = {"layout": layout, "masked_difference": difference, **verify_clean(folder)}
             (folder / "verified.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-        name = "model" if layout == "per-layer" else f"model-{layout}"
+        name = "model-padded" if layout == "padded" else "model"
         inputs = {"version": __version__, "weights": setup.weights, "plan": seal_hash(plan_folder), "layout": layout}
         saved[layout] = run.stage(name, inputs, build)
         report["verify"]["layouts"].append(json.loads((saved[layout] / "verified.json").read_text("utf-8")))
     return saved
 
 
+def _same_as_sliced(setup: Setup, plan: Plan, folder: Path) -> None:
+    """Raises CompressError where what was saved without some blocks gives other logits than the model that has them."""
+    import torch
+
+    from compress.language.checkpoint import FINGERPRINT
+    from compress.run.tensor_files import load_tensors
+
+    saved = load_tensors(folder / FINGERPRINT, "the fingerprint", "start the same command again")
+    model = setup.as_saved(plan)
+    with torch.no_grad():
+        want = model(saved["tokens"].to(setup.family.embedding_device(model))).logits.cpu()
+    difference, scale = float((want - saved["logits"]).abs().max()), float(want.abs().max())
+    if not difference <= 1e-4 * scale:
+        raise CompressError(
+            f"without the blocks that are gone the model differs by {difference:.3g} (logits up to {scale:.3g})",
+            where=str(folder),
+            fix="this is a fault of the family's adapter; report it with the model's name",
+        )
+
+
 def _sliced(setup: Setup, saved: Mapping[str, Path], plan_folder: Path) -> Any:
     """The sliced model, of the weights that were saved."""
     from compress.language.plan import Plan
 
-    if "per-layer" in saved:
-        return setup.load(saved["per-layer"])
+    for layout in ("per-layer", "stock"):
+        if layout in saved:
+            return setup.load(saved[layout])
     # At full shape there are zeros where the plan has nothing: what is left of the saved weights without them.
     model = setup.load(saved["padded"])
     Plan(Plan.load(plan_folder).blocks, {}).apply(model, setup.family)
@@ -229,6 +254,21 @@ def card(report: dict[str, Any], folder: Path) -> Path:
     return write_card(report, folder)
 
 
+def _norms_gone(setup: Setup, plan: Plan) -> int:
+    """Parameters that go with whole blocks beside their linear layers, where whole blocks are left out."""
+    if "stock" not in setup.recipe.layouts:
+        return 0
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from compress.models.decoder import blocks
+
+    with torch.device("meta"):
+        dense = blocks(AutoModelForCausalLM.from_config(setup.config))
+    gone = [i for i, block in enumerate(plan.blocks) if not block.heads and not block.neurons]
+    return sum(sum(p.numel() for p in dense[i].parameters()) - setup.costs.blocks[i].dense for i in gone)
+
+
 def describe_plan(
     report: dict[str, Any],
     setup: Setup,
@@ -243,12 +283,13 @@ def describe_plan(
     plan = Plan.load(folder)
     g, costs = setup.geometry, setup.costs
     removed = plan.removed(costs)
+    norms = _norms_gone(setup, plan)
     size = setup.stored_dtype.itemsize
     describe_model(report, setup, command)
     report["size"] = {
         "asked": setup.recipe.sparsity,
         "backbone_removed": removed / costs.backbone,
-        "total_removed": removed / costs.total,
+        "total_removed": (removed + norms) / costs.total,
         "dense": {
             "backbone_parameters": costs.backbone,
             "total_parameters": costs.total,
@@ -256,8 +297,8 @@ def describe_plan(
         },
         "pruned": {
             "backbone_parameters": costs.backbone - removed,
-            "total_parameters": costs.total - removed,
-            "bytes": (costs.total - removed) * size,
+            "total_parameters": costs.total - removed - norms,
+            "bytes": (costs.total - removed - norms) * size,
         },
     }
     report["layers"] = [

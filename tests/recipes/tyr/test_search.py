@@ -30,6 +30,7 @@ from compress.recipes.tyr.search import (
     most_starts,
     offspring,
     starts,
+    swaps_and_knapsacks,
 )
 from compress.recipes.tyr.supernet import Menu, Supernet
 from compress.run.folder import Journal
@@ -342,7 +343,12 @@ def test_evolution_never_ends_above_its_start_and_keeps_the_total(
         told: list[tuple[int, float]] = []
         path = tmp_path / f"{seed}"
         found = evolve(
-            llama.evaluator(path), priced, start, SETTINGS, seed=seed, progress=lambda g, kl, t=told: t.append((g, kl))
+            llama.evaluator(path),
+            swaps_and_knapsacks(priced, start),
+            start,
+            SETTINGS,
+            seed=seed,
+            progress=lambda g, kl, t=told: t.append((g, kl)),
         )
         assert saved(priced, found.genome) == saved(priced, start)
         judge = llama.evaluator(tmp_path / f"judge {seed}")
@@ -360,7 +366,13 @@ def test_evolution_never_ends_above_its_start_and_keeps_the_total(
 def test_each_selection_step_passes_on_the_best_on_its_windows(
     llama: World, priced: list[list[Option]], tmp_path: Path
 ) -> None:
-    evolve(llama.evaluator(tmp_path / "a"), priced, start_of(priced), limited(1), seed=5)
+    evolve(
+        llama.evaluator(tmp_path / "a"),
+        swaps_and_knapsacks(priced, start_of(priced)),
+        start_of(priced),
+        limited(1),
+        seed=5,
+    )
     rows = Journal(tmp_path / "a").rows()
     assert rows[0]["phase"] == "parent" and len(rows) == 1 + 6 + 4 + 2
     steps = rows[1:7], rows[7:11], rows[11:13]
@@ -380,7 +392,7 @@ def test_evolution_cut_at_any_row_goes_on_to_the_same_end_and_repeats_nothing(
     llama: World, priced: list[list[Option]], tmp_path: Path
 ) -> None:
     start = start_of(priced)
-    whole = evolve(llama.evaluator(tmp_path / "whole"), priced, start, limited(2), seed=1)
+    whole = evolve(llama.evaluator(tmp_path / "whole"), swaps_and_knapsacks(priced, start), start, limited(2), seed=1)
     lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
     keys = {(tuple(r["genome"]), tuple(r["rows"])) for r in Journal(tmp_path / "whole").rows()}
     assert len(keys) == len(lines) > 20
@@ -389,7 +401,7 @@ def test_evolution_cut_at_any_row_goes_on_to_the_same_end_and_repeats_nothing(
         path = tmp_path / "cut"
         # The kill came in the middle of a line.
         path.write_bytes(b"".join(lines[:cut]) + (lines[cut][:20] if cut < len(lines) else b""))
-        again = evolve(llama.evaluator(path), priced, start, limited(2), seed=1)
+        again = evolve(llama.evaluator(path), swaps_and_knapsacks(priced, start), start, limited(2), seed=1)
         assert again == whole
         assert untimed(path) == untimed(tmp_path / "whole")
 
@@ -403,10 +415,14 @@ def test_evolution_stops_when_generations_bring_nothing_better(
     every = [g for g in product(*(range(len(m)) for m in small)) if saved(small, g) == total]
     assert len(every) > 10
     best = min(every, key=judge.kl)
-    found = evolve(llama.evaluator(tmp_path / "a"), small, best, limited(9, patience=2), seed=0)
+    found = evolve(
+        llama.evaluator(tmp_path / "a"), swaps_and_knapsacks(small, best), best, limited(9, patience=2), seed=0
+    )
     assert (found.genome, found.generations, found.stopped) == (best, 2, "patience")
     worst = max(every, key=judge.kl)
-    found = evolve(llama.evaluator(tmp_path / "b"), small, worst, limited(40, patience=3), seed=0)
+    found = evolve(
+        llama.evaluator(tmp_path / "b"), swaps_and_knapsacks(small, worst), worst, limited(40, patience=3), seed=0
+    )
     log = [r for r in Journal(tmp_path / "b").rows() if len(r["rows"]) == WINDOWS]
     last = max(r.get("generation", 0) for r in log if r["kl"] == found.kl)
     assert found.stopped == "patience" and found.kl < found.kl_start and found.generations == last + 3
@@ -416,11 +432,13 @@ def test_evolution_stops_on_the_time_limit_and_after_the_last_generation(
     llama: World, priced: list[list[Option]], tmp_path: Path
 ) -> None:
     start = start_of(priced)
-    found = evolve(llama.evaluator(tmp_path / "a"), priced, start, limited(4, seconds=1e-9), seed=0)
+    found = evolve(
+        llama.evaluator(tmp_path / "a"), swaps_and_knapsacks(priced, start), start, limited(4, seconds=1e-9), seed=0
+    )
     assert (found.generations, found.stopped) == (1, "time limit")
-    found = evolve(llama.evaluator(tmp_path / "b"), priced, start, limited(2), seed=0)
+    found = evolve(llama.evaluator(tmp_path / "b"), swaps_and_knapsacks(priced, start), start, limited(2), seed=0)
     assert (found.generations, found.stopped) == (2, "generations")
-    found = evolve(llama.evaluator(tmp_path / "c"), priced, start, limited(0), seed=0)
+    found = evolve(llama.evaluator(tmp_path / "c"), swaps_and_knapsacks(priced, start), start, limited(0), seed=0)
     assert (found.genome, found.generations, found.stopped) == (start, 0, "generations")
     assert found.kl == found.kl_start
 
