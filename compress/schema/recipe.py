@@ -6,6 +6,7 @@ A recipe may extend another (``extends: tyr``): its values are laid over the oth
 from __future__ import annotations
 
 import difflib
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -207,6 +208,14 @@ class AnyRecipe(Section):
         return {**data, self.method: self.options.model_dump(mode="json", exclude_none=True)}
 
 
+class ServeSection(Section):
+    """How the pruned model will be served."""
+
+    tensor_parallel: int = Field(
+        1, ge=1, le=1024, description="GPUs that each block is split over: kept KV groups and widths divide by it"
+    )
+
+
 class TextRecipe(AnyRecipe):
     """A recipe for a causal language model, judged by its perplexity."""
 
@@ -230,6 +239,18 @@ class Recipe(TextRecipe):
     layouts: list[Literal["per-layer", "padded", "stock"]] = Field(["per-layer"], min_length=1)
     calibration: Calibration
     recover: RecoverSection | None = None
+    serve: ServeSection | None = None
+
+    @model_validator(mode="after")
+    def _widths_divide(self) -> Recipe:
+        parts, step = self.serve.tensor_parallel if self.serve else 1, getattr(self.options, "round_to", 1)
+        if step % parts:
+            raise Clash(
+                f"serve.tensor_parallel={parts} wants FFN widths that divide by it, and {self.method}.round_to={step}"
+                " makes others",
+                f"say {self.method}.round_to={math.lcm(parts, step)}, or another serve.tensor_parallel",
+            )
+        return self
 
     @model_validator(mode="after")
     def _layouts_fit(self) -> Recipe:

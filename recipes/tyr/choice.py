@@ -47,6 +47,7 @@ class Job:
     offload: bool = False  # activations lie in files, not in memory
     dtype: torch.dtype = torch.float32  # of the refitted weights in a plan: the type the model is stored in
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
+    parallel: int = 1  # GPUs that every block will be split over: kept KV groups divide by it
     begin: int = 0  # of a window's first tokens, those that stand in front of every text: read, and not scored
 
     @property
@@ -74,6 +75,7 @@ def head_choices(geometry: BlockGeometry, trim: bool) -> tuple[tuple[int, int], 
 def allowed_heads(job: Job, block: int) -> tuple[tuple[int, int], ...]:
     """The (groups, per_group) that block ``block`` may keep, most first."""
     choices = head_choices(job.geometry.blocks[block], job.options.query_heads)
+    choices = tuple(choice for choice in choices if choice[0] % job.parallel == 0)
     if not job.options.attention:
         return choices[:1]
     return choices[:-1] if block in job.family.keeps_attention(job.config) else choices
@@ -106,12 +108,25 @@ def neighbours(job: Job, block: int, choice: Choice) -> tuple[tuple[int, int], .
     return tuple(dict.fromkeys((found[0], *found[max(0, at - 1) : at + 2])))
 
 
+def _check_divides(job: Job) -> None:
+    for i, block in enumerate(job.geometry.blocks):
+        for what, count in (("KV heads", block.kv_heads), ("FFN neurons", block.ffn)):
+            if count % job.parallel:
+                raise CompressError(
+                    f"the dense model has {count} {what} in block {i}, which {job.parallel} GPUs cannot share evenly",
+                    where="serve.tensor_parallel",
+                    fix=f"say a divisor of {count}",
+                )
+
+
 def check_budget(job: Job) -> int:
     """The number of parameters to remove.
 
     Raises:
-        CompressError: even with every sublayer at its smallest the budget is out of reach.
+        CompressError: even with every sublayer at its smallest the budget is out of reach, or the dense model itself
+            cannot be split as `serve` asks for.
     """
+    _check_divides(job)
     target = target_removed(job.sparsity, job.costs.backbone)
     most = 0
     for i, costs in enumerate(job.costs.blocks):

@@ -112,7 +112,8 @@ def even_choice(job: Job, costs: BlockCosts) -> Choice:
         return Choice(g.kv_heads, g.group, neurons)
     wanted = (1 - job.sparsity) * costs.attention_dense
     groups, per_group = min(
-        head_choices(g, job.options.query_heads), key=lambda c: (abs(costs.attention(*c) - wanted), -c[0])
+        (c for c in head_choices(g, job.options.query_heads) if c[0] % job.parallel == 0),
+        key=lambda c: (abs(costs.attention(*c) - wanted), -c[0]),
     )
     return Choice(groups, per_group, neurons)
 

@@ -95,6 +95,7 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         dtype=setup.stored_dtype,
         judging=windows.judging if windows is not None else None,
         begin=len(windows.begin) if windows is not None else 0,
+        parallel=setup.recipe.serve.tensor_parallel if setup.recipe.serve is not None else 1,
     )
 
 

@@ -56,6 +56,29 @@ def test_attention_stays_where_the_cache_needs_it_and_everywhere_on_request() ->
     assert [allowed_heads(job, i) for i in range(4)] == [((2, 5),)] * 4
 
 
+@pytest.mark.parametrize("shape", ["ragged", "stock"])
+def test_what_is_kept_divides_by_the_gpus_of_a_server(shape: str) -> None:
+    options = {"shape": shape, "round_to": 4}
+    job = small_job("llama", options, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=6)
+    split = replace(job, parallel=2)
+    assert {groups for groups, _ in allowed_heads(split, 1)} == {4, 2, 0}
+    assert {groups for groups, _ in allowed_heads(job, 1)} == {4, 3, 2, 1, 0}
+    check_budget(split)
+    for menu in block_menus(split, 1, None):
+        assert all(groups % 2 == 0 for groups, _ in menu.heads) and all(n % 2 == 0 for n in menu.neurons)
+        assert len(menu.heads) > 3 and len(menu.neurons) > 3
+    for parallel, what in ((8, "4 KV heads"), (3, "4 KV heads")):
+        with pytest.raises(CompressError, match=f"has {what} in block 0, which {parallel} GPUs"):
+            check_budget(replace(job, parallel=parallel))
+    with pytest.raises(CompressError, match="has 50 FFN neurons"):
+        check_budget(
+            replace(
+                small_job("llama", options, num_attention_heads=8, num_key_value_heads=4, intermediate_size=50),
+                parallel=4,
+            )
+        )
+
+
 def test_few_head_levels_are_all_there_are_by_savings() -> None:
     job = small_job("llama", {"head_levels": 65})
     found = head_levels(job, 1)

@@ -251,7 +251,10 @@ def test_shape_and_layout_must_fit_and_plan_says_what_loads_it(job: Whole) -> No
         one_error(compress(*words, "--set", "evaluation.curve=[]", *more), 2, "do not fit the shape", "shape: stock")
     more = [*STOCK[:4], "--set", "evaluation.curve=[0.5]"]
     one_error(compress(*words, *more), 2, "evaluation.curve", "curve: []")
-    ran = compress(*words, *STOCK)
+    ran = compress(*words, "--set", "serve.tensor_parallel=3", "--set", "tyr.round_to=4")
+    one_error(ran, 2, "serve.tensor_parallel=3", "tyr.round_to=12")
+    one_error(compress(*words, "--set", "serve.tensor_parallel=4"), 1, "2 KV heads in block 0", "serve.tensor_parallel")
+    ran = compress(*words, *STOCK, "--set", "serve.tensor_parallel=2")
     assert ran.code == 0 and "loads    stock: " in ran.out, ran.err
     from compress.pipeline import METHODS
 
