@@ -91,7 +91,8 @@ def test_a_bfloat16_checkpoint_goes_from_plan_to_card(name: str, tmp_path: Path)
     ran = compress("verify", out, "--json")
     assert ran.code == 0, ran.err
     verdicts = {c["claim"]: c["verdict"] for c in json.loads(ran.out)["claims"]}
-    assert verdicts["onnx gives what torch gives"] == "holds" and verdicts["the dense model"] == "holds"
+    assert verdicts["onnx gives what torch gives"] == verdicts["model loads in a clean process"] == "holds"
+    assert "does not hold" not in verdicts.values()
     card = (out / "release" / "README.md").read_text()
     assert compress("card", out, "--out", tmp_path / "card").code == 0
     assert (tmp_path / "card" / "README.md").read_text() == card and name in card
