@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
@@ -19,6 +20,10 @@ __version__ = "0.2.0"
 __all__ = [
     "CompressError", "Result", "UsageError", "bench", "evaluate", "export", "gate", "load", "plan", "prune", "verify",
 ]  # fmt: skip
+
+# ONNX Runtime (from 1.29) and its GenAI send usage figures away from their start on, unless this is set before. Whoever
+# wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def __getattr__(name: str) -> Any:

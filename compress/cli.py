@@ -213,10 +213,10 @@ def export(
         list[str] | None,
         typer.Option(
             "--format",
-            help="onnx, ort, openvino, executorch, mnn, litert, tensorrt or tensorrt_rtx; repeatable",
+            help="onnx, ort, openvino, executorch, mnn, litert, genai, tensorrt or tensorrt_rtx; repeatable",
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int8-weights")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int8-weights or int4")] = "fp32",
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=LEAST:BENCHMARKED:LARGEST", help="sizes of an axis that may vary; repeatable"),

@@ -206,6 +206,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
         parity = made["parity"]
         if "skipped" in parity:
             found.append(f"         not run here: {parity['skipped']}")
+        elif "words" in parity:
+            found.append(f"         {parity['words']}")
         else:
             found.append(
                 f"         {len(parity['outputs'])} outputs agree with ONNX, largest relative difference"

@@ -63,6 +63,7 @@ _FORMATS = (
     Format("openvino", "OpenVINO", "openvino", ("fp32", "fp16", "int8"), "openvino", "openvino"),
     Format("executorch", "ExecuTorch", "executorch", ("fp32", "fp16", "int8"), "executorch", "executorch", True),
     Format("litert", "LiteRT", "litert", ("fp32",), "litert_torch", "litert", True),
+    Format("genai", "ONNX Runtime GenAI", "genai", ("fp32", "fp16", "int8", "int4"), "onnxruntime_genai", "genai"),
     Format("tensorrt", "TensorRT", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt", ""),
     Format("tensorrt_rtx", "TensorRT-RTX", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt_rtx", "tensorrt"),
 )
@@ -79,6 +80,7 @@ class Source:
         feeds: real inputs by component, for the comparison; random ones are drawn where there are none.
         calibration: inputs by component for static quantisation: of the calibration split, never of the test split.
         evaluate: from loaded components to measures, as accuracy; asked of the ONNX file and of what was built.
+        tokenizer: of a language model, for formats that carry it.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class Source:
     feeds: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
     calibration: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
     evaluate: Callable[[Mapping[str, Runner]], Mapping[str, float]] | None = None
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)

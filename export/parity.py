@@ -136,6 +136,21 @@ def greedy_agrees(
     Raises:
         CompressError: they differ.
     """
+
+    def run(ids: Sequence[int], count: int) -> list[int]:
+        return OrtLLM(folder, threads).greedy(np.array([ids], np.int64), count)
+
+    return greedy_same(model, tokenizer, run, prompt, tokens, folder)
+
+
+def greedy_same(
+    model: Any, tokenizer: Any, run: Callable[[list[int], int], list[int]], prompt: str, tokens: int, where: Path
+) -> dict[str, Any]:
+    """Greedy text of a runtime, ``run(ids, tokens)``, and of torch's own `generate`, as `greedy_agrees` compares them.
+
+    Raises:
+        CompressError: they differ.
+    """
     ids, ends = torch.tensor([begun(tokenizer, prompt)]), endings(tokenizer)  # (1, n)
     with torch.no_grad():
         whole = model.generate(
@@ -147,7 +162,7 @@ def greedy_agrees(
             pad_token_id=next(iter(ends), None),
         )
     want = whole[0, ids.shape[1] :].tolist()
-    got = OrtLLM(folder, threads).greedy(ids.numpy(), tokens)
+    got = run(ids[0].tolist(), tokens)
     end = next((i for i, token in enumerate(got) if token in ends), len(got))
     want = want[:end]
     at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), None)
@@ -155,7 +170,7 @@ def greedy_agrees(
         raise CompressError(
             f"greedy text differs from torch's at token {at}: {tokenizer.decode([got[at]])!r}, torch"
             f" {tokenizer.decode([want[at]])!r}",
-            where=str(folder),
+            where=str(where),
             fix="see the parity of the outputs; a tie between two tokens can be told by another prompt",
         )
     return {"prompt": prompt, "tokens": len(want), "text": tokenizer.decode(got)}

@@ -73,9 +73,12 @@ NEEDS = {
     "openvino": ("openvino", "pip install openvino"),
     "executorch": ("executorch", "pip install executorch"),
     "litert": ("ai_edge_litert", "pip install ai-edge-litert"),
+    "genai": ("onnxruntime_genai", "pip install 'onnxruntime-genai>=0.18'"),
     "tensorrt": ("tensorrt", "pip install tensorrt (its libraries come from the vendor's index)"),
     "tensorrt_rtx": ("tensorrt_rtx", "pip install tensorrt-rtx-cu13"),
 }
+# The first release that was found to run what we write; an older one is refused.
+OLDEST = {"genai": (0, 18)}
 
 
 def load(format: str, path: str, threads: int = 1, **options: Any) -> Runner:
@@ -114,6 +117,8 @@ def available(format: str) -> str:
 
 def _module(format: str) -> "tuple[Any, str]":
     name, fix = NEEDS[format]
+    # ONNX Runtime and its GenAI send usage figures away from their start on, unless this is set before.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         if name == "openvino":
             # Without this module OpenVINO takes its own stub; with it, it sends usage figures away when it is imported.
@@ -123,6 +128,10 @@ def _module(format: str) -> "tuple[Any, str]":
     except ImportError as e:
         raise Missing(f"the format {format} needs {name}, which cannot be imported ({e})", fix) from e
     version = getattr(module, "__version__", "") or _distribution_version(name)
+    least = OLDEST.get(format, ())
+    if tuple(int(n) for n in re.findall(r"\d+", str(version))[: len(least)]) < least:
+        oldest = ".".join(map(str, least))
+        raise Missing(f"the format {format} needs {name} {oldest} or newer, and {version} is installed", fix)
     return module, f"{name} {str(version).split('-')[0]}"  # OpenVINO adds the commit and the branch
 
 
@@ -456,6 +465,49 @@ def _load_litert(format: str, path: str, threads: int) -> Runner:
     return _runner(format, version, inputs, outputs, prepare, native=interpreter)
 
 
+def genai_model(folder: str, threads: Optional[int] = None) -> Any:
+    """The model of a folder with genai_config.json in ONNX Runtime GenAI.
+
+    Raises:
+        Missing: it is not installed, or too old.
+        CannotRun: it cannot load it.
+    """
+    og, _ = _module("genai")
+    og.disable_telemetry_events()
+    try:
+        settings = og.Config(folder)
+        if threads is not None:
+            options = {"session_options": {"intra_op_num_threads": threads, "inter_op_num_threads": 1}}
+            settings.overlay(json.dumps({"model": {"decoder": options}}))
+        return og.Model(settings)
+    except RuntimeError as e:
+        raise CannotRun(f"ONNX Runtime GenAI cannot load {folder}: {_said(e)}") from e
+
+
+def _load_genai(format: str, path: str, threads: int) -> Runner:
+    """``path`` is genai_config.json in the folder. Tokens go in, the logits behind each come out; no cache is kept."""
+    og, version = _module(format)
+    model = genai_model(os.path.dirname(path), threads)
+    with open(path, encoding="utf-8") as file:
+        facts = json.load(file)["model"]
+    inputs = [Value("input_ids", (1, None), "int32")]
+    outputs = [Value("logits", (1, None, int(facts["vocab_size"])), "float32")]
+
+    def prepare(feed: Any) -> Any:
+        (ids,) = _ordered(inputs, feed)
+
+        def call() -> Any:
+            parameters = og.GeneratorParams(model)
+            parameters.set_search_options(do_sample=False, max_length=ids.shape[1] + 1)
+            generator = og.Generator(model, parameters)
+            generator.append_tokens(ids[0])
+            return [generator.get_output("logits")]
+
+        return call
+
+    return _runner(format, version, inputs, outputs, prepare, native=model)
+
+
 class Cuda:
     """What TensorRT needs of the CUDA driver, by its C interface: the driver alone must be installed.
 
@@ -728,6 +780,7 @@ LOADERS: "dict[str, Any]" = {
     "openvino": _load_openvino,
     "executorch": _load_executorch,
     "litert": _load_litert,
+    "genai": _load_genai,
     "tensorrt": _load_tensorrt,
     "tensorrt_rtx": _load_tensorrt,
 }

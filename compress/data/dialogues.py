@@ -243,6 +243,16 @@ def render(dialogue: Dialogue, tokenizer: Any) -> Rendered:
     return Rendered(text, _spoken(written, text, list(turns.values()), words))
 
 
+def asked(text: str, tokenizer: Any) -> str:
+    """What a person says, as the tokenizer's chat template writes it, up to where the model's answer begins.
+
+    Raises:
+        CompressError: the template is missing, or refuses it.
+    """
+    rows = (("user", text),)
+    return _apply(tokenizer, _dated(template_of(tokenizer)), rows, Dialogue(rows, "the prompt"), answer=True)
+
+
 def _marked(
     dialogue: Dialogue, hidden: frozenset[int]
 ) -> tuple[list[tuple[str, str]], dict[int, list[str]], list[str]]:
@@ -310,8 +320,10 @@ def _spoken(
     return tuple(found) if "".join(parts) == text else None
 
 
-def _apply(tokenizer: Any, template: str, messages: Sequence[tuple[str, str]], dialogue: Dialogue) -> str:
-    """transformers' rendering, with its sandbox; bounded in time and in what comes out."""
+def _apply(
+    tokenizer: Any, template: str, messages: Sequence[tuple[str, str]], dialogue: Dialogue, *, answer: bool = False
+) -> str:
+    """transformers' rendering, with its sandbox; bounded in time and in what comes out. ``answer``: one follows."""
     from jinja2 import TemplateSyntaxError
 
     rows = [{"role": role, "content": content} for role, content in messages]
@@ -319,7 +331,7 @@ def _apply(tokenizer: Any, template: str, messages: Sequence[tuple[str, str]], d
     try:
         with time_limit(SECONDS):
             text = tokenizer.apply_chat_template(
-                rows, chat_template=template, tokenize=False, add_generation_prompt=False
+                rows, chat_template=template, tokenize=False, add_generation_prompt=answer
             )
     except TemplateSyntaxError as e:
         raise CompressError(

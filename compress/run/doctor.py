@@ -28,6 +28,7 @@ OPTIONAL = {
     "peft": ("recovery by low-rank updates", install_line("recover")),
     "mnn": ("networks for MNN, whose kernels skip zeros", install_line("mnn")),
     "openvino": ("export to OpenVINO", install_line("openvino")),
+    "onnxruntime-genai": ("export to ONNX Runtime GenAI, and running it", install_line("genai")),
     "executorch": ("export to ExecuTorch, for phones", install_line("executorch")),
     "tensorrt-rtx-cu13": ("TensorRT engines, built without a GPU", install_line("tensorrt")),
     "tensorrt": ("TensorRT engines for the GPU that is here", "pip install tensorrt, from the vendor's index"),

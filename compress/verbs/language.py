@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +123,8 @@ def export(folder: Path, out: Path, *, builds: Sequence[BuildOptions] = ()) -> d
     spec = ExportSection()
     facts = write_checked(loaded, tokenizer, out, spec, family.geometry(loaded.config).vocab)
     ids, begin = begun(tokenizer, spec.prompt), len(opening(tokenizer))
-    return {**facts, "formats": make_all([(text_source(out, loaded, ids, o, begin), o) for o in builds], out)}
+    sources = [(replace(text_source(out, loaded, ids, o, begin), tokenizer=tokenizer), o) for o in builds]
+    return {**facts, "formats": make_all(sources, out)}
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:

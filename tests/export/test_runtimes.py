@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -106,6 +107,16 @@ def test_openvino_gives_the_same_under_the_same_names(tmp_path: Path) -> None:
         "assert sys.modules.get('openvino_telemetry', 'loaded') is None"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.onnx")], check=True)
+
+
+@pytest.mark.parametrize(("said", "held"), [(None, "1"), ("0", "0")])
+def test_onnx_runtime_is_told_to_send_nothing_before_it_starts(said: str | None, held: str) -> None:
+    """From 1.29 on it sends usage figures away, and keeps an id of the user, unless this is set when it is imported."""
+    code = "import sys, compress, os; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
+    own = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    own |= {} if said is None else {"ORT_DISABLE_TELEMETRY": said}
+    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [held, "False"]
 
 
 @pytest.mark.skipif(not find_spec("MNN"), reason="needs the extra [mnn]")
