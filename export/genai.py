@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data.dialogues import asked
-from compress.data.text import begun, endings
+from compress.data.text import ORDINARY, begun, endings
 from compress.errors import CompressError, UsageError
 from compress.exporters import formats, onnx_file, parity, quantize, runtimes
 from compress.exporters.ort import OrtLLM
@@ -207,9 +208,20 @@ class Genai:
         except RuntimeError as e:
             raise self._cannot("begin a text", e) from e
 
-    def encode(self, text: str) -> list[int]:
+    @cached_property
+    def opening(self) -> list[int]:
+        """The ids that the tokenizer puts in front of a text; the runtime leaves them out unless it is told."""
+        adding = self._og.Tokenizer(self.model)
+        adding.update_options(add_special_tokens=True)
+        whole, plain = [int(i) for i in adding.encode(ORDINARY)], self.encode(ORDINARY, begin=False)
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+        return whole[:at]
+
+    def encode(self, text: str, *, begin: bool = True) -> list[int]:
+        """Token ids of a text; ``begin`` it with what the tokenizer puts in front. A chat template has that itself."""
         try:
-            return [int(i) for i in self.tokenizer.encode(text)]
+            ids = [int(i) for i in self.tokenizer.encode(text)]
+            return [*(self.opening if begin else ()), *ids]
         except RuntimeError as e:
             raise self._cannot("make tokens of a text", e) from e
 
@@ -261,7 +273,9 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     """
     built, tokenizer = Genai(folder, options.threads), source.tokenizer
     _same_tokens(built, tokenizer)
-    found: dict[str, Any] = {"runtime": _version(), "chat_template": _same_template(built, tokenizer)}
+    found: dict[str, Any] = {
+        "runtime": _version(), "begins_with": built.opening, "chat_template": _same_template(built, tokenizer)
+    }  # fmt: skip
     length = min(LENGTH, int(source.model.config.get_text_config().max_position_embeddings) - 1)
     ids = begun(tokenizer, TEXT)[: WINDOWS * length]
     windows = [ids[i : i + length] for i in range(0, len(ids), length)]

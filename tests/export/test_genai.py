@@ -22,7 +22,7 @@ from compress.language.plan import BlockPlan, Plan
 from compress.models.families import family_for
 from compress.models.reading import load_tokenizer
 from tests.command import Job, compress, one_error
-from tests.tiny import saved_tiny, tiny, tokens
+from tests.tiny import let_it_add, saved_tiny, tiny, tokens
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs the extra [genai]"),
@@ -86,12 +86,8 @@ def test_the_folder_stands_alone(built: Path, tmp_path: Path) -> None:
     settings = json.loads((built / "genai_config.json").read_text())
     assert settings["search"] == {"do_sample": False, "max_length": 256, "past_present_share_buffer": False}
     model = settings["model"]
-    assert (model["context_length"], model["vocab_size"], model["bos_token_id"], model["pad_token_id"]) == (
-        256,
-        300,
-        1,
-        0,
-    )
+    assert (model["context_length"], model["vocab_size"]) == (256, 300)
+    assert (model["bos_token_id"], model["pad_token_id"]) == (1, 0)
     assert (model["decoder"]["head_size"], model["decoder"]["num_hidden_layers"]) == (8, 3)
 
 
@@ -104,6 +100,22 @@ def test_every_end_token_ends_a_text(uneven: Source, built: Path, tmp_path: Path
     make(replace(uneven, tokenizer=tokenizer), tmp_path / "out", BuildOptions("genai"), check=False)
     assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["eos_token_id"] == [2, end]
     assert genai.Genai(tmp_path / "out").greedy(ids, 12) == whole[: whole.index(end) + 1]
+
+
+@pytest.mark.parametrize(("template", "begins"), [("<s> $A", [1]), ("$A </s>", []), ("<s> $A </s>", [1])])
+def test_a_text_begins_with_what_the_tokenizer_puts_in_front(
+    uneven: Source, built: Path, template: str, begins: list[int], tmp_path: Path
+) -> None:
+    """The runtime puts nothing there by itself, and a Gemma without its first token is another model."""
+    shutil.copytree(built, tmp_path / "out")
+    shutil.copytree(uneven.tokenizer.name_or_path, tmp_path / "model")
+    let_it_add(tmp_path / "model", template)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "out")
+    runtime = genai.Genai(tmp_path / "out")
+    assert runtime.opening == begins
+    assert runtime.encode("the cat sat") == [*begins, *runtime.encode("the cat sat", begin=False)]
+    assert genai.check(replace(uneven, tokenizer=tokenizer), tmp_path / "out", BuildOptions("genai"))["greedy"]
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp16", 1e-3), ("int8", 0.05), ("int4", 1.0)])
@@ -194,7 +206,7 @@ def test_what_cannot_be_is_refused_in_one_sentence_and_leaves_nothing(
     refused(uneven, out, replace(plain, fusions="all"), UsageError, "without fusions")
     refused(uneven, out, BuildOptions("genai", "bf16"), UsageError, "not built in bf16")
     with monkeypatch.context() as patch:
-        patch.setattr(genai.Genai, "encode", lambda self, text: [1, 2])
+        patch.setattr(genai.Genai, "opening", [2])
         refused(uneven, out, plain, CompressError, "makes other tokens of a text than transformers does")
     with monkeypatch.context() as patch:
         patch.setattr("onnxruntime_genai.__version__", "0.9.2")
