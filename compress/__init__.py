@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from compress.api import Result, bench, evaluate, export, gate, load, plan, prune, verify
+    from compress.api import Result, bench, evaluate, export, gate, generate, load, plan, prune, verify
 
 __version__ = "0.2.0"
 __all__ = [
-    "CompressError", "Result", "UsageError", "bench", "evaluate", "export", "gate", "load", "plan", "prune", "verify",
+    "CompressError", "Result", "UsageError", "bench", "evaluate", "export", "gate", "generate", "load", "plan", "prune",
+    "verify",
 ]  # fmt: skip
 
 # ONNX Runtime (from 1.29) and its GenAI send usage figures away from their start on, unless this is set before. Whoever

@@ -200,6 +200,35 @@ def bench(dense: str | Path, pruned: str | Path, *, target: str | None = None, *
     return run(Path(dense), Path(pruned), target, **options)
 
 
+def generate(
+    artefact: str | Path,
+    text: str,
+    *,
+    tokens: int = 64,
+    chat: bool = False,
+    dense: bool = False,
+    tokenizer: str | Path | None = None,
+) -> Facts:
+    """Goes on with a text in the artefact's own runtime, as `compress run` does: the likeliest tokens, timed once.
+
+    Args:
+        artefact: a model, run or release folder, or a name (torch); an export folder (ONNX Runtime); a folder of
+            ``--format genai`` (ONNX Runtime GenAI).
+        tokens: that are generated at most.
+        chat: the text is what a person says, and goes through the chat template.
+        dense: of a run folder, its dense export and its pruned one.
+        tokenizer: a model's folder, for an export that has none beside it.
+
+    Returns:
+        ``results``: by name (``model``, or ``dense`` and ``pruned``) ``text``, ``tokens``, ``prompt_tokens``,
+        ``ended``, ``runtime``, ``ttft`` (seconds) and ``rate`` (tokens per second behind the first, in this one run).
+    """
+    from compress.verbs.generate import run
+
+    folder = Path(tokenizer) if tokenizer is not None else None
+    return run(str(artefact), text, tokens=tokens, chat=chat, dense=dense, tokenizer=folder)
+
+
 def gate(baseline: str | Path, candidate: str | Path, budgets: Sequence[str], **options: Any) -> Facts:
     """Whether a candidate keeps its budgets against a baseline: ``verdict`` is pass, fail or inconclusive.
 

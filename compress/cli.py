@@ -249,6 +249,34 @@ def export(
 
 
 @app.command(
+    "run",
+    epilog="Examples:  compress run runs/demo 'The sea'   |   compress run runs/demo 'The sea' --dense   |   "
+    "compress run demo-genai/genai-int4 'What is a whale?' --chat",
+)
+def run_(
+    artefact: Annotated[
+        str, typer.Argument(help="a model, run or release folder, a model's name, an ONNX export, or one of genai")
+    ],
+    text: Annotated[str, typer.Argument(help="what the model goes on with")],
+    tokens: Annotated[int, typer.Option(help="that are generated at most")] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="the text is said to it, through its chat template")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="run folders: the dense export beside the pruned one")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="ONNX exports: the folder of the model that it was made of")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Goes on with a text, in the artefact's own runtime: the likeliest tokens, and how long they took."""
+    from compress.run.progress import say
+    from compress.verbs.generate import lines, measured, run
+
+    facts = run(artefact, text, tokens=tokens, chat=chat, dense=dense, tokenizer=tokenizer)
+    _show(facts, json_, lines)
+    for line in measured(facts):
+        say(line)
+
+
+@app.command(
     epilog="Examples:  compress bench runs/demo/export-dense runs/demo/export-pruned   |   "
     "compress bench dense-pi pruned-pi --target my-pi.yaml"
 )

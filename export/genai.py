@@ -15,7 +15,7 @@ import importlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,16 +248,25 @@ class Genai:
 
     def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
         """Up to ``tokens`` likeliest tokens behind ``ids``, one after the other; one that ends a text is the last."""
-        generator = self.generator(len(ids) + tokens)
-        found: list[int] = []
+        return list(self.likeliest(ids, tokens))
+
+    def likeliest(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
+        """`greedy`, token by token."""
+        generator, count = self.generator(len(ids) + tokens), 0
         try:
             generator.append_tokens(np.asarray(ids, np.int32))
-            while len(found) < tokens and not generator.is_done():
+            while count < tokens and not generator.is_done():
                 generator.generate_next_token()
-                found.append(int(generator.get_next_tokens()[0]))
+                count += 1
+                yield int(generator.get_next_tokens()[0])
         except RuntimeError as e:
             raise self._cannot("run the model", e) from e
-        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        try:
+            return str(self.tokenizer.decode(np.asarray(ids, np.int32)))
+        except RuntimeError as e:
+            raise self._cannot("make text of tokens", e) from e
 
 
 def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,15 @@ class OrtLLM:
 
     def greedy(self, ids: NDArray[np.int64], tokens: int) -> list[int]:
         """The ``tokens`` likeliest next tokens, one after the other, behind ids (1, s)."""
+        return list(islice(self.likeliest(ids), tokens))
+
+    def likeliest(self, ids: NDArray[np.int64]) -> Iterator[int]:
+        """The likeliest token behind ids (1, s), then the one behind that, without end."""
         out = self.prefill(ids)
-        found = [int(out["logits"][0, -1].argmax())]
-        while len(found) < tokens:
-            out = self.decode(np.array([[found[-1]]], dtype=np.int64), out)
-            found.append(int(out["logits"][0, -1].argmax()))
-        return found
+        while True:
+            token = int(out["logits"][0, -1].argmax())
+            yield token
+            out = self.decode(np.array([[token]], dtype=np.int64), out)
 
 
 def _run(session: Any, feed: Arrays) -> Arrays:

@@ -240,3 +240,29 @@ def test_a_network_is_none(tmp_path: Path) -> None:
     ran = compress("export", tmp_path / "m.onnx", "--format", "genai", "--out", tmp_path / "out")
     one_error(ran, 2, "a saved language model with its tokenizer")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_broken_is_one_error(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built, tmp_path / "out")
+    path = tmp_path / "out" / "genai_config.json"
+    settings: dict[str, Any] = json.loads(path.read_text())
+    odd = json.dumps(settings | {"model": settings["model"] | {"type": "none"}})
+    for broken in ("{", "[]", '{"model": {}}', odd):
+        path.write_text(broken)
+        ran = compress("run", tmp_path / "out", "the cat sat")
+        one_error(ran, 1, "genai_config.json" if broken != odd else "cannot load the folder")
+    path.write_text(json.dumps(settings))
+    (tmp_path / "out" / "weights.data").unlink()
+    one_error(compress("run", tmp_path / "out", "the cat sat"), 1, "cannot load the folder")
+    shutil.copy(built / "weights.data", tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").write_text("no")
+    one_error(compress("run", tmp_path / "out", "the cat sat"), 1, "cannot load the folder")
+
+
+def test_a_chat_goes_through_the_runtimes_own_rendering(uneven: Source, built: Path) -> None:
+    ran = compress("run", built, "the cat sat", "--chat", "--tokens", 6, "--json")
+    (result,) = json.loads(ran.out)["results"].values()
+    runtime = genai.Genai(built)
+    ids = runtime.encode("<s>user: the cat sat</s><s>a: ", begin=False)
+    assert result["prompt_tokens"] == len(ids) and ids.count(1) == 2
+    assert result["text"] == runtime.decode(runtime.greedy(ids, 6))
