@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from compress.data.dialogues import asked
 from compress.data.text import ORDINARY, begun, endings
 from compress.errors import CompressError, UsageError
-from compress.exporters import formats, onnx_file, parity, quantize, runtimes
+from compress.exporters import formats, onnx_file, parity, quantize, runtimes, tensors
 from compress.exporters.ort import OrtLLM
 from compress.exporters.passage import TEXT
 from compress.run.progress import say
+from compress.run.seals import inside as is_inside
+from compress.run.strict_json import member, read_json, typed
 from compress.schema.recipe import ExportSection
 
 if TYPE_CHECKING:
@@ -45,6 +47,11 @@ KL = {"fp16": 0.01, "int8": 0.05, "int4": 1.0}
 WINDOWS, LENGTH = 3, 128  # of the text that it is measured on
 # Texts on which the runtime's own tokenizer must agree with transformers'.
 PROBES = (TEXT, "The sea, 1 ship and 2,048 gulls:\n\n\tdef f(x):  return x  # naïve café, 東京, \u2603", " leading")
+# Settings of a session that change how fast it runs, and nothing else.
+SESSION = {
+    "provider_options", "intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern",
+    "graph_optimization_level", "log_id", "log_severity_level", "use_env_allocators",
+}  # fmt: skip
 _CACHE = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 
 
@@ -168,20 +175,59 @@ def config(source: Source, graph: formats.Graph, where: Path) -> dict[str, Any]:
     }
 
 
+def check_folder(folder: Path) -> int:
+    """The context of a folder that may come from anywhere, in tokens.
+
+    Raises:
+        CompressError: its settings cannot be read, name a file outside it, or would have code loaded, files written or
+            a device chosen; or its weights are missing, or lie outside it.
+    """
+    what, where, fix = f"the file {CONFIG}", str(folder / CONFIG), "export the model again"
+    whole = typed(read_json(folder / CONFIG, what, fix=fix), dict, "", what, where, fix)
+    model = member(whole, "model", dict, what, where, fix=fix)
+    for key, value in _entries(whole):
+        name = key.rpartition(".")[2]
+        if name == "session_options":
+            strange = sorted(set(typed(value, dict, key, what, where, fix)) - SESSION)
+        else:
+            strange = [name] if "library" in name or (name == "provider_options" and value) else []
+        if strange:
+            raise CompressError(
+                f"{what} has {key if name == strange[0] else f'{key}.{strange[0]}'}, which could have code loaded or"
+                " files written",
+                where=where,
+                fix="take it out: the runtime does without",
+            )
+        if name.endswith("filename") and not (isinstance(value, str) and is_inside(value)):
+            raise CompressError(f"{what} names a file outside its folder: {value!r:.200}", where=where, fix=fix)
+    decoder = member(model, "decoder", dict, what, where, "model", fix)
+    tensors.files(folder / member(decoder, "filename", str, what, where, "model.decoder", fix))
+    return int(member(model, "context_length", int, what, where, "model", fix))
+
+
+def _entries(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested settings, with the keys above it, and its value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        place = f"{at}.{key}" if at else str(key)
+        yield place, inner
+        yield from _entries(inner, place)
+
+
 class Genai:
-    """A folder in ONNX Runtime GenAI.
+    """A folder in ONNX Runtime GenAI; ``context`` is how many tokens a text may have.
 
     Args:
         threads: of the processor; None leaves it to the runtime.
 
     Raises:
         UsageError: the runtime is missing or too old.
-        CompressError: it cannot load the folder.
+        CompressError: it cannot load the folder, or must not; see `check_folder`.
     """
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         _version()
-        self.folder = folder
+        self.folder, self.context = folder, check_folder(folder)
         try:
             self.model = runtimes.genai_model(str(folder), threads)
             self.tokenizer = self._og.Tokenizer(self.model)

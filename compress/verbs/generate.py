@@ -160,8 +160,8 @@ def measured(facts: dict[str, Any]) -> list[str]:
         label = f"{name} " if len(facts["results"]) > 1 else ""
         found.append(
             f"{label}in {result['runtime']}: {counted(result['tokens'], 'token')}"
-            f"{', and the text ends' if result['ended'] else ''}; the first after {1000 * result['ttft']:.0f} ms (a prompt"
-            f" of {result['prompt_tokens']}){rate} (one run, no benchmark)"
+            f"{', and the text ends' if result['ended'] else ''}; the first {1000 * result['ttft']:.0f} ms after a"
+            f" prompt of {result['prompt_tokens']}{rate} (one run, no benchmark)"
         )
     return found
 
@@ -177,15 +177,10 @@ def _is_genai(path: Path) -> bool:
 
 def _in_genai(path: Path, tokenizer: Path | None) -> Loaded:
     from compress.exporters import runtimes
-    from compress.exporters.genai import CONFIG, Genai
-    from compress.run.strict_json import member, read_json, typed
+    from compress.exporters.genai import Genai
 
     if tokenizer is not None:
         raise UsageError("this folder has a tokenizer of its own", where="--tokenizer", fix="leave it out")
-    what, where, fix = f"the file {CONFIG}", str(path / CONFIG), "export the model again"
-    whole = typed(read_json(path / CONFIG, what, fix=fix), dict, "", what, where, fix)
-    settings = member(whole, "model", dict, what, where, fix=fix)
-    context = member(settings, "context_length", int, what, where, "model", fix)
     model = Genai(path)
 
     def encode(text: str, chat: bool) -> list[int]:
@@ -195,7 +190,7 @@ def _in_genai(path: Path, tokenizer: Path | None) -> Loaded:
         for token in model.likeliest(ids, count):
             seen(token)
 
-    return Loaded(runtimes.available("genai"), encode, model.decode, generate, context)
+    return Loaded(runtimes.available("genai"), encode, model.decode, generate, model.context)
 
 
 def _is_export(path: Path) -> bool:

@@ -253,7 +253,7 @@ def test_a_folder_that_is_broken_is_one_error(built: Path, tmp_path: Path) -> No
         one_error(ran, 1, "genai_config.json" if broken != odd else "cannot load the folder")
     path.write_text(json.dumps(settings))
     (tmp_path / "out" / "weights.data").unlink()
-    one_error(compress("run", tmp_path / "out", "the cat sat"), 1, "cannot load the folder")
+    one_error(compress("run", tmp_path / "out", "the cat sat"), 1, "the weights of model.onnx are missing")
     shutil.copy(built / "weights.data", tmp_path / "out")
     (tmp_path / "out" / "tokenizer.json").write_text("no")
     one_error(compress("run", tmp_path / "out", "the cat sat"), 1, "cannot load the folder")
@@ -266,3 +266,38 @@ def test_a_chat_goes_through_the_runtimes_own_rendering(uneven: Source, built: P
     ids = runtime.encode("<s>user: the cat sat</s><s>a: ", begin=False)
     assert result["prompt_tokens"] == len(ids) and ids.count(1) == 2
     assert result["text"] == runtime.decode(runtime.greedy(ids, 6))
+
+
+def decoder(**more: Any) -> dict[str, Any]:
+    return {"model": {"context_length": 8, "decoder": {"filename": "model.onnx", **more}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (decoder(session_options={"custom_ops_library": "x.so"}), "session_options.custom_ops_library"),
+        (decoder(session_options={"enable_profiling": "/tmp/x"}), "session_options.enable_profiling"),
+        (decoder(session_options={"provider_options": [{"cuda": {}}]}), "session_options.provider_options"),
+        (decoder(pipeline=[{"a": {"session_options": {"config_entries": {}}}}]), "session_options.config_entries"),
+        (decoder(ep_library="x.so"), "model.decoder.ep_library"),
+        (decoder(filename="../model.onnx"), "names a file outside its folder"),
+        (decoder(pipeline=[{"a": {"filename": "/etc/passwd"}}]), "names a file outside its folder"),
+        (decoder(filename=3), "names a file outside its folder"),
+    ],
+)
+def test_a_strangers_folder_loads_no_code_and_no_file_from_elsewhere(
+    built: Path, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes((built / "model.onnx").read_bytes())
+    (tmp_path / "genai_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CompressError) as e:
+        genai.Genai(tmp_path)
+    assert words in str(e.value) and "\n" not in e.value.what
+
+
+def test_a_link_to_weights_elsewhere_is_refused(built: Path, tmp_path: Path) -> None:
+    shutil.copytree(built, tmp_path / "out")
+    (tmp_path / "out" / "weights.data").unlink()
+    (tmp_path / "out" / "weights.data").symlink_to(built / "weights.data")
+    with pytest.raises(CompressError, match=r"weights\.data"):
+        genai.Genai(tmp_path / "out")
