@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from compress.models.reading import load_tokenizer
 from compress.verbs import generate
 from compress.words.escape import terminal
 from tests.command import Job, compress, one_error
+from tests.docs.pages import blocks
 
 pytestmark = pytest.mark.usefixtures("done_once")
 
@@ -118,6 +121,13 @@ def test_a_release_becomes_a_genai_folder_that_goes_on_as_it_did(
     made = tmp_path / "out" / "genai"
     result = api.generate(made, TEXT, tokens=8)["results"]["model"]
     assert result["text"] == told and result["runtime"].startswith("onnxruntime_genai 0.")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").rename("demo-genai")
+    made = made.parents[1] / "demo-genai" / "genai"
+    (lines,) = (b for b in blocks("python") if b.page.name == "onnxruntime-genai.md")
+    code = lines.text.replace("genai-int4", "genai").replace("The sea", TEXT)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
+    assert said.startswith(told)
     one_error(compress("run", made, TEXT, "--chat"), 1, "chat template")
     one_error(compress("run", made, TEXT, "--tokens", 400), 2, "the model reads 256")
     one_error(compress("run", made, TEXT, "--tokenizer", made), 2, "a tokenizer of its own")
