@@ -8,10 +8,10 @@ argument) and writes one to standard output. What fails for a reason the user ca
 ``do``:
 
 - ``look``: what the device is and whether ``format``'s runtime is there.
-- ``measure``: figures of ``files`` (``model``, or ``prefill`` and ``decode``). ``format``, ``threads``, ``options`` (of
-  `runtimes.load`), ``min_seconds``, ``min_runs``, ``sample_seconds``, ``seed``; of a network ``batch`` and ``shapes``
-  (axes that the file leaves open, by input), or ``inputs`` (path of an .npz by input names); of a language model
-  ``prompts`` and ``contexts`` (tokens) and ``vocab``.
+- ``measure``: figures of ``files`` (``model``, ``prefill`` and ``decode``, or ``genai``). ``format``, ``threads``,
+  ``options`` (of `runtimes.load`), ``min_seconds``, ``min_runs``, ``sample_seconds``, ``seed``; of a network ``batch``
+  and ``shapes`` (axes that the file leaves open, by input), or ``inputs`` (path of an .npz by input names); of a
+  language model ``prompts`` and ``contexts`` (tokens) and ``vocab``.
   Every figure has ``load``, ``first`` and the steady ``samples``, in seconds.
 - ``run``: ``input`` (path of an .npz by input names, or an .npy for the only one) -> ``outputs`` (path for an .npz).
 - ``profile``: time per node, ONNX Runtime alone: ``calls`` inferences under its profiler.
@@ -47,19 +47,22 @@ def look(request: Request) -> dict[str, Any]:
     return found
 
 
-def timed(request: Request, call: Callable[[], Any], load: float, device: Any = None) -> dict[str, Any]:
+def timed(
+    request: Request, call: Callable[[], Any], load: float, device: Any = None, watch: Callable[[], float] = clock
+) -> dict[str, Any]:
     """One figure: the phases apart, and the power while it was steady where the platform tells it."""
     import environment
     import protocol
 
-    start = clock()
+    start = watch()
     call()
-    first = clock() - start
+    first = watch() - start
     before, start = environment.meters(), clock()
     found = protocol.steady(
         call,
         request["min_seconds"],
         request["min_runs"],
+        clock=watch,
         sample_seconds=request.get("sample_seconds", protocol.SAMPLE_SECONDS),
         device=device,
     )
@@ -204,11 +207,75 @@ def measure_llm(request: Request) -> dict[str, Any]:
     }
 
 
+# Tokens that the cache grows by before it is filled anew: GenAI 0.18 cannot cut back the cache of layers that differ.
+AHEAD = 64
+
+
+def measure_genai(request: Request) -> dict[str, Any]:
+    """TTFT over prompts and TPOT over contexts in ONNX Runtime GenAI, its own loop around them: a fresh generator that
+    takes the prompt and gives a token; one with the context in its cache that gives the next, up to `AHEAD` behind."""
+    import numpy as np
+    import runtimes
+
+    runner, load = _load(request, "genai")
+    og = importlib.import_module("onnxruntime_genai")
+    vocab = runner.outputs[0].shape[2]
+    rng = np.random.default_rng(request["seed"])
+
+    def begun(ids: Any) -> Any:
+        parameters = og.GeneratorParams(runner.native)
+        most = len(ids) + AHEAD + 2
+        parameters.set_search_options(do_sample=False, max_length=most, min_length=most)  # no token ends it
+        generator = og.Generator(runner.native, parameters)
+        generator.append_tokens(ids)
+        return generator
+
+    def drawn(count: int) -> Any:
+        return rng.integers(0, vocab, count).astype(np.int32)
+
+    def first(ids: Any) -> Callable[[], Any]:
+        def call() -> Any:
+            generator = begun(ids)
+            generator.generate_next_token()
+            return generator.get_next_tokens()[0]
+
+        return call
+
+    def following(ids: Any) -> tuple[Callable[[], Any], Callable[[], float]]:
+        """Gives the next token; and a clock that stands still while the cache is filled anew."""
+        generator, ahead, spent = None, AHEAD, 0.0
+
+        def call() -> Any:
+            nonlocal generator, ahead, spent
+            if ahead == AHEAD:
+                start = clock()
+                generator, ahead = begun(ids), 0
+                generator.generate_next_token()  # of the prompt's own logits: no step is run for it
+                spent += clock() - start
+            generator.generate_next_token()
+            ahead += 1
+            return generator.get_next_tokens()[0]
+
+        return call, lambda: clock() - spent
+
+    grid: dict[str, list[dict[str, Any]]] = {"ttft": [], "tpot": []}
+    try:
+        for prompt in request["prompts"]:
+            grid["ttft"].append({"prompt": prompt, **timed(request, first(drawn(prompt)), load)})
+        for context in request["contexts"]:
+            call, watch = following(drawn(context))
+            grid["tpot"].append({"context": context, **timed(request, call, load, watch=watch)})
+    except RuntimeError as e:
+        raise runtimes.CannotRun(f"{runner.version} cannot run the folder: {str(e).splitlines()[0][:300]}") from e
+    return {"figures": {name: rows[0] for name, rows in grid.items()}, "grid": grid, "runtime": runner.version}
+
+
 def measure(request: Request) -> dict[str, Any]:
     import environment
 
     start = environment.state()
-    found = (measure_llm if "prefill" in request["files"] else measure_network)(request)
+    way = {"prefill": measure_llm, "genai": measure_genai}
+    found = way.get(next(iter(request["files"])), measure_network)(request)
     found["peak_rss"] = environment.host.peak_memory()
     found["environment"] = {**environment.fixed(), "threads": request["threads"], "start": start}
     found["environment"]["end"] = environment.state()

@@ -132,6 +132,9 @@ def _measure(
         request["prompts"] = list(spec.get("prompts") or [spec["prompt"]])
         request["contexts"] = list(spec.get("contexts") or [spec["context"]])
         request["vocab"] = vocab if vocab is not None else vocab_of(made.parts["prefill"])
+    elif "genai" in made.parts:
+        request["prompts"] = list(spec.get("prompts") or [spec["prompt"]])
+        request["contexts"] = list(spec.get("contexts") or [spec["context"]])
     else:
         request["rows"] = rows_of(made.parts["model"])
         if spec.get("inputs"):
@@ -211,6 +214,12 @@ def compare(
     """
     places = {"dense": dense, "pruned": pruned}
     made = {label: artefact(folder, format, file) for label, folder in places.items()}
+    if (made["dense"].format == "genai") != (made["pruned"].format == "genai"):
+        raise CompressError(
+            "one is a folder for ONNX Runtime GenAI, the other is not",
+            where=f"{dense}, {pruned}",
+            fix="name two exports of one format",
+        )
     if set(made["dense"].parts) != set(made["pruned"].parts):
         raise CompressError(
             "one is a language model, the other is not", where=f"{dense}, {pruned}", fix="name two exports of one kind"
@@ -311,7 +320,7 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int) -> dict[str, Any]:
+def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int | None) -> dict[str, Any]:
     """Two export folders of language models on this machine; see `compare`."""
     return compare(dense, pruned, spec, vocab=vocab)
 

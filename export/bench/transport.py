@@ -20,6 +20,7 @@ SUFFIXES = {
     ".onnx": "onnx", ".ort": "ort", ".mnn": "mnn", ".xml": "openvino", ".pte": "executorch", ".tflite": "litert",
     ".engine": "tensorrt", ".plan": "tensorrt",
 }  # fmt: skip
+GENAI = "genai_config.json"
 # What a runtime reads beside a file without being asked: weights under the file's own name.
 BESIDE = {"openvino": lambda path: path.with_suffix(".bin"), "mnn": lambda path: path.with_name(f"{path.name}.weight")}
 
@@ -100,6 +101,8 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
                 fix=f"one of: {', '.join(SUFFIXES)}",
             )
         return _artefact(kind, {"model": where}, where.parent)
+    if format in (None, "genai") and (where / GENAI).is_file():
+        return _genai(where)
     suffixes = [
         s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")
     ]
@@ -117,6 +120,16 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
                 return _artefact(kind, found, where)
     wanted = file or f"model{suffixes[0]}, and no prefill{suffixes[0]} with decode{suffixes[0]}"
     raise Absent(f"there is no {wanted}", where=str(where), fix="name a folder made by `compress export`")
+
+
+def _genai(folder: Path) -> Artefact:
+    """A folder for ONNX Runtime GenAI, without the tokenizer's files: nothing is made of text."""
+    from compress.exporters.genai import check_folder
+
+    check_folder(folder)
+    settings = folder / GENAI
+    graph = folder / json.loads(settings.read_text("utf-8"))["model"]["decoder"]["filename"]
+    return Artefact("genai", {"genai": settings}, (settings, *tensors.files(graph)), folder)
 
 
 def _facts(folder: Path, format: str) -> dict[str, Any]:

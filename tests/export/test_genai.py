@@ -301,3 +301,19 @@ def test_a_link_to_weights_elsewhere_is_refused(built: Path, tmp_path: Path) -> 
     (tmp_path / "out" / "weights.data").symlink_to(built / "weights.data")
     with pytest.raises(CompressError, match=r"weights\.data"):
         genai.Genai(tmp_path / "out")
+
+
+def test_two_folders_are_measured_in_the_runtimes_own_loop(uneven: Source, built: Path, tmp_path: Path) -> None:
+    make(uneven, tmp_path / "int4", BuildOptions("genai", "int4"), check=False)
+    short = ("--prompt", 24, "--context", 20, "--processes", 1, "--threads", 1)
+    ran = compress("bench", built, tmp_path / "int4", *short, "--json")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    assert facts["spec"]["runtime"].startswith("onnxruntime_genai 0.")
+    for key in ("ttft", "tpot"):
+        assert facts["dense"][key]["median"] > 0 and facts["pruned"][key]["load"] > 0
+    held = {p: (built / p).stat().st_size for p in ("genai_config.json", "model.onnx", "weights.data")}
+    assert facts["dense"]["bytes"] == sum(held.values()) > facts["pruned"]["bytes"]
+    assert facts["dense"]["peak_rss"] > 0
+    one_error(compress("bench", built, uneven.path, *short), 1, "one is a folder for ONNX Runtime GenAI")
+    one_error(compress("bench", built, built, "--prompt", 300, "--processes", 1), 1, "cannot run the folder")
