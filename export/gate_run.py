@@ -124,6 +124,12 @@ def find(name: str, path: Path | None = None) -> Artefact:
         raise UsageError("this run has exported no dense model", where=name, fix="finish it, or name an export folder")
     else:
         quality = None
+    if (place / transport.GENAI).is_file():
+        raise UsageError(
+            "this is a folder for ONNX Runtime GenAI, whose loop the gate does not time",
+            where=name,
+            fix="gate the ONNX export that it was made of, or measure it with `compress bench`",
+        )
     there = [kind for kind in (PREFILL, FILE) if (place / kind).is_file()]
     if len(there) > 1:
         raise UsageError(f"there are both {PREFILL} and {FILE}", where=name, fix="name the file that is meant")

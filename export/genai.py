@@ -47,6 +47,7 @@ KL = {"fp16": 0.01, "int8": 0.05, "int4": 1.0}
 WINDOWS, LENGTH = 3, 128  # of the text that it is measured on
 # Texts on which the runtime's own tokenizer must agree with transformers'.
 PROBES = (TEXT, "The sea, 1 ship and 2,048 gulls:\n\n\tdef f(x):  return x  # naïve café, 東京, \u2603", " leading")
+MOST = 10**9  # tokens of a context
 # Settings of a session that change how fast it runs, and nothing else.
 SESSION = {
     "provider_options", "intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern",
@@ -202,7 +203,10 @@ def check_folder(folder: Path) -> int:
             raise CompressError(f"{what} names a file outside its folder: {value!r:.200}", where=where, fix=fix)
     decoder = member(model, "decoder", dict, what, where, "model", fix)
     tensors.files(folder / member(decoder, "filename", str, what, where, "model.decoder", fix))
-    return int(member(model, "context_length", int, what, where, "model", fix))
+    context: int = member(model, "context_length", int, what, where, "model", fix)
+    if not 0 < context <= MOST:
+        raise CompressError(f"{what} has a context of {context:,} tokens", where=where, fix=fix)
+    return context
 
 
 def _entries(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:

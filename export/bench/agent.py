@@ -243,7 +243,8 @@ def measure_genai(request: Request) -> dict[str, Any]:
 
     def following(ids: Any) -> tuple[Callable[[], Any], Callable[[], float]]:
         """Gives the next token; and a clock that stands still while the cache is filled anew."""
-        generator, ahead, spent = None, AHEAD, 0.0
+        generator: Any = None
+        ahead, spent = AHEAD, 0.0
 
         def call() -> Any:
             nonlocal generator, ahead, spent

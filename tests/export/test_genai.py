@@ -316,4 +316,5 @@ def test_two_folders_are_measured_in_the_runtimes_own_loop(uneven: Source, built
     assert facts["dense"]["bytes"] == sum(held.values()) > facts["pruned"]["bytes"]
     assert facts["dense"]["peak_rss"] > 0
     one_error(compress("bench", built, uneven.path, *short), 1, "one is a folder for ONNX Runtime GenAI")
+    one_error(compress("gate", built, built, "--budget", "size<=1.0x"), 2, "whose loop the gate does not time")
     one_error(compress("bench", built, built, "--prompt", 300, "--processes", 1), 1, "cannot run the folder")

@@ -554,6 +554,22 @@ def _onnx(outside: bool) -> Callable[[Path], None]:
     return make
 
 
+def _genai(folder: Path) -> None:
+    _onnx(True)(folder)
+    inputs = {"past_key_names": "past.%d", "input_ids": "ids"}
+    decoder = {"filename": "net.onnx", "head_size": 8, "session_options": {"log_id": "x"}, "inputs": inputs}
+    settings = {"model": {"type": "decoder", "context_length": 64, "eos_token_id": [2, 5], "decoder": decoder}}
+    (folder / "genai_config.json").write_text(json.dumps({**settings, "search": {"max_length": 64}}))
+
+
+def _genai_checked(folder: Path) -> Any:
+    """What `run` and `bench` read of a folder before ONNX Runtime GenAI is given it."""
+    from compress.exporters.bench.transport import artefact
+    from compress.exporters.genai import check_folder
+
+    return {"context": check_folder(folder), "files": [str(p.name) for p in artefact(folder).files]}
+
+
 def _graph(folder: Path) -> Any:
     """What `export`, `gate` and `bench` read of an ONNX file before anything is built of it."""
     from compress.exporters import gate_run, tensors
@@ -710,5 +726,6 @@ _add(
 )
 _add("onnx", _onnx(False), {"net.onnx": "bytes"}, _graph, anything)
 _add("onnx-outside", _onnx(True), {"net.onnx": "bytes", "net.data": "bytes"}, _graph, anything)
+_add("genai", _genai, {"genai_config.json": "json", "net.onnx": "bytes"}, _genai_checked, anything)
 _add("npz", _onnx(False), {"in.npz": "bytes"}, _inputs, _inputs_right)
 _add("export", _onnx(False), {"net.onnx": "bytes", "in.npz": "bytes"}, _exported, anything)
