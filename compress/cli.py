@@ -258,7 +258,7 @@ def run_(
         str, typer.Argument(help="a model, run or release folder, a model's name, an ONNX export, or one of genai")
     ],
     text: Annotated[str, typer.Argument(help="what the model goes on with")],
-    tokens: Annotated[int, typer.Option(help="that are generated at most")] = 64,
+    tokens: Annotated[int, typer.Option(min=1, max=MOST, help="that are generated at most")] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="the text is said to it, through its chat template")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="run folders: the dense export beside the pruned one")] = False,
     tokenizer: Annotated[

@@ -16,7 +16,7 @@ from compress.errors import CompressError, UsageError
 from compress.words.wording import counted
 
 TOKENS = 64
-MOST = 10**6  # tokens of one call
+MOST = 10**7  # tokens of one call
 
 
 Seen = Callable[[int], None]

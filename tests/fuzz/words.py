@@ -72,7 +72,7 @@ def _numeric() -> tuple[Number, ...]:
 
 REQUIRED = {
     "prune": ["m", "--recipe", "r"], "plan": ["m", "--recipe", "r"], "eval": ["m"], "export": ["m", "--out", "o"],
-    "bench": ["a", "b"], "gate": ["a", "b"],
+    "bench": ["a", "b"], "gate": ["a", "b"], "run": ["a", "b"],
 }  # fmt: skip
 
 
