@@ -1,0 +1,103 @@
+"""Asks a stock llama.cpp about a GGUF, in a process of its own: one that aborts is one error here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import CompressError
+from compress.exporters.llama_cpp import library
+from compress.processes.children import python
+
+STEPS = 24  # tokens that are given one by one
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What libllama says.
+
+    ``tokens`` of each text; ``windows``: (n, vocab) logits of each window of tokens; ``stepped``: those of the first one,
+    its last `STEPS` tokens given one by one; ``greedy`` tokens behind the prompt; ``ends``: those asked that end a text.
+    """
+
+    vocab: int
+    load: float
+    tokens: list[list[int]]
+    ends: list[int]
+    windows: list[NDArray[np.float32]]
+    stepped: NDArray[np.float32] | None
+    greedy: list[int]
+
+
+def ask(
+    gguf: Path,
+    *,
+    texts: Sequence[str] = (),
+    windows: Sequence[Sequence[int]] = (),
+    stepped: bool = False,
+    prompt: Sequence[int] = (),
+    greedy: int = 0,
+    ends: Sequence[int] = (),
+    threads: int = 1,
+    plain_cache: bool = False,
+) -> Answer:
+    """Loads ``gguf`` in a fresh process.
+
+    Args:
+        plain_cache: keys and values are kept in float32, not float16.
+
+    Raises:
+        CompressError: it is refused, aborts, or is laid out in a way that is not known here; with libllama's last words.
+    """
+    longest = max([len(prompt) + greedy, 32, *map(len, windows)])
+    with tempfile.TemporaryDirectory(prefix="compress-gguf-") as place:
+        job: dict[str, Any] = {
+            "library": str(library.find()), "gguf": str(gguf), "texts": list(texts), "threads": threads, "out": place,
+            "windows": [list(w) for w in windows], "stepped": list(windows[0]) if stepped else [], "steps": STEPS,
+            "prompt": list(prompt), "greedy": greedy, "ends": list(ends), "length": longest, "plain_cache": plain_cache,
+        }  # fmt: skip
+        done = subprocess.run(
+            python("-m", "compress.exporters.llama_cpp.worker"),
+            input=json.dumps(job),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+        found = _facts(done, gguf)
+        made = [np.load(Path(place) / f"window-{i}.npy") for i in range(len(windows))]
+        steps = np.load(Path(place) / "stepped.npy") if stepped else None
+    return Answer(found["vocab"], found["load"], found["tokens"], found["ends"], made, steps, found.get("greedy", []))
+
+
+def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]:
+    fix = "this is a fault of ours where another program's GGUF of the model is taken; `compress doctor` has the versions"
+    if done.returncode:
+        words = said(done.stderr) or f"it says nothing and ends with {done.returncode}"
+        raise CompressError(f"llama.cpp ends at this file: {words}", where=str(gguf), fix=fix)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise CompressError(*found["error"])
+    if "refused" in found:
+        words = said(done.stderr)
+        raise CompressError(
+            f"llama.cpp refuses this file: {found['refused']}" + (f" ({words})" if words else ""), where=str(gguf), fix=fix
+        )
+    return found
+
+
+def said(log: str) -> str:
+    """The line of libllama's log that says what is wrong: the first that speaks of an error, else the last."""
+    lines = [" ".join(line.split()) for line in log.splitlines() if line.strip(" .\n")]
+    telling = [line for line in lines if re.search(r"error|GGML_ASSERT|wrong|missing|unknown|invalid|abort", line, re.I)]
+    return (telling or lines[-1:] or [""])[0][:300]
