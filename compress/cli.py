@@ -213,10 +213,16 @@ def export(
         list[str] | None,
         typer.Option(
             "--format",
-            help="onnx, ort, openvino, executorch, mnn, litert, genai, tensorrt or tensorrt_rtx; repeatable",
+            help="onnx, ort, openvino, executorch, mnn, litert, genai, tensorrt, tensorrt_rtx or gguf; repeatable",
         ),
     ] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16, bf16, int8, int8-weights or int4")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16, bf16, int8, int8-weights or int4; of a GGUF f16, bf16, f32, q8_0, q6_k, q5_k_m, q4_k_m,"
+            " q4_0 ...  [default: fp32; of a GGUF f16]"
+        ),
+    ] = None,
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="AXIS=LEAST:BENCHMARKED:LARGEST", help="sizes of an axis that may vary; repeatable"),
@@ -226,7 +232,11 @@ def export(
     ] = None,
     fusions: Annotated[str, typer.Option(help="written into an ONNX file: none, basic or all")] = "none",
     like: Annotated[
-        Path | None, typer.Option(help="networks: the run whose data calibrates int8 and judges each format")
+        Path | None,
+        typer.Option(
+            help="networks: the run whose data calibrates int8 and judges each format; gguf: the run whose held-out text it"
+            " is compared on"
+        ),
     ] = None,
     inputs: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="ONNX files: real inputs that each format is compared on")

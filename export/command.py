@@ -15,13 +15,14 @@ from compress.exporters.formats import BuildOptions, Source
 from compress.exporters.inputs import OF_TEXT, read_inputs
 from compress.exporters.ort import Arrays
 from compress.schema.section import whole_number
+from compress.words.wording import counted
 
 SAMPLES = 16  # inputs that a network is compared on
 
 
 def builds(
     names: Sequence[str],
-    precision: str = "fp32",
+    precision: str | None = None,
     shapes: Sequence[str] = (),
     capabilities: Sequence[str] = (),
     fusions: str = "none",
@@ -29,6 +30,7 @@ def builds(
     """The options of every format asked for.
 
     Args:
+        precision: by default each format's first: fp32, and f16 of a GGUF.
         shapes: ``[COMPONENT.]AXIS=LEAST:BENCHMARKED:LARGEST`` or ``AXIS=SIZE``.
 
     Raises:
@@ -36,9 +38,9 @@ def builds(
     """
     profiles = _profiles(shapes)
     known = sorted({p for f in formats.FORMATS.values() for p in f.precisions})
-    if precision not in known:
+    if precision is not None and precision not in known:
         raise UsageError(f"there is no precision {precision!r}", where="--precision", fix=f"one of: {', '.join(known)}")
-    if precision != "fp32" and not names:
+    if precision not in (None, "fp32") and not names:
         raise UsageError(
             f"the ONNX file itself stays fp32; {precision} is for a format that is made of it",
             where="--precision",
@@ -46,7 +48,8 @@ def builds(
         )
     found = []
     for name in dict.fromkeys(names):
-        options = BuildOptions(name, precision, profiles, fusions=fusions)
+        first = formats.FORMATS[name].precisions[0] if name in formats.FORMATS else "fp32"
+        options = BuildOptions(name, precision or first, profiles, fusions=fusions)
         if capabilities:
             options = replace(options, capabilities=tuple(capabilities))
         formats.check_options(options)
@@ -208,6 +211,8 @@ def lines(facts: dict[str, Any]) -> list[str]:
             found.append(f"         not run here: {parity['skipped']}")
         elif "words" in parity:
             found.append(f"         {parity['words']}")
+        elif made["format"] == "gguf":
+            found += _gguf_lines(made)
         else:
             found.append(
                 f"         {len(parity['outputs'])} outputs agree with ONNX, largest relative difference"
@@ -216,3 +221,24 @@ def lines(facts: dict[str, Any]) -> list[str]:
         for measure, before in made.get("measures", {}).get("before", {}).items():
             found.append(f"         {measure}: {before:.4f} -> {made['measures']['after'][measure]:.4f}")
     return found
+
+
+def _gguf_lines(made: Mapping[str, Any]) -> list[str]:
+    """What was changed, what it is worth beside torch, and what the tokens were compared on."""
+    parity, model = made["parity"], made["components"]["model"]
+    before, after = parity["perplexity"]["torch"], parity["perplexity"]["gguf"]
+    worst = max(parity["outputs"].values())
+    return [
+        f"         architecture {model['arch']}, {counted(model['blocks'], 'block')}, {model['parameters']:,} parameters",
+        *(f"         {note}" for note in made["notes"]),
+        f"         logits at {counted(parity['positions'], 'position')} of {parity['text']}: divergence from torch"
+        f" {parity['kl']:.2e} nats, perplexity {before:.3f} -> {after:.3f}, the same likeliest token at"
+        f" {100 * parity['top']:.1f} % ({parity['runtime']})",
+        f"         largest difference {worst:.1e} of the largest logit; {parity['greedy']['same']} of"
+        f" {parity['greedy']['tokens']} greedy tokens equal torch's; {sum(parity['tokens'].values()):,} tokens equal the"
+        " tokenizer's",
+        *(
+            f"         llama.cpp does not end a text at the token {token}, and the model does"
+            for token in parity.get("not_ending", ())
+        ),
+    ]

@@ -8,7 +8,7 @@ Every format is one file with the same functions::
 
 and is called through ``make``, which builds beside the place, checks, writes ``<format>.json`` and renames when all is
 whole; ``describe`` reads that again and holds the files against it. ``source.path`` is a folder or a file with ONNX;
-ExecuTorch and LiteRT are made of the torch module beside it.
+ExecuTorch and LiteRT are made of the torch module beside it, and GGUF of a saved model's folder, which is the path then.
 
 A network has one component, ``model``; a language model two, ``prefill`` and ``decode``. Axes that may vary are said by
 the name they have in the ONNX file: ``profiles={"model": [{"batch": (1, 1, 8)}]}`` gives least, benchmarked and largest
@@ -54,8 +54,14 @@ class Format:
     package: str  # that must be importable to build
     extra: str  # of this package's own extras; empty where it is always there
     of_torch: bool = False  # made of the torch module, not of the ONNX file
+    of_folder: bool = False  # made of a saved language model's folder; there needs to be no ONNX
 
 
+# As llama.cpp names them; the first is built where none is named.
+GGUF_PRECISIONS = (
+    "f16", "bf16", "f32", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_l", "q3_k_m",
+    "q3_k_s", "q2_k",
+)  # fmt: skip
 _FORMATS = (
     Format("onnx", "ONNX", "onnx_file", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
     Format("ort", "ONNX Runtime mobile", "ort_mobile", ("fp32", "fp16", "int8", "int8-weights"), "onnxruntime", ""),
@@ -66,6 +72,7 @@ _FORMATS = (
     Format("genai", "ONNX Runtime GenAI", "genai", ("fp32", "fp16", "int8", "int4"), "onnxruntime_genai", "genai"),
     Format("tensorrt", "TensorRT", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt", ""),
     Format("tensorrt_rtx", "TensorRT-RTX", "tensorrt", ("fp32", "fp16", "bf16"), "tensorrt_rtx", "tensorrt"),
+    Format("gguf", "GGUF", "gguf", GGUF_PRECISIONS, "xllamacpp", "gguf", of_folder=True),
 )
 FORMATS: dict[str, Format] = {f.name: f for f in _FORMATS}
 
@@ -75,12 +82,14 @@ class Source:
     """What is exported.
 
     Args:
-        path: a folder with ONNX (``model.onnx``, or ``prefill.onnx`` and ``decode.onnx``), or one ONNX file.
+        path: a folder with ONNX (``model.onnx``, or ``prefill.onnx`` and ``decode.onnx``), or one ONNX file; the folder of
+            a saved language model for a format that is made of one.
         model: the torch module it was made of, where it is known.
         feeds: real inputs by component, for the comparison; random ones are drawn where there are none.
         calibration: inputs by component for static quantisation: of the calibration split, never of the test split.
         evaluate: from loaded components to measures, as accuracy; asked of the ONNX file and of what was built.
         tokenizer: of a language model, for formats that carry it.
+        saved: `compress.exporters.gguf.Saved`, of the folder of a saved language model.
     """
 
     path: Path
@@ -89,6 +98,7 @@ class Source:
     calibration: Mapping[str, Sequence[Arrays]] = field(default_factory=dict)
     evaluate: Callable[[Mapping[str, Runner]], Mapping[str, float]] | None = None
     tokenizer: Any = None
+    saved: Any = None
 
 
 @dataclass(frozen=True)
@@ -368,8 +378,13 @@ def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = T
         CompressError: it cannot be built, or differs from the ONNX file; the operator, node or layer is named.
     """
     form = check_options(options)
-    files = components(source.path)
-    for path in files.values():
+    if form.of_folder and source.saved is None:
+        raise UsageError(
+            f"{form.title} is made of a saved language model, and this is none",
+            where=str(source.path),
+            fix="name a language model's folder or a run, or another format",
+        )
+    for path in () if form.of_folder else components(source.path).values():
         read_graph(path)
     if form.of_torch and source.model is None:
         raise UsageError(
@@ -397,7 +412,7 @@ def make(source: Source, folder: Path, options: BuildOptions, *, check: bool = T
 def _for_converters(source: Source, beside: Path) -> Iterator[Source]:
     """The source as every converter takes it: a copy with its weights in one file beside the graph, where they lie in
     folders, behind links, or in attributes of nodes. Errors name the source itself."""
-    files = components(source.path)
+    files = {} if source.saved is not None else components(source.path)
     if all(tensors.is_plain(path) for path in files.values()):
         yield source
         return

@@ -333,6 +333,19 @@ def describe(name: str, tokenizer: bool = False) -> tuple[Resolved, Any]:
     return Resolved(name, ALIASES, words, alias.base_model, alias.license), AutoConfig.for_model(**alias.config)
 
 
+def about(name: str, folder: Path) -> tuple[str | None, str | None]:
+    """(base model, licence), where they are known, of a model that was found in ``folder`` under ``name``."""
+    if name in alias_names():
+        alias = load_alias(name)
+        return alias.base_model, alias.license
+    facts = _card_facts(folder)
+    base, licence = facts.get("base_model"), facts.get("license")
+    base = base[0] if isinstance(base, list) and base else base
+    if name.count("/") == 1 and not Path(name).exists():
+        base = name
+    return (base if isinstance(base, str) else None), (licence if isinstance(licence, str) else None)
+
+
 def _card_facts(folder: Path) -> dict[str, Any]:
     """The metadata of the folder's own model card, where it has one."""
     card = folder / "README.md"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import UsageError
-from compress.schema.recipe import load_recipe, recipe_names
+from compress.schema.recipe import TEXT, load_recipe, recipe_names
 
 
 def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this-machine") -> dict[str, Any]:
@@ -58,7 +58,8 @@ def export(
                 fix="leave it out",
             )
         else:
-            facts = call(kind, "export", folder, made, builds=list(builds), **options)
+            told = {"named": model} if kind == TEXT else {}
+            facts = call(kind, "export", folder, made, builds=list(builds), **told, **options)
     return {"model": str(folder), "out": str(out), **facts}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
+from compress.run.folder import RECIPE_LOCK
 from compress.schema.recipe import TEXT, BenchSection, ExportSection
 from compress.words.escape import visible
 from compress.words.wording import counted, small
@@ -15,6 +16,7 @@ from compress.words.wording import counted, small
 if TYPE_CHECKING:
     from compress.data.text import Packed
     from compress.exporters.formats import BuildOptions
+    from compress.exporters.gguf import Saved
 
 
 def _load(folder: Path) -> tuple[Any, Any, Any]:
@@ -109,27 +111,83 @@ def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     ]
 
 
-def export(folder: Path, out: Path, *, builds: Sequence[BuildOptions] = ()) -> dict[str, Any]:
-    """Prefill and decode into the empty folder ``out``, checked against torch output by output.
+def export(
+    folder: Path,
+    out: Path,
+    *,
+    builds: Sequence[BuildOptions] = (),
+    like: Path | None = None,
+    named: str = "",
+) -> dict[str, Any]:
+    """Prefill and decode into the empty folder ``out``, checked against torch output by output; where every format that is
+    asked for is made of the saved folder (GGUF), there is no ONNX.
 
     Args:
         builds: formats to make of it, each in a folder of ``out``.
+        like: a run whose held-out text a GGUF is compared on; by default the run that the folder lies in.
+        named: how the user named the model, which may tell its base.
     """
     from compress.data.text import begun, opening
     from compress.exporters.check import write_checked
     from compress.exporters.command import make_all, text_source
+    from compress.exporters.formats import FORMATS, Source
 
-    loaded, family, tokenizer = _load(folder)
-    spec = ExportSection()
-    facts = write_checked(loaded, tokenizer, out, spec, family.geometry(loaded.config).vocab)
-    ids, begin = begun(tokenizer, spec.prompt), len(opening(tokenizer))
-    sources = [(replace(text_source(out, loaded, ids, o, begin), tokenizer=tokenizer), o) for o in builds]
+    of_folder = [o for o in builds if FORMATS[o.format].of_folder]
+    others = [o for o in builds if o not in of_folder]
+    if like is not None and not of_folder:
+        raise UsageError(
+            "a language model is compared with torch on its own", where="--like", fix="leave it out, or --format gguf"
+        )
+    facts: dict[str, Any] = {}
+    sources: list[tuple[Source, BuildOptions]] = []
+    if of_folder:
+        source = Source(folder, saved=_saved(folder, like, named))
+        sources = [(source, o) for o in of_folder]
+    if others or not of_folder:
+        loaded, family, tokenizer = _load(folder)
+        spec = ExportSection()
+        facts = write_checked(loaded, tokenizer, out, spec, family.geometry(loaded.config).vocab)
+        ids, begin = begun(tokenizer, spec.prompt), len(opening(tokenizer))
+        sources += [(replace(text_source(out, loaded, ids, o, begin), tokenizer=tokenizer), o) for o in others]
     return {**facts, "formats": make_all(sources, out)}
+
+
+def _saved(folder: Path, like: Path | None, named: str) -> Saved:
+    """What a GGUF of a model is named after and compared on: held-out windows of its run, or a text of many kinds."""
+    from compress.data.text import begun, opening
+    from compress.exporters.gguf import Saved
+    from compress.exporters.llama_cpp.vocabulary import PROBE
+    from compress.language.setup import quiet
+    from compress.models.families import family_for
+    from compress.models.reading import is_ragged, load_config, load_tokenizer
+    from compress.models.sources import about
+    from compress.report.build import read_report
+
+    quiet()
+    family_for(load_config(folder))
+    tokenizer = load_tokenizer(folder)
+    run = folder.parent if folder.name.startswith("model") and (folder.parent / RECIPE_LOCK).is_file() else None
+    if like is not None or run is not None:
+        held, begin, _ = _held_out(like or run or folder)
+        title, packed = next(iter(held.items()))
+        windows, begins = packed.ids[:4, :256].tolist(), len(begin)
+        text = f"held-out text ({title})"
+    else:
+        windows, begins, text = [begun(tokenizer, PROBE)[:512]], len(opening(tokenizer)), "a text of many kinds"
+    base, licence = about(named, folder)
+    if run is not None and (run / "release").is_dir():
+        model = read_report(run)["model"]
+        base, licence = base or model["base_model"], licence or model["license"]
+    name = base.rsplit("/", 1)[-1] if base else (run or folder).resolve().name
+    pruned = "-pruned" if base and (run is not None or is_ragged(folder)) else ""
+    return Saved(tokenizer, tuple(map(tuple, windows)), begins, text, name + pruned, licence, base)
 
 
 def export_lines(facts: dict[str, Any]) -> list[str]:
     from compress.exporters.command import lines
 
+    if "bytes" not in facts:  # there is no ONNX
+        return lines(facts)
     return [
         *(f"onnx     {name}: {size / 1e6:.1f} MB" for name, size in facts["bytes"].items()),
         f"parity   {counted(facts['outputs_compared'], 'output')}, largest relative difference"
