@@ -219,8 +219,8 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8, int8-weights or int4; of a GGUF f16, bf16, f32, q8_0, q6_k, q5_k_m, q4_k_m,"
-            " q4_0 ...  [default: fp32; of a GGUF f16]"
+            help="fp32, fp16, bf16, int8, int8-weights or int4; of a GGUF f16, bf16, f32, q8_0, q6_k, q5_k_m, q4_k_m ..."
+            "  [default: fp32; of a GGUF f16]"
         ),
     ] = None,
     shape: Annotated[
@@ -234,8 +234,8 @@ def export(
     like: Annotated[
         Path | None,
         typer.Option(
-            help="networks: the run whose data calibrates int8 and judges each format; gguf: the run whose held-out text it"
-            " is compared on"
+            help="networks: the run whose data calibrates int8 and judges each format; gguf: the run whose held-out"
+            " text it is compared on"
         ),
     ] = None,
     inputs: Annotated[

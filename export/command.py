@@ -229,14 +229,20 @@ def _gguf_lines(made: Mapping[str, Any]) -> list[str]:
     before, after = parity["perplexity"]["torch"], parity["perplexity"]["gguf"]
     worst = max(parity["outputs"].values())
     return [
-        f"         architecture {model['arch']}, {counted(model['blocks'], 'block')}, {model['parameters']:,} parameters",
+        f"         architecture {model['arch']}, {counted(model['blocks'], 'block')}, {model['parameters']:,}"
+        " parameters",
         *(f"         {note}" for note in made["notes"]),
         f"         logits at {counted(parity['positions'], 'position')} of {parity['text']}: divergence from torch"
         f" {parity['kl']:.2e} nats, perplexity {before:.3f} -> {after:.3f}, the same likeliest token at"
         f" {100 * parity['top']:.1f} % ({parity['runtime']})",
         f"         largest difference {worst:.1e} of the largest logit; {parity['greedy']['same']} of"
-        f" {parity['greedy']['tokens']} greedy tokens equal torch's; {sum(parity['tokens'].values()):,} tokens equal the"
-        " tokenizer's",
+        f" {parity['greedy']['tokens']} greedy tokens equal torch's; {sum(parity['tokens'].values()):,} tokens equal"
+        " the tokenizer's",
+        *(
+            f"         tokens differ in {parity['differs']}: a space stands behind each"
+            for _ in (1,)
+            if "differs" in parity
+        ),
         *(
             f"         llama.cpp does not end a text at the token {token}, and the model does"
             for token in parity.get("not_ending", ())

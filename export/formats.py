@@ -8,7 +8,8 @@ Every format is one file with the same functions::
 
 and is called through ``make``, which builds beside the place, checks, writes ``<format>.json`` and renames when all is
 whole; ``describe`` reads that again and holds the files against it. ``source.path`` is a folder or a file with ONNX;
-ExecuTorch and LiteRT are made of the torch module beside it, and GGUF of a saved model's folder, which is the path then.
+ExecuTorch and LiteRT are made of the torch module beside it, and GGUF of a saved model's folder, which is the path
+then.
 
 A network has one component, ``model``; a language model two, ``prefill`` and ``decode``. Axes that may vary are said by
 the name they have in the ONNX file: ``profiles={"model": [{"batch": (1, 1, 8)}]}`` gives least, benchmarked and largest
@@ -82,8 +83,8 @@ class Source:
     """What is exported.
 
     Args:
-        path: a folder with ONNX (``model.onnx``, or ``prefill.onnx`` and ``decode.onnx``), or one ONNX file; the folder of
-            a saved language model for a format that is made of one.
+        path: a folder with ONNX (``model.onnx``, or ``prefill.onnx`` and ``decode.onnx``), or one ONNX file; the folder
+            of a saved language model for a format that is made of one.
         model: the torch module it was made of, where it is known.
         feeds: real inputs by component, for the comparison; random ones are drawn where there are none.
         calibration: inputs by component for static quantisation: of the calibration split, never of the test split.

@@ -1,8 +1,9 @@
 """GGUF: a language model, dense or pruned, as one file for a stock llama.cpp and all that is built on it.
 
 It is made of the saved folder, tensor by tensor, not of ONNX. What is written is loaded in a stock libllama (package
-`xllamacpp`, or the library that `COMPRESS_LIBLLAMA` names) and held against torch in float32: the tokens of a text of many
-kinds against the tokenizer's, the logits at every position of real text, once in one batch and once token by token.
+`xllamacpp`, or the library that `COMPRESS_LIBLLAMA` names) and held against torch in float32: the tokens of a text of
+many kinds against the tokenizer's, the logits at every position of real text, once in one batch and once token by
+token.
 
 Floats are held to a tolerance, with llama.cpp's cache in float32 and its plain attention, so that what differs is the
 file. Quantised weights differ by what they are: mean Kullback-Leibler divergence and perplexity are recorded, as users
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from compress.exporters.runtimes import Runner
 
 TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 1e-1}
-NONSENSE = 0.5  # a divergence that is not so much smaller than that from the next position's logits is of another model
+# A divergence that is not so much smaller than that from the next position's logits is of another model: what is none
+# at all has as large a one.
+NONSENSE = 0.8
 ROOM = 1 << 27  # logits that are held of each side
 GREEDY = 24  # tokens
 
@@ -154,7 +157,9 @@ def the_file(folder: Path) -> Path:
     found = sorted(folder.glob("*.gguf"))
     if len(found) != 1:
         raise CompressError(
-            f"there are {len(found)} GGUF files here", where=str(folder), fix="name a folder that `compress export` made"
+            f"there are {len(found)} GGUF files here",
+            where=str(folder),
+            fix="name a folder that `compress export` made",
         )
     return found[0]
 
@@ -164,8 +169,9 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
 
     Returns:
         ``{"outputs": {"batch", "stepped"}: largest difference relative to the largest logit, "tolerance" (floats),
-        "kl": mean divergence in nats, "perplexity": {"torch", "gguf"}, "top": share of positions of one likeliest token,
-        "tokens": {text: tokens}, "greedy": {tokens, same}, "positions", "text", "samples", "runtime"}``.
+        "kl": mean divergence in nats, "perplexity": {"torch", "gguf"}, "top": share of positions of one likeliest
+        token, "tokens": {text: tokens}, "differs" (if they do), "greedy": {tokens, same}, "positions", "text",
+        "samples", "runtime"}``.
 
     Raises:
         CompressError: llama.cpp does not load the file, makes other tokens, or computes something else.
@@ -196,7 +202,7 @@ def check(source: Source, folder: Path, options: BuildOptions) -> dict[str, Any]
     alike = next((i for i, (a, b) in enumerate(zip(greedy, answer.greedy, strict=True)) if a != b), len(answer.greedy))
     return {
         **found,
-        "tokens": same,
+        **same,
         "greedy": {"tokens": len(answer.greedy), "same": alike},
         "text": saved.text,
         "samples": len(windows),
@@ -282,21 +288,22 @@ def _judge(found: dict[str, Any], options: BuildOptions, where: str) -> None:
                     f"the logits in llama.cpp differ from torch's by {value:.2e} of the largest, {words} (allowed"
                     f" {tolerance:.0e})",
                     where=where,
-                    fix="where f32 agrees name --precision f32 or bf16: activations may be beyond float16; else this is a"
-                    " fault of ours",
+                    fix="where f32 agrees name --precision f32 or bf16: activations may be beyond float16; else this"
+                    " is a fault of ours",
                 )
         return
     if not found["kl"] <= NONSENSE * found["kl_of_the_next_position"]:
         raise CompressError(
-            f"what {options.precision} computes in llama.cpp is far from this model: a divergence of {found['kl']:.3g} nats,"
-            f" where the next position's logits have {found['kl_of_the_next_position']:.3g}",
+            f"what {options.precision} computes in llama.cpp is far from this model: a divergence of {found['kl']:.3g}"
+            f" nats, where the next position's logits have {found['kl_of_the_next_position']:.3g}",
             where=where,
             fix="name a --precision of more bits",
         )
 
 
 def load(folder: Path, component: str, options: BuildOptions) -> Runner:
-    """The file in libllama: ``input_ids`` (1, n) int64 -> ``logits`` (1, n, vocab), in a fresh process at every call."""
+    """The file in libllama: ``input_ids`` (1, n) int64 -> ``logits`` (1, n, vocab), in a fresh process at every
+    call."""
     from compress.exporters.runtimes import CannotRun, Runner, Value
 
     path = the_file(folder)

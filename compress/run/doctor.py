@@ -32,6 +32,7 @@ OPTIONAL = {
     "executorch": ("export to ExecuTorch, for phones", install_line("executorch")),
     "tensorrt-rtx-cu13": ("TensorRT engines, built without a GPU", install_line("tensorrt")),
     "tensorrt": ("TensorRT engines for the GPU that is here", "pip install tensorrt, from the vendor's index"),
+    "xllamacpp": ("GGUF files checked in llama.cpp", install_line("gguf")),
     "litert-torch": ("export to LiteRT, for phones", install_line("litert")),
     "gguf": ("models that packages carry as GGUF (smollm2-135m without the hub)", "pip install gguf"),
 }

@@ -119,8 +119,8 @@ def export(
     like: Path | None = None,
     named: str = "",
 ) -> dict[str, Any]:
-    """Prefill and decode into the empty folder ``out``, checked against torch output by output; where every format that is
-    asked for is made of the saved folder (GGUF), there is no ONNX.
+    """Prefill and decode into the empty folder ``out``, checked against torch output by output; where every format that
+    is asked for is made of the saved folder (GGUF), there is no ONNX.
 
     Args:
         builds: formats to make of it, each in a folder of ``out``.

@@ -1,17 +1,17 @@
 """Which of llama.cpp's architectures a model is written as, and every tensor of the file.
 
-A model whose blocks are alike is written as its own family. One whose heads or FFN widths differ from block to block needs
-an architecture that reads all three block by block: `deci` (Llama's block, RoPE on neighbouring channels, biases if there
-are any), or `openelm` (norms on q and k, fused q, k and v, a head that is the embedding). llama.cpp is read, not asked,
-for what they do: src/models/deci.cpp and openelm.cpp.
+A model whose blocks are alike is written as its own family. One whose heads or FFN widths differ from block to block
+needs an architecture that reads all three block by block: `deci` (Llama's block, RoPE on neighbouring channels, biases
+if there are any), or `openelm` (norms on q and k, fused q, k and v, a head that is the embedding). llama.cpp is read,
+not asked, for what they do: src/models/deci.cpp and openelm.cpp.
 
 Three shapes are not written as they are, for llama.cpp does not load them or, worse, computes something else; what is
 written gives the same function:
 
 - a block of which nothing is left is left out, and the rest is numbered anew;
 - attention without an FFN (`deci` then forgets the attention's output) gets an FFN of zeros;
-- where attention has to be (the first block, from which the head size is read; every block of `openelm`), it is one head
-  of zeros.
+- where attention has to be (the first block, from which the head size is read; every block of `openelm`), it is one
+  head of zeros.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Block:
 class Part:
     """A tensor of the file.
 
-    ``make`` turns the model's tensors ``sources`` into it; without sources it is made of nothing. ``role`` is what it does
-    (``attn_v``, ``ffn_down``, ``token_embd``, ``output``), by which its type is chosen; ``plain``: always float32.
+    ``make`` turns the model's tensors ``sources`` into it; without sources it is made of nothing. ``role`` is what it
+    does (``attn_v``, ``ffn_down``, ``token_embd``, ``output``), by which its type is chosen; ``plain``: always float32.
     """
 
     name: str
@@ -76,7 +76,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """The file without its vocabulary. ``keys`` have the architecture's name in front; ``notes`` say what was changed."""
+    """The file without its vocabulary. ``keys`` have the architecture's name in front; ``notes`` say what was
+    changed."""
 
     arch: str
     keys: Mapping[str, Any]
@@ -108,7 +109,11 @@ def plan(config: Any, family: Family, where: str) -> Plan:
     for what, name in (("attention", "zero_attention"), ("FFN", "zero_ffn")):
         which = [str(b.source) for b in shaped if getattr(b, name)]
         notes += [f"blocks without {what} that have one of zeros: {', '.join(which)}"] if which else []
-    parts = (*_around(config, arch), *more, *(p for i, b in enumerate(shaped) for p in _parts(config, family, arch, i, b, head_dim)))
+    parts = (
+        *_around(config, arch),
+        *more,
+        *(p for i, b in enumerate(shaped) for p in _parts(config, family, arch, i, b, head_dim)),
+    )
     return Plan(arch, keys, parts, shaped, tuple(notes))
 
 
@@ -146,7 +151,10 @@ def _architecture(config: Any, family: Family, blocks: Sequence[Block], head_dim
     if family.name != "qwen3":
         return "deci"
     if not config.tie_word_embeddings:
-        raise refuse("Qwen3's blocks must be alike there, unless its head is the embedding; these differ, and the head is its own")
+        raise refuse(
+            "Qwen3's blocks must be alike there, unless its head is the embedding; these differ, and the head is its"
+            " own"
+        )
     return "openelm"
 
 
@@ -165,28 +173,35 @@ def _check(config: Any, family: Family, arch: str, blocks: Sequence[Block], head
     if act != want and not (want != "silu" and act == "gelu_new"):
         raise refuse(f"its activation is {act}, and {arch} has {want}", "name another format")
     biases = family.biases(config)
-    allowed = biases.qkv and arch not in QKV_BIAS or (biases.o or biases.gate_up or biases.down) and arch not in ANY_BIAS
-    if allowed:
+    strange = (biases.qkv and arch not in QKV_BIAS) or (
+        (biases.o or biases.gate_up or biases.down) and arch not in ANY_BIAS
+    )
+    if strange:
         raise refuse(f"its linear layers have biases, and those of {arch} have none", "name another format")
-    if head_dim % 2:
-        raise refuse(f"its heads are {head_dim} channels wide, an odd number", "name another format")
     if family.name in GEMMA:
         large = len(blocks) == LARGE_GEMMA[family.name]
         scale = config.hidden_size // blocks[0].heads if large else head_dim
         if config.query_pre_attn_scalar != scale:
             raise refuse(
-                f"its attention is scaled by {config.query_pre_attn_scalar:g}, and {arch} of {len(blocks)} blocks scales by"
-                f" {scale}",
+                f"its attention is scaled by {config.query_pre_attn_scalar:g}, and {arch} of {len(blocks)} blocks"
+                f" scales by {scale}",
                 "name another format",
             )
-    if arch == "gemma2" and not (config.tie_word_embeddings and config.attn_logit_softcapping and config.final_logit_softcapping):
-        raise refuse("gemma2 has a head that is the embedding, and caps on the logits; this one has not all", "name another format")
+    if arch == "gemma2" and not (
+        config.tie_word_embeddings and config.attn_logit_softcapping and config.final_logit_softcapping
+    ):
+        raise refuse(
+            "gemma2 has a head that is the embedding, and caps on the logits; this one has not all",
+            "name another format",
+        )
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
-def _keys(config: Any, arch: str, blocks: Sequence[Block], head_dim: int, refuse: Refuse) -> tuple[dict[str, Any], list[Part], list[str]]:
+def _keys(
+    config: Any, arch: str, blocks: Sequence[Block], head_dim: int, refuse: Refuse
+) -> tuple[dict[str, Any], list[Part], list[str]]:
     """The architecture's keys, tensors of RoPE, and notes."""
     ragged = arch in ("deci", "openelm")
 
@@ -198,7 +213,9 @@ def _keys(config: Any, arch: str, blocks: Sequence[Block], head_dim: int, refuse
     window = _window(config)
     if window is not None and arch not in GEMMA and window < context:
         context = window
-        notes.append(f"the context is {window:,} tokens, the model's sliding window: {arch} attends to all of its context")
+        notes.append(
+            f"the context is {window:,} tokens, the model's sliding window: {arch} attends to all of its context"
+        )
     keys: dict[str, Any] = {
         "block_count": len(blocks), "context_length": context, "embedding_length": config.hidden_size,
         "vocab_size": config.vocab_size, "feed_forward_length": size("ffn"), "attention.head_count": size("heads"),
@@ -228,7 +245,8 @@ def _window(config: Any) -> int | None:
 
 
 def _rope(config: Any, arch: str, head_dim: int, refuse: Refuse) -> tuple[dict[str, Any], list[Part]]:
-    """Keys and tensors of the positions. Factors are those of transformers' own function, so that nothing is told twice."""
+    """Keys and tensors of the positions. Factors are those of transformers' own function, so that nothing is told
+    twice."""
     said = dict(config.rope_parameters)
     near = said.get("sliding_attention")
     rope = dict(said.get("full_attention", said))
@@ -263,7 +281,8 @@ def _rope(config: Any, arch: str, head_dim: int, refuse: Refuse) -> tuple[dict[s
 
 
 def _yarn(rope: Mapping[str, Any], config: Any, refuse: Refuse) -> dict[str, Any]:
-    """YaRN's keys. llama.cpp scales attention by 0.1 ln(factor) + 1 by itself; what a model says beside that is a factor."""
+    """YaRN's keys. llama.cpp scales attention by 0.1 ln(factor) + 1 by itself; what a model says beside that is a
+    factor."""
     strange = [k for k in ("mscale", "mscale_all_dim") if rope.get(k)] + ["truncate"] * (rope.get("truncate") is False)
     if strange:
         raise refuse(f"its YaRN has {strange[0]}, which llama.cpp has not", "name another format")
@@ -319,14 +338,21 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _plus_one(weight: Tensor) -> Tensor:
     """Gemma's norms multiply by 1 + weight, llama.cpp's by weight."""
-    return weight.float() + 1.0
+    made: Tensor = weight.float() + 1.0
+    return made
 
 
 def _around(config: Any, arch: str) -> list[Part]:
     """The tensors beside the blocks."""
     vocab, hidden = config.vocab_size, config.hidden_size
     found = [
-        Part("token_embd.weight", (vocab, hidden), (EMBEDDING,), "tied" if config.tie_word_embeddings else "token_embd", _same),
+        Part(
+            "token_embd.weight",
+            (vocab, hidden),
+            (EMBEDDING,),
+            "tied" if config.tie_word_embeddings else "token_embd",
+            _same,
+        ),
         Part("output_norm.weight", (hidden,), (NORM,), "plain", _plus_one if arch in GEMMA else _same),
     ]
     if not config.tie_word_embeddings:
@@ -361,7 +387,12 @@ def _parts(config: Any, family: Family, arch: str, number: int, block: Block, he
 def _attention(config: Any, family: Family, arch: str, block: Block, head_dim: int, part: Any, norm: Any) -> list[Part]:
     hidden, q, k = config.hidden_size, block.heads * head_dim, block.kv_heads * head_dim
     if block.zero_attention:
-        sizes = [("attn_q", (q, hidden)), ("attn_k", (k, hidden)), ("attn_v", (k, hidden)), ("attn_output", (hidden, q))]
+        sizes = [
+            ("attn_q", (q, hidden)),
+            ("attn_k", (k, hidden)),
+            ("attn_v", (k, hidden)),
+            ("attn_output", (hidden, q)),
+        ]
         if arch == "openelm":
             sizes = [("attn_qkv", (q + 2 * k, hidden)), ("attn_output", (hidden, q))]
         made = [part(f"{name}.weight", shape, (), name, _zeros(shape)) for name, shape in sizes]
@@ -430,10 +461,11 @@ def _turned(heads: int, rows: slice) -> Callable[[Tensor], Tensor]:
     """Takes ``rows``; where ``heads`` is not 0, each head's rows i and i + head_dim / 2 become neighbours."""
 
     def make(tensor: Tensor) -> Tensor:
-        taken = tensor[rows]
+        taken: Tensor = tensor[rows]
         if not heads:
             return taken
         halves = taken.reshape(heads, 2, taken.shape[0] // heads // 2, *taken.shape[1:])
-        return halves.swapaxes(1, 2).reshape(taken.shape)
+        made: Tensor = halves.swapaxes(1, 2).reshape(taken.shape)
+        return made
 
     return make

@@ -26,8 +26,9 @@ STEPS = 24  # tokens that are given one by one
 class Answer:
     """What libllama says.
 
-    ``tokens`` of each text; ``windows``: (n, vocab) logits of each window of tokens; ``stepped``: those of the first one,
-    its last `STEPS` tokens given one by one; ``greedy`` tokens behind the prompt; ``ends``: those asked that end a text.
+    ``tokens`` of each text; ``windows``: (n, vocab) logits of each window of tokens; ``stepped``: those of the first
+    one, its last `STEPS` tokens given one by one; ``greedy`` tokens behind the prompt; ``ends``: those asked that end a
+    text.
     """
 
     vocab: int
@@ -57,7 +58,8 @@ def ask(
         plain_cache: keys and values are kept in float32, not float16.
 
     Raises:
-        CompressError: it is refused, aborts, or is laid out in a way that is not known here; with libllama's last words.
+        CompressError: it is refused, aborts, or is laid out in a way that is not known here; with libllama's last
+            words.
     """
     longest = max([len(prompt) + greedy, 32, *map(len, windows)])
     with tempfile.TemporaryDirectory(prefix="compress-gguf-") as place:
@@ -81,7 +83,9 @@ def ask(
 
 
 def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]:
-    fix = "this is a fault of ours where another program's GGUF of the model is taken; `compress doctor` has the versions"
+    fix = (
+        "this is a fault of ours where another program's GGUF of the model is taken; `compress doctor` has the versions"
+    )
     if done.returncode:
         words = said(done.stderr) or f"it says nothing and ends with {done.returncode}"
         raise CompressError(f"llama.cpp ends at this file: {words}", where=str(gguf), fix=fix)
@@ -91,7 +95,9 @@ def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]
     if "refused" in found:
         words = said(done.stderr)
         raise CompressError(
-            f"llama.cpp refuses this file: {found['refused']}" + (f" ({words})" if words else ""), where=str(gguf), fix=fix
+            f"llama.cpp refuses this file: {found['refused']}" + (f" ({words})" if words else ""),
+            where=str(gguf),
+            fix=fix,
         )
     return found
 
@@ -99,5 +105,7 @@ def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]
 def said(log: str) -> str:
     """The line of libllama's log that says what is wrong: the first that speaks of an error, else the last."""
     lines = [" ".join(line.split()) for line in log.splitlines() if line.strip(" .\n")]
-    telling = [line for line in lines if re.search(r"error|GGML_ASSERT|wrong|missing|unknown|invalid|abort", line, re.I)]
+    telling = [
+        line for line in lines if re.search(r"error|GGML_ASSERT|wrong|missing|unknown|invalid|abort", line, re.I)
+    ]
     return (telling or lines[-1:] or [""])[0][:300]

@@ -1,9 +1,10 @@
 """libllama through ctypes: a GGUF's tokens and logits, and ggml's quantisers.
 
-Any build will do whose structures are laid out as `CONTEXT` says, which is asked when it is loaded: the defaults that it
-gives must stand where they are looked for. `COMPRESS_LIBLLAMA` names another than the one in the package `xllamacpp`.
-Structures are passed as blocks of bytes larger than any build's, and only fields at known places are set: fields that a
-newer build adds behind them do no harm. Tried: xllamacpp 2026.10.11549, node-llama-cpp 3.22.1 (llama.cpp v0.5.0).
+Any build will do whose structures are laid out as `CONTEXT` says, which is asked when it is loaded: the defaults that
+it gives must stand where they are looked for. `COMPRESS_LIBLLAMA` names another than the one in the package
+`xllamacpp`. Structures are passed as blocks of bytes larger than any build's, and only fields at known places are set:
+fields that a newer build adds behind them do no harm. Tried: xllamacpp 2026.10.11549, node-llama-cpp 3.22.1 (llama.cpp
+v0.5.0).
 
 A file that it does not like can make it abort the process, so files are loaded in a child (`worker`). This module
 imports nothing of torch: the child starts fast.
@@ -85,7 +86,9 @@ def find() -> Path:
     named = os.environ.get(VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise UsageError("there is no such file", where=f"{VARIABLE}={named}", fix="name libllama.so, with its path")
+            raise UsageError(
+                "there is no such file", where=f"{VARIABLE}={named}", fix="name libllama.so, with its path"
+            )
         return Path(named).absolute()
     found = importlib.util.find_spec(PACKAGE)
     for place in (found.submodule_search_locations or ()) if found is not None else ():
@@ -175,7 +178,9 @@ def with_fields(defaults: bytes, layout: Sequence[tuple[str, str, float]], field
     return bytes(made)
 
 
-def quantise(lib: Any, kind: int, rows: NDArray[np.float32], importance: NDArray[np.float32] | None) -> NDArray[np.uint8]:
+def quantise(
+    lib: Any, kind: int, rows: NDArray[np.float32], importance: NDArray[np.float32] | None
+) -> NDArray[np.uint8]:
     """Rows (n, width) in float32 -> (n, bytes of a row) in ggml's type number ``kind``.
 
     Args:
@@ -187,7 +192,9 @@ def quantise(lib: Any, kind: int, rows: NDArray[np.float32], importance: NDArray
     weight = None if importance is None else np.ascontiguousarray(importance, np.float32).ctypes.data
     written = lib.ggml_quantize_chunk(kind, rows.ctypes.data, made.ctypes.data, 0, n, width, weight)
     if written != made.nbytes:
-        raise CompressError(f"ggml wrote {written} bytes where {made.nbytes} were due", fix="another build of llama.cpp")
+        raise CompressError(
+            f"ggml wrote {written} bytes where {made.nbytes} were due", fix="another build of llama.cpp"
+        )
     return made
 
 
@@ -226,7 +233,11 @@ class Model:
             raise Refused("no context can be made of the file")
         lib.llama_set_n_threads(self._context, threads, threads)
         self._batch = lib.llama_batch_init(length, 0, 1)
-        if self._batch.n_tokens or self._batch.embd or not all((self._batch.token, self._batch.pos, self._batch.logits)):
+        if (
+            self._batch.n_tokens
+            or self._batch.embd
+            or not all((self._batch.token, self._batch.pos, self._batch.logits))
+        ):
             raise Refused("its batches are laid out in a way that is not known here")
 
     def tokens(self, text: str) -> list[int]:
@@ -269,7 +280,10 @@ def _load_backends(lib: Any, path: Path) -> None:
     if lib.ggml_backend_dev_count():
         return
     if hasattr(lib, "ggml_backend_load_all_from_path"):
-        lib.ggml_backend_load_all_from_path.argtypes, lib.ggml_backend_load_all_from_path.restype = (ctypes.c_char_p,), None
+        lib.ggml_backend_load_all_from_path.argtypes, lib.ggml_backend_load_all_from_path.restype = (
+            (ctypes.c_char_p,),
+            None,
+        )
         lib.ggml_backend_load_all_from_path(os.fsencode(path.parent))
     if not lib.ggml_backend_dev_count():
         raise Refused(f"no library for this CPU lies beside {path.name}")

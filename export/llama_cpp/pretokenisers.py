@@ -1,9 +1,9 @@
 """Which splitting of text into words (`tokenizer.ggml.pre`) a byte-level BPE tokenizer has.
 
-llama.cpp has it in code, under names. A tokenizer that says of itself that it splits as one of `STRUCTURES` does has that
-one's name. The name of any other is told by a hash of the token ids that it makes of one text: text and hashes are
-llama.cpp's (conversion/base.py), facts of tokenizers that others have published. What is neither is refused: a wrong name
-gives other tokens, and a worse model, in silence.
+llama.cpp has it in code, under names. A tokenizer that says of itself that it splits as one of `STRUCTURES` does has
+that one's name. The name of any other is told by a hash of the token ids that it makes of one text: text and hashes are
+llama.cpp's (conversion/base.py), facts of tokenizers that others have published. What is neither is refused: a wrong
+name gives other tokens, and a worse model, in silence.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def _split(pattern: str) -> tuple[Any, ...]:
     return ("Split", pattern, "Isolated")
 
 
-# (normalizer, steps of the pre-tokenizer, whether a word that is a token is never merged) -> name, by what llama.cpp's code
-# does under that name.
+# (normalizer, steps of the pre-tokenizer, whether a word that is a token is never merged) -> name, by what llama.cpp's
+# code does under that name.
 STRUCTURES: Mapping[tuple[Any, ...], str] = {
     (None, (_GPT2,), False): "gpt-2",
     (None, (("Digits", True), _GPT2), False): "smollm",
@@ -166,12 +166,13 @@ def name(tokenizer: Any, description: Mapping[str, Any], where: str) -> str:
     """
     ids = tokenizer(TEXT)["input_ids"]
     found = hashlib.sha256(str(ids).encode()).hexdigest()
-    # What it says of itself comes first: where it has no token of several digits, the text does not tell how it splits them.
+    # What it says of itself comes first: where it has no token of several digits, the text does not tell how it splits
+    # them.
     known = STRUCTURES.get(structure(description)) or next((n for n, h in HASHES.items() if found in h), None)
     if known is None:
         raise CompressError(
-            f"llama.cpp does not know how this tokenizer splits text into words (its hash is {found[:16]}...), and a guess"
-            " would give other tokens in silence",
+            f"llama.cpp does not know how this tokenizer splits text into words (its hash is {found[:16]}...), and a"
+            " guess would give other tokens in silence",
             where=where,
             fix="name a model whose tokenizer llama.cpp has a name for, or another format",
         )

@@ -1,11 +1,12 @@
 """Which type each tensor is written in, and the bytes of it.
 
-A precision is named as llama.cpp names it. Its mixture is llama.cpp's own (src/llama-quant.cpp, read for the rules): the
-head and the tensors that errors are dearest in (`attn_v`, `ffn_down`, both in some blocks) get more bits than the rest. The
-arithmetic is ggml's (`ggml_quantize_chunk`), tensor by tensor, so that no second file is written and no model held.
+A precision is named as llama.cpp names it. Its mixture is llama.cpp's own (src/llama-quant.cpp, read for the rules):
+the head and the tensors that errors are dearest in (`attn_v`, `ffn_down`, both in some blocks) get more bits than the
+rest. The arithmetic is ggml's (`ggml_quantize_chunk`), tensor by tensor, so that no second file is written and no model
+held.
 
-K-quants take rows in blocks of 256 numbers, the others of 32. A row that does not divide takes a type of 32 with about as
-many bits, or float16 where it does not divide by 32 either; that is said, with the width that avoids it.
+K-quants take rows in blocks of 256 numbers, the others of 32. A row that does not divide takes a type of 32 with about
+as many bits, or float16 where it does not divide by 32 either; that is said, with the width that avoids it.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def typed(parts: Sequence[Part], precision: str, groups: int) -> list[Typed]:
     """Every tensor with its type.
 
     Args:
-        groups: query heads of a KV group of the model's first block; where they are many, v is small and gets more bits.
+        groups: query heads of a KV group of the model's first block; where they are many, v is small and gets more
+            bits.
     """
     # The mixtures count the tensors of a role, not the blocks: some blocks have no attention.
     order = {role: [p.name for p in parts if p.role == role] for role in ("attn_v", "ffn_down")}
@@ -94,7 +96,7 @@ def _wanted(part: Part, precision: str, order: dict[str, list[str]], groups: int
     base = BASE[precision][0]
     if part.role == "plain":
         return T.F32
-    if precision in FLOATS or base in (T.Q8_0,):
+    if precision in FLOATS or precision == "q8_0":
         return base
     if part.role in ("output", "tied"):
         return T.Q6_K if part.shape[-1] % 256 == 0 else T.Q8_0
@@ -108,9 +110,8 @@ def _wanted(part: Part, precision: str, order: dict[str, list[str]], groups: int
     if precision == "q2_k" and part.role == "attn_v":
         return T.Q4_K if groups >= 4 else T.Q3_K
     more = MORE.get(precision, {}).get(part.role, base)
-    if isinstance(more, tuple):
-        return more[0] if dearest(at, count) else more[1]
-    kind: GGMLQuantizationType = more
+    pair = more if isinstance(more, tuple) else (more, more)
+    kind: GGMLQuantizationType = pair[0] if dearest(at, count) else pair[1]
     return kind
 
 
@@ -135,14 +136,15 @@ def fallbacks(tensors: Sequence[Typed]) -> list[str]:
             "attn_output": f"heads x head_dim in {block}s avoids it",
         }.get(role, "it is the width of the model")
         lines.append(
-            f"{len(widths)} tensors {role} are {kind}, not {wanted}: rows of {min(widths)} to {max(widths)} numbers are not"
-            f" in blocks of {block} ({how})"
+            f"{len(widths)} tensors {role} are {kind}, not {wanted}: rows of {min(widths)} to {max(widths)} numbers are"
+            f" not in blocks of {block} ({how})"
         )
     return lines
 
 
 class Converter:
-    """Turns a tensor into its bytes, by rows, on some threads. ``importance``: tensor -> (columns,), see `library.quantise`."""
+    """Turns a tensor into its bytes, by rows, on some threads. ``importance``: tensor -> (columns,), see
+    `library.quantise`."""
 
     def __init__(self, threads: int, importance: dict[str, NDArray[np.float32]] | None = None) -> None:
         self._threads, self._importance = threads, importance or {}

@@ -1,8 +1,8 @@
 """A tokenizer as a GGUF holds it, and the proof that llama.cpp makes the same tokens of a text.
 
-Two kinds are written: byte-level BPE (``gpt2``: merges in their order) and SentencePiece's BPE with bytes to fall back on
-(``llama``: the pair of the highest score is merged first). Both are read from tokenizer.json, which is what transformers
-itself runs; scores are the ranks of the merges.
+Two kinds are written: byte-level BPE (``gpt2``: merges in their order) and SentencePiece's BPE with bytes to fall back
+on (``llama``: the pair of the highest score is merged first). Both are read from tokenizer.json, which is what
+transformers itself runs; scores are the ranks of the merges.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from compress.exporters.llama_cpp import pretokenisers
 
 SPACE = "▁"  # SentencePiece's sign for a space
 UNUSED_SCORE = -10000.0
+SPECIAL = "special tokens among words"
 # Of many kinds, and each a little: languages and scripts, code, numbers, signs, white space. Composed (NFC) throughout:
 # llama.cpp does not compose.
 PROBE = (
@@ -164,8 +165,8 @@ def _special(tokenizer: Any, rows: int, where: str) -> dict[str, Any]:
     for name, given, own in (("bos", front, tokenizer.bos_token_id), ("eos", behind, tokenizer.eos_token_id)):
         if given not in ([], [own]):
             raise CompressError(
-                f"the tokenizer puts {tokenizer.convert_ids_to_tokens(given)} around a text, and llama.cpp its {name} token"
-                " or nothing",
+                f"the tokenizer puts {tokenizer.convert_ids_to_tokens(given)} around a text, and llama.cpp its {name}"
+                " token or nothing",
                 where=where,
                 fix="name another format",
             )
@@ -196,26 +197,31 @@ def _texts(tokenizer: Any, added: Mapping[int, Mapping[str, Any]], rows: int) ->
     between = [word for word in special if word not in put][:8]
     found = {"a text of many languages, code and signs": PROBE}
     if between:
-        found["special tokens among words"] = "".join(f"one{word}two" for word in between)
+        found[SPECIAL] = "".join(f"one{word}two" for word in between)
     return found
 
 
-def compare(tokenizer: Any, texts: Mapping[str, str], got: Sequence[Sequence[int]], where: str) -> dict[str, int]:
-    """How many tokens of each text are the same.
+def compare(tokenizer: Any, texts: Mapping[str, str], got: Sequence[Sequence[int]], where: str) -> dict[str, Any]:
+    """``{"tokens": {text: how many, the same in both}}``, and what ``differs`` where that is a space behind a special
+    token: llama.cpp puts one before a word there, as SentencePiece's older tokenizers did.
 
     Raises:
-        CompressError: llama.cpp makes others of a text.
+        CompressError: llama.cpp makes others of a text, or does not see a special token.
     """
-    found = {}
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    found: dict[str, Any] = {"tokens": {}}
     for (title, text), ids in zip(texts.items(), got, strict=True):
         want = list(tokenizer(text)["input_ids"])
-        if want != list(ids):
+        if want == list(ids):
+            found["tokens"][title] = len(want)
+        elif title == SPECIAL and [i for i in want if i in special] == [i for i in ids if i in special]:
+            found["differs"] = "the words between special tokens"
+        else:
             at = next((i for i, (a, b) in enumerate(zip(want, ids, strict=False)) if a != b), min(len(want), len(ids)))
-            shown = [tokenizer.convert_ids_to_tokens(list(side[at : at + 3])) for side in (want, ids)]
+            mine, theirs = (tokenizer.convert_ids_to_tokens(list(side[at : at + 3])) for side in (want, ids))
             raise CompressError(
-                f"llama.cpp makes other tokens of {title} than the tokenizer: at token {at} {shown[1]}, and it {shown[0]}",
+                f"llama.cpp makes other tokens of {title} than the tokenizer: at token {at} {theirs}, and it {mine}",
                 where=where,
                 fix="name a model whose tokenizer llama.cpp has, or another format",
             )
-        found[title] = len(want)
     return found

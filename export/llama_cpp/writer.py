@@ -47,7 +47,7 @@ def write(
                 for t in tensors:
                     count = 0
                     for data in converter.parts(t, _read(t, places, folder)):
-                        file.write(memoryview(data).cast("B"))
+                        file.write(data.tobytes())
                         count += data.nbytes
                     assert count == t.nbytes, f"{t.part.name}: {count} bytes for {t.nbytes}"
                     writer.write_padding(file, count)
