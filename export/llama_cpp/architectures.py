@@ -306,7 +306,7 @@ def _factors(config: Any, rope: Mapping[str, Any], turned: int) -> Tensor:
 
     found, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     assert scale == 1.0, "llama3's RoPE does not scale attention"
-    plain = rope["rope_theta"] ** (-torch.arange(0, turned, 2, dtype=torch.float64) / turned)
+    plain: Tensor = float(rope["rope_theta"]) ** (-torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     return (plain / found.double()).float()
 
 
