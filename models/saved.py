@@ -16,8 +16,8 @@ from compress.schema.strict_yaml import parse_yaml
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model: ``facts`` says how a saved one is built, ``graph`` is in every export of one; or ``settings``
-    are, beside a graph of any name, in one that a runtime of its own reads.
+    """One kind of model: ``facts`` says how a saved one is built, one of ``graphs`` is in every export of one; or
+    ``settings`` are, beside a graph of any name, in one that a runtime of its own reads.
 
     ``verbs`` is a module with ``evaluate(folder, like, ...)``, ``export(folder, out, ...)`` and
     ``bench(dense, pruned, ...)``, where what is behind the places are the options a user may give for this kind; and
@@ -26,15 +26,21 @@ class Kind:
 
     title: str
     facts: str
-    graph: str
+    graphs: tuple[str, ...]
     verbs: str
     settings: str = ""
 
 
 # The task of a recipe (`compress.pipeline.METHODS`) -> the kind of model it is about.
 KINDS = {
-    TEXT: Kind("a language model", "config.json", "prefill.onnx", "compress.verbs.language", "genai_config.json"),
-    "network": Kind("a plain network", "network.json", "model.onnx", "compress.verbs.network"),
+    TEXT: Kind(
+        "a language model",
+        "config.json",
+        ("prefill.onnx", "gguf.json"),
+        "compress.verbs.language",
+        "genai_config.json",
+    ),
+    "network": Kind("a plain network", "network.json", ("model.onnx",), "compress.verbs.network"),
 }
 
 
@@ -86,9 +92,9 @@ def exported_kind(folders: tuple[Path, Path]) -> str:
     for folder in folders:
         check_where_sealed(folder)
         kinds = [name for name, kind in KINDS.items() if kind.settings and (folder / kind.settings).is_file()]
-        kinds = kinds or [name for name, kind in KINDS.items() if (folder / kind.graph).is_file()]
+        kinds = kinds or [name for name, kind in KINDS.items() if any((folder / g).is_file() for g in kind.graphs)]
         if len(kinds) != 1:
-            graphs = [kind.graph for kind in KINDS.values()]
+            graphs = [kind.graphs[0] for kind in KINDS.values()]
             raise CompressError(
                 f"there is no {' or '.join(graphs)}" if not kinds else f"there are both {' and '.join(graphs)}",
                 where=str(folder),

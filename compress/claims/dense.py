@@ -38,7 +38,7 @@ def find_dense(subject: Subject, named: str | None) -> Dense:
         return of(subject, None, None)
     folder = Path(named)
     places = (folder, folder / "export-dense")
-    export = next((p for p in places if any((p / kind.graph).is_file() for kind in KINDS.values())), None)
+    export = next((p for p in places if any((p / kind.graphs[0]).is_file() for kind in KINDS.values())), None)
     alone = export is not None and not (folder / "dense" / "network.json").is_file()
     return of(subject, None if alone else named, export)
 

@@ -206,13 +206,27 @@ def bench(
     processes: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """Time to first token, time per output token and memory; what is not given is as in a recipe."""
-    from compress.exporters.bench.local import compare_llm
+    """Time to first token, time per output token and memory, in ONNX Runtime or, of two folders with a GGUF, in
+    llama.cpp; what is not given is as in a recipe.
+
+    Raises:
+        CompressError: one has a GGUF, the other none.
+    """
+    from compress.exporters.bench.local import compare_gguf, compare_llm
     from compress.exporters.onnx import PREFILL
     from compress.exporters.tensors import read
 
     given = {"prompt": prompt, "context": context, "processes": processes, "threads": threads}
     spec = BenchSection(**{k: v for k, v in given.items() if v is not None}).model_dump()
+    gguf = [(folder / "gguf.json").is_file() for folder in (dense, pruned)]
+    if all(gguf):
+        return compare_gguf(dense, pruned, spec)
+    if any(gguf):
+        raise CompressError(
+            "one is a GGUF, the other is none",
+            where=f"{dense}, {pruned}",
+            fix="name two folders that `compress export --format gguf` made, or two with ONNX",
+        )
     if not (dense / PREFILL).is_file():  # a folder for ONNX Runtime GenAI, which says it itself
         return compare_llm(dense, pruned, spec, None)
     logits = read(dense / PREFILL).graph.output[0]

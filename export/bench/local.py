@@ -29,6 +29,7 @@ from compress.run.progress import Progress
 from compress.system import host
 from compress.system.files import whole_file
 
+LLAMA_CPP = "compress.exporters.llama_cpp.worker"
 MEASURE = {"threads": 1, "min_seconds": 2.0, "min_runs": 5}  # where a spec does not say
 
 
@@ -46,8 +47,10 @@ class Local:
         return {path.name: str(path.absolute()) for path in files}
 
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        # libllama is no runtime of devices: its own worker measures it, and answers as the agent does.
+        agent = ("-m", LLAMA_CPP) if request.get("format") == "gguf" else (str(agent_file()),)
         done = subprocess.run(
-            python(str(agent_file())),
+            python(*agent),
             input=json.dumps(request),
             capture_output=True,
             encoding="utf-8",
@@ -128,7 +131,9 @@ def _measure(
         **MEASURE,
         **{k: v for k, v in spec.items() if k in ("sample_seconds", "options", "batch", "shapes", *MEASURE)},
     }
-    if "prefill" in made.parts:
+    if made.format == "gguf":
+        request |= {"prompts": [spec["prompt"]], "contexts": [spec["context"]]}
+    elif "prefill" in made.parts:
         request["prompts"] = list(spec.get("prompts") or [spec["prompt"]])
         request["contexts"] = list(spec.get("contexts") or [spec["context"]])
         request["vocab"] = vocab if vocab is not None else vocab_of(made.parts["prefill"])
@@ -323,6 +328,11 @@ def _figure(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def compare_llm(dense: Path, pruned: Path, spec: dict[str, Any], vocab: int | None) -> dict[str, Any]:
     """Two export folders of language models on this machine; see `compare`."""
     return compare(dense, pruned, spec, vocab=vocab)
+
+
+def compare_gguf(dense: Path, pruned: Path, spec: dict[str, Any]) -> dict[str, Any]:
+    """Two folders of GGUF in a stock llama.cpp on this machine; see `compare`."""
+    return compare(dense, pruned, spec, format="gguf")
 
 
 def compare_modules(

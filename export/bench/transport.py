@@ -103,6 +103,10 @@ def artefact(where: Path, format: str | None = None, file: str | None = None) ->
         return _artefact(kind, {"model": where}, where.parent)
     if format in (None, "genai") and (where / GENAI).is_file():
         return _genai(where)
+    if format == "gguf":
+        from compress.exporters.gguf import the_file
+
+        return _artefact("gguf", {"model": the_file(where)}, where)
     suffixes = [
         s for s, kind in SUFFIXES.items() if format is None or kind == format.replace("tensorrt_rtx", "tensorrt")
     ]

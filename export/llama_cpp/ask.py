@@ -90,8 +90,8 @@ def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]
         words = said(done.stderr) or f"it says nothing and ends with {done.returncode}"
         raise CompressError(f"llama.cpp ends at this file: {words}", where=str(gguf), fix=fix)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    if "error" in found:
-        raise CompressError(*found["error"])
+    if "error" in found and "refused" not in found:
+        raise CompressError(**found["error"])
     if "refused" in found:
         words = said(done.stderr)
         raise CompressError(

@@ -51,8 +51,8 @@ NEEDED = (
     "llama_backend_init", "llama_log_set", "llama_model_default_params", "llama_context_default_params",
     "llama_model_load_from_file", "llama_init_from_model", "llama_batch_init", "llama_decode", "llama_get_logits_ith",
     "llama_model_get_vocab", "llama_vocab_n_tokens", "llama_tokenize", "llama_vocab_is_eog", "llama_get_memory",
-    "llama_memory_clear", "llama_set_n_threads", "ggml_backend_dev_count", "ggml_quantize_chunk", "ggml_type_size",
-    "ggml_blck_size",
+    "llama_memory_clear", "llama_memory_seq_rm", "llama_set_n_threads", "ggml_backend_dev_count",
+    "ggml_quantize_chunk", "ggml_type_size", "ggml_blck_size",
 )  # fmt: skip
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 
@@ -143,6 +143,8 @@ def _type(lib: Any) -> None:
     lib.llama_tokenize.argtypes = (pointer, text, integer, pointer, integer, ctypes.c_bool, ctypes.c_bool)
     lib.llama_get_memory.argtypes, lib.llama_get_memory.restype = (pointer,), pointer
     lib.llama_memory_clear.argtypes, lib.llama_memory_clear.restype = (pointer, ctypes.c_bool), None
+    lib.llama_memory_seq_rm.argtypes = (pointer, integer, integer, integer)
+    lib.llama_memory_seq_rm.restype = ctypes.c_bool
     lib.llama_set_n_threads.argtypes, lib.llama_set_n_threads.restype = (pointer, integer, integer), None
     lib.llama_log_set.argtypes, lib.llama_log_set.restype = (_LOG, pointer), None
     lib.ggml_backend_dev_count.restype = ctypes.c_size_t
@@ -202,7 +204,7 @@ class Model:
     """A GGUF in libllama. To be used in a process that may end at any call.
 
     Args:
-        length: tokens of a context.
+        length: tokens of a context, all of which may be given at once.
         plain_cache: keys and values are kept in float32; otherwise in float16, as users have them.
 
     Raises:
@@ -224,7 +226,7 @@ class Model:
             raise Refused("the file cannot be loaded")
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab: int = lib.llama_vocab_n_tokens(self._vocab)
-        fields = {"n_ctx": length, "n_batch": length, "n_ubatch": length, "n_outputs_max_per_seq": 0}
+        fields = {"n_ctx": length, "n_batch": length, "n_outputs_max_per_seq": 0}
         if plain_cache:
             fields |= {"type_k": 0, "type_v": 0, "flash_attn_type": 0}  # GGML_TYPE_F32
         settings = with_fields(bytes(lib.llama_context_default_params().held), CONTEXT, fields, path)
@@ -253,26 +255,39 @@ class Model:
         """Whether the token ends a text."""
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
-    def forget(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
+    def forget(self, since: int = 0) -> None:
+        """Takes the tokens from position ``since`` on out of the cache."""
+        memory = self._lib.llama_get_memory(self._context)
+        if since == 0:
+            self._lib.llama_memory_clear(memory, True)
+        elif not self._lib.llama_memory_seq_rm(memory, 0, since, -1):
+            raise Refused(f"its cache cannot forget what stands behind token {since}")
 
     def logits(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
         """(n, vocab): the logits behind each of the tokens ``ids``, which stand at positions ``first`` and on."""
-        batch = self._batch
+        self._decode(ids, first, every=True)
+        return np.stack([self._row(i) for i in range(len(ids))])
+
+    def last(self, ids: Sequence[int], first: int = 0) -> NDArray[np.float32]:
+        """(vocab,): the logits behind the last of them alone, as text is generated; valid until the next call."""
+        self._decode(ids, first, every=False)
+        return self._row(len(ids) - 1)
+
+    def _decode(self, ids: Sequence[int], first: int, every: bool) -> None:
+        batch, end = self._batch, len(ids) - 1
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, first + i, 1, 1
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, first + i, 1, every or i == end
             batch.seq_id[i][0] = 0
         if self._lib.llama_decode(self._context, batch):
             raise Refused("it cannot be run")
-        rows = [np.ctypeslib.as_array(self._row(i), (self.vocab,)) for i in range(len(ids))]
-        return np.stack(rows)
 
-    def _row(self, i: int) -> Any:
+    def _row(self, i: int) -> NDArray[np.float32]:
         found = self._lib.llama_get_logits_ith(self._context, i)
         if not found:
             raise Refused(f"there are no logits of token {i}")
-        return found
+        row: NDArray[np.float32] = np.ctypeslib.as_array(found, (self.vocab,))
+        return row
 
 
 def _load_backends(lib: Any, path: Path) -> None:

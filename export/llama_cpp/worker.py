@@ -8,23 +8,25 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress.errors import CompressError
-from compress.exporters.llama_cpp.library import Model, Refused
+from compress.exporters.bench import environment, protocol
+from compress.exporters.llama_cpp.library import Model, Refused, find, title
+from compress.system import host
+
+
+def log(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Loads ``job["gguf"]`` and answers what is asked of it, see `compress.exporters.llama_cpp.ask`."""
-
-    def log(text: str) -> None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
     began = time.monotonic()
     model = Model(Path(job["library"]), Path(job["gguf"]), job["length"], job["threads"], job["plain_cache"], log)
     found: dict[str, Any] = {"vocab": model.vocab, "load": time.monotonic() - began}
@@ -56,13 +58,53 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
     return made
 
 
+def measure(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of a GGUF as `compress.exporters.bench.agent` measures other formats: the same request, the same answer.
+
+    ``ttft``: a prompt of random tokens, all at once, and the choice of the token behind it; ``tpot``: one token behind
+    a context. As users have it: cache in float16, llama.cpp's own choice of attention.
+    """
+    start = environment.state()
+    rng = np.random.default_rng(request["seed"])
+    (prompt,), (context,) = request["prompts"], request["contexts"]
+    began = time.perf_counter()
+    model = Model(find(), Path(request["files"]["model"]), max(prompt, context + 1), request["threads"], False, log)
+    load = time.perf_counter() - began
+    ids = rng.integers(0, model.vocab, max(prompt, context + 1)).tolist()
+
+    def first() -> int:
+        model.forget()
+        return int(model.last(ids[:prompt]).argmax())
+
+    def following() -> int:
+        model.forget(context)
+        return int(model.last(ids[context : context + 1], context).argmax())
+
+    figures = {"ttft": _timed(request, first, load)}
+    model.forget()
+    model.last(ids[:context])
+    figures["tpot"] = _timed(request, following, load)
+    found = {"figures": figures, "runtime": title(), "peak_rss": host.peak_memory()}
+    place = {**environment.fixed(), "threads": request["threads"], "start": start, "end": environment.state()}
+    return {**found, "environment": place, "emulated": place["emulated"]}
+
+
+def _timed(request: Mapping[str, Any], call: Callable[[], Any], load: float) -> dict[str, Any]:
+    began = time.perf_counter()
+    call()
+    first = time.perf_counter() - began
+    return {"load": load, "first": first, **protocol.steady(call, request["min_seconds"], request["min_runs"])}
+
+
 def main() -> None:
+    job = json.loads(sys.stdin.read())
     try:
-        found = run(json.loads(sys.stdin.read()))
+        found = measure(job) if job.get("do") == "measure" else run(job)
     except Refused as e:
-        found = {"refused": str(e)}
+        words = {"what": f"llama.cpp refuses the file: {e}", "where": "", "fix": "export it again"}
+        found = {"refused": str(e), "error": words}
     except CompressError as e:
-        found = {"error": [e.what, e.where, e.fix]}
+        found = {"error": {"what": e.what, "where": e.where, "fix": e.fix}}
     print(json.dumps(found))
 
 

@@ -1,4 +1,4 @@
-"""The real SmolLM2-135M with blocks that differ, in a stock llama.cpp: its tokens, logits and greedy text are torch's."""
+"""The real SmolLM2-135M with blocks that differ, in a stock llama.cpp: tokens, logits and greedy text are torch's."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def built(folder: Path, out: Path, precision: str) -> dict[str, Any]:
     tokenizer = load_tokenizer(folder)
     window = tuple(begun(tokenizer, PROBE)[:256])
     saved = Saved(tokenizer, (window,), 0, "a text of many kinds", "SmolLM2-135M-pruned")
-    return make(Source(folder, saved=saved), out, BuildOptions("gguf", precision, threads=2))
+    return make(Source(folder, saved=saved), out, BuildOptions("gguf", precision))
 
 
 def test_float16_is_torchs_model_token_for_token(quarter: Path, tmp_path: Path) -> None:
