@@ -164,13 +164,15 @@ def export(
     tokenizer: Any = None,
     **options: Any,
 ) -> Facts:
-    """Exports a model to ONNX, checked against torch; ``out`` appears only when every check has passed.
+    """Exports a model to ONNX, checked against torch; ``out`` appears only when every check has passed. Where GGUF
+    alone is asked for, there is no ONNX.
 
     Args:
         model: a folder, a name, an ONNX file, or a model in memory: a transformers one with its ``tokenizer``, or a
             torch module, which is then checked on samples that the run ``like`` held out.
         formats: `compress.exporters.formats.BuildOptions` of what is to be made beside it.
-        like: a run, whose data sets the scales of int8 and judges the formats of a network.
+        like: a run, whose data sets the scales of int8 and judges the formats of a network, and on whose held-out text
+            a GGUF is compared.
         options: ``network``.
     """
     from compress.verbs import in_memory

@@ -198,6 +198,36 @@ def test_scaled_positions_are_those_of_torch(rope: dict[str, Any], tmp_path: Pat
     assert max(built(folder, tmp_path / "out")["parity"]["outputs"].values()) < 1e-5
 
 
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256,
+    "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 4.0, 8.0],
+}  # fmt: skip
+
+
+@slow
+@pytest.mark.parametrize(("model_type", "plan"), [("phi3", None), ("phi3", Plan(FEW))], ids=["stock", "ragged"])
+def test_phi3s_long_positions_are_those_of_torch(model_type: str, plan: Plan | None, tmp_path: Path) -> None:
+    changes = {**SQUARE, "num_hidden_layers": 2, "max_position_embeddings": 1024, "rope_parameters": LONG}
+    if plan is None:
+        folder = dense(tmp_path / "model", model_type, **changes)
+    else:
+        folder = pruned(tmp_path / "model", model_type, plan, **changes)
+    assert max(built(folder, tmp_path / "out")["parity"]["outputs"].values()) < 1e-5
+
+
+@slow
+def test_qwen2s_yarn_is_that_of_torch(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "model", "qwen2", hidden_size=160, rope_parameters=YARN)
+    assert max(built(folder, tmp_path / "out")["parity"]["outputs"].values()) < 1e-5
+
+
+def test_gemmas_pattern_of_sliding_blocks_is_told_where_blocks_are_gone(tmp_path: Path) -> None:
+    every = BlockPlan(tuple(range(10)), tuple(range(48)))
+    folder = pruned(tmp_path / "model", "gemma2", Plan((every, BlockPlan((), ()), every, every)))
+    assert layout(folder).keys["attention.sliding_window_pattern"] == [1, 1, 0]
+    assert max(built(folder, tmp_path / "out")["parity"]["outputs"].values()) < 1e-3
+
+
 def test_a_context_beyond_a_sliding_window_is_not_promised(tmp_path: Path) -> None:
     found = layout(dense(tmp_path / "model", "mistral", num_hidden_layers=1))
     assert found.keys["context_length"] == 16 and "sliding window" in found.notes[0]
@@ -455,6 +485,20 @@ def test_the_command_makes_no_onnx_where_none_is_asked_for(tmp_path: Path) -> No
     assert "a text of many kinds" in ran.out and "perplexity" in ran.out and "greedy tokens equal torch's" in ran.out
     facts = json.loads((out / "gguf-f16" / "gguf.json").read_text("utf-8"))
     assert facts["parity"]["samples"] == 1 and facts["sha256"].keys() == {"a-model-F16.gguf"}
+
+
+def test_two_files_are_measured_side_by_side(tmp_path: Path) -> None:
+    from compress.exporters.bench.local import compare_gguf
+
+    for name, precision in (("plain", "f16"), ("small", "q8_0")):
+        built(dense(tmp_path / f"{name}-model", "llama", num_hidden_layers=1), tmp_path / name, precision)
+    spec = {"prompt": 24, "context": 16, "processes": 1, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
+    found = compare_gguf(tmp_path / "plain", tmp_path / "small", spec)
+    assert {"ttft", "tpot", "peak_rss"} == set(found["ratios"]) and "xllamacpp" in found["spec"]["runtime"]
+    assert found["dense"]["bytes"] == sum(p.stat().st_size for p in (tmp_path / "plain").glob("*.gguf"))
+    shutil.rmtree(tmp_path / "small")
+    ran = compress("bench", tmp_path / "plain", tmp_path / "plain-model")
+    assert ran.code == 1 and "name a folder made by `compress export`" in ran.err
 
 
 def test_a_missing_package_an_unknown_precision_and_a_network_are_told_before_anything_is_done(
