@@ -27,6 +27,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.models.decoder import BLOCKS, EMBEDDING, HEAD, NORM
 from compress.models.families.base import Family
+from compress.words.wording import counted
 
 STOCK = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2",
@@ -105,7 +106,7 @@ def plan(config: Any, family: Family, where: str) -> Plan:
     _check(config, family, arch, kept, head_dim, refuse)
     keys, more, notes = _keys(config, arch, shaped, head_dim, refuse)
     gone = len(blocks) - len(kept)
-    notes += [f"{gone} blocks of which nothing was left are left out"] if gone else []
+    notes += [f"left out, as nothing was left of them: {counted(gone, 'block')}"] if gone else []
     for what, name in (("attention", "zero_attention"), ("FFN", "zero_ffn")):
         which = [str(b.source) for b in shaped if getattr(b, name)]
         notes += [f"blocks without {what} that have one of zeros: {', '.join(which)}"] if which else []

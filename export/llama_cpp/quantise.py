@@ -25,6 +25,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.exporters.llama_cpp import library
 from compress.exporters.llama_cpp.architectures import Part
+from compress.words.wording import counted
 
 T = GGMLQuantizationType
 FLOATS = {"f32": T.F32, "f16": T.F16, "bf16": T.BF16}
@@ -42,10 +43,10 @@ BASE = {
 # precision -> role -> type; a pair: the first in the blocks that `dearest` names, the second in the others.
 MORE: dict[str, dict[str, Any]] = {
     "q2_k": {"attn_output": T.Q3_K, "ffn_down": T.Q3_K},
-    "q3_k_m": {"attn_output": T.Q4_K, "attn_qkv": T.Q4_K},
-    "q3_k_l": {"attn_v": T.Q5_K, "attn_output": T.Q5_K, "ffn_down": T.Q5_K, "attn_qkv": T.Q4_K},
-    "q4_k_m": {"attn_v": (T.Q6_K, T.Q4_K), "ffn_down": (T.Q6_K, T.Q4_K), "attn_qkv": T.Q5_K},
-    "q5_k_m": {"attn_v": (T.Q6_K, T.Q5_K), "ffn_down": (T.Q6_K, T.Q5_K), "attn_qkv": T.Q6_K},
+    "q3_k_m": {"attn_output": T.Q4_K},
+    "q3_k_l": {"attn_v": T.Q5_K, "attn_output": T.Q5_K, "ffn_down": T.Q5_K},
+    "q4_k_m": {"attn_v": (T.Q6_K, T.Q4_K), "ffn_down": (T.Q6_K, T.Q4_K)},
+    "q5_k_m": {"attn_v": (T.Q6_K, T.Q5_K), "ffn_down": (T.Q6_K, T.Q5_K)},
 }
 WIDER = {T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 LARGEST_F16 = 65504.0
@@ -79,7 +80,7 @@ def typed(parts: Sequence[Part], precision: str, groups: int) -> list[Typed]:
             bits.
     """
     # The mixtures count the tensors of a role, not the blocks: some blocks have no attention.
-    order = {role: [p.name for p in parts if p.role == role] for role in ("attn_v", "ffn_down")}
+    order = {role: [p.name for p in parts if _role(p) == role] for role in ("attn_v", "ffn_down")}
     found = []
     for part in parts:
         wanted = _wanted(part, precision, order, groups)
@@ -92,24 +93,29 @@ def typed(parts: Sequence[Part], precision: str, groups: int) -> list[Typed]:
     return found
 
 
+def _role(part: Part) -> str:
+    """q, k and v in one tensor are as dear as v."""
+    return "attn_v" if part.role == "attn_qkv" else part.role
+
+
 def _wanted(part: Part, precision: str, order: dict[str, list[str]], groups: int) -> GGMLQuantizationType:
-    base = BASE[precision][0]
-    if part.role == "plain":
+    base, role = BASE[precision][0], _role(part)
+    if role == "plain":
         return T.F32
     if precision in FLOATS or precision == "q8_0":
         return base
-    if part.role in ("output", "tied"):
+    if role in ("output", "tied"):
         return T.Q6_K if part.shape[-1] % 256 == 0 else T.Q8_0
-    at = order[part.role].index(part.name) if part.role in order else 0
-    count = len(order.get(part.role, ()))
-    if precision == "q3_k_m" and part.role in ("attn_v", "ffn_down"):
-        first = at < 2 if part.role == "attn_v" else at < count // 16
+    at = order[role].index(part.name) if role in order else 0
+    count = len(order.get(role, ()))
+    if precision == "q3_k_m" and role in ("attn_v", "ffn_down"):
+        first = at < 2 if role == "attn_v" else at < count // 16
         return T.Q5_K if first else T.Q4_K
-    if precision == "q4_k_s" and part.role in ("attn_v", "ffn_down"):
-        return T.Q5_K if at < (4 if part.role == "attn_v" else count // 8) else base
-    if precision == "q2_k" and part.role == "attn_v":
+    if precision == "q4_k_s" and role in ("attn_v", "ffn_down"):
+        return T.Q5_K if at < (4 if role == "attn_v" else count // 8) else base
+    if precision == "q2_k" and role == "attn_v":
         return T.Q4_K if groups >= 4 else T.Q3_K
-    more = MORE.get(precision, {}).get(part.role, base)
+    more = MORE.get(precision, {}).get(role, base)
     pair = more if isinstance(more, tuple) else (more, more)
     kind: GGMLQuantizationType = pair[0] if dearest(at, count) else pair[1]
     return kind
@@ -124,20 +130,22 @@ def dearest(at: int, count: int) -> bool:
 
 def fallbacks(tensors: Sequence[Typed]) -> list[str]:
     """What is said of rows that do not divide: one line for each kind of it."""
-    found: dict[tuple[str, str, str], list[int]] = {}
+    found: dict[tuple[str, str, str], list[Part]] = {}
     for t in tensors:
         if t.type != t.wanted:
-            found.setdefault((t.part.role, t.wanted.name, t.type.name), []).append(t.part.shape[-1])
+            block = GGML_QUANT_SIZES[t.wanted][0]
+            how = {
+                "ffn_down": f"round_to: {block} when the model is pruned avoids it",
+                "attn_output": f"heads x head_dim in {block}s avoids it",
+            }.get(t.part.role, "it is the width of the model")
+            found.setdefault((t.wanted.name, t.type.name, how), []).append(t.part)
     lines = []
-    for (role, wanted, kind), widths in found.items():
-        block = GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]
-        how = {
-            "ffn_down": f"round_to: {block} when the model is pruned avoids it",
-            "attn_output": f"heads x head_dim in {block}s avoids it",
-        }.get(role, "it is the width of the model")
+    for (wanted, kind, how), parts in found.items():
+        widths, block = {p.shape[-1] for p in parts}, GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]
+        said = str(min(widths)) if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
         lines.append(
-            f"{len(widths)} tensors {role} are {kind}, not {wanted}: rows of {min(widths)} to {max(widths)} numbers are"
-            f" not in blocks of {block} ({how})"
+            f"{counted(len(parts), 'tensor')} ({', '.join(sorted({p.role for p in parts}))}) as {kind}, not {wanted}:"
+            f" rows of {said} numbers are not in blocks of {block}; {how}"
         )
     return lines
 

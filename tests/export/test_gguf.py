@@ -131,7 +131,7 @@ def test_what_is_mended_is_said_and_a_block_of_nothing_is_not_there(tmp_path: Pa
     assert [b.source for b in found.blocks] == [0, 1, 2]
     assert found.keys["attention.head_count"] == [1, 6, 0] and found.keys["feed_forward_length"] == [15, 32, 48]
     assert found.keys["attention.head_count_kv"] == [1, 2, 0]
-    assert "1 blocks of which nothing was left are left out" in found.notes
+    assert "left out, as nothing was left of them: 1 block" in found.notes
     assert any("without attention" in n and n.endswith(": 0") for n in found.notes)
     assert any("without FFN" in n and n.endswith(": 1") for n in found.notes)
 
@@ -373,11 +373,20 @@ def test_the_dearest_tensors_get_more_bits_and_a_tied_head_counts_as_one(tmp_pat
     assert {types[f"blk.{i}.attn_q.weight"] for i in range(8)} == {"Q4_K"}
 
 
+def test_fused_q_k_and_v_are_as_dear_as_v(tmp_path: Path) -> None:
+    heads = (BlockPlan((0, 1), tuple(range(256))), BlockPlan((0, 1, 2, 3), tuple(range(256))))
+    folder = pruned(
+        tmp_path / "model", "qwen3", Plan(heads * 4), **LARGE, tie_word_embeddings=True, num_hidden_layers=8
+    )
+    types = {t.part.name: t.type.name for t in quantise.typed(layout(folder).parts, "q4_k_m", 2)}
+    assert [i for i in range(8) if types[f"blk.{i}.attn_qkv.weight"] == "Q6_K"] == [0, 3, 6, 7]
+
+
 def test_rows_that_do_not_divide_are_said_with_what_avoids_it(tmp_path: Path) -> None:
     changes = {**LARGE, "intermediate_size": 288}
     found = quantise.typed(layout(dense(tmp_path / "model", "llama", **changes)).parts, "q4_k_m", 2)
     (line,) = quantise.fallbacks([t for t in found if t.part.block == 0])
-    assert "ffn_down" in line and "Q5_0, not Q4_K" in line and "round_to: 256" in line
+    assert "ffn_down" in line and "as Q5_0, not Q4_K: rows of 288 numbers" in line and "round_to: 256" in line
 
 
 @pytest.mark.parametrize(
@@ -494,7 +503,7 @@ def test_two_files_are_measured_side_by_side(tmp_path: Path) -> None:
         built(dense(tmp_path / f"{name}-model", "llama", num_hidden_layers=1), tmp_path / name, precision)
     spec = {"prompt": 24, "context": 16, "processes": 1, "threads": 1, "min_seconds": 0.01, "min_runs": 2}
     found = compare_gguf(tmp_path / "plain", tmp_path / "small", spec)
-    assert {"ttft", "tpot", "peak_rss"} == set(found["ratios"]) and "xllamacpp" in found["spec"]["runtime"]
+    assert {"ttft", "tpot", "peak_rss"} == set(found["ratios"]) and found["spec"]["runtime"] == library.title()
     assert found["dense"]["bytes"] == sum(p.stat().st_size for p in (tmp_path / "plain").glob("*.gguf"))
     shutil.rmtree(tmp_path / "small")
     ran = compress("bench", tmp_path / "plain", tmp_path / "plain-model")
