@@ -96,7 +96,7 @@ slow = pytest.mark.slow
         ("llama", TRAPS, {"attention_bias": True, "mlp_bias": True}, "deci"),
         ("qwen2", Plan(FEW), {"tie_word_embeddings": False}, "deci"),
         ("qwen3", TRAPS, {"tie_word_embeddings": True}, "openelm"),
-        ("phi3", Plan(FEW), {}, "deci"),
+        pytest.param("phi3", Plan(FEW), {}, "deci", marks=slow),
         ("gemma3_text", None, {}, "gemma3"),
         pytest.param("llama", ragged_plan, {}, "deci", marks=slow),
         pytest.param("mistral", Plan(FEW), {}, "deci", marks=slow),
@@ -187,7 +187,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
     "rope",
     [
         LLAMA3,
-        {**YARN, "attention_factor": 1.3},
+        pytest.param({**YARN, "attention_factor": 1.3}, marks=slow),
         pytest.param(YARN, marks=slow),
         pytest.param({"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}, marks=slow),
     ],
@@ -496,6 +496,7 @@ def test_the_command_makes_no_onnx_where_none_is_asked_for(tmp_path: Path) -> No
     assert facts["parity"]["samples"] == 1 and facts["sha256"].keys() == {"a-model-F16.gguf"}
 
 
+@slow
 def test_two_files_are_measured_side_by_side(tmp_path: Path) -> None:
     from compress.exporters.bench.local import compare_gguf
 
