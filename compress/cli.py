@@ -219,7 +219,7 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8, int8-weights or int4; of a GGUF f16, bf16, f32, q8_0, q6_k, q5_k_m, q4_k_m ..."
+            help="fp32, fp16, bf16, int8, int8-weights or int4; of a GGUF f16, bf16, f32, q8_0, q6_k, q4_k_m ..."
             "  [default: fp32; of a GGUF f16]"
         ),
     ] = None,
@@ -265,7 +265,7 @@ def export(
 )
 def run_(
     artefact: Annotated[
-        str, typer.Argument(help="a model, run or release folder, a model's name, an ONNX export, or one of genai")
+        str, typer.Argument(help="a model, run or release folder, a model's name, an ONNX export, one of genai, a GGUF")
     ],
     text: Annotated[str, typer.Argument(help="what the model goes on with")],
     tokens: Annotated[int, typer.Option(min=1, max=MOST, help="that are generated at most")] = 64,

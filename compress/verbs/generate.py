@@ -19,7 +19,8 @@ TOKENS = 64
 MOST = 10**7  # tokens of one call
 
 
-Seen = Callable[[int], None]
+# Told every token as it comes; None where the prompt begins to be read only now, the model being loaded.
+Seen = Callable[[int | None], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def run(
     """Goes on with a text.
 
     Args:
-        artefact: a model, run or release folder, a name, an export folder, a folder for ONNX Runtime GenAI.
+        artefact: a model, run or release folder, a name, an export folder, a folder for ONNX Runtime GenAI, a GGUF.
         tokens: that are generated at most.
         chat: the text is what a person says, and goes through the chat template.
         dense: of a run folder, its dense export and its pruned one.
@@ -123,11 +124,14 @@ def _one(model: Loaded, text: str, tokens: int, chat: bool) -> dict[str, Any]:
     found: list[int] = []
     times: list[float] = []
 
-    def seen(token: int) -> None:
-        found.append(token)
-        times.append(time.perf_counter())
+    starts: list[float] = []
 
-    start = time.perf_counter()
+    def seen(token: int | None) -> None:
+        (starts if token is None else times).append(time.perf_counter())
+        if token is not None:
+            found.append(token)
+
+    seen(None)
     model.generate(ids, tokens, seen)
     if not found:
         raise CompressError("the runtime gave no token", where=model.runtime, fix="give another text")
@@ -137,7 +141,7 @@ def _one(model: Loaded, text: str, tokens: int, chat: bool) -> dict[str, Any]:
         "prompt_tokens": len(ids),
         "tokens": len(found),
         "ended": len(found) < tokens,
-        "ttft": times[0] - start,
+        "ttft": times[0] - starts[-1],
         "rate": (len(found) - 1) / (times[-1] - times[0]) if len(found) > 1 else None,
     }
 
@@ -191,6 +195,40 @@ def _in_genai(path: Path, tokenizer: Path | None) -> Loaded:
             seen(token)
 
     return Loaded(runtimes.available("genai"), encode, model.decode, generate, model.context)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.suffix.lower() == ".gguf" or (path / "gguf.json").is_file()
+
+
+def _in_llama_cpp(path: Path, tokenizer: Path | None) -> Loaded:
+    from compress.exporters.gguf import the_file
+    from compress.exporters.llama_cpp import library
+    from compress.exporters.llama_cpp.ask import ask, go_on
+    from compress.models.reading import load_tokenizer
+    from compress.system.host import processors
+
+    file = the_file(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError("there is no such file", where=str(file), fix="name a GGUF file, or a folder with one")
+    said: list[str] = []
+
+    def generate(ids: list[int], count: int, seen: Seen) -> None:
+        said.append(go_on(file, ids, count, processors(), seen))
+
+    if tokenizer is not None:
+        return _of(load_tokenizer(_named_tokenizer(tokenizer)), library.title(), generate)
+
+    def encode(text: str, chat: bool) -> list[int]:
+        if chat:
+            raise UsageError(
+                "a GGUF's chat template is rendered by its tokenizer's own folder",
+                where="--chat",
+                fix="name the folder of the model that it was made of: --tokenizer FOLDER",
+            )
+        return ask(file, texts=[text]).tokens[0]
+
+    return Loaded(library.title(), encode, lambda _: said[-1], generate)
 
 
 def _is_export(path: Path) -> bool:
@@ -336,6 +374,7 @@ def _refused(path: Path, tokenizer: Path | None) -> Loaded:
 # What is none of these is a saved model, by its folder or its name, and runs in torch.
 RUNTIMES = (
     Runtime(_is_genai, _in_genai),
+    Runtime(_is_gguf, _in_llama_cpp),
     Runtime(_is_export, _in_onnx_runtime),
     Runtime(_is_network_export, _refused),
 )

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,42 @@ def ask(
         made = [np.load(Path(place) / f"window-{i}.npy") for i in range(len(windows))]
         steps = np.load(Path(place) / "stepped.npy") if stepped else None
     return Answer(found["vocab"], found["load"], found["tokens"], found["ends"], made, steps, found.get("greedy", []))
+
+
+def go_on(gguf: Path, ids: Sequence[int], count: int, threads: int, seen: Callable[[int | None], None]) -> str:
+    """The likeliest tokens behind ``ids``, ``count`` at most; one that ends a text is the last.
+
+    Args:
+        seen: told None when the file is loaded and the prompt begins to be read, then every token as it comes.
+
+    Returns:
+        Their text.
+
+    Raises:
+        CompressError: see `ask`.
+    """
+    job = {
+        "do": "go on", "library": str(library.find()), "gguf": str(gguf), "threads": threads,
+        "ids": list(ids), "count": count,
+    }  # fmt: skip
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        command = python("-m", "compress.exporters.llama_cpp.worker")
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8", env=environment
+        ) as child:
+            assert child.stdin is not None and child.stdout is not None  # pipes
+            child.stdin.write(json.dumps(job))
+            child.stdin.close()
+            last = ""
+            for line in child.stdout:
+                last = line
+                fact = json.loads(line)
+                if "loaded" in fact or "token" in fact:
+                    seen(fact.get("token"))
+        log.seek(0)
+        done = subprocess.CompletedProcess(command, child.returncode, last, log.read())
+    return str(_facts(done, gguf)["text"])
 
 
 def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]:

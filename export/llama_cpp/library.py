@@ -50,8 +50,8 @@ MODEL: tuple[tuple[str, str, float], ...] = (
 NEEDED = (
     "llama_backend_init", "llama_log_set", "llama_model_default_params", "llama_context_default_params",
     "llama_model_load_from_file", "llama_init_from_model", "llama_batch_init", "llama_decode", "llama_get_logits_ith",
-    "llama_model_get_vocab", "llama_vocab_n_tokens", "llama_tokenize", "llama_vocab_is_eog", "llama_get_memory",
-    "llama_memory_clear", "llama_memory_seq_rm", "llama_set_n_threads", "ggml_backend_dev_count",
+    "llama_model_get_vocab", "llama_vocab_n_tokens", "llama_tokenize", "llama_detokenize", "llama_vocab_is_eog",
+    "llama_get_memory", "llama_memory_clear", "llama_memory_seq_rm", "llama_set_n_threads", "ggml_backend_dev_count",
     "ggml_quantize_chunk", "ggml_type_size", "ggml_blck_size",
 )  # fmt: skip
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -141,6 +141,7 @@ def _type(lib: Any) -> None:
     lib.llama_vocab_n_tokens.argtypes, lib.llama_vocab_n_tokens.restype = (pointer,), integer
     lib.llama_vocab_is_eog.argtypes, lib.llama_vocab_is_eog.restype = (pointer, integer), ctypes.c_bool
     lib.llama_tokenize.argtypes = (pointer, text, integer, pointer, integer, ctypes.c_bool, ctypes.c_bool)
+    lib.llama_detokenize.argtypes = (pointer, pointer, integer, text, integer, ctypes.c_bool, ctypes.c_bool)
     lib.llama_get_memory.argtypes, lib.llama_get_memory.restype = (pointer,), pointer
     lib.llama_memory_clear.argtypes, lib.llama_memory_clear.restype = (pointer, ctypes.c_bool), None
     lib.llama_memory_seq_rm.argtypes = (pointer, integer, integer, integer)
@@ -250,6 +251,15 @@ class Model:
         if count < 0:
             raise Refused("the text cannot be tokenised")
         return list(room[:count])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        given = (ctypes.c_int32 * max(1, len(ids)))(*ids)
+        room = ctypes.create_string_buffer(256 * max(1, len(ids)))
+        count = self._lib.llama_detokenize(self._vocab, given, len(ids), room, len(room), True, False)
+        if count < 0:
+            raise Refused("its tokens make a longer text than there is room for")
+        return room.raw[:count].decode("utf-8", "replace")
 
     def ends(self, token: int) -> bool:
         """Whether the token ends a text."""

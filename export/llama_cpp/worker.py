@@ -58,6 +58,23 @@ def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
     return made
 
 
+def go_on(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Text behind ``job["ids"]``: once the file is loaded, and then token by token, a line on standard output each."""
+    ids = list(job["ids"])
+    model = Model(Path(job["library"]), Path(job["gguf"]), len(ids) + job["count"], job["threads"], False, log)
+    print(json.dumps({"loaded": True}), flush=True)
+    made: list[int] = []
+    row = model.last(ids)
+    while len(made) < job["count"]:
+        made.append(int(row.argmax()))
+        print(json.dumps({"token": made[-1]}), flush=True)
+        if model.ends(made[-1]):
+            break
+        if len(made) < job["count"]:
+            row = model.last(made[-1:], len(ids) + len(made) - 1)
+    return {"text": model.text(made)}
+
+
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """Figures of a GGUF as `compress.exporters.bench.agent` measures other formats: the same request, the same answer.
 
@@ -99,7 +116,7 @@ def _timed(request: Mapping[str, Any], call: Callable[[], Any], load: float) -> 
 def main() -> None:
     job = json.loads(sys.stdin.read())
     try:
-        found = measure(job) if job.get("do") == "measure" else run(job)
+        found = {"measure": measure, "go on": go_on}.get(job.get("do", ""), run)(job)
     except Refused as e:
         words = {"what": f"llama.cpp refuses the file: {e}", "where": "", "fix": "export it again"}
         found = {"refused": str(e), "error": words}

@@ -577,3 +577,24 @@ def test_a_folder_with_two_files_is_none_that_was_made_here(tmp_path: Path) -> N
     shutil.copy(tmp_path / "a.gguf", tmp_path / "b.gguf")
     with pytest.raises(CompressError, match="2 GGUF files"):
         gguf.the_file(tmp_path)
+
+
+def test_run_goes_on_with_a_text_in_llama_cpp(tmp_path: Path) -> None:
+    folder = dense(tmp_path / "model", "llama")
+    built(folder, tmp_path / "gguf")
+    words = ("the cat sat on", "--tokens", 6, "--json")
+    ran = compress("run", folder, *words)
+    want = json.loads(ran.out)["results"]["model"]
+    file = gguf.the_file(tmp_path / "gguf")
+    for place, more in ((tmp_path / "gguf", ()), (file, ("--tokenizer", folder))):
+        ran = compress("run", place, *words, *more)
+        assert ran.code == 0, ran.err
+        got = json.loads(ran.out)["results"]["model"]
+        assert "xllamacpp" in got["runtime"] and got["ttft"] > 0
+        same = ("text", "prompt_tokens", "tokens", "ended")
+        assert [got[k] for k in same] == [want[k] for k in same]
+    one_error(compress("run", file, "hello", "--chat"), 2, "--chat", "--tokenizer FOLDER")
+    one_error(compress("run", tmp_path / "none.gguf", "hello"), 2, "there is no such file")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(file.read_bytes()[:2000])
+    one_error(compress("run", damaged, "hello"), 1, "llama.cpp", "damaged.gguf")
