@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.models import decoder
+from compress.models.families.base import caught
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
@@ -27,18 +28,6 @@ def _passing(block: Any) -> nn.Module:
     made._forward_pre_hooks, made._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
     made.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
     return made
-
-
-class _Stop(Exception):
-    """Ends a forward where a hook has seen what it wanted."""
-
-
-def _caught(module: nn.Module, seen: list[Any]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        raise _Stop
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 class BlockRunner:
@@ -82,15 +71,13 @@ class BlockRunner:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (b, length) -> the residual stream in front of block 0, (b, length, hidden)."""
-        seen: list[Tensor] = []
-        handle = _caught(self._stubs[0], seen)
-        try:
-            self._body(ids)
-        except _Stop:
-            pass  # the hook has what it came for
-        finally:
-            handle.remove()
-        return seen[0]
+        return caught(self._stubs[0], lambda: self._body(ids))
+
+    def stream(self, ids: Tensor) -> Tensor:
+        """What the pieces of block 0 start from: the stream in front of it; where attention and FFN read the same stream,
+        with zeros beside it, which is where attention's output goes, (b, length, 2 * hidden)."""
+        first = self.embed(ids)
+        return torch.cat([first, torch.zeros_like(first)], -1) if self.family.parallel else first
 
     def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
@@ -100,37 +87,22 @@ class BlockRunner:
         return out
 
     def context(self, index: int, hidden: Tensor) -> Tensor:
-        """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim)."""
-        seen: list[Tensor] = []
-        handle = _caught(self.family.o_proj(self.blocks[index]), seen)
-        try:
-            self.run(index, hidden)
-        except _Stop:
-            pass  # the hook has what it came for
-        finally:
-            handle.remove()
-        return seen[0]
+        """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim). Of attention that stays whole what it
+        gives, (b, length, hidden)."""
+        return self.family.context(self.blocks[index], hidden.to(self.device), self._kwargs[index])
 
     def middle(self, index: int, hidden: Tensor, attention: Tensor) -> Tensor:
         """The residual stream between attention and FFN, given `o_proj`'s output ``attention`` (b, length, hidden)."""
-        return hidden.to(self.device) + self.family.after_attention(self.blocks[index], attention)
+        return self.family.middle(self.blocks[index], hidden.to(self.device), attention, self._kwargs[index])
 
     def activation(self, index: int, middle: Tensor) -> Tensor:
-        """What `down_proj` of block ``index`` reads: (b, length, ffn)."""
-        seen: list[Tensor] = []
-        block = self.blocks[index]
-        handle = _caught(self.family.down_proj(block), seen)
-        try:
-            block.mlp(self.family.ffn_norm(block)(middle.to(self.device)))  # type: ignore[operator]
-        except _Stop:
-            pass  # the hook has what it came for
-        finally:
-            handle.remove()
-        return seen[0]
+        """What `down_proj` of block ``index`` reads: (b, length, ffn). Of an FFN that stays whole what it gives,
+        (b, length, hidden)."""
+        return self.family.activation(self.blocks[index], middle.to(self.device), self._kwargs[index])
 
     def output(self, index: int, middle: Tensor, ffn: Tensor) -> Tensor:
         """The residual stream behind block ``index``, given `down_proj`'s output ``ffn`` (b, length, hidden)."""
-        return middle.to(self.device) + self.family.after_ffn(self.blocks[index], ffn)
+        return self.family.output(self.blocks[index], middle.to(self.device), ffn, self._kwargs[index])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The final norm and the head: (..., hidden) -> (..., vocab)."""

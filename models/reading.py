@@ -241,7 +241,11 @@ def _embedding_rows(folder: Path) -> int | None:
 
 def is_ragged(folder: Path) -> bool:
     """Whether the folder holds a model in the `per-layer` layout."""
-    return bool(read_config(folder).get("per_layer_config"))
+    from compress.models.families import FAMILIES
+
+    config = read_config(folder)
+    # Of other architectures it is their own way of saying that layers differ.
+    return "compress_layers" in config or bool(config.get("per_layer_config") and config.get("model_type") in FAMILIES)
 
 
 def refuse_ragged(folder: Path) -> None:

@@ -75,16 +75,7 @@ def save_model(
     if stock and layers is not None:
         config = _stock_config(config, family, model.config, layers, kept)
     elif layers is not None:
-        blocks = family.geometry(model.config).blocks
-        entries = config.pop("per_layer_config", {})  # a dense model's own, where its blocks differ
-        for i, (layer, dense) in enumerate(zip(layers, blocks, strict=True)):
-            if layer != (dense.heads, dense.kv_heads, dense.ffn):
-                entries[str(i)] = {**entries.get(str(i), {}), **family.layer_overrides(*layer)}
-        config["per_layer_config"] = entries
-        # Without it some families take hidden / heads, which a layer with fewer heads gets wrong.
-        if all(block.head_dim == blocks[0].head_dim for block in blocks):
-            config["head_dim"] = blocks[0].head_dim
-        config["allow_global_per_layer_attribute_access"] = True
+        family.write_layers(config, layers, family.geometry(model.config))
         config["architectures"] = [f"Compressed{family.causal_lm}"]
         config["auto_map"] = {"AutoModelForCausalLM": f"{REMOTE_FILE}.Compressed{family.causal_lm}"}
         (folder / f"{REMOTE_FILE}.py").write_text(family.ragged_source(), encoding="utf-8")

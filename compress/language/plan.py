@@ -141,7 +141,7 @@ class Plan:
         import torch
 
         plan = self.blocks[i]
-        geometry = family.block_geometry(dense.self_attn.config, i)  # type: ignore[union-attr]
+        geometry = family.geometry_of(dense, i)
         return make(
             dense,
             heads=None if len(plan.heads) == geometry.heads else torch.tensor(plan.heads, dtype=torch.int64),

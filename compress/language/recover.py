@@ -328,7 +328,7 @@ def student(setup: Setup, plan: Plan, there: Any = "cpu", empty: bool = False) -
     model.requires_grad_(False)
     if spec.method == "full":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(decoder.block_of(name) is not None or name == decoder.NORM)
+            parameter.requires_grad_(decoder.block_of(name) is not None or name == decoder.norm_weight(model))
         return model
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -623,11 +623,11 @@ def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: C
         "windows": len(windows),
         "trained_parameters": sum(w.numel() for w in weights.values()),
     }
-    Plan(plan.blocks, {**plan.weights, **merged(model, spec)}, {**plan.meta, "recovered": facts}).save(folder)
+    Plan(plan.blocks, {**plan.weights, **merged(model, spec, setup.family)}, {**plan.meta, "recovered": facts}).save(folder)
     (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n", encoding="utf-8")
 
 
-def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:
+def merged(model: Any, spec: RecoverSection, family: Family) -> dict[str, Tensor]:
     """The trained weights of a `student` under the names they have in a plan; low-rank updates are added in."""
     if spec.method == "full":
         found = {name: p.detach() for name, p in _trained(model).items()}
@@ -640,14 +640,13 @@ def merged(model: Any, spec: RecoverSection) -> dict[str, Tensor]:
                 layer: Any = module
                 layer.merge()
                 found[f"{name}.weight"] = layer.get_base_layer().weight.detach()
-    return {_plan_name(name): tensor for name, tensor in found.items()}
+    return {_plan_name(name, decoder.norm_weight(model), family): tensor for name, tensor in found.items()}
 
 
-def _plan_name(name: str) -> str:
-    if name == decoder.NORM:
+def _plan_name(name: str, norm: str, family: Family) -> str:
+    if name == norm:
         return "norm"
     place = decoder.block_of(name)
     assert place is not None  # only what lies in blocks is trained beside the last norm
     block, inside = place
-    short = {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}.get(inside, inside)
-    return f"blocks.{block}.{short}"
+    return f"blocks.{block}.{family.short_names.get(inside, inside)}"

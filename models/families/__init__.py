@@ -1,10 +1,10 @@
-"""Adapters: how each architecture is cut into units. A new family is one file here and one line below."""
+"""Adapters: how each architecture is cut into units. One that needs words
+of its own is one file here and one line below; all others are known by their structure (`proof.by_structure`)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from compress.errors import CompressError
 from compress.models.families.base import Family
 from compress.models.families.gemma2 import Gemma2
 from compress.models.families.gemma3 import Gemma3
@@ -22,16 +22,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_for(config: Any) -> Family:
-    """The adapter for a transformers config.
+    """The adapter for a transformers config: a family's own, or one by structure that has proven itself on the
+    configuration at hand.
 
     Raises:
-        CompressError: the architecture has none.
+        CompressError: it has none, by what was found.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise CompressError(
-            f"the architecture {model_type!r} is not supported",
-            where="config.json: model_type",
-            fix=f"supported: {', '.join(sorted(FAMILIES))}; to add one, see models/families/ in the source",
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    from compress.models.families.proof import by_structure
+
+    return by_structure(config)

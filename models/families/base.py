@@ -10,9 +10,10 @@ import copy
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,13 +25,16 @@ from compress.models.families.ragged import NoAttention, NoFFN, Ragged
 
 @dataclass(frozen=True)
 class BlockGeometry:
-    """Sizes of one dense block."""
+    """Sizes of one dense block. A sublayer that stays whole counts as one unit: a head as wide as the residual stream,
+    or a neuron."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     ffn: int
+    attention_whole: bool = False
+    ffn_whole: bool = False
 
     @property
     def group(self) -> int:
@@ -82,7 +86,19 @@ class Geometry:
     def facts(self) -> dict[str, Any]:
         """Everything by name; of what differs from block to block a list of all blocks' values."""
         own = {name: one_or_all([getattr(block, name) for block in self.blocks]) for name in vars(self.blocks[0])}
+        for name in ("attention_whole", "ffn_whole"):
+            if own[name] is False:
+                del own[name]
         return {"layers": self.layers, **own, "vocab": self.vocab, "tied": self.tied}
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A sublayer that is never cut, and why: ``sublayer`` is ``attention`` or ``ffn``."""
+
+    block: int
+    sublayer: str
+    reason: str
 
 
 def one_or_all(values: Sequence[int]) -> int | list[int]:
@@ -102,28 +118,46 @@ class Biases:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """Exact parameter counts (integers) of one block's linear layers, biases included."""
+    """Exact parameter counts (integers) of one block's linear layers, biases included; of a sublayer that stays whole
+    all that it holds but norms.
+
+    Args:
+        query: what a query head takes.
+        keys: what a KV group takes beside its query heads.
+        attention_rest: what attention takes beside its heads, as long as there are any.
+        neuron: what a neuron takes.
+        ffn_rest: what the FFN takes beside its neurons, as long as there are any.
+    """
 
     geometry: BlockGeometry
-    biases: Biases
+    query: int
+    keys: int
+    attention_rest: int
+    neuron: int
+    ffn_rest: int
+
+    @classmethod
+    def plain(cls, g: BlockGeometry, biases: Biases) -> BlockCosts:
+        """Of separate q, k, v, o, gate, up and down (or of layers that hold the same rows)."""
+        row = g.hidden + int(biases.qkv)
+        return cls(
+            g,
+            query=g.head_dim * (row + g.hidden),
+            keys=2 * g.head_dim * row,
+            attention_rest=int(biases.o) * g.hidden,
+            neuron=2 * (g.hidden + int(biases.gate_up)) + g.hidden,
+            ffn_rest=int(biases.down) * g.hidden,
+        )
 
     def attention(self, groups: int, per_group: int) -> int:
         """Parameters of q, k, v and o with ``groups`` KV groups of ``per_group`` query heads each."""
         if groups == 0 or per_group == 0:
             return 0
-        g = self.geometry
-        row = g.hidden + int(self.biases.qkv)
-        queries, keys = groups * per_group * g.head_dim, groups * g.head_dim
-        return queries * row + 2 * keys * row + g.hidden * queries + int(self.biases.o) * g.hidden
+        return groups * per_group * self.query + groups * self.keys + self.attention_rest
 
     def ffn(self, neurons: int) -> int:
-        """Parameters of gate, up and down with ``neurons`` neurons."""
-        return neurons * self.neuron + int(self.biases.down) * self.geometry.hidden if neurons else 0
-
-    @property
-    def neuron(self) -> int:
-        """Parameters that one neuron more takes."""
-        return 2 * (self.geometry.hidden + int(self.biases.gate_up)) + self.geometry.hidden
+        """Parameters of the FFN with ``neurons`` neurons."""
+        return neurons * self.neuron + self.ffn_rest if neurons else 0
 
     @property
     def attention_dense(self) -> int:
@@ -146,10 +180,19 @@ class Costs:
     geometry: Geometry
     biases: Biases
     total: int  # all parameters of the model, tied ones once
+    counted: tuple[BlockCosts, ...] | None = None  # where the biases do not say it all
 
     @cached_property
     def blocks(self) -> tuple[BlockCosts, ...]:
-        return tuple(BlockCosts(block, self.biases) for block in self.geometry.blocks)
+        if self.counted is not None:
+            return self.counted
+        return tuple(BlockCosts.plain(block, self.biases) for block in self.geometry.blocks)
+
+    @property
+    def neuron(self) -> int:
+        """Parameters that a neuron takes, in every block whose FFN is cut: what it is joined to is the residual stream.
+        0 where none is."""
+        return next((block.neuron for block in self.blocks if not block.geometry.ffn_whole), 0)
 
     @cached_property
     def backbone(self) -> int:
@@ -175,6 +218,36 @@ def spans(indices: Tensor, width: int) -> Tensor:
     return (indices[:, None] * width + torch.arange(width)).reshape(-1)
 
 
+class _Stop(Exception):
+    """Ends a forward where a hook has seen what it wanted."""
+
+
+def caught(module: nn.Module, run: Callable[[], Any], *, output: bool = False) -> Tensor:
+    """The first thing that ``module`` is given in ``run`` (its output instead, with ``output``); what would come behind
+    is not computed."""
+    seen: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Stop
+
+    def behind(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        seen.append(out[0] if isinstance(out, tuple) else out)
+        raise _Stop
+
+    if output:
+        handle = module.register_forward_hook(behind)
+    else:
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        run()
+    except _Stop:
+        pass  # the hook has what it came for
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def twin(module: nn.Module) -> nn.Module:
     """A shallow copy: its own table of children, the same parameters."""
     made = copy.copy(module)
@@ -188,7 +261,11 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    post_norm = False  # True: a norm stands between a sublayer's output and the residual sum
+    # True: what a sublayer gives is not simply added to the residual stream: a norm stands in between, or both
+    # sublayers read the same stream.
+    post_norm = False
+    residual_scale = 1.0  # what a sublayer's output is multiplied by before it is added
+    parallel = False  # True: attention and FFN read the same stream
     decoder_layer: str  # class of a block, for the generated modelling file
     causal_lm: str  # class of the model, for the generated modelling file
     module: str  # transformers.models.<module>
@@ -210,6 +287,10 @@ class Family:
             ffn=own.intermediate_size,
         )
 
+    def geometry_of(self, block: Any, index: int) -> BlockGeometry:
+        """Sizes of the dense ``block``, which is block ``index`` of its model."""
+        return self.block_geometry(block.self_attn.config, index)
+
     def biases(self, config: Any) -> Biases:
         attention, mlp = bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
         return Biases(qkv=attention, o=attention, gate_up=mlp, down=mlp)
@@ -225,6 +306,10 @@ class Family:
         """Blocks whose attention must not vanish: the first of each kind, where the KV cache reads the length."""
         kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
         return frozenset(kinds.index(kind) for kind in set(kinds))
+
+    def whole(self, config: Any) -> tuple[Whole, ...]:
+        """The sublayers that are never cut, in the order of their blocks."""
+        return ()
 
     # --- where things are ------------------------------------------------------------------------------------
 
@@ -253,8 +338,37 @@ class Family:
         """What is done to the FFN's output before it is added to the residual stream."""
         return ffn
 
-    def scaled_norm(self, model: Any, scale: float) -> Tensor:
-        """The last norm's weight (hidden,) with which its output is ``scale`` times what it was."""
+    # --- a block in the pieces where pruning cuts ----------------------------------------------------------------
+    # ``kwargs`` are what the model gives its block beside the stream: masks, positions.
+
+    def context(self, block: Any, hidden: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """What `o_proj` reads: (b, length, heads * head_dim)."""
+        return caught(self.o_proj(block), lambda: block(hidden, **kwargs))
+
+    def middle(self, block: Any, hidden: Tensor, attention: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The residual stream between attention and FFN, given `o_proj`'s output (b, length, hidden)."""
+        return hidden + self.after_attention(block, attention)
+
+    def activation(self, block: Any, middle: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """What `down_proj` reads: (b, length, ffn)."""
+        return caught(self.down_proj(block), lambda: block.mlp(self.ffn_norm(block)(middle)))
+
+    def output(self, block: Any, middle: Tensor, ffn: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The residual stream behind the block, given `down_proj`'s output (b, length, hidden)."""
+        return middle + self.after_ffn(block, ffn)
+
+    def pruned_layers(self, block: Any) -> dict[str, nn.Linear]:
+        """The projections whose inputs are pruned, by sublayer (``attention``, ``ffn``); of one that stays whole none."""
+        return {"attention": self.o_proj(block), "ffn": self.down_proj(block)}
+
+    # The names in a block of the weights that a plan calls ``o`` and ``down``.
+    short_names: Mapping[str, str] = MappingProxyType(
+        {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}
+    )
+
+    def scaled_norm(self, model: Any, scale: float) -> Tensor | None:
+        """The last norm's weight (hidden,) with which its output is ``scale`` times what it was; None where no weight
+        does that (a norm with a bias, or without a weight)."""
         weight: Tensor = model.model.norm.weight * scale
         return weight
 
@@ -330,11 +444,7 @@ class Family:
             weight = down.weight[:, neurons] if down_weight is None else down_weight.to(down.weight)
             mlp.down_proj = linear(weight, down.bias)
             made.mlp = mlp
-        for name, tensor in (others or {}).items():
-            had = _parameter(made, name)
-            if tensor.shape != had.shape:
-                _refuse(name, f"is {tuple(tensor.shape)}, not {tuple(had.shape)}")
-            _put(made, name, tensor.to(had))
+        put_others(made, others)
         pruned: nn.Module = made
         return pruned
 
@@ -355,22 +465,13 @@ class Family:
         if heads is not None or o_weight is not None:
             heads = torch.arange(g.heads) if heads is None else heads
             made.self_attn = twin(old.self_attn)
-            made.self_attn.o_proj = _full(self.o_proj(old), spans(heads, g.head_dim), o_weight)
+            made.self_attn.o_proj = masked_columns(self.o_proj(old), spans(heads, g.head_dim), o_weight)
         if neurons is not None or down_weight is not None:
             neurons = torch.arange(g.ffn) if neurons is None else neurons
             made.mlp = twin(old.mlp)
-            made.mlp.down_proj = _full(self.down_proj(old), neurons, down_weight)
+            made.mlp.down_proj = masked_columns(self.down_proj(old), neurons, down_weight)
         if others:
-            rows = self.kept_rows(block, heads, neurons)
-            for name, tensor in others.items():
-                if name not in rows:
-                    _refuse(name, "has no place in the block")
-                dense = _parameter(made, name)
-                if tensor.shape != (len(rows[name]), *dense.shape[1:]):
-                    _refuse(name, f"is {tuple(tensor.shape)}, not {(len(rows[name]), *dense.shape[1:])}")
-                whole = dense.detach().clone()
-                whole[rows[name]] = tensor.to(whole)
-                _put(made, name, whole)
+            put_masked(made, others, self.kept_rows(block, heads, neurons))
         full: nn.Module = made
         return full
 
@@ -380,7 +481,7 @@ class Family:
         The weights that `o_weight` and `down_weight` give, whose columns are sliced instead, are not among them.
         """
         # The family's own slicing, done to row numbers: what it does to fused layers needs no second telling.
-        numbered: Any = copy.deepcopy(block, {id(p): _numbers(p) for p in block.parameters()})
+        numbered: Any = row_numbers(block)
         one = torch.zeros(1, 1)
         made = self.sliced(numbered, heads=heads, neurons=neurons, o_weight=one, down_weight=one)
         columns = set()
@@ -409,6 +510,22 @@ class Family:
             + f"    layer_class = {self.decoder_layer}\n"
         )
 
+    def write_layers(self, config: dict[str, Any], layers: Sequence[tuple[int, int, int]], dense: Geometry) -> None:
+        """Says in ``config``, which is to be config.json, how large every block is.
+
+        Args:
+            layers: (query heads, KV groups, neurons) of every block.
+        """
+        entries = config.pop("per_layer_config", {})  # a dense model's own, where its blocks differ
+        for i, (layer, block) in enumerate(zip(layers, dense.blocks, strict=True)):
+            if layer != (block.heads, block.kv_heads, block.ffn):
+                entries[str(i)] = {**entries.get(str(i), {}), **self.layer_overrides(*layer)}
+        config["per_layer_config"] = entries
+        # Without it some families take hidden / heads, which a layer with fewer heads gets wrong.
+        if all(block.head_dim == dense.blocks[0].head_dim for block in dense.blocks):
+            config["head_dim"] = dense.blocks[0].head_dim
+        config["allow_global_per_layer_attribute_access"] = True
+
     def layer_overrides(self, heads: int, groups: int, neurons: int) -> dict[str, Any]:
         """A block's entry in `per_layer_config`."""
         overrides: dict[str, Any] = {}
@@ -424,11 +541,44 @@ class Family:
         return {**overrides, "skip": skip} if skip else overrides
 
 
-def _full(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear:
+def masked_columns(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear:
+    """The same layer with zeros in all but ``columns`` (int64), which hold their own or ``weight`` (out, columns); without
+    any of them there is no bias either."""
     full = torch.zeros_like(layer.weight)
     full[:, columns] = layer.weight[:, columns] if weight is None else weight.to(layer.weight)
     bias = layer.bias if len(columns) or layer.bias is None else torch.zeros_like(layer.bias)
     return linear(full, bias)
+
+
+def put_others(made: nn.Module, others: Mapping[str, Tensor] | None) -> None:
+    """Replaces parameters of a sliced block (a twin), by their names and in the shapes they have in it.
+
+    Raises:
+        CompressError: there is no such parameter, or it has another shape.
+    """
+    for name, tensor in (others or {}).items():
+        had = _parameter(made, name)
+        if tensor.shape != had.shape:
+            _refuse(name, f"is {tuple(tensor.shape)}, not {tuple(had.shape)}")
+        _put(made, name, tensor.to(had))
+
+
+def put_masked(made: nn.Module, others: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+    """The same at full shape: ``rows`` are those of the dense block that the sliced one's parameters hold."""
+    for name, tensor in others.items():
+        if name not in rows:
+            _refuse(name, "has no place in the block")
+        dense = _parameter(made, name)
+        if tensor.shape != (len(rows[name]), *dense.shape[1:]):
+            _refuse(name, f"is {tuple(tensor.shape)}, not {(len(rows[name]), *dense.shape[1:])}")
+        whole = dense.detach().clone()
+        whole[rows[name]] = tensor.to(whole)
+        _put(made, name, whole)
+
+
+def row_numbers(block: nn.Module) -> nn.Module:
+    """A copy of ``block`` whose parameters hold their rows' numbers."""
+    return copy.deepcopy(block, {id(p): _numbers(p) for p in block.parameters()})
 
 
 def _numbers(parameter: nn.Parameter) -> nn.Parameter:

@@ -179,7 +179,7 @@ def even_widths(job: Job, front: int, back: int) -> list[int]:
     widths = [block.ffn for block in job.geometry.blocks]
     inner = range(front, len(widths) - back)
     # A neuron costs the same in every block: what it is joined to is the residual stream.
-    neurons = round(target_removed(job.sparsity, job.costs.backbone) / job.costs.blocks[0].neuron)
+    neurons = round(target_removed(job.sparsity, job.costs.backbone) / job.costs.neuron)
     whole = sum(widths[i] for i in inner)
     shares = {i: divmod(neurons * widths[i], whole) for i in inner}
     more = neurons - sum(share for share, _ in shares.values())
@@ -203,7 +203,7 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
         return choices
     target = target_removed(job.sparsity, job.costs.backbone)
     step = job.options.round_to
-    cost = step * job.costs.blocks[0].neuron  # the same in every block
+    cost = step * job.costs.neuron  # the same in every block
     steps = round((target - removed(job, choices)) / cost)
     found = list(choices)
     while steps:

@@ -166,12 +166,22 @@ def final_pass(
         if judged is not None:
             plan.meta["run_off"] = dict(judged)
         if options.rescale:
-            scale, before, after = fit_scale(job, plan)
-            plan.weights["norm"] = job.family.scaled_norm(job.model, scale)
-            plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}
+            _rescale(job, plan)
         if folder is not None:
             plan.save(folder)
             (folder / "search.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
     parts = [run.seal_hash(f) for f in folders]
     return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)
+
+
+def _rescale(job: Job, plan: Plan) -> None:
+    """Folds the best scale of the logits into the last norm's weight, where one weight can hold it."""
+    if job.family.scaled_norm(job.model, 1.0) is None:
+        say("the last norm has a bias, or no weight: the logits' scale stays as it is")
+        return
+    scale, before, after = fit_scale(job, plan)
+    weight = job.family.scaled_norm(job.model, scale)
+    assert weight is not None  # as at scale 1
+    plan.weights["norm"] = weight
+    plan.meta["logit_scale"] = {"scale": scale, "kl_before": before, "kl": after}

@@ -62,7 +62,7 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "remove": target,
         "units": {
             "kv_group_parameters": one_or_all([block.attention(1, block.geometry.group) for block in costs.blocks]),
-            "neuron_parameters": costs.blocks[0].neuron,
+            "neuron_parameters": costs.neuron,
             "neurons_round_to": options.round_to,
         },
         "after": {

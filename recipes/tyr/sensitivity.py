@@ -129,27 +129,26 @@ def _backward(
 
         return hook
 
-    handles = [
-        runner.family.o_proj(block).register_forward_hook(keep("attention")),
-        runner.family.down_proj(block).register_forward_hook(keep("ffn")),
-    ]
+    layers = runner.family.pruned_layers(block)
+    handles = [layer.register_forward_hook(keep(kind)) for kind, layer in layers.items()]
     passed: list[Tensor] = []
-    seen: dict[str, list[Tensor]] = {k: [] for k in KINDS}
+    seen: dict[str, list[Tensor]] = {kind: [] for kind in layers}
     try:
         for stream, gradient in zip(streams, gradients, strict=True):
             with torch.enable_grad():
                 x = stream.to(runner.device).detach().requires_grad_(True)
                 out = runner.run(index, x, block)
-                wanted = (x, *(outputs[k] for k in KINDS))
+                wanted = (x, *(outputs[kind] for kind in layers))
                 g_x, *found = torch.autograd.grad(out, wanted, gradient.to(runner.device))
             passed.append(g_x.cpu())
-            for kind, g in zip(KINDS, found, strict=True):
+            for kind, g in zip(layers, found, strict=True):
                 seen[kind].append(g.reshape(-1, g.shape[-1]))
     finally:
         for handle in handles:
             handle.remove()
-    width = runner.family.o_proj(block).weight.shape[0]
-    metrics = {}
+    width = runner.family.geometry(runner.model.config).hidden
+    # Nothing is chosen in a sublayer that stays whole.
+    metrics = {kind: torch.eye(width) for kind in KINDS if kind not in layers}
     for kind, parts in seen.items():
         # One grid for all windows, however unlike they are.
         sizes = [float(g.double().pow(2).sum(0).max()) for g in parts]

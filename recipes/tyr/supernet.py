@@ -95,8 +95,8 @@ def neuron_counts(ffn: int, centre: int, step: int, levels: int, round_to: int) 
 
 
 class Streams:
-    """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each. Without error
-    accumulation they are one and the same tensor.
+    """The dense and the pruned residual stream in front of one block: (windows, length, hidden) each, or twice as wide
+    (`BlockRunner.stream`). Without error accumulation they are one and the same tensor.
 
     Of several processes each holds the streams of its own ``windows``, and runs them in ``batches``: slices of what it
     holds.
@@ -124,7 +124,7 @@ class Streams:
         windows, slices = own_batches(ids, runner_tokens(runner))
         mine = ids[windows.start : windows.stop]
         room = Room(None) if room is None else room
-        dense = torch.cat([runner.embed(mine[s]).to(room.place) for s in slices])
+        dense = torch.cat([runner.stream(mine[s]).to(room.place) for s in slices])
         return cls(room.hold(dense), None if accumulation == "none" else room.hold(dense.clone()), windows, slices)
 
     def save(self, folder: Path) -> None:
@@ -262,11 +262,12 @@ class _Sublayer:
     ``reads``: the residual stream in front -> X, what the projection reads (b, length, in).
     ``add``: the stream in front and the projection's output -> the stream behind, (b, length, hidden) all.
     ``solve``: all levels of the menu. ``columns``: which inputs a level keeps. ``kept``: the solution's among levels.
-    ``units``: how many there are; ``stays``: the untouched projection is the only level.
+    ``units``: how many there are; ``stays``: the untouched projection is the only level. ``layer`` is None where the
+    sublayer is never cut: what it "reads" is then what it gives.
     """
 
     where: str
-    layer: nn.Linear
+    layer: nn.Linear | None
     reads: Callable[[Tensor], Tensor]
     add: Callable[[Tensor, Tensor], Tensor]
     solve: Callable[[Problem], list[Level]]
@@ -274,7 +275,12 @@ class _Sublayer:
     kept: Callable[[Sequence[Level]], int | None]
     units: int
     stays: bool
-    post_norm: bool  # a norm stands between the projection's output and the residual sum
+    post_norm: bool  # the projection's output is not simply added to the residual stream
+    scale: float  # what it is multiplied by before it is added
+
+    def through(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., hidden), by the dense projection."""
+        return x if self.layer is None else x @ self.layer.weight.T + _bias(self.layer)
 
 
 def prune_block(
@@ -308,7 +314,7 @@ def _attention(
     g, solution = costs.geometry, menu.solution
     return _Sublayer(
         where=f"block {index}, o_proj",
-        layer=runner.family.o_proj(block),
+        layer=runner.family.pruned_layers(block).get("attention"),
         reads=lambda stream: runner.context(index, stream),
         add=lambda stream, out: runner.middle(index, stream, out),
         solve=lambda problem: _attention_levels(problem, menu, costs, how, metric),
@@ -317,6 +323,7 @@ def _attention(
         units=g.heads,
         stays=menu.heads == ((g.kv_heads, g.group),),
         post_norm=runner.family.post_norm,
+        scale=runner.family.residual_scale,
     )
 
 
@@ -326,7 +333,7 @@ def _ffn(
     g, solution = costs.geometry, menu.solution
     return _Sublayer(
         where=f"block {index}, down_proj",
-        layer=runner.family.down_proj(block),
+        layer=runner.family.pruned_layers(block).get("ffn"),
         reads=lambda stream: runner.activation(index, stream),
         add=lambda stream, out: runner.output(index, stream, out),
         solve=lambda problem: _ffn_levels(problem, menu, costs, how, metric),
@@ -335,13 +342,14 @@ def _ffn(
         units=g.ffn,
         stays=menu.neurons == (g.ffn,),
         post_norm=runner.family.post_norm,
+        scale=runner.family.residual_scale,
     )
 
 
 def _prune_sublayer(sublayer: _Sublayer, streams: Streams, how: Local) -> list[Level]:
     """Statistics of the projection's inputs, the levels they lead to, and the pruned stream behind their mean."""
     moments, inputs = _statistics(sublayer, streams, how)
-    if moments is None:
+    if moments is None or sublayer.layer is None:
         levels = [Level(tuple(range(sublayer.units)), 0, 0.0, 0.0, None)]
     else:
         levels = _in_main(moments, sublayer.layer.weight.T, how.damping, sublayer.solve)
@@ -357,13 +365,15 @@ def _statistics(sublayer: _Sublayer, streams: Streams, how: Local) -> tuple[Mome
     Returns:
         The sums (None where the sublayer stays as it is), and X, kept for when the pruned stream moves on.
     """
-    weight, bias = sublayer.layer.weight, _bias(sublayer.layer)
-    n_out, n_in = weight.shape
-    moments = None if sublayer.stays else Moments(n_in, n_out, sublayer.where, weight.device)
+    layer = sublayer.layer
+    n_in = streams.dense.shape[-1] if layer is None else layer.weight.shape[1]
+    moments = None
+    if layer is not None and not sublayer.stays:
+        moments = Moments(n_in, layer.weight.shape[0], sublayer.where, layer.weight.device)
     inputs = _Kept(streams.dense, n_in)
     for s in streams.batches:
         x_dense = sublayer.reads(streams.dense[s])
-        out = x_dense @ weight.T + bias
+        out = sublayer.through(x_dense)
         behind = sublayer.add(streams.dense[s], out)
         x = x_dense if streams.alone else sublayer.reads(streams.pruned[s])
         if moments is not None:
@@ -382,10 +392,13 @@ def _aim(sublayer: _Sublayer, target: Target, x: Tensor, out: Tensor, gap: Tenso
 
     A bias stays as it is, so what the weights are fitted to is what remains without it.
     """
+    assert sublayer.layer is not None  # nothing is fitted in a sublayer that stays whole
     if target == "own":
         return x @ sublayer.layer.weight.T
     # Where a norm stands between the projection and the sum, the sum cannot be aimed at directly.
-    return (out if target == "output" or sublayer.post_norm else gap) - _bias(sublayer.layer)
+    if target == "output" or sublayer.post_norm:
+        return out - _bias(sublayer.layer)
+    return (gap if sublayer.scale == 1.0 else gap / sublayer.scale) - _bias(sublayer.layer)
 
 
 def _move_pruned(
@@ -393,6 +406,11 @@ def _move_pruned(
 ) -> None:
     """Moves the pruned stream behind the sublayer: expectation error accumulation, X' = sum_e (1 - S_e) X'_e over
     sum_e (1 - S_e), which for a linear layer is the mean of the candidates' weights."""
+    if sublayer.layer is None:
+        for s in streams.batches:
+            x = inputs.get(s, lambda s=s: sublayer.reads(streams.pruned[s]))  # type: ignore[misc]
+            streams.pruned[s] = sublayer.add(streams.pruned[s], x)
+        return
     columns = [sublayer.columns(level) for level in levels]
     mean, bias = _expected(levels, columns, sublayer.layer, accumulation, sublayer.kept(levels))
     for s in streams.batches:

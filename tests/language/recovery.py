@@ -66,4 +66,4 @@ def start_of(job: Path, settings: dict[str, Any] = FULL) -> dict[str, torch.Tens
     """The weights before training, under the names a plan gives them."""
     setup = setup_of(job, **settings)
     model = student(setup, ragged_plan(setup.model))
-    return {k: w.clone() for k, w in merged(model, setup.recipe.recover).items()}  # type: ignore[arg-type]
+    return {k: w.clone() for k, w in merged(model, setup.recipe.recover, setup.family).items()}  # type: ignore[arg-type]

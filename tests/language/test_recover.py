@@ -127,7 +127,7 @@ def test_low_rank_updates_begin_at_nothing_and_are_merged_into_the_plan(model_ty
                 parameter.normal_(std=0.2)
         want = model(ids).logits
         assert not torch.allclose(want, setup.pruned(plan)[0](ids).logits, atol=1e-2)
-        found = Plan(plan.blocks, {**plan.weights, **merged(model, setup.recipe.recover)})  # type: ignore[arg-type]
+        found = Plan(plan.blocks, {**plan.weights, **merged(model, setup.recipe.recover, setup.family)})  # type: ignore[arg-type]
         torch.testing.assert_close(setup.pruned(found)[0](ids).logits, want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(setup.masked(found)(ids).logits, want, atol=1e-4, rtol=1e-4)
     assert "norm" not in found.weights and not any("lora" in name for name in found.weights)
