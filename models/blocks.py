@@ -7,6 +7,7 @@ pieces, put together, against the model's own forward.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from compress.models import decoder
-from compress.models.families.base import caught
+from compress.models.families.base import alone, caught
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
 
 
-def _passing(block: Any) -> nn.Module:
+def _passing(block: Any, values: int) -> nn.Module:
     """A stand-in that the model's own forward takes for ``block`` (whose weights need not be there): it gives back what
-    it is given."""
+    it is given, as one of so many values (0: alone)."""
     made: nn.Module = copy.copy(block)
     made._modules, made._parameters = {}, {}
     made._forward_pre_hooks, made._forward_pre_hooks_with_kwargs = OrderedDict(), OrderedDict()
-    made.forward = lambda hidden_states, *_, **__: hidden_states  # type: ignore[method-assign]
+    made.forward = (  # type: ignore[method-assign]
+        lambda hidden_states, *_, **__: (hidden_states, *[None] * (values - 1)) if values else hidden_states
+    )
     return made
 
 
@@ -46,11 +49,14 @@ class BlockRunner:
         self.blocks = decoder.blocks(model)
         self.device = family.embedding_device(model)
         self._kwargs: list[dict[str, Any]] = []
-        self._stubs = nn.ModuleList(_passing(b) for b in self.blocks._modules.values())
+        self._stubs = nn.ModuleList(_passing(b, family.block_values) for b in self.blocks._modules.values())
         for stub in self._stubs:
 
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._kwargs.append({k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")})
+            def hook(stub: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                # Some models give masks and positions by their place.
+                names = list(inspect.signature(type(stub).forward).parameters)[1:]
+                given = {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}
+                self._kwargs.append({k: v for k, v in given.items() if k not in ("hidden_states", "past_key_values")})
 
             stub.register_forward_pre_hook(hook, with_kwargs=True)
         # One window of zeros: masks and position embeddings depend on the length alone.
@@ -61,30 +67,27 @@ class BlockRunner:
 
     def _body(self, ids: Tensor) -> None:
         """The model's own forward with nothing done in the blocks."""
-        body: Any = self.model.model
-        body.layers = self._stubs
+        decoder.put_blocks(self.model, self._stubs)
         try:
             with torch.no_grad():
-                body(input_ids=ids.to(self.device), use_cache=False)
+                decoder.body(self.model)(input_ids=ids.to(self.device), use_cache=False)
         finally:
-            body.layers = self.blocks
+            decoder.put_blocks(self.model, self.blocks)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (b, length) -> the residual stream in front of block 0, (b, length, hidden)."""
         return caught(self._stubs[0], lambda: self._body(ids))
 
     def stream(self, ids: Tensor) -> Tensor:
-        """What the pieces of block 0 start from: the stream in front of it; where attention and FFN read the same stream,
-        with zeros beside it, which is where attention's output goes, (b, length, 2 * hidden)."""
+        """What the pieces of block 0 start from: the stream in front of it; where attention and FFN read the same
+        stream, with zeros beside it, which is where attention's output goes, (b, length, 2 * hidden)."""
         first = self.embed(ids)
         return torch.cat([first, torch.zeros_like(first)], -1) if self.family.parallel else first
 
     def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
-        out: Tensor = (block if block is not None else self.blocks[index])(
-            hidden.to(self.device), **self._kwargs[index]
-        )
-        return out
+        made = block if block is not None else self.blocks[index]
+        return alone(made(hidden.to(self.device), **self._kwargs[index]))
 
     def context(self, index: int, hidden: Tensor) -> Tensor:
         """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim). Of attention that stays whole what it

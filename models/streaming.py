@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.models.decoder import BLOCKS, blocks, put_blocks, without_blocks
+from compress.models.decoder import blocks, prefix, put_blocks, without_blocks
 from compress.models.folder import weights_of
 from compress.models.reading import from_config, is_ragged, load_config, read_generation
 from compress.models.shards import Shards
@@ -33,14 +33,22 @@ class StreamedBlocks(nn.ModuleList):
     Args:
         skeletons: the blocks without weights.
         weights: where each tensor of the model lies.
+        prefix: what the names of the blocks' tensors begin with.
         cache: blocks that stay in memory, the latest used.
         shard: processes that go over the blocks `in_step` hold a part of each.
     """
 
     def __init__(
-        self, skeletons: Sequence[nn.Module], weights: Weights, cache: int, device: torch.device, shard: bool = False
+        self,
+        skeletons: Sequence[nn.Module],
+        weights: Weights,
+        prefix: str,
+        cache: int,
+        device: torch.device,
+        shard: bool = False,
     ) -> None:
         super().__init__(skeletons)
+        self._prefix = prefix
         self._weights, self._cache, self._device = weights, max(1, cache), device
         self._held: OrderedDict[int, nn.Module] = OrderedDict()
         self._change: Callable[[int, nn.Module], nn.Module] | None = None
@@ -61,7 +69,7 @@ class StreamedBlocks(nn.ModuleList):
             return
 
         def part(index: int, name: str, rows: slice) -> Tensor:
-            found = self._weights.rows(f"{BLOCKS}{index}.{name}", rows)
+            found = self._weights.rows(f"{self._prefix}{index}.{name}", rows)
             self.bytes_read += found.nbytes
             return found
 
@@ -83,7 +91,7 @@ class StreamedBlocks(nn.ModuleList):
     def moved(self, device: torch.device) -> StreamedBlocks:
         """The same blocks, read to another device."""
         skeletons = [self.skeleton(i) for i in range(len(self))]
-        made = StreamedBlocks(skeletons, self._weights, self._cache, device, self._shard)
+        made = StreamedBlocks(skeletons, self._weights, self._prefix, self._cache, device, self._shard)
         made._change = self._change
         return made
 
@@ -109,7 +117,7 @@ class StreamedBlocks(nn.ModuleList):
     def _read(self, index: int) -> nn.Module:
         block = copy.deepcopy(self.skeleton(index))
         if self._shards is None:
-            tensors = self._weights.below(f"{BLOCKS}{index}.", self._device)
+            tensors = self._weights.below(f"{self._prefix}{index}.", self._device)
             self.bytes_read += sum(t.nbytes for t in tensors.values())
         else:
             tensors = self._shards.tensors(index)
@@ -122,6 +130,13 @@ class StreamedBlocks(nn.ModuleList):
                 where=str(self._weights.folder),
                 fix="weights and config.json must belong together",
             ) from e
+        lacking = [n for n, b in block.named_buffers() if b.device.type == "meta"]
+        if lacking:
+            raise CompressError(
+                f"block {index} computes {lacking[0]} when it is built and saves it nowhere, so it cannot be streamed",
+                where=str(self._weights.folder),
+                fix="hold the model in memory (--set memory.stream=false)",
+            )
         block.requires_grad_(False).eval()
         return block if self._change is None else self._change(index, block)
 
@@ -283,7 +298,8 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
         model = from_config(config, family.ragged_class() if is_ragged(folder) else None)
     read_generation(model, folder)
     weights = Weights(folder)
-    rest = weights.beside(BLOCKS)
+    place = prefix(model)
+    rest = weights.beside(place)
     skeletons = list(blocks(model))
     put_blocks(model, nn.ModuleList())
     _, unexpected = model.load_state_dict({k: t.float() for k, t in rest.items()}, strict=False, assign=True)
@@ -296,5 +312,5 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
             fix="weights and config.json must belong together",
         )
     model.to(device)
-    put_blocks(model, StreamedBlocks(skeletons, weights, cache, device, shard))
+    put_blocks(model, StreamedBlocks(skeletons, weights, place, cache, device, shard))
     return model.requires_grad_(False).eval()

@@ -148,11 +148,12 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any, kept: S
 
     blocks = decoder.blocks(model)
     for index, old in enumerate(kept):
-        add(f"{decoder.BLOCKS}{index}.", blocks[old].state_dict())
+        add(f"{decoder.prefix(model)}{index}.", blocks[old].state_dict())
     rest = {
         n: t
         for n, t in model.state_dict().items()
-        if decoder.block_of(n) is None and not (n == decoder.HEAD and family.geometry(model.config).tied)
+        if decoder.block_of(n) is None
+        and not (n == f"{decoder.head_name(model)}.weight" and family.geometry(model.config).tied)
     }
     add("", rest)
     flush()

@@ -88,6 +88,12 @@ class Plan:
                     refuse(f"{kind} indices must be distinct, sorted and below {limit}", f"block {i}")
             if len(set(Counter(h // dense.group for h in block.heads).values())) > 1:
                 refuse("every kept KV group must keep equally many query heads", f"block {i}")
+            for what, whole, kept in (
+                ("attention", dense.attention_whole, block.heads),
+                ("the FFN", dense.ffn_whole, block.neurons),
+            ):
+                if whole and not kept:
+                    refuse(f"{what} of this block is never cut", f"block {i}")
             for key, columns in (("o", len(block.heads) * dense.head_dim), ("down", len(block.neurons))):
                 weight = self.weights.get(f"blocks.{i}.{key}")
                 if weight is not None and tuple(weight.shape) != (dense.hidden, columns):

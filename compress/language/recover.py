@@ -623,7 +623,9 @@ def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: C
         "windows": len(windows),
         "trained_parameters": sum(w.numel() for w in weights.values()),
     }
-    Plan(plan.blocks, {**plan.weights, **merged(model, spec, setup.family)}, {**plan.meta, "recovered": facts}).save(folder)
+    Plan(plan.blocks, {**plan.weights, **merged(model, spec, setup.family)}, {**plan.meta, "recovered": facts}).save(
+        folder
+    )
     (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n", encoding="utf-8")
 
 

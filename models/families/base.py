@@ -222,6 +222,12 @@ class _Stop(Exception):
     """Ends a forward where a hook has seen what it wanted."""
 
 
+def alone(given: Any) -> Tensor:
+    """What a module gives, or the first of what it gives."""
+    found: Tensor = given[0] if isinstance(given, tuple) else given
+    return found
+
+
 def caught(module: nn.Module, run: Callable[[], Any], *, output: bool = False) -> Tensor:
     """The first thing that ``module`` is given in ``run`` (its output instead, with ``output``); what would come behind
     is not computed."""
@@ -232,7 +238,7 @@ def caught(module: nn.Module, run: Callable[[], Any], *, output: bool = False) -
         raise _Stop
 
     def behind(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
+        seen.append(alone(out))
         raise _Stop
 
     if output:
@@ -266,6 +272,7 @@ class Family:
     post_norm = False
     residual_scale = 1.0  # what a sublayer's output is multiplied by before it is added
     parallel = False  # True: attention and FFN read the same stream
+    block_values = 0  # how many values a block gives; 0: the stream alone
     decoder_layer: str  # class of a block, for the generated modelling file
     causal_lm: str  # class of the model, for the generated modelling file
     module: str  # transformers.models.<module>
@@ -358,13 +365,11 @@ class Family:
         return middle + self.after_ffn(block, ffn)
 
     def pruned_layers(self, block: Any) -> dict[str, nn.Linear]:
-        """The projections whose inputs are pruned, by sublayer (``attention``, ``ffn``); of one that stays whole none."""
+        """The projections whose inputs are pruned, by sublayer (``attention``, ``ffn``) that is cut."""
         return {"attention": self.o_proj(block), "ffn": self.down_proj(block)}
 
     # The names in a block of the weights that a plan calls ``o`` and ``down``.
-    short_names: Mapping[str, str] = MappingProxyType(
-        {"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"}
-    )
+    short_names: Mapping[str, str] = MappingProxyType({"self_attn.o_proj.weight": "o", "mlp.down_proj.weight": "down"})
 
     def scaled_norm(self, model: Any, scale: float) -> Tensor | None:
         """The last norm's weight (hidden,) with which its output is ``scale`` times what it was; None where no weight
@@ -542,8 +547,8 @@ class Family:
 
 
 def masked_columns(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear:
-    """The same layer with zeros in all but ``columns`` (int64), which hold their own or ``weight`` (out, columns); without
-    any of them there is no bias either."""
+    """The same layer with zeros in all but ``columns`` (int64), which hold their own or ``weight`` (out, columns);
+    without any of them there is no bias either."""
     full = torch.zeros_like(layer.weight)
     full[:, columns] = layer.weight[:, columns] if weight is None else weight.to(layer.weight)
     bias = layer.bias if len(columns) or layer.bias is None else torch.zeros_like(layer.bias)

@@ -1,7 +1,8 @@
 """What a decoder's blocks are made of, told by names, shapes and order alone: no family is named here.
 
 Two sublayers are looked for in every block: what mixes tokens, and what follows it, each a module with matrices of its
-own. One that is made of parts that pruning knows how to cut is an `Attention` or a `FFN`; another `Stays`, for a reason.
+own. One that is made of parts that pruning knows how to cut is an `Attention` or a `FFN`; another `Stays`, for a
+reason.
 What is found here is a guess until `compress.models.families.proof` has run it.
 """
 
@@ -20,8 +21,8 @@ MIXERS = (
 )  # fmt: skip
 FFNS = ("mlp", "feed_forward", "ffn", "shared_mlp", "mlp_block", "block_sparse_moe", "moe")
 QUERIES, KEYS, VALUES = ("q_proj",), ("k_proj",), ("v_proj",)
-FUSED = ("qkv_proj", "query_key_value", "Wqkv")
-OUTPUTS = ("o_proj", "out_proj", "dense", "Wo")
+FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+OUTPUTS = ("o_proj", "out_proj", "dense", "Wo", "c_proj")
 # Sizes that attention modules keep for themselves, and what they count.
 NUMBERS = {
     "num_heads": "heads", "num_attention_heads": "heads", "n_heads": "heads", "n_head": "heads",
@@ -132,6 +133,12 @@ def _only(module: nn.Module, names: tuple[str, ...]) -> str:
 
 
 def _attention(module: Any, place: str, config: Any, hidden: int) -> Attention | Stays:
+    if any(isinstance(m, nn.Conv1d) for m in module.modules()) or any(
+        "A_log" in n for n, _ in module.named_parameters()
+    ):
+        return Stays(
+            place, f"a convolution or a linear attention, whose channels are not separate heads ({_class(module)})"
+        )
     q, k, v, fused = (_only(module, names) for names in (QUERIES, KEYS, VALUES, FUSED))
     out = _only(module, OUTPUTS)
     if out and q and not k and not v and not fused:
@@ -142,11 +149,10 @@ def _attention(module: Any, place: str, config: Any, hidden: int) -> Attention |
         latent = next((n for n, _ in module.named_children() if n.startswith("kv_a")), "")
         if latent:
             return Stays(place, f"keys and values of all heads come from one latent ({latent})")
-        return Stays(place, f"{type(module).__name__} is no attention of separate heads")
-    own = getattr(module, "config", config)
-    head_dim = getattr(module, "head_dim", None) or getattr(own, "head_dim", None)
-    heads = getattr(module, "num_heads", None) or own.num_attention_heads
-    head_dim = head_dim or hidden // heads
+        return Stays(place, f"its parts are not those of an attention of separate heads ({_class(module)})")
+    # Modules that keep no head size of their own have that of the configuration, or an even share of the stream.
+    head_dim = getattr(module, "head_dim", None) or config.to_dict().get("head_dim")
+    head_dim = head_dim or hidden // (getattr(module, "num_heads", None) or config.num_attention_heads)
     inputs = getattr(module, out).in_features
     heads, uneven = divmod(inputs, head_dim)
     if uneven or not heads or getattr(module, out).out_features != hidden:
@@ -154,7 +160,7 @@ def _attention(module: Any, place: str, config: Any, hidden: int) -> Attention |
     if fused:
         rows = getattr(module, fused).out_features
         kv_heads, uneven = divmod(rows - inputs, 2 * head_dim)
-        layers = ((fused, "qkv"),)
+        layers: tuple[tuple[str, str], ...] = ((fused, "qkv"),)
     else:
         rows = getattr(module, q).out_features
         if rows == 2 * inputs:
@@ -182,6 +188,10 @@ def _attention(module: Any, place: str, config: Any, hidden: int) -> Attention |
         head_dim,
         tuple((f"{place}.{name}", what) for name, what in numbers.items()),
     )
+
+
+def _class(module: nn.Module) -> str:
+    return type(module).__name__
 
 
 def _shared(name: str, parameter: Tensor, heads: int, kv_heads: int, head_dim: int) -> str:

@@ -5,10 +5,10 @@ what they do): a block of each kind with units cut out gives what it gives with 
 parameters fewer as the costs say; the pieces a block is run in are the model; decoding with a cache is the whole text;
 and what is saved is the same when it is read again.
 
-It is the configuration's own class and every setting of it that is not a size, but not the weights: the layers up to the
-first block of every kind, and where these are more than `MOST` parameters, narrower ones. Then the heads of a group are at
-most 3, the groups 2, a head is as wide as it is, and the residual stream, the FFN and the vocabulary follow; what is named
-by other keys (experts, state spaces) is made smaller only where it has to be.
+It is the configuration's own class and every setting of it that is not a size, but not the weights: the layers up to
+the first block of every kind, and where these are more than `MOST` parameters, narrower ones. Then the heads of a group
+are at most 3, the groups 2, a head is as wide as it is, and the residual stream, the FFN and the vocabulary follow;
+what is named by other keys (experts, state spaces) is made smaller only where it has to be.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def refused(config: Any, what: str) -> CompressError:
     return CompressError(
         f"the architecture {config.model_type!r} is not supported: {what}",
         where="config.json: model_type",
-        fix="prune a model whose blocks are made of attention and a FFN; to teach compress one, see docs/guide/add-a-family.md"
-        " and models/families/ in the source",
+        fix="prune a model whose blocks are made of attention and a FFN; to teach compress another, see"
+        " docs/guide/add-a-family.md and models/families/ in the source",
     )
 
 
@@ -64,8 +64,14 @@ def by_structure(config: Any) -> ByStructure:
     if key not in _PROVEN:
         if len(_PROVEN) >= 16:
             _PROVEN.pop(next(iter(_PROVEN)))
-        with torch.random.fork_rng(devices=[]):
-            _PROVEN[key] = _by_structure(config)
+        threads = torch.get_num_threads()
+        try:
+            # Matrices of a few hundred channels: threads that wait for one another cost more than they share.
+            torch.set_num_threads(1)
+            with torch.random.fork_rng(devices=[]):
+                _PROVEN[key] = _by_structure(config)
+        finally:
+            torch.set_num_threads(threads)
     return _PROVEN[key]
 
 
@@ -85,7 +91,9 @@ def _by_structure(config: Any) -> ByStructure:
     signatures = [_signature(config, i, block, p) for i, (block, p) in enumerate(zip(every, parts, strict=True))]
     kinds = [Kind(signatures.index(s), s) for s in dict.fromkeys(signatures)]
     if kinds[-1].first >= LAYERS:
-        raise refused(config, f"block {kinds[-1].first} is the first of its kind; of the first {LAYERS} one is asked for")
+        raise refused(
+            config, f"block {kinds[-1].first} is the first of its kind; of the first {LAYERS} one is asked for"
+        )
     total = sum(p.numel() for p in whole.parameters())
     failure: CompressError | None = None
     for dtype in TOLERANCE:
@@ -97,13 +105,9 @@ def _by_structure(config: Any) -> ByStructure:
             continue
         # What a block of each kind was found to be, for all blocks of the kind.
         of = {kind.signature: found.parts[kind.first] for kind in kinds}
-        settled = tuple(
-            _as_large(of[signature], one) for signature, one in zip(signatures, parts, strict=True)
-        )
+        settled = tuple(_as_large(of[signature], one) for signature, one in zip(signatures, parts, strict=True))
         keeps = _keeps(config, settled)
-        counted = tuple(
-            block_costs(block, one, geometry_of(one)) for block, one in zip(every, settled, strict=True)
-        )
+        counted = tuple(block_costs(block, one, geometry_of(one)) for block, one in zip(every, settled, strict=True))
         if all(isinstance(p.attention, Stays) and isinstance(p.ffn, Stays) for p in settled):
             one = settled[0]
             raise refused(
@@ -112,7 +116,8 @@ def _by_structure(config: Any) -> ByStructure:
                 f" {one.attention.reason}, the FFN for {one.ffn.reason}",  # type: ignore[union-attr]
             )
         return replace(
-            found, parts=settled, counted=counted, keeps=keeps, total=total, vocab=config.vocab_size,
+            found, parts=settled, counted=counted, names=_names(whole), keeps=keeps, total=total,
+            vocab=config.vocab_size,
             tied=bool(getattr(config, "tie_word_embeddings", False)),
         )  # fmt: skip
     assert failure is not None
@@ -132,15 +137,19 @@ def _built(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _names(model: Any) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(name for name, _ in block.named_parameters()) for block in decoder.blocks(model))
+
+
 def _check_body(config: Any, model: Any) -> None:
-    body = getattr(model, "model", None)
     if getattr(config, "is_encoder_decoder", False):
         raise refused(config, "it has an encoder beside its decoder")
-    if not isinstance(getattr(body, "layers", None), nn.ModuleList) or not len(body.layers):  # type: ignore[union-attr, arg-type]
+    name = decoder.layers_name(model)
+    if not name or not len(decoder.blocks(model)) or decoder.block_of(f"{decoder.prefix(model)}0.") is None:
         raise refused(config, f"{type(model).__name__} does not hold its blocks in a list where decoders have theirs")
     if not decoder.norm_name(model):
         raise refused(config, f"{type(model).__name__} has no last norm behind its blocks")
-    if not isinstance(getattr(model, "lm_head", None), nn.Linear):
+    if not decoder.head_name(model):
         raise refused(config, f"{type(model).__name__} has no head that is one linear layer")
 
 
@@ -163,7 +172,9 @@ def _as_large(found: Parts, told: Parts) -> Parts:
             return replace(large, numbers=numbers, rows=rows)
         return large
 
-    return replace(found, hidden=told.hidden, attention=one(found.attention, told.attention), ffn=one(found.ffn, told.ffn))
+    return replace(
+        found, hidden=told.hidden, attention=one(found.attention, told.attention), ffn=one(found.ffn, told.ffn)
+    )
 
 
 def _keeps(config: Any, parts: Sequence[Parts]) -> frozenset[int]:
@@ -200,7 +211,15 @@ def _shrunk(config: Any, layers: int, narrow: int) -> Any:
     """The same configuration with fewer layers and tokens; ``narrow`` of 1 with narrower ones, of 2 with fewer experts
     as well. In words what transformers has against it."""
     facts = config.to_dict()
-    for key in ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "auto_map", "model_type"):
+    for key in (
+        "transformers_version",
+        "architectures",
+        "_name_or_path",
+        "dtype",
+        "torch_dtype",
+        "auto_map",
+        "model_type",
+    ):
         facts.pop(key, None)
     facts.pop("compress_layers", None)
     depth = config.num_hidden_layers
@@ -209,9 +228,11 @@ def _shrunk(config: Any, layers: int, narrow: int) -> Any:
             facts[key] = value[:layers]
     facts["num_hidden_layers"] = layers
     facts["vocab_size"] = min(VOCABULARY, config.vocab_size)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if key in facts:
-            facts[key] = None if key != "pad_token_id" or facts[key] is None else 0
+    if "vocab_size_per_layer_input" in facts:
+        facts["vocab_size_per_layer_input"] = facts["vocab_size"]
+    for key, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
+        if facts.get(key) is not None:
+            facts[key] = token
     if narrow:
         _narrow(config, facts, narrow)
     try:
@@ -226,10 +247,10 @@ def _narrow(config: Any, facts: dict[str, Any], narrow: int) -> None:
     def key(name: str) -> str:
         return name if name in facts else names.get(name, name)
 
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    free = facts.get("head_dim") is not None and config.hidden_size != heads * head_dim
+    heads, hidden = facts[key("num_attention_heads")], facts[key("hidden_size")]
+    groups = facts.get(key("num_key_value_heads")) or heads
+    head_dim = facts.get("head_dim") or hidden // heads
+    free = facts.get("head_dim") is not None and hidden != heads * head_dim
     fewer = min(2, groups) if groups < heads else min(4, heads)
     per_group = min(3 if free or heads // groups % 3 == 0 else 2, heads // groups)
     width = fewer * per_group * head_dim + (head_dim if free else 0)
@@ -242,6 +263,10 @@ def _narrow(config: Any, facts: dict[str, Any], narrow: int) -> None:
     ffn = facts.get(key("intermediate_size"))
     if ffn is not None:
         facts[key("intermediate_size")] = [width + 24 for _ in ffn] if isinstance(ffn, list) else width + 24
+    fewer = max(1, (facts.get("linear_num_key_heads") or 1) // 2)
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):  # the second is a multiple of the first
+        if isinstance(facts.get(name), int):
+            facts[name] = max(1, facts[name] // fewer)
     for name in ("shared_intermediate_size", "moe_intermediate_size"):
         if isinstance(facts.get(name), int):
             facts[name] = min(facts[name], width + 40)
@@ -271,7 +296,7 @@ def _randomise(model: nn.Module) -> None:
                 buffer.add_(drawn(buffer) * 0.1)
 
 
-# --- the trial ---------------------------------------------------------------------------------------------------------
+# --- the trial -------------------------------------------------------------------------------------------------------
 
 
 class _Trial:
@@ -284,9 +309,7 @@ class _Trial:
     ) -> None:
         self.config, self.own, self.model, self.dtype = config, own, model, dtype
         self.kinds = kinds
-        self.ids = torch.randint(
-            1, own.vocab_size, (2, self.LENGTH), generator=torch.Generator().manual_seed(3)
-        )
+        self.ids = torch.randint(1, own.vocab_size, (2, self.LENGTH), generator=torch.Generator().manual_seed(3))
         width = decoder.norm_width(model, own)
         self.parts: list[Parts] = []
         for i, block in enumerate(decoder.blocks(model)):
@@ -322,18 +345,20 @@ class _Trial:
             decoder_layer=block.__name__,
             parts=tuple(self.parts),
             counted=costs,
+            names=_names(self.model),
             total=sum(p.numel() for p in self.model.parameters()),
             vocab=self.own.vocab_size,
             tied=bool(getattr(self.own, "tie_word_embeddings", False)),
             keeps=_keeps(self.own, self.parts),
             parallel=self.parallel,
+            block_values=self.block_values,
         )
 
     def run(self) -> ByStructure:
         module = type(self.model).__module__
         if not module.startswith("transformers.models.") or ".modeling_" not in module:
             raise refused(self.config, f"{module} is not one of transformers' own modules")
-        self.parallel = False
+        self.parallel, self.block_values = False, 0
         with self._said("its blocks cannot be watched"), torch.no_grad():
             self._trace()
         for kind in self.kinds:
@@ -375,12 +400,13 @@ class _Trial:
                 if _same(other.gave, reads) and other.given is not None:
                     reads, norm = other.given, name
                     break
+            self.block_values = seen[""].values
             together.append(_same(reads, seen[""].given))
-            self.parts[i] = replace(
-                one, ffn_norm=norm, attention_values=attention.values, ffn_values=ffn.values
-            )
+            self.parts[i] = replace(one, ffn_norm=norm, attention_values=attention.values, ffn_values=ffn.values)
         if len(set(together)) > 1:
-            raise refused(self.config, "in some blocks attention and FFN read the same stream, in others one follows the other")
+            raise refused(
+                self.config, "in some blocks attention and FFN read the same stream, in others one follows the other"
+            )
         self.parallel = together[0]
 
     def _watched(self, block: nn.Module) -> dict[str, _Seen]:
@@ -401,7 +427,7 @@ class _Trial:
                 handle.remove()
         return seen
 
-    # --- units ---------------------------------------------------------------------------------------------------------
+    # --- units -------------------------------------------------------------------------------------------------------
 
     def _with(self, index: int, block: nn.Module) -> Tensor:
         """Logits with another block in the place of one."""
@@ -416,9 +442,9 @@ class _Trial:
         return logits
 
     def _differs(self, index: int, **units: Tensor | None) -> str:
-        """In words, how block ``index`` with units cut differs from itself with zeros in their place; empty where not."""
+        """In words, how block ``index`` with units cut differs from itself with zeros there; empty: not at all."""
         family, block = self.family(), decoder.blocks(self.model)[index]
-        asked = {"heads": None, "neurons": None, **units}
+        asked: dict[str, Any] = {"heads": None, "neurons": None, **units}
         try:
             with torch.no_grad():
                 sliced = family.sliced(block, **asked)
@@ -514,28 +540,21 @@ class _Trial:
         if getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None:
             return None
         x = torch.randn(3, norm.weight.numel(), dtype=self.dtype)
-        body = copy.copy(self.model)
-        body._modules = dict(self.model._modules)
-        body.model = copy.copy(self.model.model)
-        body.model._modules = dict(self.model.model._modules)
+        body = decoder.beside(self.model)
         for offset in (0.0, 1.0):
             family.unit_offset = offset
             weight = family.scaled_norm(body, 1.5)
             assert weight is not None  # an offset was given
             family.replace_norm(body, weight)
             good = _relative(decoder.norm_of(body)(x), 1.5 * norm(x)) < 1e-5
-            body.model._modules[decoder.norm_name(self.model)] = norm
+            decoder.body(body)._modules[decoder.norm_name(self.model)] = norm
             if good:
                 return offset
         return None
 
     def _ragged(self, family: ByStructure) -> None:
         """A model whose blocks all differ: decodes with a cache as without, and is the same when it is read again."""
-        layers, model = [], copy.copy(self.model)
-        model._modules = dict(self.model._modules)
-        model.model = copy.copy(self.model.model)
-        model.model._modules = dict(self.model.model._modules)
-        made = []
+        layers, made, model = [], [], decoder.beside(self.model)
         for i, block in enumerate(decoder.blocks(self.model)):
             one = family.parts[i]
             heads = head_sets(one.attention)[-1] if isinstance(one.attention, Attention) else None
@@ -544,34 +563,39 @@ class _Trial:
             made.append(family.sliced(block, heads=heads, neurons=neurons))
             g = geometry_of(one)
             kept = torch.arange(g.heads) if heads is None else heads
-            layers.append(
-                (len(kept), len(torch.unique(kept // g.group)), width if neurons is None else len(neurons))
-            )
+            layers.append((len(kept), len(torch.unique(kept // g.group)), width if neurons is None else len(neurons)))
         decoder.put_blocks(model, nn.ModuleList(made))
         want = model(self.ids, use_cache=False).logits
-        if _relative(self._decoded(self.model), self.logits) < 1e-3:  # where the dense model itself does that
-            found = _relative(self._decoded(model), want)
+        dense = self._decoded(self.model)
+        if dense is not None and _relative(dense, self.logits) < 1e-3:  # where the dense model itself does that
+            halves = self._decoded(model)
+            found = float("inf") if halves is None else _relative(halves, want)
             if not found <= 10 * TOLERANCE[self.dtype]:
                 raise refused(self.config, f"with fewer heads it decodes something else with a cache ({found:.1e})")
         found = self._read_again(family, model, layers, want)
         if not found <= 1e-4:
             raise refused(self.config, f"saved and read again, the pruned model gives something else ({found:.1e})")
 
-    def _decoded(self, model: Any) -> Tensor:
-        """Logits of the text read in two halves."""
+    def _decoded(self, model: Any) -> Tensor | None:
+        """Logits of the text read in two halves; None where the model keeps no cache."""
         half = self.LENGTH // 2
         first = model(self.ids[:, :half], use_cache=True)
+        if getattr(first, "past_key_values", None) is None:
+            return None
         rest = model(self.ids[:, half:], past_key_values=first.past_key_values, use_cache=True)
         return torch.cat([first.logits, rest.logits], 1)
 
-    def _read_again(self, family: ByStructure, model: Any, layers: Sequence[tuple[int, int, int]], want: Tensor) -> float:
+    def _read_again(
+        self, family: ByStructure, model: Any, layers: Sequence[tuple[int, int, int]], want: Tensor
+    ) -> float:
         from safetensors.torch import save_file
 
         from compress.models.reading import load_model
 
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            state = {n: t.contiguous() for n, t in model.state_dict().items() if n != decoder.HEAD or not family.tied}
+            head = f"{decoder.head_name(model)}.weight"
+            state = {n: t.contiguous() for n, t in model.state_dict().items() if n != head or not family.tied}
             save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
             self.own.save_pretrained(folder)
             facts: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
@@ -647,4 +671,3 @@ def head_sets(attention: Attention) -> list[Tensor]:
         if attention.kv_heads > 1:
             found.append(thin[thin // attention.group != attention.kv_heads - 1])
     return found or [every]
-

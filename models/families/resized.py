@@ -4,8 +4,8 @@ made as small as the configuration says.
 This file is copied into every model that is saved in the `per-layer` layout and that compress knows by its structure,
 with one class behind it that binds it to the architecture; so it needs nothing but torch and transformers.
 `compress_layers` of the configuration has an entry for every block that is not the dense one: ``linear`` the (rows,
-columns) of its linear layers, ``numbers`` the sizes that a module keeps for itself, ``heads`` the (query heads, KV heads)
-of its attention, and ``gone`` the sublayers that are not there at all, with how many values each gave.
+columns) of its linear layers, ``numbers`` the sizes that a module keeps for itself, ``heads`` the (query heads, KV
+heads) of its attention, and ``gone`` the sublayers that are not there at all, with how many values each gave.
 """
 
 import copy
@@ -62,6 +62,8 @@ class Resized:
 
     def __init__(self, config):  # type: ignore[no-untyped-def]
         super().__init__(config)  # type: ignore[call-arg]
+        body = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        layers = next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
         for index, entry in config.compress_layers.items():
-            resize(self.model.layers[int(index)], entry)  # type: ignore[attr-defined]
+            resize(layers[int(index)], entry)
         self.post_init()  # type: ignore[attr-defined]

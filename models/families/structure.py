@@ -1,7 +1,7 @@
 """A family that nobody has written down: a decoder whose parts are found by `parts` and proven by `proof`.
 
-It runs a block in pieces without knowing what is between them (norms, scales, sums): the block's own forward is run with
-its sublayers replaced by modules that give what they are told to.
+It runs a block in pieces without knowing what is between them (norms, scales, sums): the block's own forward is run
+with its sublayers replaced by modules that give what they are told to.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from compress.models.families.base import (
     Family,
     Geometry,
     Whole,
+    alone,
     caught,
     linear,
     masked_columns,
@@ -115,9 +116,10 @@ class ByStructure(Family):
     Args:
         parts: of every block.
         counted: what its sublayers take, of every block.
-        unit_offset: of the last norm: 0 where its output is its weight times something, 1 where 1 + its weight; None where
-            it has a bias, or no weight.
+        unit_offset: of the last norm: 0 where its output is its weight times something, 1 where 1 + its weight; None
+            where it has a bias, or no weight.
         keeps: blocks whose attention must not vanish.
+        names: of the parameters of every block.
     """
 
     name: str
@@ -126,6 +128,7 @@ class ByStructure(Family):
     decoder_layer: str
     parts: tuple[Parts, ...]
     counted: tuple[BlockCosts, ...]
+    names: tuple[frozenset[str], ...]
     total: int
     vocab: int
     tied: bool
@@ -134,6 +137,7 @@ class ByStructure(Family):
     residual_scale: float = 1.0
     parallel: bool = False
     unit_offset: float | None = None
+    block_values: int = 0
     model_types: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -174,10 +178,23 @@ class ByStructure(Family):
     # --- where things are ------------------------------------------------------------------------------------
 
     def of(self, block: nn.Module) -> Parts:
-        """The parts of ``block``, which knows its own number."""
-        if len(set(self.parts)) == 1:
-            return self.parts[0]
-        return self.parts[index_of(block)]
+        """The parts of ``block``, told by its own number or by the names of its parameters.
+
+        Raises:
+            CompressError: neither tells them.
+        """
+        index = index_of(block)
+        if index is not None:
+            return self.parts[index]
+        names = frozenset(name for name, _ in block.named_parameters())
+        alike = {one for one, mine in zip(self.parts, self.names, strict=True) if mine == names}
+        if len(alike) != 1:
+            raise CompressError(
+                f"a block ({type(block).__name__}) does not know which one it is",
+                where=f"{self.name}: layer_idx",
+                fix="its blocks differ, so this must be known; prune another model",
+            )
+        return alike.pop()
 
     def pruned_layers(self, block: Any) -> dict[str, nn.Linear]:
         parts, found = self.of(block), {}
@@ -221,9 +238,7 @@ class ByStructure(Family):
         ffn = block.get_submodule(parts.ffn.place)
         if isinstance(parts.ffn, FFN):
             return caught(block.get_submodule(parts.ffn.down), lambda: ffn(read))
-        out: Any = ffn(read)
-        given: Tensor = out[0] if isinstance(out, tuple) else out
-        return given
+        return alone(ffn(read))
 
     def output(self, block: Any, middle: Tensor, ffn: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         parts = self.of(block)
@@ -233,7 +248,7 @@ class ByStructure(Family):
         made = twin(block)
         made._modules[parts.attention.place] = _Gives(attention, parts.attention_values)
         made._modules[parts.ffn.place] = _Gives(ffn, parts.ffn_values)
-        out: Tensor = made(stream, **kwargs)
+        out = alone(made(stream, **kwargs))
         return torch.cat([out, torch.zeros_like(out)], -1) if self.parallel else out
 
     # --- the last norm -------------------------------------------------------------------------------------------
@@ -249,7 +264,7 @@ class ByStructure(Family):
         name = decoder.norm_name(model)
         made: Any = twin(decoder.norm_of(model))
         made.weight = nn.Parameter(weight.to(made.weight), requires_grad=False)
-        model.model._modules[name] = made
+        decoder.body(model)._modules[name] = made
 
     # --- surgery -------------------------------------------------------------------------------------------------
 
@@ -393,21 +408,10 @@ class ByStructure(Family):
         config["compress_layers"] = entries
 
 
-def index_of(block: nn.Module) -> int:
-    """The number that a block, or a module in it, was given.
-
-    Raises:
-        CompressError: none of them has one.
-    """
-    for module in block.modules():
-        found = getattr(module, "layer_idx", None)
-        if type(found) is int:
-            return found
-    raise CompressError(
-        f"a block ({type(block).__name__}) does not know which one it is",
-        where="layer_idx",
-        fix="its blocks differ from one another, so this must be known; prune another model",
-    )
+def index_of(block: nn.Module) -> int | None:
+    """The number that a block, or a module in it, was given; None where it was given none."""
+    found: list[Any] = [getattr(module, "layer_idx", None) for module in block.modules()]
+    return next((index for index in found if type(index) is int), None)
 
 
 def _entry(parts: Parts, heads: int, groups: int, neurons: int) -> dict[str, Any]:

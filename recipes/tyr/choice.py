@@ -76,7 +76,7 @@ def allowed_heads(job: Job, block: int) -> tuple[tuple[int, int], ...]:
     """The (groups, per_group) that block ``block`` may keep, most first."""
     choices = head_choices(job.geometry.blocks[block], job.options.query_heads)
     choices = tuple(choice for choice in choices if choice[0] % job.parallel == 0)
-    if not job.options.attention:
+    if not job.options.attention or job.geometry.blocks[block].attention_whole:
         return choices[:1]
     return choices[:-1] if block in job.family.keeps_attention(job.config) else choices
 
@@ -134,7 +134,7 @@ def check_budget(job: Job) -> int:
             most += costs.dense
             continue
         least = min(costs.attention(groups, per_group) for groups, per_group in allowed_heads(job, i))
-        most += costs.attention_dense - least + costs.ffn_dense
+        most += costs.attention_dense - least + (0 if costs.geometry.ffn_whole else costs.ffn_dense)
     if target > most:
         raise CompressError(
             f"a sparsity of {job.sparsity:.1%} asks to remove {target:,} parameters, but what may be pruned holds only"
@@ -160,10 +160,11 @@ def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[
         step = max(options.round_to, round(step / options.round_to) * options.round_to)
         if choices is None:
             counts = neuron_counts(block.ffn, block.ffn // 2, step, options.levels, options.round_to)
-            found.append(Menu(counts, head_levels(job, i)))
+            found.append(Menu((block.ffn,) if block.ffn_whole else counts, head_levels(job, i)))
         else:
             centre, mine = choices[i].neurons, (choices[i].groups, choices[i].per_group)
             counts = neuron_counts(block.ffn, centre, step, options.refine_levels, options.round_to)
+            counts = (block.ffn,) if block.ffn_whole else counts
             found.append(Menu(counts, neighbours(job, i, choices[i]), (mine, centre)))
     return found
 
@@ -177,7 +178,7 @@ def even_widths(job: Job, front: int, back: int) -> list[int]:
     """FFN widths that meet the budget when every block but the first ``front`` and the last ``back`` gives up
     the same share of its neurons and attention nothing; never below 0."""
     widths = [block.ffn for block in job.geometry.blocks]
-    inner = range(front, len(widths) - back)
+    inner = [i for i in range(front, len(widths) - back) if not job.geometry.blocks[i].ffn_whole]
     # A neuron costs the same in every block: what it is joined to is the residual stream.
     neurons = round(target_removed(job.sparsity, job.costs.backbone) / job.costs.neuron)
     whole = sum(widths[i] for i in inner)
@@ -204,14 +205,14 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     target = target_removed(job.sparsity, job.costs.backbone)
     step = job.options.round_to
     cost = step * job.costs.neuron  # the same in every block
-    steps = round((target - removed(job, choices)) / cost)
+    steps = round((target - removed(job, choices)) / cost) if cost else 0
     found = list(choices)
     while steps:
         sign = 1 if steps > 0 else -1
         able = [
             i
             for i, (c, block) in enumerate(zip(found, job.geometry.blocks, strict=True))
-            if 0 <= c.neurons - sign * step <= block.ffn and (sign < 0 or c.neurons >= step)
+            if not block.ffn_whole and 0 <= c.neurons - sign * step <= block.ffn and (sign < 0 or c.neurons >= step)
         ]
         if not able:
             break
