@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from compress.exporters.refused import refusal, still
+from compress.errors import CompressError
 from compress.models.decoder import blocks
 from compress.run.progress import say
 
@@ -40,16 +41,48 @@ class Exported:
 
 
 def cached_layers(model: Any) -> list[tuple[int, int, int]]:
-    """(layer, KV heads, channels of a head) of every layer that keeps a cache."""
+    """(layer, KV heads, channels of a head) of every layer that keeps a cache.
+
+    Raises:
+        CompressError: a layer keeps something else than keys and values.
+    """
     found = []
     for i, block in enumerate(blocks(model)):
-        attention: Any = block.self_attn
+        attention: Any = getattr(block, "self_attn", None)
+        if attention is None or not (hasattr(attention, "head_dim") or not any(attention.parameters())):
+            return _layers_seen(model)
         if not hasattr(attention, "o_proj"):
             continue
         groups = getattr(attention, "num_key_value_groups", 1)
         heads = attention.o_proj.in_features // attention.head_dim
+        if hasattr(attention, "k_proj") and attention.k_proj.out_features * groups != heads * attention.head_dim:
+            return _layers_seen(model)
         found.append((i, heads // groups, attention.head_dim))
     return found
+
+
+def _layers_seen(model: Any) -> list[tuple[int, int, int]]:
+    """The same of a model whose attention is of another make, seen in the cache that one token leaves."""
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        kept = [(i, layer.keys, layer.values) for i, layer in enumerate(cache.layers) if layer.keys is not None]
+    except Exception as e:  # what a cache of keys and values is no place for, each family says in its own type
+        raise _no_cache(f"{type(e).__name__}: {' '.join(str(e).split())[:100]}") from e
+    if any(keys.shape != values.shape for _, keys, values in kept):
+        raise _no_cache("keys and values of different sizes")
+    return [(i, keys.shape[1], keys.shape[3]) for i, keys, _ in kept if keys.numel()]
+
+
+def _no_cache(why: str) -> CompressError:
+    return CompressError(
+        f"a layer keeps another state from token to token than keys and values ({why})",
+        where="ONNX",
+        fix="load the pruned model with transformers; its ONNX graphs hold keys and values alone",
+    )
 
 
 class _WithCache(torch.nn.Module):

@@ -12,10 +12,15 @@ whether ONNX Runtime gives the same.
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +113,7 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("Falcon", {"head_dim": None, "multi_query": True}),
     "gpt_bigcode": ("StarCoder (GPT-BigCode)", {"head_dim": None}),
     "diffllama": ("DiffLlama", {"num_attention_heads": 8, "num_key_value_heads": 4}),
-    "lfm2": ("LFM2", {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm2": ("LFM2", {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}),
     "lfm3": ("LFM3", {}),
     "minicpm3": ("MiniCPM3", LATENT),
     "youtu": ("Youtu", LATENT),
@@ -179,13 +184,13 @@ class Row:
     note: str
 
 
-def row(model_type: str, onnx: bool) -> Row:
-    """Proves one architecture, and does with it what a run does.
+def row(model_type: str, onnx: bool, clean: Path | None = None) -> Row:
+    """Proves one architecture, and does with it what a run does; a saved one is left in the folder ``clean``.
 
     Raises:
         Exception: what is not a refusal is a fault of compress, and ends the table.
     """
-    from compress.language.checkpoint import save_model, verify_clean
+    from compress.language.checkpoint import save_model
     from compress.models.families import family_for
     from compress.models.reading import load_model
     from compress.models.streaming import stream_model
@@ -219,7 +224,8 @@ def row(model_type: str, onnx: bool) -> Row:
         streamed = stream_model(folder, family, 1, torch.device("cpu"))
         with torch.no_grad():
             again = [m(ids, use_cache=False).logits for m in (load_model(folder, family), streamed)]
-        clean = verify_clean(folder)
+        if clean is not None:
+            shutil.copytree(folder, clean / model_type)
         if onnx:
             exported = export_of(model, Path(name))
     whole = family.whole(model.config)
@@ -235,11 +241,38 @@ def row(model_type: str, onnx: bool) -> Row:
         cut_of(whole, "ffn", len(counts)),
         "yes" if units else "no",
         "yes" if all(close(a, want) for a in again) else "no",
-        "yes" if clean["max_logit_difference"] <= clean["tolerance"] else "no",
+        "not tried",
         exported if exported in ("yes", "not tried") else "no",
         took,
         "; ".join(notes + ([exported] if exported not in ("yes", "not tried") else [])),
     )
+
+
+def reloaded(folder: Path) -> dict[str, str]:
+    """Loads every saved model below ``folder`` in one clean process that knows nothing of compress, as `verify_clean`
+    does: ``yes`` by its name where the logits are those of its fingerprint, else what was found."""
+    from compress.language.checkpoint import TOLERANCE
+
+    script = Path(__file__).parents[1] / "compress" / "language" / "reload.py"
+    code = (
+        "import json, pathlib, runpy, sys\n"
+        f"main = runpy.run_path({str(script)!r})['main']\n"
+        "for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):\n"
+        "    print(path.name, end=' ', flush=True)\n"
+        "    try: main(str(path), None)\n"
+        "    except Exception as e: print(json.dumps({'failed': f'{type(e).__name__}: {e}'[:200]}))\n"
+    )
+    with tempfile.TemporaryDirectory() as modules:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "PYTHONPATH": ""}
+        command = [sys.executable, "-P", "-c", code, str(folder)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, check=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        name, _, facts = line.partition(" ")
+        said = json.loads(facts)
+        good = "failed" not in said and said["max_abs_difference"] <= TOLERANCE * said["max_abs_logit"]
+        found[name] = "yes" if good else str(said)
+    return found
 
 
 def blocks_of(at: list[int], layers: int) -> str:
@@ -288,6 +321,29 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _rows(types: Sequence[str], onnx: bool, folder: Path) -> list[Row]:
+    rows = []
+    for model_type in types:
+        rows.append(row(model_type, onnx, folder))
+        r = rows[-1]
+        print(
+            f"{r.title}: {r.attention}, {r.ffn}, {r.units}, {r.ragged}, {r.onnx} ({r.seconds:.1f} s) {r.note}",
+            file=sys.stderr,
+            flush=True,
+        )
+    clean = reloaded(folder)
+    return [
+        replace(r, reload="yes" if clean[r.model_type] == "yes" else "no", note=_with(r.note, clean[r.model_type]))
+        if r.model_type in clean
+        else r
+        for r in rows
+    ]
+
+
+def _with(note: str, found: str) -> str:
+    return note if found == "yes" else "; ".join(filter(None, (note, f"reload: {found}")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types; all of the table by default")
@@ -297,15 +353,8 @@ def main() -> None:
     from compress.language.setup import quiet
 
     quiet()
-    rows = []
-    for model_type in options.types or DECODERS:
-        rows.append(row(model_type, options.onnx))
-        r = rows[-1]
-        print(
-            f"{r.title}: {r.attention}, {r.ffn}, {r.units}, {r.ragged}, {r.reload}, {r.onnx} ({r.seconds:.1f} s) {r.note}",
-            file=sys.stderr,
-            flush=True,
-        )  # noqa: E501
+    with tempfile.TemporaryDirectory() as name:
+        rows = _rows(options.types or list(DECODERS), options.onnx, Path(name))
     print(table(rows))
     if options.write:
         page = options.write.read_text("utf-8")
