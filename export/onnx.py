@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from compress.exporters.refused import refusal, still
 from compress.errors import CompressError
+from compress.exporters.refused import refusal, still
 from compress.models.decoder import blocks
 from compress.run.progress import say
 

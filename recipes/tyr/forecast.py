@@ -105,17 +105,29 @@ class Shape:
 
 
 def even_choice(job: Job, costs: BlockCosts) -> Choice:
-    """Both sublayers of a block at the sparsity asked for: what is taken for a solution that is not yet known."""
-    g = costs.geometry
-    neurons = round(g.ffn * (1 - job.sparsity) / job.options.round_to) * job.options.round_to
-    if not job.options.attention:
+    """Both sublayers of a block at the sparsity asked for: what is taken for a solution that is not yet known. What is cut
+    gives up what sublayers that stay whole do not."""
+    g, share = costs.geometry, _even_share(job)
+    neurons = g.ffn if g.ffn_whole else round(g.ffn * (1 - share) / job.options.round_to) * job.options.round_to
+    if not job.options.attention or g.attention_whole:
         return Choice(g.kv_heads, g.group, neurons)
-    wanted = (1 - job.sparsity) * costs.attention_dense
+    wanted = (1 - share) * costs.attention_dense
     groups, per_group = min(
         (c for c in head_choices(g, job.options.query_heads) if c[0] % job.parallel == 0),
         key=lambda c: (abs(costs.attention(*c) - wanted), -c[0]),
     )
     return Choice(groups, per_group, neurons)
+
+
+def _even_share(job: Job) -> float:
+    """The sparsity, as a share of what is not whole."""
+    if not any(g.attention_whole or g.ffn_whole for g in job.geometry.blocks):
+        return job.sparsity
+    cut = sum(
+        (0 if c.geometry.attention_whole else c.attention_dense) + (0 if c.geometry.ffn_whole else c.ffn_dense)
+        for c in job.costs.blocks
+    )
+    return min(1.0, job.sparsity * job.costs.backbone / cut)
 
 
 def even_choices(job: Job) -> list[Choice]:

@@ -82,6 +82,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         f" {_each(shapes['heads'], '')} heads in {_each(shapes['kv_heads'], '')} KV groups of"
         f" {_each(shapes['head_dim'], '')}, FFN {_each(shapes['ffn'], '')}",
         f"source   {facts['source']}",
+        *[f"whole    {line}" for line in facts.get("whole", ())],
         f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
         f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
         f"units    a KV group with its query heads {_each(units['kv_group_parameters'])},"

@@ -57,6 +57,7 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "source": setup.resolved.source,
         "family": setup.family.name,
         "shapes": g.facts(),
+        **_whole_facts(setup),
         "backbone_parameters": costs.backbone,
         "total_parameters": costs.total,
         "remove": target,
@@ -78,3 +79,19 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "iterations": options.iterations,
         "loads_with": LOADS_STOCK if options.shape == "stock" else LOADS_RAGGED,
     }
+
+
+def _whole_facts(setup: Setup) -> dict[str, Any]:
+    """What of the model is never cut, in words, where there is anything."""
+    whole = setup.family.whole(setup.config)
+    reasons = dict.fromkeys((w.sublayer, w.reason) for w in whole)
+    lines = [
+        f"{kind} of {_blocks([w.block for w in whole if (w.sublayer, w.reason) == (kind, why)], setup)}: {why}"
+        for kind, why in reasons
+    ]
+    return {"whole": lines} if lines else {}
+
+
+def _blocks(at: list[int], setup: Setup) -> str:
+    layers = setup.geometry.layers
+    return "every block" if len(at) == layers else f"{len(at)} of {layers} blocks"
