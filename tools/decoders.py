@@ -148,7 +148,7 @@ def tiny(model_type: str, seed: int = 0) -> Any:
 
 
 def ragged(model: Any, family: Any) -> Any:
-    """A plan in which the blocks differ: heads and neurons are cut where they can be, all of them in the third block."""
+    """A plan in which the blocks differ: heads and neurons are cut where they can be, all in the third block."""
     from compress.language.plan import BlockPlan, Plan
 
     geometry = family.geometry(model.config)

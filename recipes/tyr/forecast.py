@@ -105,8 +105,8 @@ class Shape:
 
 
 def even_choice(job: Job, costs: BlockCosts) -> Choice:
-    """Both sublayers of a block at the sparsity asked for: what is taken for a solution that is not yet known. What is cut
-    gives up what sublayers that stay whole do not."""
+    """Both sublayers of a block at the sparsity asked for: what is taken for a solution that is not yet known. What is
+    cut gives up what sublayers that stay whole do not."""
     g, share = costs.geometry, _even_share(job)
     neurons = g.ffn if g.ffn_whole else round(g.ffn * (1 - share) / job.options.round_to) * job.options.round_to
     if not job.options.attention or g.attention_whole:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.schema.recipe import Recipe
+
+if TYPE_CHECKING:
+    from compress.language.setup import Setup
 
 # The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
 # reckoned from its 190 s a generation.
