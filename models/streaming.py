@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.models.decoder import blocks, prefix, put_blocks, without_blocks
-from compress.models.folder import weights_of
-from compress.models.reading import from_config, is_ragged, load_config, read_generation
+from compress.models.folder import CONFIG, weights_of
+from compress.models.reading import from_config, is_ragged, load_config, read_generation, rejected
 from compress.models.shards import Shards
 from compress.processes.distributed import empty_weights, world
 
@@ -294,7 +294,7 @@ def stream_model(folder: Path, family: Family, cache: int, device: torch.device,
         CompressError: weights are missing or do not fit the configuration.
     """
     config = load_config(folder)
-    with empty_weights():
+    with rejected(folder, CONFIG, "no model can be made of the configuration"), empty_weights():
         model = from_config(config, family.ragged_class() if is_ragged(folder) else None)
     read_generation(model, folder)
     weights = Weights(folder)

@@ -246,7 +246,7 @@ def loading(report: dict[str, Any]) -> list[str]:
             "```",
             "",
             "Its layers differ in size, which transformers' own classes do not read yet: `modeling_compress.py` beside"
-            " the weights builds each layer from its own entry of `per_layer_config`. Never load it with"
+            " the weights builds each layer from its own entry in `config.json`. Never load it with"
             " `ignore_mismatched_sizes=True`: that would fill the layers with random numbers.",
             "",
         ]

@@ -532,7 +532,8 @@ class _Trial:
     def _given(self, runner: Any, family: ByStructure, index: int, kind: str, stream: Tensor) -> Tensor:
         reads = runner.context(index, stream) if kind == "attention" else runner.activation(index, stream)
         layer = family.pruned_layers(runner.blocks[index]).get(kind)
-        return reads if layer is None else layer(reads)
+        given: Tensor = reads if layer is None else layer(reads)
+        return given
 
     def _offset(self, family: ByStructure) -> float | None:
         """How the last norm's weight is to be changed so that its output is larger by a factor."""
