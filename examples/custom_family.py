@@ -1,8 +1,8 @@
 """Writes a family for an architecture that has none of its own: Seed-OSS, and prunes a small one.
 
 compress would tell this one by its structure; a family's own file is for what structure does not say. A family says how
-a decoder's blocks are cut into units. Most are Llama with a difference or two, and say that alone; here it is the bias of
-`o_proj`, which has a key of its own in the config. What is claimed is checked: parameters by hand, the sliced model
+a decoder's blocks are cut into units. Most are Llama with a difference or two, and say that alone; here it is the bias
+of `o_proj`, which has a key of its own in the config. What is claimed is checked: parameters by hand, the sliced model
 against the same one with zeros in place, and the saved model in a process that has never heard of this file. To keep a
 family, put its class into `models/families/` (docs/guide/add-a-family.md).
 
