@@ -104,10 +104,18 @@ def _stock_config(
             where="plan.json",
             fix="save it in the layout per-layer, or prune it with tyr.shape=stock",
         )
+    sizes = family.layer_overrides(*shapes.pop())
+    unknown = sorted({*sizes, "num_hidden_layers"} - set(config))
+    if unknown:
+        raise CompressError(
+            f"this model's configuration has no {unknown[0]}, so its sizes cannot be said in the stock way",
+            where="config.json",
+            fix="save it in the layout per-layer: --set tyr.shape=ragged --set 'layouts=[per-layer]'",
+        )
     every = {n for n, v in config.items() if "layer" in n and isinstance(v, list) and len(v) == len(layers)}
     made = {name: [value[i] for i in kept] if name in every else value for name, value in config.items()}
     head_dim = family.geometry(dense).blocks[0].head_dim
-    return {**made, **family.layer_overrides(*shapes.pop()), "head_dim": head_dim, "num_hidden_layers": len(kept)}
+    return {**made, **sizes, "head_dim": head_dim, "num_hidden_layers": len(kept)}
 
 
 def _write_weights(model: Any, family: Family, folder: Path, dtype: Any, kept: Sequence[int]) -> None:

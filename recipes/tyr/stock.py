@@ -44,7 +44,14 @@ class Shape:
 
 
 def check_alike(job: Job) -> None:
-    """Raises CompressError where the dense blocks differ: no stock shape holds what is left of them."""
+    """Raises CompressError where the dense blocks differ, or hold what is never cut: no stock shape holds what is left
+    of them."""
+    if any(block.attention_whole or block.ffn_whole for block in job.geometry.blocks):
+        raise CompressError(
+            "parts of this model's blocks are never cut, and a stock shape takes whole blocks out",
+            where="tyr.shape",
+            fix="prune it ragged: --set tyr.shape=ragged --set 'layouts=[per-layer]'; `compress plan` names the parts",
+        )
     if len(set(job.geometry.blocks)) > 1:
         raise CompressError(
             "the blocks of this model differ in size, so none of its pruned forms is a stock shape",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,10 @@ def test_a_budget_that_no_shape_meets_and_blocks_that_differ_are_one_error() -> 
     job = job_on(model, family_for(model.config).costs(model.config), {"shape": "stock"})
     with pytest.raises(CompressError, match="differ in size"):
         shapes(job)
+    job = small_job(options={"shape": "stock"})
+    whole = replace(job.geometry, blocks=tuple(replace(b, attention_whole=True) for b in job.geometry.blocks))
+    with pytest.raises(CompressError, match="never cut"):
+        shapes(replace(job, geometry=whole))
 
 
 class World:
