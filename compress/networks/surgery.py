@@ -1,7 +1,12 @@
 """Channels cut out of a module's layers: really (`cut`), or as zeros at full shape (`zeroed`); and what shape is left.
 
 An axis of a layer is ``out`` or ``in``; a norm or any other layer with one number a channel has ``out`` alone, as has a
-depthwise convolution, whose two sides are one. Nothing here knows why a channel goes.
+depthwise convolution, whose two sides are one. A parameter or buffer of another module has an axis for each dimension
+(``dim:0``, under its own name), and a number in a module's code one with as many places (``int:num_heads``, of which only
+how many go matters). Nothing here knows why a channel goes.
+
+A layer norm, a group norm, and the mean that a module with such a parameter takes over it are of the channels that are
+left: that is what the smaller network computes, and what zeros at full shape are to be compared with.
 
 Both make a copy that shares every tensor they do not change, so a trial of one group costs that group's memory alone.
 """
@@ -9,21 +14,23 @@ Both make a copy that shares every tensor they do not change, so a trial of one 
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError
 
-Axis = Literal["out", "in"]
 # (layer, axis) -> rising channel indices
 Channels = Mapping[tuple[str, str], Sequence[int]]
 
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CHANNELWISE = (nn.modules.batchnorm._NormBase, nn.PReLU)
+CHANNELWISE = (nn.modules.batchnorm._NormBase, nn.PReLU, nn.LayerNorm, nn.GroupNorm)
 LAYERS = (*CONV, *TRANSPOSED, nn.Linear, *CHANNELWISE)
 
 
@@ -38,9 +45,53 @@ def width(module: nn.Module, axis: str) -> int:
         return module.in_features if axis == "in" else module.out_features
     if isinstance(module, CONV + TRANSPOSED):
         return int(module.in_channels if axis == "in" else module.out_channels)
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters
-    return int(module.num_features)  # type: ignore[arg-type]
+    if isinstance(module, nn.LayerNorm):
+        return int(module.normalized_shape[-1])
+    return int(getattr(module, _counted(module)))
+
+
+def _counted(module: nn.Module) -> str:
+    """Where a layer with one number a channel says how many it has."""
+    if isinstance(module, nn.LayerNorm):
+        return "normalized_shape"
+    return {nn.PReLU: "num_parameters", nn.GroupNorm: "num_channels"}.get(
+        next((k for k in (nn.PReLU, nn.GroupNorm) if isinstance(module, k)), nn.Module), "num_features"
+    )
+
+
+def _count(module: nn.Module, channels: int) -> None:
+    """Tells a layer with one number a channel how many it has."""
+    value = (*module.normalized_shape[:-1], channels) if isinstance(module, nn.LayerNorm) else channels
+    setattr(module, _counted(module), value)
+
+
+def parameter_axis(dim: int) -> str:
+    """The axis of a dimension of a parameter or buffer that is of no layer that is cut by ``out`` and ``in``."""
+    return f"dim:{dim}"
+
+
+def number_axis(attribute: str) -> str:
+    """The axis of a number in a module's code."""
+    return f"int:{attribute}"
+
+
+def size(model: nn.Module, name: str, axis: str) -> int | None:
+    """How many places a layer, parameter or number has on an axis; None where there is no such thing."""
+    kind, _, which = axis.partition(":")
+    modules = dict(model.named_modules())
+    if kind == "dim":
+        owner, _, key = name.rpartition(".")
+        tensor = modules[owner]._parameters.get(key, modules[owner]._buffers.get(key)) if owner in modules else None
+        if tensor is None or not which.isdigit() or int(which) >= tensor.dim():
+            return None
+        return int(tensor.shape[int(which)])
+    module = modules.get(name)
+    if kind == "int":
+        known = module is not None and not isinstance(module, LAYERS)
+        value = vars(module).get(which) if known else None
+        return value if type(value) is int and value > 0 else None
+    own = widths(module).get("") if isinstance(module, LAYERS) else None
+    return own.get(axis) if own is not None else None
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -59,7 +110,8 @@ def cut(model: nn.Module, removed: Channels) -> nn.Module:
     """
     model = shared_copy(model)
     modules = dict(model.named_modules())
-    for name in {layer for layer, _ in removed}:
+    _cut_others(model, modules, removed)
+    for name in sorted({layer for layer, axis in removed if axis in ("out", "in")}):
         module = modules[name]
         kept = {}
         for axis in ("out", "in"):
@@ -72,12 +124,30 @@ def cut(model: nn.Module, removed: Channels) -> nn.Module:
     return model
 
 
+def _cut_others(model: nn.Module, modules: Mapping[str, nn.Module], removed: Channels) -> None:
+    """Takes the places of bare parameters and of numbers in the code away, in place."""
+    for (name, axis), gone in removed.items():
+        kind, _, which = axis.partition(":")
+        if not which or not gone:
+            continue
+        if len(gone) >= (size(model, name, axis) or 0):
+            raise CompressError("no channel would be left", where=name, fix="keep one channel of every layer")
+        if kind == "int":
+            setattr(modules[name], which, getattr(modules[name], which) - len(gone))
+            continue
+        owner, _, key = name.rpartition(".")
+        module = modules[owner]
+        tensor = getattr(module, key)
+        left = [i for i in range(tensor.shape[int(which)]) if i not in set(gone)]
+        _set(module, key, tensor.index_select(int(which), torch.tensor(left, device=tensor.device)))
+
+
 def _cut(module: Any, name: str, out: list[int], into: list[int]) -> None:
     if isinstance(module, CHANNELWISE):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and tensor.dim():
                 _set(module, key, tensor[out])
-        setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", len(out))
+        _count(module, len(out))
     elif isinstance(module, nn.Linear):
         _set(module, "weight", module.weight[out][:, into])
         module.out_features, module.in_features = len(out), len(into)
@@ -116,10 +186,16 @@ def zeroed(model: nn.Module, removed: Channels) -> nn.Module:
     """A copy of the model at full shape in which all that `cut` would take away is zero."""
     model = shared_copy(model)
     modules = dict(model.named_modules())
+    rests: set[tuple[int, int]] = set()
     for (name, axis), gone in removed.items():
+        if ":" in axis:
+            _zero_others(modules, name, axis, list(gone), rests)
+            continue
         module: Any = modules[name]
         at = list(gone)
         if isinstance(module, CHANNELWISE):
+            if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                _over_rest(module, width(module, "out"), at, rests)
             for key in ("weight", "bias"):
                 held = module._parameters.get(key)
                 if held is not None:
@@ -146,6 +222,72 @@ def zeroed(model: nn.Module, removed: Channels) -> nn.Module:
         if axis == "out" and module.bias is not None:
             _set(module, "bias", module.bias.index_fill(0, torch.tensor(at, device=weight.device), 0))
     return model
+
+
+def _zero_others(
+    modules: Mapping[str, nn.Module], name: str, axis: str, gone: list[int], rests: set[tuple[int, int]]
+) -> None:
+    """Zeros in a bare parameter, in place; a number in the code stays as it is."""
+    kind, _, dim = axis.partition(":")
+    if kind == "int":
+        return
+    owner, _, key = name.rpartition(".")
+    module = modules[owner]
+    tensor = getattr(module, key)
+    _over_rest(module, tensor.shape[int(dim)], gone, rests)
+    _set(module, key, tensor.index_fill(int(dim), torch.tensor(gone, device=tensor.device), 0))
+
+
+class _Rest(TorchFunctionMode):
+    """Norms and means over all of a module's channels are taken over those that are left."""
+
+    MEANS = (torch.mean, torch.Tensor.mean)
+
+    def __init__(self, channels: int, gone: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = channels
+        self.kept = [i for i in range(channels) if i not in set(gone)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (functional.layer_norm, functional.group_norm) and isinstance(args[0], Tensor):
+            return self._normed(func, *args, **kwargs)
+        out = func(*args, **kwargs)
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if func in self.MEANS and isinstance(dim, int) and args[0].shape[dim] == self.channels:
+            return out * (self.channels / len(self.kept))
+        return out
+
+    def _normed(
+        self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    ) -> Tensor:
+        dim = x.dim() - 1 if func is functional.layer_norm else 1
+        if x.shape[dim] != self.channels:
+            out: Tensor = func(x, shape, weight, bias, eps)
+            return out
+        at = torch.tensor(self.kept, device=x.device)
+        rest = x.index_select(dim, at)
+        of = [None if t is None else t[at] for t in (weight, bias)]
+        shape = (len(self.kept),) if func is functional.layer_norm else shape
+        return torch.zeros_like(x).index_copy(dim, at, func(rest, shape, *of, eps))
+
+
+def _over_rest(module: nn.Module, channels: int, gone: Sequence[int], rests: set[tuple[int, int]]) -> None:
+    """Has a module run with its norms and means over the channels that are left; once for each number of channels."""
+    if (id(module), channels) in rests:
+        return
+    rests.add((id(module), channels))
+    # The module is not held by its own attribute: a copy that is no longer needed goes at once.
+    own, inner = weakref.ref(module), module.__dict__.get("forward")
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with _Rest(channels, gone):
+            if inner is not None:
+                return inner(*args, **kwargs)
+            held: Any = own()
+            return type(held).forward(held, *args, **kwargs)
+
+    module.forward = run
 
 
 def _set(module: nn.Module, key: str, tensor: Tensor) -> None:
@@ -175,9 +317,28 @@ def widths(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def changed_widths(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, int]]:
-    """The layers of ``model`` whose shape is not that of the ``dense`` network it was cut from."""
-    before = widths(dense)
-    return {name: found for name, found in widths(model).items() if before.get(name) != found}
+    """The layers of ``model`` whose shape is not that of the ``dense`` network it was cut from, and the bare parameters
+    and numbers in its code that are not."""
+    before, other = widths(dense), _others(dense)
+    found = {name: shape for name, shape in widths(model).items() if before.get(name) != shape}
+    for (name, axis), count in _others(model).items():
+        if other.get((name, axis)) != count:
+            found.setdefault(name, {})[axis] = count
+    return found
+
+
+def _others(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Sizes of bare parameters and buffers, and whole numbers in the code of modules that are no layers here."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            continue
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            own = f"{name}.{key}" if name else key
+            if tensor is not None:
+                found |= {(own, parameter_axis(d)): n for d, n in enumerate(tensor.shape)}
+        found |= {(name, number_axis(k)): v for k, v in vars(module).items() if type(v) is int}
+    return found
 
 
 @torch.no_grad()
@@ -188,23 +349,24 @@ def resize(model: nn.Module, shapes: Mapping[str, Mapping[str, int]]) -> nn.Modu
         CompressError: a layer is not there, or cannot have the shape.
     """
     modules = dict(model.named_modules())
-    for name, shape in shapes.items():
+    every = widths(model)
+    for name, given in shapes.items():
+        shape = {axis: count for axis, count in given.items() if ":" not in axis}
+        _resize_others(model, name, {axis: count for axis, count in given.items() if ":" in axis})
+        if not shape and given:
+            continue
         module: Any = modules.get(name)
-        own = widths(model).get(name) if module is not None else None
+        own = every.get(name)
         good = own is not None and shape.keys() == own.keys()
         good = good and all(isinstance(v, int) and 1 <= v <= own[k] for k, v in shape.items())  # type: ignore[index]
         if not good or ("groups" in shape and (shape["out"] % shape["groups"] or shape["in"] % shape["groups"])):
-            raise CompressError(
-                f"the layer {name!r} cannot have the shape {dict(shape)}",
-                where="network.json",
-                fix="copy the model's folder whole, or make it again",
-            )
+            raise _unfit(name, given)
         out, into = shape["out"], shape.get("in", 0)
         if isinstance(module, CHANNELWISE):
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is not None and tensor.dim():
                     _set(module, key, tensor[:out])
-            setattr(module, "num_parameters" if isinstance(module, nn.PReLU) else "num_features", out)
+            _count(module, out)
             continue
         if isinstance(module, nn.Linear):
             _set(module, "weight", module.weight[:out, :into])
@@ -216,3 +378,26 @@ def resize(model: nn.Module, shapes: Mapping[str, Mapping[str, int]]) -> nn.Modu
         if module.bias is not None:
             _set(module, "bias", module.bias[:out])
     return model
+
+
+def _resize_others(model: nn.Module, name: str, shape: Mapping[str, int]) -> None:
+    """Gives a bare parameter or numbers in the code of a module their sizes, in place."""
+    for axis, count in shape.items():
+        own = size(model, name, axis)
+        if own is None or type(count) is not int or not 1 <= count <= own:
+            raise _unfit(name, shape)
+        kind, _, which = axis.partition(":")
+        if kind == "int":
+            setattr(model.get_submodule(name), which, count)
+        else:
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            _set(module, key, getattr(module, key).narrow(int(which), 0, count))
+
+
+def _unfit(name: str, shape: Mapping[str, int]) -> CompressError:
+    return CompressError(
+        f"the layer {name!r} cannot have the shape {dict(shape)}",
+        where="network.json",
+        fix="copy the model's folder whole, or make it again",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.networks.flops import count_flops
-from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, width
+from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, parameter_axis, width
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Costs:
     def __init__(self, model: nn.Module, sample: Tensor) -> None:
         flops = {f.name: f for f in count_flops(model, sample[:1])}
         self.layers: dict[str, Layer] = {}
-        own = 0
+        own: set[int] = set()
         for name, module in model.named_modules():
             if not isinstance(module, LAYERS):
                 continue
             m: Any = module
-            own += sum(p.numel() for p in m.parameters(recurse=False))
+            own |= {id(p) for p in m.parameters(recurse=False)}
             if isinstance(module, CHANNELWISE):
                 vectors = sum(p is not None and p.dim() > 0 for p in m._parameters.values())
                 self.layers[name] = Layer(width(m, "out"), 1, 0, 1, 0, vectors, False)
@@ -47,7 +48,8 @@ class Costs:
             self.layers[name] = Layer(
                 width(m, "out"), width(m, "in"), per, groups, uses, int(m.bias is not None), is_depthwise(m)
             )
-        self.others = sum(p.numel() for p in model.parameters()) - own
+        # Parameters of no such layer, by name.
+        self.others = {n: tuple(p.shape) for n, p in model.named_parameters() if id(p) not in own}
 
     def weights(self, removed: Mapping[tuple[str, str], Sequence[int]]) -> dict[str, int]:
         """Weights (biases left out) of every layer."""
@@ -67,4 +69,8 @@ class Costs:
         vectors = sum(
             layer.vectors * (layer.out - len(removed.get((name, "out"), ()))) for name, layer in self.layers.items()
         )
-        return sum(self.weights(removed).values()) + vectors + self.others
+        others = sum(
+            math.prod(n - len(removed.get((name, parameter_axis(d)), ())) for d, n in enumerate(shape))
+            for name, shape in self.others.items()
+        )
+        return sum(self.weights(removed).values()) + vectors + others

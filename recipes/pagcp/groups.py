@@ -1,24 +1,37 @@
 """Channel groups: which channels of which layers must go together, found by tracing and proven by numbers.
 
-torch-pruning's dependency graph says what is tied. It takes an operation it does not know for an element-wise one, and
-does not know that a `chunk` keeps its parts alike or that the groups of a convolution stay equal. So what it says is a
-proposal: ties are added, and each group is admitted only when cutting half of it out of a copy with random weights
-gives, in float64, what zeros in those places give. What is not admitted stays dense and is named with the reason.
+`compress.networks.tracks` says which channels meet. That is a proposal: groups are admitted only when cutting half of
+each of them out of a copy with random weights gives, in float64, what zeros in those places give; all together, and
+where that fails, in ever smaller parts. Where a network's code has a number of channels or heads written into it, the
+number goes down with them, if that is what makes it run. What is not admitted stays dense and is named with the reason.
 """
 
 from __future__ import annotations
 
-import warnings
+import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, cut, is_depthwise, width, zeroed
+from compress.networks.surgery import (
+    CHANNELWISE,
+    CONV,
+    LAYERS,
+    TRANSPOSED,
+    cut,
+    is_depthwise,
+    number_axis,
+    width,
+    zeroed,
+)
 from compress.networks.ties import held, tied
+from compress.networks.tracks import Found, follow
 
 TOLERANCE = 1e-8  # of masked against sliced outputs in float64, relative to the largest
 
@@ -28,7 +41,7 @@ class Member:
     """One axis of a layer: which of its channels belong to each unit of the group."""
 
     layer: str
-    axis: str  # "out" or "in"
+    axis: str  # "out" or "in"; of a bare parameter or of a number in the code as `compress.networks.surgery` names it
     index: tuple[tuple[int, ...], ...]  # a tuple of channels for every unit; a unit may have none here
 
 
@@ -54,6 +67,16 @@ class Group:
             for m in self.members
             if any(m.index[u] for u in gone)
         }
+
+    @property
+    def atoms(self) -> set[tuple[str, str, int]]:
+        """All channels that layers give in it."""
+        return {(m.layer, m.axis, i) for m in self.members if m.axis == "out" for u in m.index for i in u}
+
+    @property
+    def roots(self) -> list[str]:
+        """The layers whose outputs are cut."""
+        return [m.layer for m in self.members if m.axis == "out"]
 
     def levels(self, keep: float = 0.0) -> tuple[int, ...]:
         """Units that may be kept, falling: all of them, then every multiple of ``step`` down to ``keep`` of them."""
@@ -106,44 +129,59 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
     Raises:
         CompressError: the network cannot be traced at all.
     """
-    from fnmatch import fnmatch
-
-    found: list[Group] = []
-    left: dict[str, str] = {}
+    x = sample.detach().cpu()
     trial = _trial(model)
-    x = sample.detach().cpu().double()
-    with torch.no_grad():
-        before = _outputs(trial, x)
+    live = _live(trial, x.double())
+    shared, left = _shared(model), dict[str, str]()
+    found: list[Group] = []
     taken: set[tuple[str, str, int]] = set()
-    proposals, failed = _propose(model, sample.detach().cpu(), round_to)
-    shared = _shared(model)
-    left |= failed | shared
-    # The widest first: a group that holds another one's channels stands for it.
-    for group in sorted(proposals, key=lambda g: -sum(len(i) for m in g.members for i in m.index)):
-        atoms = {(m.layer, m.axis, i) for m in group.members if m.axis == "out" for u in m.index for i in u}
-        if atoms & taken:
-            continue
-        skipped = next((p for p in skip for m in group.members if m.axis == "out" and fnmatch(m.layer, p)), None)
-        bound = next((m.layer for m in group.members if m.layer in shared), None)
-        if skipped is not None:
-            reason: str | None = f"left out by the recipe ({skipped})"
-        elif bound is not None:
-            reason = f"{bound} is tied to it, and {shared[bound]}"
-        else:
-            reason = _disprove(trial, group, x, before)
-        if reason is None:
-            taken |= atoms
-            found.append(group)
-        else:
-            left.setdefault(group.name, reason)
+    with torch.no_grad():
+        prover = _Prover(trial, x.double())
+    for candidates, failed, numbers in _proposals(model, x, round_to):
+        for name, reason in failed.items():
+            left.setdefault(name, reason)
+        able = []
+        for group in candidates:
+            if group.atoms & taken:
+                continue
+            refused = _refused(group, shared, skip, live)
+            if refused is None:
+                able.append(group)
+            for name in group.roots if refused else ():
+                left.setdefault(name, str(refused))
+        proven, reasons = prover.prove(able, found, numbers)
+        found += proven
+        taken |= {atom for group in proven for atom in group.atoms}
+        for group in able:
+            for name in group.roots if group.name in reasons else ():
+                left.setdefault(name, reasons[group.name])
+    left |= shared
     covered = {layer for layer, _, _ in taken}
     for name, reason in _others(model).items():
         left.setdefault(name, reason)
+    covered |= {m.layer for g in found for m in g.members if m.axis.startswith("dim:")}
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return Groups(
         tuple(sorted(found, key=lambda g: order[g.name])),
-        tuple(Left(n, r) for n, r in sorted(left.items(), key=lambda v: order.get(v[0], 0)) if n not in covered),
+        tuple(
+            Left(n, r)
+            for n, r in sorted(left.items(), key=lambda v: order.get(v[0], 0))
+            if n not in covered
+        ),
     )
+
+
+def _refused(group: Group, shared: Mapping[str, str], skip: Sequence[str], live: set[str]) -> str | None:
+    """Why a group is not even tried."""
+    from fnmatch import fnmatch
+
+    skipped = next((p for p in skip for m in group.members if m.axis == "out" and fnmatch(m.layer, p)), None)
+    if skipped is not None:
+        return f"left out by the recipe ({skipped})"
+    bound = next((m.layer for m in group.members if m.layer in shared), None)
+    if bound is not None:
+        return f"{bound} is tied to it, and {shared[bound]}"
+    return None if any(name in live for name in group.roots) else "no output depends on it"
 
 
 def _shared(model: nn.Module) -> dict[str, str]:
@@ -175,202 +213,130 @@ def _kind(module: nn.Module, known: bool) -> str:
 
 # --- proposals --------------------------------------------------------------------------------------------------------
 
+ROOTS = (*CONV, *TRANSPOSED, nn.Linear)
+Numbers = dict[str, tuple[str, ...]]  # a group -> modules with a grid of its channels, whose numbers may have to follow
 
-def _propose(model: nn.Module, sample: Tensor, round_to: int) -> tuple[list[Group], dict[str, str]]:
-    """Groups as torch-pruning sees them, with the ties it misses; and layers for which it has none, with the reason."""
-    import copy
 
-    import torch_pruning as tp
+def _proposals(
+    model: nn.Module, sample: Tensor, round_to: int
+) -> Iterable[tuple[list[Group], dict[str, str], Numbers]]:
+    """Groups, the widest first; layers that are in none, with the reason; and `Numbers`. Where channels are viewed as a
+    grid twice: by heads, then by the places of a head.
 
-    traced = copy.deepcopy(model).cpu().eval()
-    for parameter in traced.parameters():
-        parameter.requires_grad_(True)
-    names = {m: n for n, m in traced.named_modules()}
-    graph: Any = tp.DependencyGraph()
-    seen = _Traced()
-    try:
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            graph.build_dependency(traced, sample, forward_fn=seen.forward, output_transform=_traceable, verbose=False)
-            seen.tell(graph)
-    except (
-        Exception
-    ) as e:  # whatever the network's own code or the tracer says, it is the network that cannot be traced
-        raise CompressError(
-            f"the network cannot be traced: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}",
-            where="channel groups",
-            fix="its outputs must depend on its weights by differentiable operations; prune it with another recipe",
-        ) from e
-    found: list[Group] = []
-    failed: dict[str, str] = {}
-    for name, module in traced.named_modules():
-        if not isinstance(module, (*CONV, *TRANSPOSED, nn.Linear)) or module not in graph.module2node:
-            continue
-        if is_depthwise(module):
-            continue  # goes with the layer in front of it
+    Raises:
+        CompressError: the network's code fails under watch.
+    """
+    # The run is without gradients: only buffers may be written to.
+    shared = {id(p): p for p in model.parameters() if p.device.type == "cpu"}
+    traced = copy.deepcopy(model, shared).cpu().eval()  # type: ignore[arg-type]
+    for grid in ("heads", "places"):
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                pruner = graph.get_pruner_of_module(module)
-                items = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width(module, "out"))))
-            found.append(_group(name, module, items, graph, names, round_to))
-        except _Unfit as e:
-            failed[name] = str(e)
-        except Exception as e:  # a gap of the tracer: this layer stays dense, and it is said
-            failed[name] = f"the tracer fails on it ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
-    return found, failed
+            found = follow(traced, sample, grid)  # type: ignore[arg-type]
+        except Exception as e:  # whatever the network's own code says, it is the network that cannot be traced
+            raise _untraced(e) from e
+        yield _grouped(traced, found, round_to, grid)
+        if not found.grids:
+            return
 
 
-def _traceable(outputs: Any) -> list[Tensor]:
-    found = [t for t in tensors(outputs) if t.grad_fn is not None]
-    if not found:
-        raise CompressError("no output depends on a weight by a differentiable operation")
-    return found
+def _untraced(e: Exception) -> CompressError:
+    return CompressError(
+        f"the network cannot be traced: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}",
+        where="channel groups",
+        fix="its outputs must depend on its weights by differentiable operations; prune it with another recipe",
+    )
 
 
-class _Traced(torch.overrides.TorchFunctionMode):
-    """What the tracer does not see for itself, seen while the network runs.
+def _grouped(
+    model: nn.Module, found: Found, round_to: int, grid: str
+) -> tuple[list[Group], dict[str, str], Numbers]:
+    """What was followed, as groups: units that share a layer's outputs are of one group."""
+    modules = dict(model.named_modules())
+    outs = {layer: units for (layer, axis), units in found.axes.items() if axis == "out"}
+    first: dict[int, str] = {}  # a unit -> the layer where it was first seen
+    parent = {layer: layer for layer in outs}
 
-    `chunk` and `split` give slices: the tracer takes the parts of a split in the order in which it meets them on the
-    way back, while a slice says itself where it begins. And it cannot tell how many channels a slice brings to a `cat`.
-    """
+    def root(layer: str) -> str:
+        while parent[layer] != layer:
+            parent[layer] = parent[parent[layer]]
+            layer = parent[layer]
+        return layer
 
-    SPLITS = (torch.chunk, torch.Tensor.chunk, torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes)
-    CATS = (torch.cat, torch.concat, torch.concatenate)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[Any, list[int]] = {}  # what a `cat` along the channels was made of
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func in self.CATS and out.grad_fn is not None:
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            if dim in (1, 1 - out.dim()):
-                self.sizes[out.grad_fn] = [t.shape[1] for t in (args[0] if args else kwargs["tensors"])]
-        if func not in self.SPLITS:
-            return out
-        x, dim = args[0], kwargs.get("dim", args[2] if len(args) > 2 else 0)
-        sizes = [part.shape[dim] for part in out]
-        return tuple(x.narrow(dim, sum(sizes[:i]), n) for i, n in enumerate(sizes))
-
-    def forward(self, model: nn.Module, x: Tensor) -> Any:
-        # Times one: the tracer drops a leaf, and with it the place that the input takes in a `cat`.
-        x = x.clone().requires_grad_() * 1.0
-        with self:
-            return model(x)
-
-    def tell(self, graph: Any) -> None:
-        """Lets the graph know how long the parts of every `cat` are."""
-        for node in graph.module2node.values():
-            sizes = self.sizes.get(node.grad_fn)
-            if sizes is not None and len(sizes) == len(node.inputs):
-                node.module.concat_sizes = sizes
-
-
-class _Unfit(Exception):
-    """Why a layer makes no group."""
-
-
-def _group(name: str, root: nn.Module, items: Any, graph: Any, names: Mapping[Any, str], round_to: int) -> Group:
-    import torch_pruning as tp
-
-    count = width(root, "out")
-    if count == 1:
-        raise _Unfit("it has one channel")
-    ties = _Ties(count)
-    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    parts: dict[Any, list[tuple[int, int, list[int], list[int]]]] = {}
-    divided = 1
-    for item in items:
-        dep, plain, roots = item.dep, list(item.idxs), list(item.root_idxs)
-        module, kind = dep.target.module, dep.target.type
-        if kind == tp.ops.OPTYPE.SLICE:
-            node = dep.target
-            if graph.is_out_channel_pruning_fn(dep.handler) and node.inputs:
-                # Channels of the part itself, counted from where it begins.
-                parts.setdefault(node.inputs[0], []).append((node.module.start, node.module.end, plain, roots))
+    for layer, units in outs.items():
+        for unit in np.unique(units).tolist():
+            parent[root(layer)] = root(first.setdefault(unit, layer))
+    together: dict[str, list[str]] = {}
+    for layer in outs:
+        together.setdefault(root(layer), []).append(layer)
+    places: dict[int, list[tuple[str, str]]] = {}
+    for at, units in found.axes.items():
+        for unit in np.unique(units).tolist():
+            places.setdefault(unit, []).append(at)
+    order = {name: i for i, name in enumerate(modules)}
+    groups: list[Group] = []
+    failed: dict[str, str] = {}
+    numbers: Numbers = {}
+    for layers in together.values():
+        roots = [n for n in layers if n in found.reached and isinstance(modules[n], ROOTS)]
+        roots = [n for n in roots if not is_depthwise(modules[n])]
+        if not roots:
             continue
-        if isinstance(module, nn.Parameter):
-            raise _Unfit("a bare parameter is tied to it")
-        if isinstance(module, tp.ops.DummyMHA) or module not in names:
-            continue  # an operation without weights
-        if isinstance(module, tp.ops._ElementWiseOp) or not isinstance(module, nn.Module):
+        of = {n: list(dict.fromkeys(u for u in outs[n].tolist() if u not in found.blocked)) for n in layers}
+        free = {u for units in of.values() for u in units}
+        if len(free) < 2:
+            for name in roots:
+                failed[name] = _stuck(outs[name], width(modules[name], "out"), found, [outs[n] for n in layers])
             continue
-        if not any(True for _ in module.parameters(recurse=False)) and not isinstance(module, CHANNELWISE):
-            continue
-        if not isinstance(module, LAYERS):
-            raise _Unfit(f"{type(module).__name__} ({names[module]}) is tied to it")
-        both = isinstance(module, CHANNELWISE) or is_depthwise(module)
-        axis = "out" if both or graph.is_out_channel_pruning_fn(dep.handler) else "in"
-        if max(plain, default=0) >= width(module, axis):
-            raise _Unfit(f"the tracer does not see how its channels become those of {names[module]} (padded, perhaps)")
-        pairs.setdefault((names[module], axis), []).extend(zip(plain, roots, strict=True))
-        blocks = int(module.groups) if isinstance(module, CONV + TRANSPOSED) and not both else 1  # type: ignore[arg-type]
-        if blocks > 1:
-            # The same place in every group of the convolution goes at once, so that they stay alike.
-            per = width(module, axis) // blocks
-            ties.alike([(i % per, r) for i, r in zip(plain, roots, strict=True)])
-            divided = max(divided, blocks)
-    chunked = any([_tie_parts(ties, found) for found in parts.values()])
-    units = ties.units()
-    if len(units) < 2:
-        raise _Unfit("all its channels are tied to one another")
+        # The layer with most of the units stands for all.
+        name = max(roots, key=lambda n: (len(of[n]), -order[n]))
+        units = list(dict.fromkeys(u for n in (name, *roots, *layers) for u in of[n]))
+        group = _group(name, units, places, found, modules, round_to, grid)
+        groups.append(group)
+        numbers[name] = tuple(sorted({m for u in units for m in found.sites.get(u, ())}))
+    groups.sort(key=lambda g: -sum(len(i) for m in g.members for i in m.index))
+    return groups, failed, numbers
+
+
+def _stuck(units: Any, channels: int, found: Found, together: Sequence[Any]) -> str:
+    """Why no unit of a layer's outputs can go."""
+    if channels == 1:
+        return "it has one channel"
+    own = next((found.blocked[u] for u in units.tolist() if u in found.blocked), None)
+    other = next((found.blocked[u] for t in together for u in t.tolist() if u in found.blocked), None)
+    if own is None and other is not None:
+        return f"it goes with channels that stay: {other}"
+    return own or "all its channels are tied to one another"
+
+
+def _group(
+    name: str,
+    units: list[int],
+    places: Mapping[int, list[tuple[str, str]]],
+    found: Found,
+    modules: Mapping[str, nn.Module],
+    round_to: int,
+    grid: str,
+) -> Group:
+    number = {unit: i for i, unit in enumerate(units)}
+    order = {at: i for i, at in enumerate(found.axes)}
     members = []
-    for (layer, axis), found in pairs.items():
-        by_root: dict[int, list[int]] = {}
-        for i, r in found:
-            by_root.setdefault(r, []).append(i)
-        index = tuple(tuple(sorted({i for r in unit for i in by_root.get(r, ())})) for unit in units)
-        members.append(Member(layer, axis, index))
+    divided = 1
+    for at in sorted({at for unit in units for at in places[unit]}, key=lambda at: (at[0] != name, order[at])):
+        index: list[list[int]] = [[] for _ in units]
+        for channel, unit in enumerate(found.axes[at].tolist()):
+            if unit in number:
+                index[number[unit]].append(channel)
+        members.append(Member(*at, tuple(tuple(i) for i in index)))
+        module = modules.get(at[0])
+        if isinstance(module, CONV + TRANSPOSED) and not is_depthwise(module):
+            divided = max(divided, int(module.groups))
+    own = members[0].index
+    if grid == "heads" and any(u in found.grids for u in units):
+        divided = max(divided, len(own[0]))
     # Rounded are the channels of a part that a runtime sees: a chunk's part, or all groups of a convolution together.
-    step = round_to if chunked else round_to // _common(round_to, divided)
-    return Group(name, len(units), len(units[0]), step, tuple(members))
-
-
-def _common(a: int, b: int) -> int:
-    import math
-
-    return math.gcd(a, b)
-
-
-class _Ties:
-    """Channels of the root that must go together (union-find)."""
-
-    def __init__(self, count: int) -> None:
-        self.parent = list(range(count))
-
-    def root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
-
-    def alike(self, keyed: Iterable[tuple[int, int]]) -> None:
-        """Ties all channels that have one key."""
-        first: dict[int, int] = {}
-        for key, i in keyed:
-            a, b = self.root(first.setdefault(key, i)), self.root(i)
-            self.parent[max(a, b)] = min(a, b)
-
-    def units(self) -> list[tuple[int, ...]]:
-        found: dict[int, list[int]] = {}
-        for i in range(len(self.parent)):
-            found.setdefault(self.root(i), []).append(i)
-        return [tuple(v) for _, v in sorted(found.items())]
-
-
-def _tie_parts(ties: _Ties, parts: Sequence[tuple[int, int, list[int], list[int]]]) -> bool:
-    """A chunk divides by the number of its parts, so the same place of every part goes at once.
-
-    Args:
-        parts: of one tensor: where a part begins and ends, its places, and the root's channels there.
-    """
-    if len({end - start for start, end, _, _ in parts}) > 1 or len({start for start, *_ in parts}) < 2:
-        return False  # sizes written into the code: the proof will tell
-    ties.alike((i, r) for _, _, places, roots in parts for i, r in zip(places, roots, strict=True))
-    return True
+    chunked = any(u in found.chunked for u in units)
+    step = round_to if chunked else round_to // math.gcd(round_to, divided)
+    return Group(name, len(units), len(own[0]), step, tuple(members))
 
 
 # --- proof ------------------------------------------------------------------------------------------------------------
@@ -379,8 +345,6 @@ def _tie_parts(ties: _Ties, parts: Sequence[tuple[int, int, list[int], list[int]
 @torch.no_grad()
 def _trial(model: nn.Module) -> nn.Module:
     """A float64 copy with random weights and statistics: no zero, no dead channel hides a fault."""
-    import copy
-
     trial = copy.deepcopy(model).cpu().double().eval()
     generator = torch.Generator().manual_seed(0)
     for module in trial.modules():
@@ -394,33 +358,138 @@ def _trial(model: nn.Module) -> nn.Module:
                 tensor.copy_(noise * (2 / tensor[0].numel()) ** 0.5)
             elif isinstance(module, LAYERS):
                 tensor.copy_(0.3 * noise)
+            elif isinstance(tensor, nn.Parameter) and tensor.numel() > 1:
+                tensor.copy_(0.5 + 0.3 * noise.abs())
     return trial
 
 
-@torch.no_grad()
-def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    return tensors(model(x))
+def _live(trial: nn.Module, x: Tensor) -> set[str]:
+    """Layers on which an output depends, by the gradients of all outputs together, which reach their outputs.
 
+    Raises:
+        CompressError: no output depends on a layer by a differentiable operation.
+    """
+    generator = torch.Generator().manual_seed(1)
+    found: set[str] = set()
 
-@torch.no_grad()
-def _disprove(trial: nn.Module, group: Group, x: Tensor, before: Sequence[Tensor]) -> str | None:
-    """Why a group may not be pruned; None where masked and sliced are the same."""
-    generator = torch.Generator().manual_seed(group.units)
-    half = torch.randperm(group.units, generator=generator)[: max(1, group.units // 2)].tolist()
-    removed = group.removed(half)
-    masked = _outputs(zeroed(trial, removed), x)
+    def watch(name: str) -> Any:
+        def reached(gradient: Tensor) -> None:
+            if bool((gradient != 0).any()):
+                found.add(name)
+
+        def hook(module: nn.Module, inputs: Any, out: Any) -> Any:
+            if not isinstance(out, Tensor) or not out.is_floating_point():
+                return None
+            if not out.requires_grad:
+                out = out.requires_grad_().clone()
+            out.register_hook(reached)
+            return out
+
+        return hook
+
+    was = [(p, p.requires_grad) for p in trial.parameters()]
+    handles = [m.register_forward_hook(watch(n)) for n, m in trial.named_modules() if isinstance(m, LAYERS)]
     try:
-        sliced = _outputs(cut(trial, removed), x)
-    except CompressError as e:
-        return f"{e.what} ({e.where})"
-    except Exception as e:  # the network's own code, run at a width it was not written for
-        return f"the network cannot run without them ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
-    if len(sliced) != len(before) or any(a.shape != b.shape for a, b in zip(sliced, before, strict=True)):
-        return "it is an output of the network"
-    scale = max(float(t.abs().max()) for t in before if t.numel())
-    off = max(float((a - b).abs().max()) for a, b in zip(masked, sliced, strict=True) if a.numel())
-    if not off <= TOLERANCE * scale:
-        return f"sliced is not masked: outputs up to {scale:.3g} differ by {off:.2g}"
-    if all(torch.equal(a, b) for a, b in zip(masked, before, strict=True)):
-        return "no output depends on it"
-    return None
+        for parameter, _ in was:
+            parameter.requires_grad_(False)
+        with torch.enable_grad():
+            outputs = [t for t in tensors(trial(x)) if t.grad_fn is not None]
+            if not outputs:
+                raise CompressError("no output depends on a weight by a differentiable operation")
+            weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
+            torch.autograd.backward(outputs, weights)  # type: ignore[arg-type]
+    except Exception as e:  # the network's own code
+        raise _untraced(e) from e
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, needed in was:
+            parameter.requires_grad_(needed)
+    return found
+
+
+class _Prover:
+    """Compares zeros with cuts, on a copy with random weights."""
+
+    def __init__(self, trial: nn.Module, x: Tensor) -> None:
+        self.trial, self.x = trial, x
+        with torch.no_grad():
+            self.before = tensors(trial(x))
+        self.scale = max(float(t.abs().max()) for t in self.before if t.numel())
+
+    def prove(
+        self, groups: Sequence[Group], admitted: Sequence[Group], numbers: Numbers
+    ) -> tuple[list[Group], dict[str, str]]:
+        """The groups that can go beside each other and beside what was ``admitted`` before, and of the others why not.
+        """
+        kept = list(admitted)
+        reasons: dict[str, str] = {}
+
+        def admit(part: Sequence[Group]) -> None:
+            if not part:
+                return
+            reason = self.disproof([*kept, *part])
+            if reason is None:
+                kept.extend(part)
+            elif len(part) > 1:
+                middle = len(part) // 2
+                admit(part[:middle])
+                admit(part[middle:])
+            else:
+                group = self._followed(part[0], kept, numbers.get(part[0].name, ()))
+                if group is not None:
+                    kept.append(group)
+                else:
+                    reasons[part[0].name] = reason
+
+        admit(groups)
+        return kept[len(admitted) :], reasons
+
+    def _followed(self, group: Group, admitted: Sequence[Group], modules: Sequence[str]) -> Group | None:
+        """The group with those numbers in the code of ``modules`` that have to go down with it."""
+        owners = [dict(self.trial.named_modules())[name] for name in modules]
+        channels = group.units * group.channels
+        for wanted in ((group.units,), (group.units, channels), (channels,)):
+            members = [
+                Member(name, number_axis(key), _shares(value, group.units))
+                for name, module in zip(modules, owners, strict=True)
+                if not isinstance(module, LAYERS)
+                for key, value in vars(module).items()
+                if type(value) is int and value in wanted
+            ]
+            if not members:
+                continue
+            tried = replace(group, members=(*group.members, *members))
+            if self.disproof([*admitted, tried]) is None:
+                return tried
+        return None
+
+    @torch.no_grad()
+    def disproof(self, groups: Sequence[Group]) -> str | None:
+        """Why groups may not be pruned together; None where masked and sliced are the same."""
+        removed: dict[tuple[str, str], list[int]] = {}
+        for group in groups:
+            generator = torch.Generator().manual_seed(group.units)
+            half = torch.randperm(group.units, generator=generator)[: max(1, group.units // 2)].tolist()
+            for at, gone in group.removed(half).items():
+                removed[at] = sorted({*removed.get(at, ()), *gone})
+        try:
+            sliced = tensors(cut(self.trial, removed)(self.x))
+        except CompressError as e:
+            return f"{e.what} ({e.where})"
+        except Exception as e:  # the network's own code, run at a width it was not written for
+            return f"the network cannot run without them ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
+        before = self.before
+        if len(sliced) != len(before) or any(a.shape != b.shape for a, b in zip(sliced, before, strict=True)):
+            return "it is an output of the network"
+        masked = tensors(zeroed(self.trial, removed)(self.x))
+        off = max(float((a - b).abs().max()) for a, b in zip(masked, sliced, strict=True) if a.numel())
+        if not off <= TOLERANCE * self.scale:
+            return f"sliced is not masked: outputs up to {self.scale:.3g} differ by {off:.2g}"
+        return None
+
+
+def _shares(value: int, units: int) -> tuple[tuple[int, ...], ...]:
+    """The places of a number that each of the units takes."""
+    each = value // units
+    return tuple(tuple(range(i * each, (i + 1) * each)) for i in range(units))

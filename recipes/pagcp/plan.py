@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compress.errors import CompressError
-from compress.networks.surgery import cut, width, widths, zeroed
+from compress.networks.surgery import cut, size, width, widths, zeroed
 from compress.run.strict_json import member, read_json, typed
 from compress.run.tensor_files import load_tensors
 
@@ -21,7 +21,8 @@ FILE, INDICES = "plan.json", "plan.safetensors"
 
 @dataclass(frozen=True)
 class Plan:
-    """``removed``: (layer, axis) -> rising channel indices; ``dense``: channels on every axis of its network."""
+    """``removed``: (layer, axis) -> rising channel indices; ``dense``: channels on every axis of its network's layers,
+    and of what else is cut."""
 
     removed: Mapping[tuple[str, str], tuple[int, ...]]
     dense: Mapping[tuple[str, str], int]
@@ -31,11 +32,12 @@ class Plan:
     def of(
         cls, model: nn.Module, removed: Mapping[tuple[str, str], list[int]], meta: Mapping[str, Any] | None = None
     ) -> Plan:
-        return cls({k: tuple(v) for k, v in sorted(removed.items()) if v}, axes(model), dict(meta or {}))
+        gone = {k: tuple(v) for k, v in sorted(removed.items()) if v}
+        return cls(gone, axes(model, gone), dict(meta or {}))
 
     def check(self, model: nn.Module) -> None:
         """Raises CompressError where the plan is for another network, or was applied to this one already."""
-        have = axes(model)
+        have = axes(model, self.dense)
         for at, count in self.dense.items():
             if have.get(at) != count:
                 raise CompressError(
@@ -60,14 +62,17 @@ class Plan:
     def then(self, later: Plan) -> Plan:
         """Both plans as one; ``later`` is for the network that this one leaves."""
         removed: dict[tuple[str, str], list[int]] = {k: list(v) for k, v in self.removed.items()}
+        dense = dict(self.dense)
         for at, gone in later.removed.items():
-            left = [i for i in range(self.dense[at]) if i not in set(self.removed.get(at, ()))]
+            # What was no layer's and is first cut by the second plan, the first left whole.
+            dense.setdefault(at, later.dense[at])
+            left = [i for i in range(dense[at]) if i not in set(self.removed.get(at, ()))]
             if len(left) != later.dense[at]:
                 raise CompressError(
                     "the second plan is not for what the first leaves", where=".".join(at), fix="name them in order"
                 )
             removed.setdefault(at, []).extend(left[i] for i in gone)
-        return Plan({k: tuple(sorted(v)) for k, v in sorted(removed.items())}, self.dense, later.meta)
+        return Plan({k: tuple(sorted(v)) for k, v in sorted(removed.items())}, dense, later.meta)
 
     def compare(self, other: Plan) -> str:
         """The layers in which two plans differ, a line each; empty where they are the same."""
@@ -125,12 +130,15 @@ def _nothing() -> dict[str, torch.Tensor]:
     return {"none": torch.zeros(1, dtype=torch.int64)}
 
 
-def axes(model: nn.Module) -> dict[tuple[str, str], int]:
-    """Channels on every axis of every layer that can be cut."""
+def axes(model: nn.Module, more: Iterable[tuple[str, str]] = ()) -> dict[tuple[str, str], int]:
+    """Channels on every axis of every layer that can be cut, and on ``more``, of parameters and of numbers in the code
+    (as `compress.networks.surgery` names them) that are there."""
     modules = dict(model.named_modules())
-    return {
+    found = {
         (name, axis): width(modules[name], axis)
         for name, shape in widths(model).items()
         for axis in ("out", "in")
         if axis in shape
     }
+    sizes = {at: size(model, *at) for at in more if at not in found}
+    return found | {at: count for at, count in sizes.items() if count is not None}

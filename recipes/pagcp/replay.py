@@ -7,7 +7,7 @@ the first batch, and is then run whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,14 +47,25 @@ def calls(model: nn.Module, x: Tensor) -> list[tuple[str, int, int]]:
 
 def before(seen: Sequence[tuple[str, int, int]], changed: set[str]) -> list[str]:
     """The outermost modules of which every call has ended when the first of the ``changed`` layers begins."""
-    first = min((start for name, start, _ in seen if name in changed), default=0)
+    begun: dict[str, int] = {}
+    for name, start, _ in seen:
+        begun[name] = min(start, begun.get(name, start))
+    first = min((_begins(begun, name) for name in changed), default=0)
     late = {name for name, _, end in seen if end > first}
     done = {name for name, _, _ in seen} - late
     return [name for name in sorted(done) if not any(name.startswith(f"{outer}.") for outer in done)]
 
 
+def _begins(begun: Mapping[str, int], name: str) -> int:
+    """When the innermost module that is called and holds a layer, parameter or number first begins; 0: the network."""
+    while name and name not in begun:
+        name = name.rpartition(".")[0]
+    return begun.get(name, 0)
+
+
 class Replay:
-    """Runs copies of one network that differ from it in the ``changed`` layers and behind.
+    """Runs copies of one network that differ from it in the ``changed`` layers and behind. What changed is a layer, a bare
+    parameter or a module of which a number changed.
 
     Args:
         limit: bytes of kept outputs; batches beyond it are run whole.

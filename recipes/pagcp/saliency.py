@@ -28,9 +28,9 @@ def weight_scores(model: nn.Module, group: Group, norm: int) -> Tensor:
     modules = dict(model.named_modules())
     total = torch.zeros(group.units, dtype=torch.float64)
     for member in group.members:
-        module: Any = modules[member.layer]
-        if member.axis != "out" or isinstance(module, CHANNELWISE):
+        if member.axis != "out" or isinstance(modules[member.layer], CHANNELWISE):
             continue
+        module: Any = modules[member.layer]
         weight = module.weight.detach().cpu().double()
         if isinstance(module, TRANSPOSED):
             weight = _transposed_rows(weight, module.groups)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from compress.networks.flops import count_flops
 from compress.networks.surgery import changed_widths, cut, resize, zeroed
 from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Groups, find_groups, tensors
+from compress.recipes.pagcp.plan import Plan
 from tests import channel_nets as nets
 
 pytestmark = pytest.mark.processes
@@ -54,6 +57,35 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "heads in a list": lambda: nets.Heads("list"),
     "heads in a tuple": lambda: nets.Heads("tuple"),
     "heads in a dataclass": lambda: nets.Heads("dataclass"),
+    "split by sizes in the code": lambda: nets.C2f(sizes=True),
+    "channel shuffle": nets.Shuffled,
+    "group norm": nets.LayerNormed,
+    "group norm of four groups": lambda: nets.LayerNormed(4),
+    "layer norm, layer scale": lambda: nets.LayerScaled(response=False),
+    "global response norm": nets.LayerScaled,
+    "frozen batch norm": nets.Frozen,
+    "one number a branch": nets.Fused,
+    "pixel shuffle": nets.Upscaled,
+    "split attention": nets.SplitAttention,
+    "attention, fused": nets.Attention,
+    "attention, apart": lambda: nets.Attention("apart"),
+    "attention, pixels": lambda: nets.Attention("pixels"),
+}
+# Of every network the root of a group, its units, and the channels of each.
+UNITS = {
+    "split by sizes in the code": ("first.0", 16, 2),
+    "channel shuffle": ("first.0", 8, 2),
+    "group norm": ("first", 16, 1),
+    "group norm of four groups": ("first", 4, 4),
+    "layer norm, layer scale": ("stem", 16, 1),
+    "global response norm": ("up", 32, 1),
+    "frozen batch norm": ("first", 16, 1),
+    "one number a branch": ("a", 16, 1),
+    "pixel shuffle": ("first", 8, 4),
+    "split attention": ("split.0", 16, 2),
+    "attention, fused": ("qkv", 4, 24),
+    "attention, apart": ("q", 4, 8),
+    "attention, pixels": ("qkv", 4, 16),
 }
 
 
@@ -61,6 +93,9 @@ def awake(model: nn.Module) -> nn.Module:
     """Random norms, so that no channel is as good as another."""
     torch.manual_seed(3)
     for module in model.modules():
+        for name, vector in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if vector.is_floating_point() and name != "places" and not isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.uniform_(vector, 0.5, 2)  # a factor of 1e-6 would hide what stands behind it
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.normal_(module.bias)
@@ -102,7 +137,58 @@ def test_masked_is_sliced_on_every_group_of_every_zoo_network(name: str) -> None
 
 @pytest.mark.parametrize("name", SMALL)
 def test_masked_is_sliced_on_every_group_of_small_networks(name: str) -> None:
-    same_on_every_group(awake(SMALL[name]()), torch.randn(IMAGES, dtype=torch.float64))
+    found = same_on_every_group(awake(SMALL[name]()), torch.randn(IMAGES, dtype=torch.float64))
+    if name in UNITS:
+        assert UNITS[name] in {(g.name, g.units, g.channels) for g in found.groups}, [str(g) for g in found.groups]
+
+
+@pytest.mark.parametrize("name", ["global response norm", "attention, fused", "attention, pixels", "channel shuffle"])
+def test_a_cut_network_is_built_again_from_its_plan_and_its_widths(name: str, tmp_path: Path) -> None:
+    model, x = awake(SMALL[name]()).float(), torch.randn(IMAGES)
+    removed: dict[tuple[str, str], list[int]] = {}
+    for group in find_groups(model, x, 1).groups:
+        for at, gone in group.removed(range(1, group.units, 2)).items():
+            removed[at] = sorted({*removed.get(at, ()), *gone})
+    Plan.of(model, removed).save(tmp_path)
+    plan = Plan.load(tmp_path)
+    smaller = plan.apply(model)
+    again = resize(SMALL[name]().eval(), json.loads(json.dumps(changed_widths(model, smaller))))
+    again.load_state_dict(smaller.state_dict())
+    with torch.no_grad():
+        want, got, masked = smaller(x), again(x), plan.mask(model)(x)
+    assert torch.equal(want, got)
+    torch.testing.assert_close(want, masked, rtol=1e-4, atol=1e-4 * float(masked.abs().max()))
+    assert sum(p.numel() for p in smaller.parameters()) == Costs(model, x).parameters(removed)
+    with pytest.raises(CompressError, match="the plan is for a network with"):
+        plan.apply(smaller)
+
+
+def test_norms_of_a_masked_network_are_of_the_channels_that_are_left() -> None:
+    norm = awake(nn.Sequential(nn.LayerNorm(6)))
+    x, kept = torch.randn(2, 3, 6, dtype=torch.float64), [0, 2, 5]
+    want = torch.zeros_like(x)
+    rest = x[..., kept]
+    off = rest - rest.mean(-1, keepdim=True)
+    at = norm[0].weight[kept] * off / (off.square().mean(-1, keepdim=True) + 1e-5).sqrt() + norm[0].bias[kept]  # type: ignore[index]
+    want[..., kept] = at.detach()
+    got = zeroed(norm, {("0", "out"): [1, 3, 4]})(x)
+    torch.testing.assert_close(got, want)
+    response = awake(nets.Response(4))
+    whole = torch.linalg.vector_norm(y := torch.randn(2, 3, 3, 4, dtype=torch.float64), dim=(1, 2), keepdim=True)
+    masked = zeroed(response, {("weight", "dim:3"): [1], ("bias", "dim:3"): [1]})(y * torch.tensor([1, 0, 1, 1]))
+    mean = whole[..., [0, 2, 3]].mean(-1, keepdim=True)
+    weight, bias = response.weight.detach(), response.bias.detach()  # type: ignore[union-attr]
+    torch.testing.assert_close(masked.detach()[..., 0], (weight * (y * whole / (mean + 1e-6)) + bias + y)[..., 0])
+
+
+def test_numbers_in_a_file_of_widths_only_ever_fall() -> None:
+    for shapes in (
+        {"": {"int:heads": 5}}, {"": {"int:heads": 0}}, {"": {"int:how": 1}}, {"": {"int:training": 1}},
+        {"table": {"dim:1": 9}}, {"table": {"dim:7": 1}}, {"table": {"dim:x": 1}}, {"nothing": {"dim:0": 1}},
+        {"stem": {"int:groups": 1}},
+    ):  # fmt: skip
+        with pytest.raises(CompressError, match="cannot have the shape"):
+            resize(nets.Attention(), shapes)
 
 
 @pytest.mark.slow
@@ -150,9 +236,7 @@ def test_the_root_is_tied_to_all_that_a_residual_sum_ties() -> None:
 @pytest.mark.parametrize(
     ("model", "layer", "reason"),
     [
-        (nets.C2f(sizes=True), "first.0", "cannot run without them"),
-        (nets.Shuffled(), "first.0", "."),
-        (nets.LayerNormed(), "first", "GroupNorm|sliced is not masked"),
+        (nets.Unknown(), "first", "the operator _euclidean_dist in Unknown is not followed|_cdist"),
         (nets.Heads(), "classes", "output of the network"),
         (nets.Heads(), "pixels", "one channel"),
     ],
