@@ -276,7 +276,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.stem(x)
-        b, c, h, w = y.shape
+        h, w = y.shape[2:]
         y = y.flatten(2).transpose(1, 2) + self.place
         y = y + self.mixed(self.norm(y), h, w)
         y = y + self.down(functional.gelu(self.up(self.last(y))))

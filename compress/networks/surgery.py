@@ -2,8 +2,8 @@
 
 An axis of a layer is ``out`` or ``in``; a norm or any other layer with one number a channel has ``out`` alone, as has a
 depthwise convolution, whose two sides are one. A parameter or buffer of another module has an axis for each dimension
-(``dim:0``, under its own name), and a number in a module's code one with as many places (``int:num_heads``, of which only
-how many go matters). Nothing here knows why a channel goes.
+(``dim:0``, under its own name), and a number in a module's code one with as many places (``int:num_heads``, of which
+only how many go matters). Nothing here knows why a channel goes.
 
 A layer norm, a group norm, and the mean that a module with such a parameter takes over it are of the channels that are
 left: that is what the smaller network computes, and what zeros at full shape are to be compared with.
@@ -329,7 +329,7 @@ def changed_widths(dense: nn.Module, model: nn.Module) -> dict[str, dict[str, in
 
 def _others(model: nn.Module) -> dict[tuple[str, str], int]:
     """Sizes of bare parameters and buffers, and whole numbers in the code of modules that are no layers here."""
-    found = {}
+    found: dict[tuple[str, str], int] = {}
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             continue

@@ -5,16 +5,15 @@ places belongs to. An operation carries tracks on, and joins those that it bring
 weights, the columns of the layer that reads it, the two sides of a matrix product. What a track costs is the length of
 a dimension, whatever the network; what an operation does to it is asked of the operation itself, run on the numbers.
 
-An operation that is not known ends the tracks it is given, and the reason names it: nothing is taken for something that
-it resembles. A channel dimension that is viewed as several (heads, a shuffle) has to stay a grid, so that its places are
-joined along all of these but one: ``Grid`` says which.
+An operation that is not known ends the tracks it is given, and the reason names it: nothing is taken for something
+that it resembles. A channel dimension that is viewed as several (heads, a shuffle) has to stay a grid, so that its
+places are joined along all of these but one: ``Grid`` says which.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, parameter_axis, width
+from compress.networks.surgery import CHANNELWISE, LAYERS, TRANSPOSED, is_depthwise, parameter_axis, width
 
 Grid = Literal["heads", "places"]  # units of a grid: what its last dimension but one counts, or its last
 Track = np.ndarray[Any, np.dtype[np.int64]]  # the numbers of the places of one dimension; 0: of no channel
@@ -520,7 +519,9 @@ def _matrix(call: _Call) -> None:
     run, added = call.run, call.name in ("addmm", "baddbmm")
     a, b = (run.of(t) for t in call.args[added : added + 2])
     _product(run, a[-1], b[-2])
-    batch = [run.join(p, q, fixed="the other side of a product is not cut") for p, q in zip(a[:-2], b[:-2], strict=True)]
+    batch = [
+        run.join(p, q, fixed="the other side of a product is not cut") for p, q in zip(a[:-2], b[:-2], strict=True)
+    ]
     found = [*batch, a[-2], b[-1]]
     if added:
         own = (None,) * len(found) + run.of(call.args[0])
@@ -634,7 +635,9 @@ def _table() -> dict[str, Any]:
     same = "clone contiguous _to_copy lift_fresh zeros_like ones_like empty_like full_like rand_like randn_like"
     same += " dropout native_dropout bernoulli tril triu detach_ relu6 _conj"
     reduced = "sum mean amax amin max min var var_mean std std_mean norm linalg_vector_norm prod logsumexp any all"
-    fixed = "_softmax _log_softmax cumsum cumprod sort topk argmax argmin _fft_r2c _fft_c2c _fft_c2r argsort"
+    fixed = (
+        "_softmax _log_softmax _safe_softmax cumsum cumprod sort topk argmax argmin _fft_r2c _fft_c2c _fft_c2r argsort"
+    )
     spatial = (
         "max_pool2d_with_indices max_pool3d_with_indices avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d"
         " _adaptive_avg_pool3d adaptive_avg_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_max_pool1d"
@@ -645,15 +648,30 @@ def _table() -> dict[str, Any]:
     )
     norms = "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm"
     attention = "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_attention_math"
-    found = {name: rule for names, rule in (
-        (moved, _moved), (same, _same), (reduced, _reduced), (fixed, _along_fixed), (spatial, _spatial),
-        (norms + " _batch_norm_no_update _batch_norm_with_update", _normed), (attention, _attention),
-        ("mm bmm addmm baddbmm", _matrix), ("cat stack", _joined), ("split split_with_sizes", _parts), ("roll flip", _rolled), ("constant_pad_nd", _padded),
-        ("pixel_shuffle pixel_unshuffle", _shuffled), ("convolution _convolution", _convolution),
-        ("index", _indexed), ("embedding", _looked_up), ("native_layer_norm", _layer_normed),
-        ("native_group_norm", _group_normed), ("glu", _gated), ("im2col", _unfolded), ("copy _prelu_kernel", _pointwise),
-    ) for name in names.split()}  # fmt: skip
-    return found
+    rules = {
+        moved: _moved,
+        same: _same,
+        reduced: _reduced,
+        fixed: _along_fixed,
+        spatial: _spatial,
+        f"{norms} _batch_norm_no_update _batch_norm_with_update": _normed,
+        attention: _attention,
+        "mm bmm addmm baddbmm": _matrix,
+        "cat stack": _joined,
+        "split split_with_sizes": _parts,
+        "roll flip": _rolled,
+        "constant_pad_nd": _padded,
+        "pixel_shuffle pixel_unshuffle": _shuffled,
+        "convolution _convolution": _convolution,
+        "index": _indexed,
+        "embedding": _looked_up,
+        "native_layer_norm": _layer_normed,
+        "native_group_norm": _group_normed,
+        "glu": _gated,
+        "im2col": _unfolded,
+        "copy _prelu_kernel": _pointwise,
+    }
+    return {name: rule for names, rule in rules.items() for name in names.split()}
 
 
 _RULES = _table()

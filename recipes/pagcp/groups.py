@@ -9,6 +9,7 @@ number goes down with them, if that is what makes it run. What is not admitted s
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
@@ -33,6 +34,7 @@ from compress.networks.surgery import (
 from compress.networks.ties import held, tied
 from compress.networks.tracks import Found, follow
 
+TRIES = 12  # sets of numbers in a network's code that are tried for a group
 TOLERANCE = 1e-8  # of masked against sliced outputs in float64, relative to the largest
 
 
@@ -135,8 +137,11 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
     shared, left = _shared(model), dict[str, str]()
     found: list[Group] = []
     taken: set[tuple[str, str, int]] = set()
-    with torch.no_grad():
-        prover = _Prover(trial, x.double())
+    prover = _Prover(trial, x.double())
+
+    def rooted(group: Group) -> list[str]:
+        return [n for n in group.roots if isinstance(prover.modules[n], ROOTS)]
+
     for candidates, failed, numbers in _proposals(model, x, round_to):
         for name, reason in failed.items():
             left.setdefault(name, reason)
@@ -147,14 +152,14 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
             refused = _refused(group, shared, skip, live)
             if refused is None:
                 able.append(group)
-            for name in group.roots if refused else ():
-                left.setdefault(name, str(refused))
+            else:
+                left |= {n: refused for n in rooted(group) if n not in left}
         proven, reasons = prover.prove(able, found, numbers)
         found += proven
         taken |= {atom for group in proven for atom in group.atoms}
         for group in able:
-            for name in group.roots if group.name in reasons else ():
-                left.setdefault(name, reasons[group.name])
+            if group.name in reasons:
+                left |= {n: reasons[group.name] for n in rooted(group) if n not in left}
     left |= shared
     covered = {layer for layer, _, _ in taken}
     for name, reason in _others(model).items():
@@ -163,11 +168,7 @@ def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Seque
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return Groups(
         tuple(sorted(found, key=lambda g: order[g.name])),
-        tuple(
-            Left(n, r)
-            for n, r in sorted(left.items(), key=lambda v: order.get(v[0], 0))
-            if n not in covered
-        ),
+        tuple(Left(n, r) for n, r in sorted(left.items(), key=lambda v: order.get(v[0], 0)) if n not in covered),
     )
 
 
@@ -247,9 +248,7 @@ def _untraced(e: Exception) -> CompressError:
     )
 
 
-def _grouped(
-    model: nn.Module, found: Found, round_to: int, grid: str
-) -> tuple[list[Group], dict[str, str], Numbers]:
+def _grouped(model: nn.Module, found: Found, round_to: int, grid: str) -> tuple[list[Group], dict[str, str], Numbers]:
     """What was followed, as groups: units that share a layer's outputs are of one group."""
     modules = dict(model.named_modules())
     outs = {layer: units for (layer, axis), units in found.axes.items() if axis == "out"}
@@ -282,17 +281,17 @@ def _grouped(
         if not roots:
             continue
         of = {n: list(dict.fromkeys(u for u in outs[n].tolist() if u not in found.blocked)) for n in layers}
-        free = {u for units in of.values() for u in units}
+        free = set().union(*of.values())
         if len(free) < 2:
             for name in roots:
                 failed[name] = _stuck(outs[name], width(modules[name], "out"), found, [outs[n] for n in layers])
             continue
         # The layer with most of the units stands for all.
         name = max(roots, key=lambda n: (len(of[n]), -order[n]))
-        units = list(dict.fromkeys(u for n in (name, *roots, *layers) for u in of[n]))
-        group = _group(name, units, places, found, modules, round_to, grid)
+        own = list(dict.fromkeys(u for n in (name, *roots, *layers) for u in of[n]))
+        group = _group(name, own, places, found, modules, round_to, grid)
         groups.append(group)
-        numbers[name] = tuple(sorted({m for u in units for m in found.sites.get(u, ())}))
+        numbers[name] = tuple(sorted({m for u in own for m in found.sites.get(u, ())}))
     groups.sort(key=lambda g: -sum(len(i) for m in g.members for i in m.index))
     return groups, failed, numbers
 
@@ -374,8 +373,7 @@ def _live(trial: nn.Module, x: Tensor) -> set[str]:
 
     def watch(name: str) -> Any:
         def reached(gradient: Tensor) -> None:
-            if bool((gradient != 0).any()):
-                found.add(name)
+            found.add(name)  # also where it is 0: a sigmoid far out has no slope
 
         def hook(module: nn.Module, inputs: Any, out: Any) -> Any:
             if not isinstance(out, Tensor) or not out.is_floating_point():
@@ -413,24 +411,25 @@ class _Prover:
 
     def __init__(self, trial: nn.Module, x: Tensor) -> None:
         self.trial, self.x = trial, x
-        with torch.no_grad():
-            self.before = tensors(trial(x))
+        self.modules = dict(trial.named_modules())
+        self.learned: dict[tuple[type, ...], tuple[str, ...]] = {}  # classes of modules -> their numbers that followed
+        self.before, _ = self.run(trial)
         self.scale = max(float(t.abs().max()) for t in self.before if t.numel())
 
     def prove(
         self, groups: Sequence[Group], admitted: Sequence[Group], numbers: Numbers
     ) -> tuple[list[Group], dict[str, str]]:
-        """The groups that can go beside each other and beside what was ``admitted`` before, and of the others why not.
-        """
+        """The groups that can go beside each other and beside what was ``admitted`` before; of the others why not."""
         kept = list(admitted)
         reasons: dict[str, str] = {}
 
         def admit(part: Sequence[Group]) -> None:
             if not part:
                 return
-            reason = self.disproof([*kept, *part])
+            tried = [self._told(g, numbers.get(g.name, ())) for g in part]
+            reason = self.disproof([*kept, *tried])
             if reason is None:
-                kept.extend(part)
+                kept.extend(tried)
             elif len(part) > 1:
                 middle = len(part) // 2
                 admit(part[:middle])
@@ -445,22 +444,36 @@ class _Prover:
         admit(groups)
         return kept[len(admitted) :], reasons
 
+    def _kinds(self, modules: Sequence[str]) -> tuple[type, ...]:
+        return tuple(type(self.modules[name]) for name in modules)
+
+    def _told(self, group: Group, modules: Sequence[str]) -> Group:
+        """The group with the numbers that had to follow in modules of the same classes."""
+        return self._with(group, modules, self.learned.get(self._kinds(modules), ()))
+
+    def _with(self, group: Group, modules: Sequence[str], keys: Sequence[str]) -> Group:
+        """The group with what modules call by these names, where that is its number of units or of channels."""
+        wanted = (group.units, group.units * group.channels)
+        more = [
+            Member(name, number_axis(key), _shares(vars(self.modules[name])[key], group.units))
+            for name in modules
+            for key in keys
+            if type(value := vars(self.modules[name]).get(key)) is int and value in wanted
+        ]
+        return replace(group, members=(*group.members, *more))
+
     def _followed(self, group: Group, admitted: Sequence[Group], modules: Sequence[str]) -> Group | None:
         """The group with those numbers in the code of ``modules`` that have to go down with it."""
-        owners = [dict(self.trial.named_modules())[name] for name in modules]
-        channels = group.units * group.channels
-        for wanted in ((group.units,), (group.units, channels), (channels,)):
-            members = [
-                Member(name, number_axis(key), _shares(value, group.units))
-                for name, module in zip(modules, owners, strict=True)
-                if not isinstance(module, LAYERS)
-                for key, value in vars(module).items()
-                if type(value) is int and value in wanted
-            ]
-            if not members:
-                continue
-            tried = replace(group, members=(*group.members, *members))
+        wanted = (group.units, group.units * group.channels)
+        named = [m for n in modules if not isinstance(m := self.modules[n], LAYERS)]
+        keys = list(dict.fromkeys(k for m in named for k, v in vars(m).items() if type(v) is int and v in wanted))
+        sets = [c for count in (1, 2) for c in itertools.combinations(keys, count)]
+        if len(keys) > 2:
+            sets.append(tuple(keys))
+        for chosen in sets[:TRIES]:
+            tried = self._with(group, modules, chosen)
             if self.disproof([*admitted, tried]) is None:
+                self.learned[self._kinds(modules)] = chosen
                 return tried
         return None
 
@@ -474,7 +487,7 @@ class _Prover:
             for at, gone in group.removed(half).items():
                 removed[at] = sorted({*removed.get(at, ()), *gone})
         try:
-            sliced = tensors(cut(self.trial, removed)(self.x))
+            sliced, told = self.run(cut(self.trial, removed))
         except CompressError as e:
             return f"{e.what} ({e.where})"
         except Exception as e:  # the network's own code, run at a width it was not written for
@@ -482,11 +495,35 @@ class _Prover:
         before = self.before
         if len(sliced) != len(before) or any(a.shape != b.shape for a, b in zip(sliced, before, strict=True)):
             return "it is an output of the network"
-        masked = tensors(zeroed(self.trial, removed)(self.x))
+        masked, heard = self.run(zeroed(self.trial, removed))
         off = max(float((a - b).abs().max()) for a, b in zip(masked, sliced, strict=True) if a.numel())
         if not off <= TOLERANCE * self.scale:
             return f"sliced is not masked: outputs up to {self.scale:.3g} differ by {off:.2g}"
+        # An output may be blind (a sigmoid far out): what every layer gives has to be the same too.
+        for (layer, total, scale), (other, again, _) in zip(heard, told, strict=True):
+            if layer != other or not abs(total - again) <= TOLERANCE * scale:
+                return f"sliced is not masked: the outputs of {layer} differ"
         return None
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> tuple[list[Tensor], list[tuple[str, float, float]]]:
+        """The outputs; and of every call of a layer its name, the sum of what it gave, and of the sizes of that. What
+        is zero adds nothing, so the sums are the same at full shape."""
+        said: list[tuple[str, float, float]] = []
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, out: Any) -> None:
+                said.append((name, float(out.sum()), float(out.abs().sum())))
+
+            return hook
+
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ROOTS)]
+        handles = [module.register_forward_hook(watch(name)) for name, module in layers]
+        try:
+            return tensors(model(self.x)), said
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _shares(value: int, units: int) -> tuple[tuple[int, ...], ...]:

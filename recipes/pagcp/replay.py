@@ -64,8 +64,9 @@ def _begins(begun: Mapping[str, int], name: str) -> int:
 
 
 class Replay:
-    """Runs copies of one network that differ from it in the ``changed`` layers and behind. What changed is a layer, a bare
-    parameter or a module of which a number changed.
+    """Runs copies of one network that differ from it in the ``changed`` layers and behind.
+
+    What changed is a layer, a bare parameter, or a module of which a number changed.
 
     Args:
         limit: bytes of kept outputs; batches beyond it are run whole.
