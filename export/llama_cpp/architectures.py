@@ -43,7 +43,10 @@ ACTIVATION = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}  # t
 # Blocks from which llama.cpp tells a Gemma whose attention is scaled by hidden / heads.
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 SLIDING = {"gemma2": 2, "gemma3": 6}  # of so many blocks the last is full
-PADDED = "name a model in the padded layout (layouts: [padded]), which has its family's own shape"
+PADDED = (
+    "prune it to a stock shape (--recipe tyr-stock), whose blocks are alike; or name a model in the padded layout"
+    " (layouts: [padded])"
+)
 
 
 @dataclass(frozen=True)

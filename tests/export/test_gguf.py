@@ -157,7 +157,7 @@ def test_a_ragged_model_that_no_architecture_reads_is_refused_with_a_way_out(
     folder = pruned(tmp_path / "model", model_type, Plan(FEW), num_hidden_layers=2, **changes)
     with pytest.raises(CompressError, match=what) as e:
         layout(folder)
-    assert "layouts: [padded]" in e.value.fix
+    assert "layouts: [padded]" in e.value.fix and "tyr-stock" in e.value.fix
 
 
 @pytest.mark.parametrize(
@@ -598,3 +598,22 @@ def test_run_goes_on_with_a_text_in_llama_cpp(tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(file.read_bytes()[:2000])
     one_error(compress("run", damaged, "hello"), 1, "llama.cpp", "damaged.gguf")
+
+
+def test_a_stock_shape_is_its_familys_own_file(tmp_path: Path) -> None:
+    """Gemma-3 cannot be ragged there; pruned to a stock shape it needs not be."""
+    model = tiny("gemma3_text", num_hidden_layers=7)
+    family = family_for(model.config)
+    some = BlockPlan(tuple(range(5)), tuple(range(0, 48, 2)))
+    plan = Plan(tuple(BlockPlan((), ()) if i in (0, 3) else some for i in range(7)))
+    counts = plan.counts(family.geometry(model.config))
+    plan.apply(model, family)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_model(
+        model, family, counts, folder, tokenizer=word_tokenizer(folder), dtype=torch.float32, tokens=tokens(1, 16),
+        stock=True,
+    )  # fmt: skip
+    facts = built(folder, tmp_path / "gguf")
+    assert facts["components"]["model"]["arch"] == "gemma3" and facts["components"]["model"]["blocks"] == 5
+    assert max(facts["parity"]["outputs"].values()) <= facts["parity"]["tolerance"]
