@@ -35,6 +35,9 @@ def inner(module, path):  # type: ignore[no-untyped-def]
 
 
 def resize(layer, entry):  # type: ignore[no-untyped-def]
+    strange = set(entry) - {"linear", "numbers", "heads", "gone"}
+    if strange:
+        raise ValueError(f"compress_layers: an entry has no {sorted(strange)[0]}")
     for path, (rows, columns) in entry.get("linear", {}).items():
         holder, name = inner(layer, path)
         old = holder._modules[name]
@@ -48,7 +51,11 @@ def resize(layer, entry):  # type: ignore[no-untyped-def]
         setattr(holder, name, number)
     for place, (heads, groups) in entry.get("heads", {}).items():
         attention = layer._modules[place]
+        if type(heads) is not int or type(groups) is not int or not 0 < groups <= heads or heads % groups:
+            raise ValueError(f"compress_layers: {heads} heads of {groups} KV heads are none")
         if hasattr(attention, "config"):
+            if heads > attention.config.num_attention_heads:
+                raise ValueError(f"compress_layers: {place} has no {heads} heads")
             attention.config = copy.copy(attention.config)
             attention.config.num_attention_heads, attention.config.num_key_value_heads = heads, groups
     for place, values in entry.get("gone", {}).items():
@@ -65,5 +72,7 @@ class Resized:
         body = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         layers = next(getattr(body, name) for name in ("layers", "h", "blocks") if hasattr(body, name))
         for index, entry in config.compress_layers.items():
+            if not index.isdecimal() or int(index) >= len(layers):
+                raise ValueError(f"compress_layers: there is no block {index}")
             resize(layers[int(index)], entry)
         self.post_init()  # type: ignore[attr-defined]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError
+from compress.language.checkpoint import save_model
 from compress.language.plan import BlockPlan, Plan
 from compress.models.blocks import BlockRunner
 from compress.models.decoder import blocks
@@ -19,8 +23,9 @@ from compress.models.families import FAMILIES, family_for
 from compress.models.families import proof as proofs
 from compress.models.families.parts import FFN, Attention, Stays
 from compress.models.families.proof import by_structure
+from compress.models.reading import load_config, load_model
 from tests.models.families.test_families import ragged_plan
-from tests.tiny import ARCHITECTURES, tokens
+from tests.tiny import ARCHITECTURES, tokens, word_tokenizer
 from tests.tiny import tiny as known
 from tools.decoders import DECODERS, reloaded, row, tiny
 
@@ -207,3 +212,36 @@ def test_a_configuration_of_70b_is_proven_in_20_seconds_and_2_gb() -> None:
     total, seconds, kilobytes = map(float, done.stdout.split())
     # Seconds of this process's own work, whatever the machine does beside it; transformers' import is among them.
     assert total > 70e9 and seconds < 20 and kilobytes < 2e6
+
+
+def test_what_a_strangers_file_says_of_block_sizes_is_one_error(tmp_path: Path) -> None:
+    model = tiny("granite")
+    family = by_structure(model.config)
+    geometry = family.geometry(model.config)
+    block = geometry.blocks[0]
+    heads = block.heads
+    kept = BlockPlan(tuple(range(block.group)), tuple(range(block.ffn // 2)))
+    plan = Plan((kept,) * geometry.layers)
+    counts = plan.counts(family.geometry(model.config))
+    plan.apply(model, family)
+    tokenizer = word_tokenizer(tmp_path)
+    save_model(model, family, counts, tmp_path, tokenizer=tokenizer, dtype=torch.float32, tokens=tokens(1, 8))
+    config = json.loads((tmp_path / "config.json").read_text())
+    index = next(i for i, entry in config["compress_layers"].items() if "linear" in entry)
+    layer = next(iter(config["compress_layers"][index]["linear"]))
+
+    def refused(change: Callable[[dict[str, Any]], object]) -> None:
+        made = copy.deepcopy(config)
+        change(made["compress_layers"])
+        (tmp_path / "config.json").write_text(json.dumps(made))
+        with pytest.raises(CompressError):
+            load_model(tmp_path, family_for(load_config(tmp_path)))
+
+    for value in (None, [], 7, "x", {"other": {}}, {"linear": 3}, {"gone": {"nothing": 0}}, {"numbers": {"mlp": 2}}):
+        refused(lambda entries, value=value: entries.update({index: value}))
+    for size in (None, 0, [1], [-1, 4], [10**12, 4], ["4", 4]):
+        refused(lambda entries, size=size: entries[index]["linear"].update({layer: size}))
+    for kept in ([0, 1], [1, 0], [3, 2], [10**9, 10**9], [heads + 1, heads + 1], "2"):
+        refused(lambda entries, kept=kept: entries.update({index: {"heads": {"self_attn": kept}}}))
+    for name in ("-1", "99", "one", "1.0"):
+        refused(lambda entries, name=name: entries.update({name: {}}))
