@@ -213,7 +213,8 @@ def _ffn(module: nn.Module, place: str, hidden: int) -> FFN | Stays:
         return Stays(place, f"experts ({type(module).__name__})")
     downs = [n for n, m in linear.items() if m.out_features == hidden and _is_last(n)]
     if len(downs) != 1 or len(linear) not in (2, 3):
-        return Stays(place, f"{type(module).__name__} is no pair or triple of linear layers ({', '.join(linear)})")
+        held = ", ".join(linear) or "it has none"
+        return Stays(place, f"{type(module).__name__} is no pair or triple of linear layers ({held})")
     width = linear[downs[0]].in_features
     ups = {n: divmod(m.out_features, width) for n, m in linear.items() if n != downs[0]}
     if any(rest or copies not in (1, 2) for copies, rest in ups.values()) or any(

@@ -128,9 +128,13 @@ def test_a_weight_that_is_missing(mine: Job) -> None:
 
 def test_an_unknown_architecture(mine: Job) -> None:
     path = mine.model / "config.json"
-    path.write_text(path.read_text().replace('"model_type": "llama"', '"model_type": "gpt_neox"'))
-    one_error(prune(mine), 1, "'gpt_neox' is not supported", "llama", "models/families/")
-    path.write_text(path.read_text().replace("gpt_neox", "llamma"))
+    whole = path.read_text()
+    path.write_text(whole.replace('"model_type": "llama"', '"model_type": "mamba"'))
+    one_error(prune(mine), 1, "'mamba' is not supported", "config.json: model_type", "models/families/")
+    # One that is known by its structure, of which these are not the weights.
+    path.write_text(whole.replace('"model_type": "llama"', '"model_type": "gpt_neox"'))
+    one_error(prune(mine), 1, "weights are missing", "gpt_neox.embed_in.weight")
+    path.write_text(whole.replace('"model_type": "llama"', '"model_type": "llamma"'))
     one_error(prune(mine), 1, "llamma", "config.json")
     path.write_text("{")
     one_error(prune(mine), 1, "config", "config.json")
