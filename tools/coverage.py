@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -221,7 +220,7 @@ def measure(name: str, onnx: bool = True) -> dict[str, Any]:
     found = find_groups(model, x)
     facts: dict[str, Any] = {
         "seconds": time.process_time() - began,
-        "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bytes": peak_memory(),
         "groups": len(found.groups),
         "left": {v.layer: v.reason for v in found.left},
         "parameters": sum(p.numel() for p in model.parameters()),
