@@ -27,6 +27,7 @@ from tests.tiny import let_it_add, saved_tiny, tiny, tokens
 pytestmark = [
     pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs the extra [genai]"),
     pytest.mark.usefixtures("done_once"),
+    pytest.mark.processes,
 ]
 
 TEMPLATE = (

@@ -31,7 +31,10 @@ from tests.command import compress, one_error
 from tests.models.families.test_families import ragged_plan
 from tests.tiny import ARCHITECTURES, tiny, tokens, word_tokenizer
 
-pytestmark = pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp")
+pytestmark = [
+    pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp"),
+    pytest.mark.processes,
+]
 
 LARGE = {
     "hidden_size": 512,

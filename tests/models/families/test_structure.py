@@ -29,6 +29,8 @@ from tests.tiny import ARCHITECTURES, tokens, word_tokenizer
 from tests.tiny import tiny as known
 from tools.decoders import DECODERS, reloaded, row, tiny
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[3]
 # One of every make: a scaled residual, parallel blocks, norms behind alone, a FFN of two layers, fused and interleaved
 # q, k and v, linear attention, experts.

@@ -10,6 +10,8 @@ import torch
 from tests.recipes.pagcp.test_groups import awake, same_on_every_group
 from tools.coverage import NETWORKS, Plain, measure, passed
 
+pytestmark = pytest.mark.processes
+
 SMALL: dict[str, tuple[str, dict[str, Any], int, set[tuple[str, int]]]] = {
     "ViT": (
         "ViT",
