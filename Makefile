@@ -13,6 +13,10 @@ demo: $(READY)
 	@echo "the model card:   $(RUN)/release/README.md"
 	@echo "the plots:        $(RUN)/release/plots/"
 	@echo "the pruned model: $(RUN)/model/   and as ONNX: $(RUN)/release/onnx/"
+	test -d $(RUN)-gguf || $(BIN)/compress export $(RUN) --format gguf --precision q8_0 --out $(RUN)-gguf
+	@echo
+	@echo "for llama.cpp:    $(RUN)-gguf/gguf-q8_0/   and there it goes on with a text:"
+	@echo "                  $(BIN)/compress run $(RUN)-gguf/gguf-q8_0 'The sea' --tokens 32"
 
 test: $(READY)
 	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
