@@ -18,6 +18,8 @@ from compress.models.zoo import build
 from tests.networks import shape_data
 from tests.networks.test_train import TwoHeads
 
+pytestmark = pytest.mark.processes
+
 
 def inputs(count: int = 9) -> Tensor:
     data = shape_data()

@@ -17,6 +17,8 @@ from compress.exporters.onnx_module import export_module
 from compress.exporters.refused import plain
 from tests.export.test_formats import here
 
+pytestmark = pytest.mark.processes
+
 LIBRARY = torch.library.Library("strange", "DEF")
 LIBRARY.define("twist(Tensor x) -> Tensor")
 LIBRARY.impl("twist", lambda x: x * 2, "CPU")

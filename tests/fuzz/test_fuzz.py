@@ -15,6 +15,8 @@ from tests.fuzz import words
 from tests.fuzz.readers import READERS
 from tests.fuzz.tries import Ended, one_try, spoilt
 
+pytestmark = pytest.mark.processes
+
 
 def few(examples: int) -> settings:
     return settings(

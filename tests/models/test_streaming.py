@@ -19,7 +19,7 @@ from compress.models.streaming import StreamedBlocks, is_streamed, only_blocks, 
 from tests.command import Job, compress
 from tests.tiny import ARCHITECTURES, tiny, tokens
 
-pytestmark = pytest.mark.usefixtures("done_once")
+pytestmark = [pytest.mark.usefixtures("done_once"), pytest.mark.processes]
 
 CPU = torch.device("cpu")
 

@@ -23,6 +23,8 @@ from compress.words.escape import json_text, terminal
 from tests.reports import NAMES, sample
 from tests.words.test_escape import Parsed, hostile, is_command
 
+pytestmark = pytest.mark.processes
+
 BODIES = {
     "tyr": card.body,
     "global-mp-text": sparse_card.body,

@@ -19,6 +19,8 @@ from compress.report.plots import figures
 from compress.words.wording import counted, megabytes, milliseconds, number
 from tests.reports import NAMES, sample
 
+pytestmark = pytest.mark.processes
+
 HOSTILE = "_$x^{2}$ \\frac \n\x1b[31m\u202e" + "w" * 90
 
 

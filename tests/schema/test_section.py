@@ -17,6 +17,8 @@ from compress.schema.recipe import load_recipe, recipe_names
 from compress.schema.section import LARGEST, whole_number
 from compress.verbs.gate import parse_shapes
 
+pytestmark = pytest.mark.processes
+
 
 def numbers(model: Any, at: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Where a recipe holds numbers."""

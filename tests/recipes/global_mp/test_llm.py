@@ -27,7 +27,7 @@ from compress.report.build import read_report
 from tests.command import compress, one_error
 from tests.tiny import prose, saved_tiny, tokens
 
-pytestmark = pytest.mark.usefixtures("done_once")
+pytestmark = [pytest.mark.usefixtures("done_once"), pytest.mark.processes]
 
 RECIPE = """\
 method: global-mp
