@@ -215,11 +215,11 @@ def generate(
 
     Args:
         artefact: a model, run or release folder, or a name (torch); an export folder (ONNX Runtime); a folder of
-            ``--format genai`` (ONNX Runtime GenAI).
+            ``--format genai`` (ONNX Runtime GenAI); a GGUF, or a folder with one (llama.cpp).
         tokens: that are generated at most.
         chat: the text is what a person says, and goes through the chat template.
         dense: of a run folder, its dense export and its pruned one.
-        tokenizer: a model's folder, for an export that has none beside it.
+        tokenizer: a model's folder, for an export that has none beside it, and for the chat template of a GGUF.
 
     Returns:
         ``results``: by name (``model``, or ``dense`` and ``pruned``) ``text``, ``tokens``, ``prompt_tokens``,

@@ -272,7 +272,7 @@ def run_(
     chat: Annotated[bool, typer.Option("--chat", help="the text is said to it, through its chat template")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="run folders: the dense export beside the pruned one")] = False,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="ONNX exports: the folder of the model that it was made of")
+        Path | None, typer.Option(help="ONNX exports, chats with a GGUF: the folder of the model it was made of")
     ] = None,
     json_: Json = False,
 ) -> None:

@@ -62,7 +62,8 @@ def save_model(
     import torch
     from safetensors.torch import save_file
 
-    kept = [i for i, layer in enumerate(layers or ()) if any(layer)] if stock else range(len(decoder.blocks(model)))
+    every = range(len(decoder.blocks(model)))
+    kept = [i for i in every if any(layers[i])] if stock and layers is not None else every
     _write_weights(model, family, folder, dtype, kept)
     model.config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:

@@ -177,12 +177,12 @@ def _blocks_alone(evaluator: Evaluator, job: Job, name: str, choices: list[Choic
 
 @dataclass(frozen=True)
 class _Field:
-    """What a search starts from, and how it goes on. ``predicted``: the sum of single losses of the plain start."""
+    """What a search starts from, and how it goes on. ``predicted``: the knapsack's sum of single losses, where there is
+    a knapsack."""
 
     started: dict[str, Genome]
     breed: Callable[[Genome], Breed]
-    predicted: float
-    plain: str  # of the starts, the one that the single losses alone lead to
+    predicted: float | None = None
 
 
 def _field(job: Job, supernet: Supernet, facts: Mapping[str, Any], choices: list[Choice] | None) -> _Field:
@@ -193,14 +193,12 @@ def _field(job: Job, supernet: Supernet, facts: Mapping[str, Any], choices: list
         if choices is not None:
             started["incumbent"] = levels.genome(choices)
         breed = stock.breeder(offered, losses, levels, choices)
-        plain = next(iter(started))
-        gone = stock.least(losses, offered[0].gone)
-        return _Field(started, lambda _: breed, sum(losses[b] for b in gone), plain)
+        return _Field(started, lambda _: breed)
     priced = _priced(facts)
     total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
     started = starts(priced, total, None if choices is None else tuple(facts["base"]))
     predicted = sum(priced[i][g].loss for i, g in enumerate(started["knapsack"]))
-    return _Field(started, lambda start: swaps_and_knapsacks(priced, start), predicted, "knapsack")
+    return _Field(started, lambda start: swaps_and_knapsacks(priced, start), predicted)
 
 
 def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None) -> Path:
@@ -227,8 +225,9 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
         with Progress(len(started), f"{name}: starting points") as bar:
             notes = [{"phase": f"start: {label}"} for label in started]
             rated = dict(zip(started, evaluator.kls(list(started.values()), notes=notes), strict=True))
-            bar.to(len(started), note=f"{field.plain} {rated[field.plain]:.4f}")
-        best = min(rated, key=lambda label: (rated[label], label))
+            best = min(rated, key=lambda label: (rated[label], label))
+            told = best if field.predicted is None else "knapsack"
+            bar.to(len(started), note=f"{told} {rated[told]:.4f}")
         with Progress(options.generations, f"{name}: generations") as bar:
             found = evolve(
                 evaluator,
@@ -244,8 +243,11 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
             "genome": list(found.genome),
             "removed": removed(job, chosen),
             "starts": rated,
-            "kl_knapsack": rated[field.plain],
-            "predicted_knapsack": field.predicted,
+            **(
+                {}
+                if field.predicted is None
+                else {"kl_knapsack": rated["knapsack"], "predicted_knapsack": field.predicted}
+            ),
             "kl_start": found.kl_start,
             "kl": found.kl,
             "generations": found.generations,

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError
-from compress.language.setup import prepare as prepare
-from compress.recipes.tyr.lines import forecast_lines as forecast_lines
-from compress.recipes.tyr.lines import lines as lines
-from compress.recipes.tyr.outlook import forecast as forecast
-from compress.report.rows import VERSION
-from compress.schema.stages import STAGES
-
-if TYPE_CHECKING:
-    from compress.language.plan import Plan
-    from compress.language.setup import Setup
-
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from compress import __version__
+from compress.errors import CompressError
 from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
+from compress.language.setup import prepare as prepare
 from compress.language.stages import (
     bench,
     describe_model,
@@ -33,10 +21,15 @@ from compress.language.stages import (
     perplexities,
     release,
 )
+from compress.recipes.tyr.lines import forecast_lines as forecast_lines
+from compress.recipes.tyr.lines import lines as lines
+from compress.recipes.tyr.outlook import forecast as forecast
+from compress.report.rows import VERSION
 from compress.run.folder import Run, seal_hash
+from compress.schema.stages import STAGES
 
 if TYPE_CHECKING:
-    pass
+    from compress.language.plan import Plan
 
 
 def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
