@@ -45,8 +45,12 @@ class Kind:
     signature: tuple[Any, ...]
 
 
-def refused(config: Any, what: str) -> CompressError:
-    return CompressError(
+class Differs(CompressError):
+    """What was run gives another number than it should: no coarser arithmetic makes that right."""
+
+
+def refused(config: Any, what: str, kind: type[CompressError] = CompressError) -> CompressError:
+    return kind(
         f"the architecture {config.model_type!r} is not supported: {what}",
         where="config.json: model_type",
         fix="prune a model whose blocks are made of attention and a FFN; to teach compress another, see"
@@ -100,7 +104,9 @@ def _by_structure(config: Any) -> ByStructure:
         small, own = _small(config, kinds[-1].first + 1, dtype)
         try:
             found = _Trial(config, own, small, hidden, kinds, parts, dtype).run()
-        except CompressError as e:
+        except Differs:
+            raise
+        except CompressError as e:  # some modules mix float32 in, and do not run in float64
             failure = failure or e
             continue
         # What a block of each kind was found to be, for all blocks of the kind.
@@ -522,6 +528,7 @@ class _Trial:
                 self.config,
                 f"put together, the pieces its blocks are run in give something else than the model does ({found:.1e}):"
                 " a block reads or adds more than attention and a FFN",
+                Differs,
             )
         added = [s for s in scales if s is not None]
         if len(added) == len(scales) and added and max(added) - min(added) < 1e-4:
@@ -572,10 +579,14 @@ class _Trial:
             halves = self._decoded(model)
             found = float("inf") if halves is None else _relative(halves, want)
             if not found <= 10 * TOLERANCE[self.dtype]:
-                raise refused(self.config, f"with fewer heads it decodes something else with a cache ({found:.1e})")
+                raise refused(
+                    self.config, f"with fewer heads it decodes something else with a cache ({found:.1e})", Differs
+                )
         found = self._read_again(family, model, layers, want)
         if not found <= 1e-4:
-            raise refused(self.config, f"saved and read again, the pruned model gives something else ({found:.1e})")
+            raise refused(
+                self.config, f"saved and read again, the pruned model gives something else ({found:.1e})", Differs
+            )
 
     def _decoded(self, model: Any) -> Tensor | None:
         """Logits of the text read in two halves; None where the model keeps no cache."""

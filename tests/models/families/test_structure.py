@@ -247,3 +247,20 @@ def test_what_a_strangers_file_says_of_block_sizes_is_one_error(tmp_path: Path) 
         refused(lambda entries, kept=kept: entries.update({index: {"heads": {"self_attn": kept}}}))
     for name in ("-1", "99", "one", "1.0"):
         refused(lambda entries, name=name: entries.update({name: {}}))
+
+
+@pytest.mark.parametrize(("kind", "tries"), [(proofs.Differs, 1), (CompressError, 2)])
+def test_a_wrong_number_in_float64_is_not_made_right_by_float32(
+    kind: type[CompressError], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What does not run in float64 may run in float32; what runs and differs does not agree by being looked at less."""
+    tried = []
+
+    def run(trial: Any) -> Any:
+        tried.append(trial.dtype)
+        raise proofs.refused(trial.config, "no", kind)
+
+    monkeypatch.setattr(proofs._Trial, "run", run)
+    with pytest.raises(CompressError, match="not supported: no"):
+        by_structure(tiny("granite").config)
+    assert tried == [torch.float64, torch.float32][:tries]
