@@ -239,9 +239,9 @@ def _gguf_lines(made: Mapping[str, Any]) -> list[str]:
         f" {parity['greedy']['tokens']} greedy tokens equal torch's; {sum(parity['tokens'].values()):,} tokens equal"
         " the tokenizer's",
         *(
-            f"         tokens differ in {parity['differs']}: a space stands behind each"
-            for _ in (1,)
+            [f"         tokens differ in {parity['differs']}: a space stands behind each"]
             if "differs" in parity
+            else []
         ),
         *(
             f"         llama.cpp does not end a text at the token {token}, and the model does"
