@@ -248,9 +248,11 @@ def card(report: dict[str, Any], folder: Path) -> Path:
     return write_card(report, folder)
 
 
-def _norms_gone(setup: Setup, plan: Plan) -> int:
-    """Parameters that go with whole blocks beside their linear layers, where whole blocks are left out."""
-    if "stock" not in setup.recipe.layouts:
+def others_gone(setup: Setup, plan: Plan) -> int:
+    """Parameters that go beside those of linear layers: of whole blocks that are left out, and of sublayers without
+    heads or neurons (q and k norms), counted in the blocks as they will be saved."""
+    bare = [i for i, block in enumerate(plan.blocks) if not block.heads or not block.neurons]
+    if not bare:
         return 0
     import torch
     from transformers import AutoModelForCausalLM
@@ -259,8 +261,21 @@ def _norms_gone(setup: Setup, plan: Plan) -> int:
 
     with torch.device("meta"):
         dense = blocks(AutoModelForCausalLM.from_config(setup.config))
-    gone = [i for i, block in enumerate(plan.blocks) if not block.heads and not block.neurons]
-    return sum(sum(p.numel() for p in dense[i].parameters()) - setup.costs.blocks[i].dense for i in gone)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    gone = 0
+    for i in bare:
+        costs, left, none = setup.costs.blocks[i], plan.blocks[i], torch.arange(0)
+        linear = (0 if left.heads else costs.attention_dense) + (0 if left.neurons else costs.ffn_dense)
+        if "stock" in setup.recipe.layouts and not left.heads and not left.neurons:
+            stays = 0
+        else:
+            heads, neurons = (None if left.heads else none), (None if left.neurons else none)
+            stays = count(setup.family.sliced(dense[i], heads=heads, neurons=neurons))
+        gone += count(dense[i]) - stays - linear
+    return gone
 
 
 def describe_plan(
@@ -277,13 +292,13 @@ def describe_plan(
     plan = Plan.load(folder)
     g, costs = setup.geometry, setup.costs
     removed = plan.removed(costs)
-    norms = _norms_gone(setup, plan)
+    others = others_gone(setup, plan)
     size = setup.stored_dtype.itemsize
     describe_model(report, setup, command)
     report["size"] = {
         "asked": setup.recipe.sparsity,
         "backbone_removed": removed / costs.backbone,
-        "total_removed": (removed + norms) / costs.total,
+        "total_removed": (removed + others) / costs.total,
         "dense": {
             "backbone_parameters": costs.backbone,
             "total_parameters": costs.total,
@@ -291,8 +306,8 @@ def describe_plan(
         },
         "pruned": {
             "backbone_parameters": costs.backbone - removed,
-            "total_parameters": costs.total - removed - norms,
-            "bytes": (costs.total - removed - norms) * size,
+            "total_parameters": costs.total - removed - others,
+            "bytes": (costs.total - removed - others) * size,
         },
     }
     report["layers"] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from compress.models.blocks import BlockRunner
 from compress.models.decoder import blocks
 from compress.models.families import family_for
 from compress.models.reading import load_model
+from compress.recipes.tyr.stages import others_gone
 from tests.tiny import ARCHITECTURES, tiny, tokens, word_tokenizer
 
 families = pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -142,6 +144,21 @@ def test_per_layer_layout_loads_in_a_clean_process(model_type: str, tmp_path: An
     found = verify_clean(tmp_path)
     assert found["max_logit_difference"] == 0.0
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+@families
+def test_what_goes_with_a_sublayer_is_counted_as_it_is_saved(model_type: str) -> None:
+    """Norms of q and k go with the attention that they stand in."""
+    model = tiny(model_type)
+    family = family_for(model.config)
+    dense = sum(p.numel() for p in model.parameters())
+    costs, plan = family.costs(model.config), ragged_plan(model)
+    assert any(not b.heads for b in plan.blocks) and any(not b.neurons for b in plan.blocks)
+    recipe = SimpleNamespace(layouts=("per-layer",))
+    setup: Any = SimpleNamespace(config=model.config, family=family, costs=costs, recipe=recipe)
+    counted = dense - plan.removed(costs) - others_gone(setup, plan)
+    plan.apply(model, family)
+    assert counted == sum(p.numel() for p in model.parameters())
 
 
 def test_stock_class_refuses_a_ragged_folder_and_the_trap_is_refused(tmp_path: Any) -> None:
