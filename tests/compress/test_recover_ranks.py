@@ -51,7 +51,7 @@ def train_all(job: Path, folder: Path) -> int:
         return sum(p.to_local().numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_train_as_one_and_fsdp_divides_the_weights(
     processes: int, job: Path, alone: Path, tmp_path: Path
 ) -> None:
@@ -90,7 +90,7 @@ def killed(processes: int, *arguments: Any) -> None:
     assert any(p.exitcode == -9 for p in started)
 
 
-@pytest.mark.parametrize(("processes", "shard"), [(3, "none"), (2, "fsdp")])
+@pytest.mark.parametrize(("processes", "shard"), [pytest.param(3, "none", marks=pytest.mark.slow), (2, "fsdp")])
 def test_a_group_that_was_killed_goes_on_to_the_same_bytes(
     processes: int, shard: str, job: Path, tmp_path: Path
 ) -> None:
