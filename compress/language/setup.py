@@ -140,6 +140,7 @@ def quiet() -> None:
 
 def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
+    from compress.language.quantised import check as check_quantised
     from compress.language.recover import check as check_recovery
     from compress.models.families import family_for
     from compress.models.reading import load_config, refuse_ragged, weight_files, weights_hash
@@ -154,6 +155,8 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     check_dialogues(resolved.folder, recipe)
     if isinstance(recipe, Recipe):
         check_recovery(recipe, family, config)
+    if recipe.quantise is not None:
+        check_quantised(recipe, family, config)
     return Setup(
         resolved, recipe, family, family.geometry(config), family.costs(config), config, weights_hash(resolved.folder)
     )

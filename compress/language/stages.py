@@ -201,9 +201,11 @@ def release(
     Returns:
         The report as it was sealed, by this run or an earlier one.
     """
+    from compress.language.quantised import commands as quantised_commands
+    from compress.language.quantised import published
     from compress.report.build import finish, read_report, write_release
 
-    report["commands"] = commands(setup, run.folder, report["command"])
+    report["commands"] = {**commands(setup, run.folder, report["command"]), **quantised_commands(run.folder, report)}
     finish(report)
 
     def build(folder: Path) -> None:
@@ -214,6 +216,8 @@ def release(
             (folder / "onnx").mkdir()
             for name in report["export"]["onnx"]["pruned"]["bytes"]:
                 link(run.folder / "export-pruned" / name, folder / "onnx" / name)
+        for name, path in published(run.folder, report).items():
+            link(path, folder / name)
         write_release(report, folder, card)
 
     # Clock readings, and where the dense model lay, are part of the report, not of what decides whether it is the same

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.report.metadata import assemble, card_data, text_results
 from compress.report.plots import Plot, draw
+from compress.report.quantised import section as quantised
 from compress.report.rows import Row, benches, emulated, figures, here, how, rows
 from compress.report.stats import FEWEST
 from compress.words.escape import block, code, markdown
@@ -99,7 +100,16 @@ def frame(
     lines += [*TABLE, *table(here(found))]
     for runtime, record in measured.items():
         lines += ["", f"{runtime}. {conditions(record)}" if len(measured) > 1 else conditions(record)]
-    lines += ["", *why(report.get("bench") or {}), *notes, *targets(report), *shown, *sections, *loading]
+    lines += [
+        "",
+        *why(report.get("bench") or {}),
+        *notes,
+        *quantised(report),
+        *targets(report),
+        *shown,
+        *sections,
+        *loading,
+    ]
     lines += ["## What was checked", "", *(f"- {check}" for check in checks), ""]
     return "\n".join([*lines, *again(report), *limits(report, list(said))])
 

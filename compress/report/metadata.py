@@ -78,13 +78,19 @@ def card_data(
         base_model=base,
         library_name=library,
         pipeline_tag=task,
-        tags=["pruned", *tags, line(report["recipe"]["method"]), *(line(f) for f in report.get("export") or {})],
+        tags=["pruned", *tags, line(report["recipe"]["method"]), *(line(f) for f in _formats(report))],
         datasets=datasets or None,
         metrics=sorted({r.metric_type for r in measured}) or None,
         model_name=f"{line(model['name'])}-pruned-{round(100 * removed)}" if measured else None,
         eval_results=measured or None,
         **more,
     )
+
+
+def _formats(report: Mapping[str, Any]) -> list[str]:
+    """What it was exported to; the hub finds a GGUF by that tag."""
+    files = (report.get("quantised") or {}).get("files") or ()
+    return list(dict.fromkeys([*(report.get("export") or {}), *(row["format"] for row in files)]))
 
 
 def is_repo(name: object) -> bool:

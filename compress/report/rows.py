@@ -48,7 +48,7 @@ class Row(BaseModel):
         before_training: of a score, just after the cut, where a training followed.
         ratio: where it was measured in pairs of processes.
         task: of a score: the task or text, and its ``metric``; ``main`` is the one by which the task is judged.
-        where: the target; empty for this machine.
+        where: the target, or the format and precision of a quantised file; empty for this machine and full precision.
         runtime: of a latency, memory or file: what ran or holds it.
         conditions: how it was measured, as a sentence.
         command: the key of ``report["commands"]`` that makes it again; empty where there is none.
@@ -187,7 +187,7 @@ def check(report: Mapping[str, Any]) -> None:
 
 def made(report: Mapping[str, Any]) -> list[Row]:
     """The rows of what a report has measured, in the order of its card's first table."""
-    return [*_sizes(report), *_qualities(report), *_bench(report), *_targets(report)]
+    return [*_sizes(report), *_qualities(report), *_bench(report), *_targets(report), *_quantised(report)]
 
 
 # --- from the sections ------------------------------------------------------------------------------------------------
@@ -281,6 +281,34 @@ def _targets(report: Mapping[str, Any]) -> Iterator[Row]:
     for name, record in (report.get("targets") or {}).items():
         if figures(record):
             yield from _measured(record, "files", where=name)
+
+
+def _quantised(report: Mapping[str, Any]) -> Iterator[Row]:
+    """The dense and the pruned model in one format and precision; what the dense one alone is built in has no pair."""
+    section = report.get("quantised") or {}
+    for name, sides in pairs(section).items():
+        dense, pruned = sides["dense"], sides["pruned"]
+        yield Row(
+            name="perplexity, geometric mean", unit="perplexity", better=better("perplexity"), where=name,
+            dense=dense["perplexity"], pruned=pruned["perplexity"], metric="perplexity", runtime=pruned["runtime"],
+            command=f"quantised {name}",
+        )  # fmt: skip
+        record = (section.get("bench") or {}).get(name)
+        if record:
+            yield from _measured(record, "file", where=name, command=f"quantised {name}")
+        else:
+            yield Row(
+                name="file", unit="bytes", better="lower", dense=dense["bytes"], pruned=pruned["bytes"], where=name,
+                metric="bytes",
+            )  # fmt: skip
+
+
+def pairs(section: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """``FORMAT-PRECISION`` -> side -> a row of ``report["quantised"]["files"]``, where both sides are there."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in section.get("files") or ():
+        found.setdefault(f"{row['format']}-{row['precision']}", {})[row["side"]] = row
+    return {name: sides for name, sides in found.items() if len(sides) == 2}
 
 
 def _measured(

@@ -46,7 +46,8 @@ AGAIN = "free space and give the same command again: it goes on behind the last 
 # The first part of every stage's name.
 STAGE_NAMES = re.compile(
     r"text|text-recover|metrics|supernet-\d+|singles-\d+|search-\d+|run-off-\d+(-judged)?|final|plan|recover|packed"
-    r"|model|model-padded|evaluation-\w+|curve|export-(dense|pruned)|bench|target-.+|release|dense|gradual|cut|finetuned"
+    r"|model|model-padded|evaluation-\w+|curve|export-(dense|pruned)|bench|target-.+|quantised(-bench)?-.+|release"
+    r"|dense|gradual|cut|finetuned"
     r"|round-\d+|sweep"
 )
 SHARED_SECONDS = 60.0  # how long a shared file system may take to show one node what another wrote

@@ -21,6 +21,10 @@ from compress.errors import UsageError
 from compress.schema.section import Clash, Section, Seed
 from compress.schema.strict_yaml import Keys, parse_yaml, read_yaml
 
+Gguf = Literal[
+    "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0", "q4_k_m", "q4_k_s", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s",
+    "q2_k",
+]  # fmt: skip
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -101,6 +105,28 @@ class BenchSection(Section):
     threads: int = Field(2, ge=1)
     min_seconds: float = Field(2.0, gt=0, description="measure each figure at least this long")
     min_runs: int = Field(5, ge=2, description="and at least this often")
+
+
+class QuantiseSection(Section):
+    """The dense and the pruned model at fewer bits: files that are built, and measured in their own runtime."""
+
+    gguf: list[Gguf] = Field([], description="precisions of a GGUF, as llama.cpp names them; needs the extra [gguf]")
+    genai: list[Literal["fp16", "int8", "int4"]] = Field(
+        [], description="precisions of a folder for ONNX Runtime GenAI; needs the extra [genai] and an export"
+    )
+    rivals: list[Gguf] = Field(
+        [], description="precisions of a GGUF that the dense model alone is built in, as rivals of as many bytes"
+    )
+
+    @model_validator(mode="after")
+    def _pairs(self) -> QuantiseSection:
+        if not self.gguf and not self.genai:
+            raise Clash("no precision is named: there is nothing to build", "for example gguf: [q8_0, q4_k_m]")
+        if twice := sorted({p for p in self.gguf + self.rivals if (self.gguf + self.rivals).count(p) > 1}):
+            raise Clash(f"{twice[0]} is named twice", "name it once: those of gguf have the dense model in them")
+        if self.rivals and not self.gguf:
+            raise Clash("rivals are compared with the pruned GGUF, and there is none", "name one: gguf: [q4_k_m]")
+        return self
 
 
 class RecoverSection(Section):
@@ -223,6 +249,15 @@ class TextRecipe(AnyRecipe):
     memory: MemorySection = MemorySection()
     export: ExportSection | None = ExportSection()
     bench: BenchSection | None = BenchSection()
+    quantise: QuantiseSection | None = None
+
+    @model_validator(mode="after")
+    def _genai_of_onnx(self) -> TextRecipe:
+        if self.quantise is not None and self.quantise.genai and self.export is None:
+            raise Clash(
+                "quantise.genai is made of the ONNX export, and export is null", "leave export out, or quantise.genai"
+            )
+        return self
 
     def sources(self) -> list[SourceSpec]:
         """Where all text comes from."""

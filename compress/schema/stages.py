@@ -1,3 +1,3 @@
 """The stages that every method has, in their order."""
 
-STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "release")
+STAGES = ("plan", "recover", "model", "evaluation", "export", "bench", "quantise", "release")

@@ -162,6 +162,15 @@ def _architecture(config: Any, family: Family, blocks: Sequence[Block], head_dim
     return "openelm"
 
 
+def takes_uneven(config: Any, family: Family, where: str) -> None:
+    """Raises CompressError where llama.cpp has no architecture for the family with blocks that differ."""
+
+    def refuse(what: str, fix: str = PADDED) -> CompressError:
+        return CompressError(f"llama.cpp cannot hold this model: {what}", where=where, fix=fix)
+
+    _architecture(config, family, (Block(0, 2, 1, 32), Block(1, 1, 1, 32)), 1, refuse)
+
+
 def _mended(block: Block, number: int, arch: str) -> Block:
     if not block.heads and (arch == "openelm" or number == 0):
         block = replace(block, heads=1, kv_heads=1, zero_attention=True)

@@ -82,6 +82,29 @@ def ask(
     return Answer(found["vocab"], found["load"], found["tokens"], found["ends"], made, steps, found.get("greedy", []))
 
 
+def losses(gguf: Path, windows: Sequence[Sequence[int]], threads: int) -> list[NDArray[np.float64]]:
+    """(length - 1,) nats of every token of each window but its first, in libllama as users run it.
+
+    Raises:
+        CompressError: see `ask`.
+    """
+    with tempfile.TemporaryDirectory(prefix="compress-gguf-") as place:
+        job = {
+            "do": "losses", "library": str(library.find()), "gguf": str(gguf), "threads": threads, "out": place,
+            "windows": [list(w) for w in windows],
+        }  # fmt: skip
+        done = subprocess.run(
+            python("-m", "compress.exporters.llama_cpp.worker"),
+            input=json.dumps(job),
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )
+        _facts(done, gguf)
+        return [np.load(Path(place) / f"losses-{i}.npy") for i in range(len(windows))]
+
+
 def go_on(gguf: Path, ids: Sequence[int], count: int, threads: int, seen: Callable[[int | None], None]) -> str:
     """The likeliest tokens behind ``ids``, ``count`` at most; one that ends a text is the last.
 

@@ -72,6 +72,11 @@ def row_bytes(kind: GGMLQuantizationType, width: int) -> int:
     return width // block * size
 
 
+def block_of(precision: str) -> int:
+    """How many numbers of a row are written together."""
+    return int(GGML_QUANT_SIZES[BASE[precision][0]][0])
+
+
 def typed(parts: Sequence[Part], precision: str, groups: int) -> list[Typed]:
     """Every tensor with its type.
 

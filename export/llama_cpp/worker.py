@@ -17,6 +17,7 @@ import numpy as np
 from compress.errors import CompressError
 from compress.exporters.bench import environment, protocol
 from compress.exporters.llama_cpp.library import Model, Refused, find, title
+from compress.exporters.llama_cpp.nats import nats
 from compress.system import host
 
 
@@ -75,6 +76,16 @@ def go_on(job: Mapping[str, Any]) -> dict[str, Any]:
     return {"text": model.text(made)}
 
 
+def losses(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each window, nats of every token but the first, as users run the file; into files."""
+    windows, out = job["windows"], Path(job["out"])
+    model = Model(Path(job["library"]), Path(job["gguf"]), max(map(len, windows)), job["threads"], False, log)
+    for number, ids in enumerate(windows):
+        model.forget()
+        np.save(out / f"losses-{number}.npy", nats(model.logits(ids), ids))
+    return {"vocab": model.vocab}
+
+
 def measure(request: Mapping[str, Any]) -> dict[str, Any]:
     """Figures of a GGUF as `compress.exporters.bench.agent` measures other formats: the same request, the same answer.
 
@@ -116,7 +127,7 @@ def _timed(request: Mapping[str, Any], call: Callable[[], Any], load: float) -> 
 def main() -> None:
     job = json.loads(sys.stdin.read())
     try:
-        found = {"measure": measure, "go on": go_on}.get(job.get("do", ""), run)(job)
+        found = {"measure": measure, "go on": go_on, "losses": losses}.get(job.get("do", ""), run)(job)
     except Refused as e:
         words = {"what": f"llama.cpp refuses the file: {e}", "where": "", "fix": "export it again"}
         found = {"refused": str(e), "error": words}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.language.quantised import quantise
 from compress.language.setup import Setup, Windows, prepare
 from compress.language.stages import bench, evaluate, export, fixed_tokens, perplexities, release
 from compress.report.rows import VERSION, rows
@@ -49,11 +50,14 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
         saved = {LAYOUT: _assemble(run, setup, shapes, plan, report)}
     if last >= STAGES.index("evaluation"):
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, shapes, windows, common))
+    exported: dict[str, Path] = {}
+    makers = {"dense": lambda: setup.model, "pruned": lambda: load_model(saved[LAYOUT], setup.family)}
     if last >= STAGES.index("export") and recipe.export is not None:
-        makers = {"dense": lambda: setup.model, "pruned": lambda: load_model(saved[LAYOUT], setup.family)}
         exported = export(run, setup, makers["pruned"], saved[LAYOUT], report)
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
+    if last >= STAGES.index("quantise") and recipe.quantise is not None:
+        quantise(run, setup, windows, saved[LAYOUT], exported, makers, report)
     if last >= STAGES.index("release"):
         return release(run, setup, saved, report, card)
     return report
@@ -320,6 +324,7 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a run."""
     from compress.report.build import run_line
+    from compress.report.quantised import lines as quantised_lines
 
     size = report["size"]
     said = [
@@ -345,7 +350,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         pruned = report["export"]["onnx"]["pruned"]
         said.append(f"onnx     outputs agree with torch to {small(pruned['largest_difference'])}")
     said += figure_lines(rows(report))
-    said.append(run_line(report))
+    said += [*quantised_lines(report), run_line(report)]
     return said
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 def lines(report: dict[str, Any]) -> list[str]:
     from compress.report.build import run_line
+    from compress.report.quantised import lines as quantised_lines
     from compress.report.rows import lines as figure_lines
     from compress.report.rows import rows
     from compress.words.wording import megabytes, small
@@ -34,7 +35,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         said.append(
             f"onnx     {dense} -> {pruned}; outputs agree with torch to {small(onnx['pruned']['largest_difference'])}"
         )
-    return [*said, *figure_lines(rows(report)), run_line(report)]
+    return [*said, *figure_lines(rows(report)), *quantised_lines(report), run_line(report)]
 
 
 def _time(seconds: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.language.quantised import quantise
 from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
 from compress.language.setup import prepare as prepare
 from compress.language.stages import (
@@ -50,11 +51,14 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, windows, common))
         if recipe.recover is not None:
             _evaluate_unrecovered(run, setup, windows, pruned_folder, report)
+    exported: dict[str, Path] = {}
+    makers = {"dense": lambda: setup.model, "pruned": lambda: _sliced(setup, saved, plan_folder)}
     if last >= STAGES.index("export") and recipe.export is not None:
-        makers = {"dense": lambda: setup.model, "pruned": lambda: _sliced(setup, saved, plan_folder)}
         exported = export(run, setup, makers["pruned"], next(iter(saved.values())), report)
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
+    if last >= STAGES.index("quantise") and recipe.quantise is not None:
+        quantise(run, setup, windows, next(iter(saved.values())), exported, makers, report)
     if last >= STAGES.index("release"):
         return release(run, setup, saved, report, card)
     return report
