@@ -22,6 +22,7 @@ from compress.run.cache import sha256_of
 from compress.run.seals import VERSION, inside, verify_seal
 
 SAME_PERPLEXITY = 1e-3  # relative; other hardware sums in another order
+SAME_QUANTISED = 1e-2  # and where activations are rounded to 8 bits as well, as another processor's code does it
 
 
 def measured(subject: Subject, like: Path | None, named: str | None) -> list[Claim]:
@@ -38,7 +39,34 @@ def measured(subject: Subject, like: Path | None, named: str | None) -> list[Cla
     assert subject.report is not None
     network = "data" in subject.report
     quality = _network_quality(subject, like, dense) if network else _text_quality(subject, like, dense)
-    return [*dense.claims, *quality, *_latency(subject, dense)]
+    return [*dense.claims, *quality, *_quantised(subject, like), *_latency(subject, dense)]
+
+
+def _quantised(subject: Subject, like: Path | None) -> list[Claim]:
+    """Perplexity of the files at fewer bits again, each in its own runtime: of those in the run folder."""
+    from compress.language.quantised import perplexity
+    from compress.models.reading import load_tokenizer
+
+    report = subject.report
+    assert report is not None
+    claims: list[Claim] = []
+    for file in (report.get("quantised") or {}).get("files") or ():
+        name = f"{file['format']}-{file['precision']}"
+        folder = subject.folder / f"quantised-{name}" / file["side"]
+        for text in report["quality"]["texts"]:
+            title, said = f"perplexity, {text['name']}, {file['side']} {name}", file["texts"][text["name"]]["ppl"]
+            try:
+                if not folder.is_dir():
+                    raise CompressError("the file is measured in the run folder", where=str(folder))
+                packed, begin = _windows(subject, report, text, load_tokenizer(subject.release), like)
+                found = float(perplexity(folder, file["format"], packed.ids, begin, packed.scored, 1)["ppl"])
+            except CompressError as e:
+                claims.append(Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})"))
+                continue
+            same = abs(found / said - 1) <= SAME_QUANTISED
+            reason = "" if same else f"off by more than {SAME_QUANTISED:.0%}"
+            claims.append(Claim(title, f"{said:.3f}", f"{found:.3f}", HOLDS if same else FAILS, reason))
+    return claims
 
 
 def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:

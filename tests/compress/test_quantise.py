@@ -21,6 +21,7 @@ from tests.command import Job, compress, one_error
 pytestmark = [
     pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp"),
     pytest.mark.processes,
+    pytest.mark.usefixtures("done_once"),
 ]
 BRIEF = "bench={prompt: 8, context: 8, processes: 1, threads: 1, min_seconds: 0.01, min_runs: 2}"
 
@@ -81,6 +82,13 @@ def test_the_same_command_again_measures_nothing(job: Job, run: Path, report: di
     ran = compress(*words(job, run), "--json")
     assert ran.code == 0 and json.loads(ran.out)["quantised"] == report["quantised"]
     assert {p: p.stat().st_mtime_ns for p in run.rglob("seal.json")} == before
+
+
+def test_verify_measures_every_file_again(run: Path, report: dict[str, Any]) -> None:
+    ran = compress("verify", run, "--measure", "--json")
+    claims = [c for c in json.loads(ran.out)["claims"] if c["claim"].endswith(("gguf-f16", "gguf-q4_0", "gguf-q8_0"))]
+    assert {c["verdict"] for c in claims if c["claim"].startswith("perplexity")} == {"holds"}
+    assert sum(c["claim"].startswith("perplexity") for c in claims) == 5 * len(report["quality"]["texts"])
 
 
 def test_a_damaged_file_is_found(run: Path, report: dict[str, Any]) -> None:
