@@ -27,7 +27,13 @@ BRIEF = "bench={prompt: 8, context: 8, processes: 1, threads: 1, min_seconds: 0.
 
 
 def words(job: Job, out: Path) -> tuple[object, ...]:
-    more = ("layouts=[per-layer]", "evaluation.curve=[]", "quantise={gguf: [f16, q4_0], rivals: [q8_0]}", BRIEF)
+    more = (
+        "layouts=[per-layer]",
+        "evaluation.curve=[]",
+        "tyr.iterations=1",
+        "quantise={gguf: [f16], rivals: [q4_0]}",
+        BRIEF,
+    )
     return "prune", job.model, "--recipe", job.recipe, "--out", out, *(w for one in more for w in ("--set", one))
 
 
@@ -46,13 +52,11 @@ def report(run: Path) -> dict[str, Any]:
 
 def test_both_models_stand_at_every_precision_and_a_rival_is_dense_alone(report: dict[str, Any]) -> None:
     found = {(row["side"], row["precision"]) for row in report["quantised"]["files"]}
-    assert found == {
-        *(("dense", "f16"), ("pruned", "f16"), ("dense", "q4_0"), ("pruned", "q4_0")),
-        ("dense", "q8_0"),
-    }
-    assert set(report["quantised"]["bench"]) == {"gguf-f16", "gguf-q4_0", "gguf-q8_0"}
+    assert found == {("dense", "f16"), ("pruned", "f16"), ("dense", "q4_0")}
+    beside = {name: record["pruned_is"] for name, record in report["quantised"]["bench"].items()}
+    assert beside == {"gguf-f16": "gguf-f16", "gguf-q4_0": "gguf-f16"}
     shown = {(row.where, row.name) for row in rows(report) if row.where}
-    assert ("gguf-q4_0", "perplexity, geometric mean") in shown and ("gguf-q4_0", "file") in shown
+    assert ("gguf-f16", "perplexity, geometric mean") in shown and ("gguf-f16", "file") in shown
 
 
 def test_float16_in_llama_cpp_has_the_perplexity_of_torch_on_the_same_windows(
@@ -69,10 +73,10 @@ def test_float16_in_llama_cpp_has_the_perplexity_of_torch_on_the_same_windows(
 
 def test_the_release_holds_the_pruned_files_and_the_card_their_table(run: Path, report: dict[str, Any]) -> None:
     held = sorted(path.name for path in (run / "release").glob("*.gguf"))
-    assert len(held) == 2 and all("-pruned-" in name for name in held)
+    assert len(held) == 1 and held[0].endswith("-pruned-F16.gguf")
     card = (run / "release" / "README.md").read_text("utf-8")
     table = [line for line in card.splitlines() if line.startswith(("| dense, gguf", "| pruned, gguf"))]
-    assert len(table) == 5 and any("**bytes" in line for line in table)
+    assert len(table) == 3 and any("**bytes" in line for line in table)
     assert "- gguf" in card.split("\n---\n")[0]
     assert compress("verify", run).code == 0
 
@@ -86,9 +90,9 @@ def test_the_same_command_again_measures_nothing(job: Job, run: Path, report: di
 
 def test_verify_measures_every_file_again(run: Path, report: dict[str, Any]) -> None:
     ran = compress("verify", run, "--measure", "--json")
-    claims = [c for c in json.loads(ran.out)["claims"] if c["claim"].endswith(("gguf-f16", "gguf-q4_0", "gguf-q8_0"))]
+    claims = [c for c in json.loads(ran.out)["claims"] if c["claim"].endswith(("gguf-f16", "gguf-q4_0"))]
     assert {c["verdict"] for c in claims if c["claim"].startswith("perplexity")} == {"holds"}
-    assert sum(c["claim"].startswith("perplexity") for c in claims) == 5 * len(report["quality"]["texts"])
+    assert sum(c["claim"].startswith("perplexity") for c in claims) == 3 * len(report["quality"]["texts"])
 
 
 def test_a_damaged_file_is_found(run: Path, report: dict[str, Any]) -> None:
@@ -112,6 +116,24 @@ def test_a_row_is_best_where_no_other_is_as_good_for_less() -> None:
     # By hand: 12 at 50 beats the third and the fourth; two that are alike are both best.
     assert best(table, "bytes") == [True, True, False, False, True]
     assert best(table, "tpot") == [False] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("onnxruntime_genai"), reason="needs onnxruntime-genai")
+def test_genai_at_fewer_bits_is_measured_in_its_own_runtime(job: Job, tmp_path: Path) -> None:
+    more = ("layouts=[per-layer]", "evaluation.curve=[]", "tyr.iterations=1", "quantise={genai: [fp16, int8]}", BRIEF)
+    given = (w for one in more for w in ("--set", one))
+    ran = compress("prune", job.model, "--recipe", job.recipe, "--out", tmp_path / "run", *given)
+    assert ran.code == 0, ran.err
+    report = read_report(tmp_path / "run")
+    for row in report["quantised"]["files"]:
+        for text in report["quality"]["texts"]:
+            own = row["texts"][text["name"]]["ppl"]
+            assert own == pytest.approx(text[f"{row['side']}_ppl"], rel=5e-3 if row["precision"] == "fp16" else 5e-2)
+    assert (tmp_path / "run" / "release" / "genai-int8" / "genai_config.json").is_file()
+    ran = compress("verify", tmp_path / "run", "--measure", "--json")
+    claims = [c for c in json.loads(ran.out)["claims"] if c["claim"].endswith(("genai-fp16", "genai-int8"))]
+    assert claims and {c["verdict"] for c in claims if c["claim"].startswith("perplexity")} == {"holds"}
 
 
 @pytest.mark.parametrize(
