@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.exporters import formats
 from compress.exporters.formats import BuildOptions, Source
 from compress.exporters.inputs import OF_TEXT, read_inputs
@@ -187,7 +187,11 @@ def export_file(path: Path, out: Path, options: Sequence[BuildOptions], inputs: 
         source = replace(source, feeds={"model": [feed]})
         options = [_of_shapes(o, feed, graphs["model"]) for o in options]
     for name, file in files.items():  # before anything is built of it
-        reference = runtimes.load("onnx", str(file), options[0].threads, optimisation="none")
+        try:
+            reference = runtimes.load("onnx", str(file), options[0].threads, optimisation="none")
+        except runtimes.CannotRun as e:
+            fix = "write it again for an operator set and types that ONNX Runtime has"
+            raise CompressError(str(e), where=str(file), fix=fix) from e
         for feed in formats.feeds_of(source, options[0], name, graphs[name]):
             of_reference(reference, feed, file)
     return {"kind": "onnx", "formats": make_all([(source, o) for o in options], out)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -16,7 +17,17 @@ from compress.system.files import check_regular
 
 LARGEST = 8 << 30  # bytes of the arrays in one file
 # What numpy says of a damaged header; a SyntaxError where it is no Python, an EOFError where it ends.
-WRONG = (OSError, ValueError, EOFError, SyntaxError, KeyError, TypeError, OverflowError, NotImplementedError)
+WRONG = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    tokenize.TokenError,
+)
 
 
 def read_array(path: Path, what: str, fix: str) -> NDArray[Any]:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 
 from compress.errors import LONGEST, CompressError, UsageError
@@ -17,7 +19,10 @@ from compress.report.build import of_report
 from compress.run.tensor_files import load_tensors
 from compress.schema.recipe import load_recipe
 from compress.schema.strict_yaml import parse_yaml
+from compress.system.arrays import read_array
+from tests.command import compress, one_error
 from tests.fuzz.readers import READERS
+from tools.ci.models import chain
 
 
 @pytest.mark.parametrize("value", ["1e30", "1e+30", "'1e30'", "1.0e30", "1" + "0" * 30])
@@ -157,3 +162,25 @@ def test_a_file_of_tensors_that_is_none_is_one_error(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(CompressError, match="the file is no file"):
         load_tensors(path, "the file")
+
+
+@pytest.mark.parametrize("kept", range(20, 119, 7))
+def test_an_array_whose_header_ends_anywhere_is_one_error(kept: int, tmp_path: Path) -> None:
+    """numpy reads headers of Python 2 too, by its tokenizer."""
+    whole = tmp_path / "whole.npy"
+    np.save(whole, np.zeros((4, 3), np.float32))
+    header = whole.read_bytes()[10:128][:kept]
+    cut = tmp_path / "cut.npy"
+    cut.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(CompressError, match="the depths cannot be read"):
+        read_array(cut, "the depths", "make it again")
+
+
+def test_an_onnx_file_that_onnxruntime_refuses_is_the_files_fault(tmp_path: Path) -> None:
+    """Not that of a format that is built of it."""
+    chain(tmp_path / "net.onnx", 2)
+    model = onnx.load(tmp_path / "net.onnx")
+    model.opset_import[0].version = 999
+    onnx.save(model, tmp_path / "new.onnx")
+    ran = compress("export", tmp_path / "new.onnx", "--format", "onnx", "--out", tmp_path / "out")
+    one_error(ran, 1, "ONNX Runtime cannot load new.onnx", "new.onnx")
