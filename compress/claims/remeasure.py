@@ -7,9 +7,10 @@ and the shapes that latency was measured at.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,53 +38,58 @@ def measured(subject: Subject, like: Path | None, named: str | None) -> list[Cla
     """
     dense = find_dense(subject, named)
     assert subject.report is not None
-    network = "data" in subject.report
-    quality = _network_quality(subject, like, dense) if network else _text_quality(subject, like, dense)
-    return [*dense.claims, *quality, *_quantised(subject, like), *_latency(subject, dense)]
+    if "data" in subject.report:
+        return [*dense.claims, *_network_quality(subject, like, dense), *_latency(subject, dense)]
+    held = _held_out(subject, like)
+    quality = _text_quality(subject, held, dense)
+    return [*dense.claims, *quality, *_quantised(subject, held), *_latency(subject, dense)]
 
 
-def _quantised(subject: Subject, like: Path | None) -> list[Claim]:
-    """Perplexity of the files at fewer bits again, each in its own runtime: of those in the run folder."""
-    from compress.language.quantised import perplexity
-    from compress.models.reading import load_tokenizer
-
-    report = subject.report
-    assert report is not None
-    claims: list[Claim] = []
-    for file in (report.get("quantised") or {}).get("files") or ():
-        name = f"{file['format']}-{file['precision']}"
-        folder = subject.folder / f"quantised-{name}" / file["side"]
-        for text in report["quality"]["texts"]:
-            title, said = f"perplexity, {text['name']}, {file['side']} {name}", file["texts"][text["name"]]["ppl"]
-            try:
-                if not folder.is_dir():
-                    raise CompressError("the file is measured in the run folder", where=str(folder))
-                packed, begin = _windows(subject, report, text, load_tokenizer(subject.release), like)
-                found = float(perplexity(folder, file["format"], packed.ids, begin, packed.scored, 1)["ppl"])
-            except CompressError as e:
-                claims.append(Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})"))
-                continue
-            same = abs(found / said - 1) <= SAME_QUANTISED
-            reason = "" if same else f"off by more than {SAME_QUANTISED:.0%}"
-            claims.append(Claim(title, f"{said:.3f}", f"{found:.3f}", HOLDS if same else FAILS, reason))
-    return claims
-
-
-def _text_quality(subject: Subject, like: Path | None, dense: Dense) -> list[Claim]:
-    """Perplexity again, on the same held-out windows."""
+def _held_out(subject: Subject, like: Path | None) -> dict[str, Any]:
+    """By text, its windows and how many tokens begin each, or why there are none."""
     from compress.models.reading import load_tokenizer
 
     report = subject.report
     assert report is not None
     tokenizer = load_tokenizer(subject.release)
-    found = qualities(rows(report))
-    own = {row.task: row for row in found if row.unit == "perplexity" and row.task}
-    texts: list[tuple[Row, Any]] = []  # with its windows and how many tokens begin each, or why there are none
+    found: dict[str, Any] = {}
     for text in report["quality"]["texts"]:
         try:
-            texts.append((own[text["name"]], _windows(subject, report, text, tokenizer, like)))
+            found[text["name"]] = _windows(subject, report, text, tokenizer, like)
         except CompressError as e:
-            texts.append((own[text["name"]], f"the text is not here: {e.what} ({e.where})"))
+            found[text["name"]] = f"the text is not here: {e.what} ({e.where})"
+    return found
+
+
+def _quantised(subject: Subject, held: Mapping[str, Any]) -> list[Claim]:
+    """Perplexity of the files at fewer bits again, each in its own runtime: of those in the run folder."""
+    from compress.language.quantised import perplexity
+    from compress.report.quantised import files, name_of
+
+    assert subject.report is not None
+    claims: list[Claim] = []
+    for file in files(subject.report):
+        folder = subject.folder / f"quantised-{name_of(file)}" / file["side"]
+        for text, here in held.items():
+            title, said = f"perplexity, {text}, {file['side']} {name_of(file)}", file["texts"][text]["ppl"]
+            if not folder.is_dir():
+                here = f"the file is measured in the run folder ({folder})"
+
+            def measure(folder: Path = folder, form: str = file["format"], here: Any = here) -> float:
+                packed, begin = here
+                return float(perplexity(folder, form, packed.ids, begin, packed.scored, 1)["ppl"])
+
+            claims.append(_again(title, said, here, measure, SAME_QUANTISED))
+    return claims
+
+
+def _text_quality(subject: Subject, held: Mapping[str, Any], dense: Dense) -> list[Claim]:
+    """Perplexity again, on the same held-out windows."""
+    report = subject.report
+    assert report is not None
+    found = qualities(rows(report))
+    own = {row.task: row for row in found if row.unit == "perplexity" and row.task}
+    texts = [(own[name], here) for name, here in held.items()]
     claims = _perplexities(subject.release, texts, "pruned")
     if dense.folder is not None:
         claims += _perplexities(dense.folder, texts, "dense")
@@ -102,23 +108,34 @@ def _perplexities(folder: Path, texts: list[tuple[Row, Any]], label: Side) -> li
     """The claims about the perplexity of the model in ``folder``; it is read where one can be checked."""
     from compress.language.evaluate import perplexity
 
-    model, claims = None, []
+    model = cache(lambda: _model(folder))
+    claims = []
     for row, here in texts:
-        title, said = row.name + (", dense" if label == "dense" else ""), getattr(row, label)
-        if isinstance(here, str):
-            claims.append(Claim(title, f"{said:.3f}", "", OPEN, here))
-            continue
-        try:
-            model = model or _model(folder)
+        title = row.name + (", dense" if label == "dense" else "")
+
+        def measure(title: str = title, here: Any = here) -> float:
             packed, begin = here
-            found = float(perplexity(model, packed.ids, title, begin, packed.scored)["ppl"])
-        except CompressError as e:
-            claims.append(Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})"))
-            continue
-        same = abs(found / said - 1) <= SAME_PERPLEXITY
-        reason = "" if same else f"off by more than {SAME_PERPLEXITY:.1%}"
-        claims.append(Claim(title, f"{said:.3f}", f"{found:.3f}", HOLDS if same else FAILS, reason))
+            return float(perplexity(model(), packed.ids, title, begin, packed.scored)["ppl"])
+
+        claims.append(_again(title, getattr(row, label), here, measure, SAME_PERPLEXITY))
     return claims
+
+
+def _again(title: str, said: float, here: Any, measure: Callable[[], float], same: float) -> Claim:
+    """A perplexity's claim: open where ``here`` says why there are no windows, or where it cannot be measured.
+
+    Args:
+        same: how far it may be off, relative.
+    """
+    if isinstance(here, str):
+        return Claim(title, f"{said:.3f}", "", OPEN, here)
+    try:
+        found = measure()
+    except CompressError as e:
+        return Claim(title, f"{said:.3f}", "", OPEN, f"{e.what} ({e.where})")
+    if abs(found / said - 1) <= same:
+        return Claim(title, f"{said:.3f}", f"{found:.3f}", HOLDS)
+    return Claim(title, f"{said:.3f}", f"{found:.3f}", FAILS, f"off by more than {same:.1%}")
 
 
 def _model(folder: Path) -> Any:

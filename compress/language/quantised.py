@@ -20,8 +20,10 @@ import numpy as np
 from compress import __version__
 from compress.errors import CompressError, UsageError
 from compress.language.setup import Setup, Windows
+from compress.report.quantised import files, name_of
 from compress.run.folder import Run, seal_hash
 from compress.run.progress import say
+from compress.system.host import last_cache
 
 if TYPE_CHECKING:
     from compress.exporters.formats import BuildOptions, Source
@@ -100,7 +102,7 @@ def quantise(
     assert spec is not None  # asked by the caller
     folders = {"dense": setup.resolved.folder, "pruned": saved}
     places: dict[tuple[str, str], Path] = {}
-    files: list[dict[str, Any]] = []
+    made: list[dict[str, Any]] = []
     for form, precision, sides in wanted(spec):
 
         def build(folder: Path, form: str = form, precision: str = precision, sides: Sequence[str] = sides) -> None:
@@ -115,11 +117,11 @@ def quantise(
         facts = json.loads((stage / FACTS).read_text("utf-8"))
         for side in sides:
             places[side, f"{form}-{precision}"] = stage / side
-            files.append({"format": form, "precision": precision, "side": side, **facts[side]})
-    section: dict[str, Any] = {"files": files}
+            made.append({"format": form, "precision": precision, "side": side, **facts[side]})
+    section: dict[str, Any] = {"files": made}
     if setup.recipe.bench is not None:
-        section["bench"] = _benched(run, setup, files, places)
-        section["cache"] = _cache()
+        section["bench"] = _benched(run, setup, made, places)
+        section["cache"] = last_cache()
     report["quantised"] = section
     report["stages"] = run.stages()
 
@@ -240,7 +242,7 @@ def _losses(folder: Path, form: str, windows: list[list[int]], threads: int) -> 
 
 
 def _benched(
-    run: Run, setup: Setup[Any], files: list[dict[str, Any]], places: Mapping[tuple[str, str], Path]
+    run: Run, setup: Setup[Any], made: list[dict[str, Any]], places: Mapping[tuple[str, str], Path]
 ) -> dict[str, Any]:
     """A bench record for each precision, and the figures of each file beside its perplexity."""
     from compress.exporters.bench.local import compare
@@ -248,11 +250,11 @@ def _benched(
     spec = setup.recipe.bench
     assert spec is not None  # asked by the caller
     found = {}
-    for row in files:
-        name = f"{row['format']}-{row['precision']}"
+    for row in made:
+        name = name_of(row)
         if row["side"] != "dense":
             continue
-        other = name if ("pruned", name) in places else _nearest(row, files)
+        other = name if ("pruned", name) in places else _nearest(row, made)
         pair = {"dense": places["dense", name], "pruned": places["pruned", other]}
 
         def build(folder: Path, pair: Mapping[str, Path] = pair, form: str = row["format"]) -> None:
@@ -266,33 +268,27 @@ def _benched(
         }
         stage = run.stage(f"quantised-bench-{name}", inputs, build)
         found[name] = {**json.loads((stage / "bench.json").read_text("utf-8")), "pruned_is": other}
-    for row in files:
-        record = found[f"{row['format']}-{row['precision']}"][row["side"]]
+    for row in made:
+        record = found[name_of(row)][row["side"]]
         row |= {key: record[key]["median"] for key in ("ttft", "tpot")} | {"peak_rss": record["peak_rss"]}
     return found
 
 
-def _nearest(rival: Mapping[str, Any], files: Sequence[Mapping[str, Any]]) -> str:
+def _nearest(rival: Mapping[str, Any], made: Sequence[Mapping[str, Any]]) -> str:
     """The pruned GGUF whose size is nearest."""
-    own = [row for row in files if row["side"] == "pruned" and row["format"] == rival["format"]]
+    own = [row for row in made if row["side"] == "pruned" and row["format"] == rival["format"]]
     row = min(own, key=lambda r: abs(r["bytes"] - rival["bytes"]))
-    return f"{row['format']}-{row['precision']}"
-
-
-def _cache() -> int | None:
-    from compress.system.host import last_cache
-
-    return last_cache()
+    return name_of(row)
 
 
 def published(run: Path, report: Mapping[str, Any]) -> dict[str, Path]:
     """The pruned model's files by their names in the release: a GGUF beside the weights, as the hub's repositories have
     theirs, and a folder for each other format."""
     found = {}
-    for row in (report.get("quantised") or {}).get("files") or ():
+    for row in files(report):
         if row["side"] != "pruned":
             continue
-        name = f"{row['format']}-{row['precision']}"
+        name = name_of(row)
         folder = run / f"quantised-{name}" / "pruned"
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             if row["format"] != "gguf":

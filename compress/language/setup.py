@@ -164,6 +164,7 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
 
 def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     """What `prepare` finds, from the configuration alone: no weight is fetched or read, so none can be asked for."""
+    from compress.language.quantised import check as check_quantised
     from compress.models.families import family_for
     from compress.models.sources import describe
 
@@ -171,6 +172,8 @@ def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     resolved, config = describe(model, tokenizer=bool(recipe.dialogues()))
     check_dialogues(resolved.folder, recipe)
     family = family_for(config)
+    if recipe.quantise is not None:
+        check_quantised(recipe, family, config)
     return Setup(resolved, recipe, family, family.geometry(config), family.costs(config), config, weights="")
 
 

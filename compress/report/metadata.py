@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.report.quantised import files
 from compress.report.rows import qualities
 from compress.report.rows import rows as read_rows
 from compress.words.escape import line
@@ -89,8 +90,7 @@ def card_data(
 
 def _formats(report: Mapping[str, Any]) -> list[str]:
     """What it was exported to; the hub finds a GGUF by that tag."""
-    files = (report.get("quantised") or {}).get("files") or ()
-    return list(dict.fromkeys([*(report.get("export") or {}), *(row["format"] for row in files)]))
+    return list(dict.fromkeys([*(report.get("export") or {}), *(row["format"] for row in files(report))]))
 
 
 def is_repo(name: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,25 @@ from compress.words.escape import markdown
 from compress.words.wording import megabytes, milliseconds
 
 BYTES, SPEED = "bytes", "tpot"
+FORMATS, SIDES, PRECISION = ("gguf", "genai"), ("dense", "pruned"), re.compile(r"[a-z0-9_]+")
 
 
 def files(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Every file that was built at fewer bits, the smallest first."""
-    return sorted((report.get("quantised") or {}).get("files") or (), key=lambda row: row["bytes"])
+    """Every file that was built at fewer bits, the smallest first.
+
+    Raises:
+        ValueError: a row is of no format, precision or side; they name folders, and a report may be a stranger's.
+    """
+    rows = (report.get("quantised") or {}).get("files") or ()
+    for row in rows:
+        if row["format"] not in FORMATS or row["side"] not in SIDES or not PRECISION.fullmatch(row["precision"]):
+            raise ValueError(f"quantised: {row['side']!r:.40}, {row['format']!r:.40}, {row['precision']!r:.40}")
+    return sorted(rows, key=lambda row: row["bytes"])
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """``FORMAT-PRECISION``: of its stage, its bench and its folder in the release."""
+    return f"{row['format']}-{row['precision']}"
 
 
 def best(rows: Sequence[Mapping[str, Any]], cost: str) -> list[bool]:
@@ -67,8 +82,8 @@ def _notes(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     for name, record in (found.get("bench") or {}).items():
         beside = "" if record["pruned_is"] == name else f", beside the pruned {markdown(record['pruned_is'])}"
         said.append(
-            f"{markdown(name)}: measured in {record['spec']['processes']} fresh processes of each model, interleaved"
-            f" {record['spec']['order']}{beside}."
+            f"{markdown(name)}: measured in {record['spec']['processes']:d} fresh processes of each model, interleaved"
+            f" {markdown(record['spec']['order'])}{beside}."
         )
     cache = found.get("cache")
     held = [row for row in rows if cache and row["bytes"] <= cache]

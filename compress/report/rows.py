@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compress.errors import CompressError
+from compress.report.quantised import files, name_of
 from compress.report.stats import Found, finding, promised
 from compress.run.seals import VERSION as VERSION
 from compress.words.wording import counted, megabytes, milliseconds
@@ -286,7 +287,7 @@ def _targets(report: Mapping[str, Any]) -> Iterator[Row]:
 def _quantised(report: Mapping[str, Any]) -> Iterator[Row]:
     """The dense and the pruned model in one format and precision; what the dense one alone is built in has no pair."""
     section = report.get("quantised") or {}
-    for name, sides in pairs(section).items():
+    for name, sides in pairs(report).items():
         dense, pruned = sides["dense"], sides["pruned"]
         yield Row(
             name="perplexity, geometric mean", unit="perplexity", better=better("perplexity"), where=name,
@@ -303,11 +304,11 @@ def _quantised(report: Mapping[str, Any]) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def pairs(section: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def pairs(report: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
     """``FORMAT-PRECISION`` -> side -> a row of ``report["quantised"]["files"]``, where both sides are there."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in section.get("files") or ():
-        found.setdefault(f"{row['format']}-{row['precision']}", {})[row["side"]] = row
+    for row in files(report):
+        found.setdefault(name_of(row), {})[row["side"]] = row
     return {name: sides for name, sides in found.items() if len(sides) == 2}
 
 

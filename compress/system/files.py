@@ -159,7 +159,11 @@ def matching(patterns: Sequence[str], what: str) -> list[str]:
         # A file's own name may hold what is special in a pattern.
         paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
         if not paths:
-            raise CompressError("no file matches", where=pattern, fix=f"check the path or pattern of {what}")
+            raise CompressError(
+                "no file matches",
+                where=pattern if pattern.strip() else repr(pattern),
+                fix=f"check the path or pattern of {what}",
+            )
         found += paths
     return found
 

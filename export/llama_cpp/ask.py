@@ -68,15 +68,7 @@ def ask(
             "windows": [list(w) for w in windows], "stepped": list(windows[0]) if stepped else [], "steps": STEPS,
             "prompt": list(prompt), "greedy": greedy, "ends": list(ends), "length": longest, "plain_cache": plain_cache,
         }  # fmt: skip
-        done = subprocess.run(
-            python("-m", "compress.exporters.llama_cpp.worker"),
-            input=json.dumps(job),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        )
-        found = _facts(done, gguf)
+        found = _answer(job, gguf)
         made = [np.load(Path(place) / f"window-{i}.npy") for i in range(len(windows))]
         steps = np.load(Path(place) / "stepped.npy") if stepped else None
     return Answer(found["vocab"], found["load"], found["tokens"], found["ends"], made, steps, found.get("greedy", []))
@@ -93,15 +85,7 @@ def losses(gguf: Path, windows: Sequence[Sequence[int]], threads: int) -> list[N
             "do": "losses", "library": str(library.find()), "gguf": str(gguf), "threads": threads, "out": place,
             "windows": [list(w) for w in windows],
         }  # fmt: skip
-        done = subprocess.run(
-            python("-m", "compress.exporters.llama_cpp.worker"),
-            input=json.dumps(job),
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        )
-        _facts(done, gguf)
+        _answer(job, gguf)
         return [np.load(Path(place) / f"losses-{i}.npy") for i in range(len(windows))]
 
 
@@ -139,6 +123,19 @@ def go_on(gguf: Path, ids: Sequence[int], count: int, threads: int, seen: Callab
         log.seek(0)
         done = subprocess.CompletedProcess(command, child.returncode, last, log.read())
     return str(_facts(done, gguf)["text"])
+
+
+def _answer(job: dict[str, Any], gguf: Path) -> dict[str, Any]:
+    """What the worker says of the whole ``job``."""
+    done = subprocess.run(
+        python("-m", "compress.exporters.llama_cpp.worker"),
+        input=json.dumps(job),
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    )
+    return _facts(done, gguf)
 
 
 def _facts(done: subprocess.CompletedProcess[str], gguf: Path) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from compress.report.build import read_report
 from compress.report.quantised import best
 from compress.report.rows import rows
 from tests.command import Job, compress, one_error
+from tests.recipes.global_mp.test_llm import RECIPE as SPARSE
+from tests.tiny import tiny_job
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp"),
@@ -116,6 +118,32 @@ def test_a_row_is_best_where_no_other_is_as_good_for_less() -> None:
     # By hand: 12 at 50 beats the third and the fourth; two that are alike are both best.
     assert best(table, "bytes") == [True, True, False, False, True]
     assert best(table, "tpot") == [False] * 5
+
+
+def test_what_llama_cpp_cannot_hold_and_widths_that_do_not_fit_are_said_by_plan(job: Job, tmp_path: Path) -> None:
+    asked = ("--set", "quantise={gguf: [q8_0, q4_k_m]}", "--set", "layouts=[per-layer]", "--set", "tyr.round_to=32")
+    model, recipe = tiny_job(tmp_path / "gemma", "gemma3_text")
+    one_error(compress("plan", model, "-r", recipe, *asked), 1, "llama.cpp cannot hold this model", "quantise.gguf")
+    ran = compress("plan", job.model, "-r", job.recipe, *asked)
+    assert ran.code == 0, ran.err
+    assert "gguf q4_k_m: FFN widths in steps of 32 are not all in blocks of 256" in ran.err
+    assert "round_to: 256 avoids it" in ran.err and "q8_0" not in ran.err
+
+
+@pytest.mark.slow
+def test_global_mp_has_the_stage_too(job: Job, tmp_path: Path) -> None:
+    recipe = tmp_path / "sparse.yaml"
+    recipe.write_text(SPARSE.replace("FOLDER", str(job.folder)))
+    given = ("--set", "quantise={gguf: [f16, q8_0]}", "--set", BRIEF, "--set", "evaluation.curve=[]")
+    ran = compress("prune", job.model, "--recipe", recipe, "--out", tmp_path / "run", *given)
+    assert ran.code == 0, ran.err
+    report = read_report(tmp_path / "run")
+    assert len(report["quantised"]["files"]) == 4 and len(list((tmp_path / "run" / "release").glob("*.gguf"))) == 2
+    for row in report["quantised"]["files"]:
+        for text in report["quality"]["texts"]:
+            near = 2e-3 if row["precision"] == "f16" else 2e-2
+            assert row["texts"][text["name"]]["ppl"] == pytest.approx(text[f"{row['side']}_ppl"], rel=near)
+    assert compress("verify", tmp_path / "run").code == 0
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from compress.run.tensor_files import load_tensors
 from compress.schema.recipe import load_recipe
 from compress.schema.strict_yaml import parse_yaml
 from compress.system.arrays import read_array
+from compress.system.files import matching
 from tests.command import compress, one_error
 from tests.fuzz.readers import READERS
 from tools.ci.models import chain
@@ -184,3 +185,10 @@ def test_an_onnx_file_that_onnxruntime_refuses_is_the_files_fault(tmp_path: Path
     onnx.save(model, tmp_path / "new.onnx")
     ran = compress("export", tmp_path / "new.onnx", "--format", "onnx", "--out", tmp_path / "out")
     one_error(ran, 1, "ONNX Runtime cannot load new.onnx", "new.onnx")
+
+
+@pytest.mark.parametrize("pattern", ["", " ", "\t"])
+def test_a_pattern_that_shows_nothing_is_shown_in_quotes(pattern: str) -> None:
+    with pytest.raises(CompressError, match="no file matches") as error:
+        matching([pattern], "the text files")
+    assert error.value.where == repr(pattern)

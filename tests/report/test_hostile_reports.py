@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from markdown_it import MarkdownIt
 
+from compress.errors import CompressError
 from compress.pipeline import method_of
 from compress.recipes.global_mp import card as sparse_card
 from compress.recipes.global_mp import network_card
 from compress.recipes.pagcp import card as channels_card
 from compress.recipes.tyr import card
+from compress.report.build import fingerprint, read_report
 from compress.report.html import page
 from compress.report.metadata import assemble
 from compress.words.escape import json_text, terminal
@@ -50,6 +53,18 @@ def names(report: dict[str, Any]) -> set[str]:
     return found
 
 
+def quantised(report: dict[str, Any], text: str) -> dict[str, Any]:
+    """A section of files at fewer bits with ``text`` wherever it has a text of its own."""
+    row = {
+        "format": "gguf", "precision": "q4_0", "bytes": 100, "perplexity": 9.0, "ttft": 0.1, "tpot": 0.01,
+        "peak_rss": 1000, "runtime": f"llama.cpp{text}", "notes": [f"a row{text}"], "texts": {}, "files": {text: 1},
+    }  # fmt: skip
+    record = copy.deepcopy(report["bench"]) | {"pruned_is": f"gguf-q4_0{text}"}
+    record["spec"]["order"] += text
+    files = [row | {"side": "dense"}, row | {"side": "pruned", "bytes": 50}]
+    return {"files": files, "bench": {"gguf-q4_0": record}, "cache": 1 << 20}
+
+
 def poisoned(report: dict[str, Any], evil: str) -> dict[str, Any]:
     """The report with ``evil`` behind every text in it, and as names of a target, a format and a file."""
     report = copy.deepcopy(report)
@@ -64,6 +79,8 @@ def poisoned(report: dict[str, Any], evil: str) -> dict[str, Any]:
 
     found: dict[str, Any] = within(report)
     found["targets"] = {f"board{evil}": copy.deepcopy(found["bench"]), f"phone{evil}": {"reason": evil}}
+    if "texts" in found["quality"]:
+        found["quantised"] = quantised(found, evil)
     if "data" in found:
         found["export"][f"other{evil}"] = {"pruned": {"bytes": {evil: 1}, "skipped": evil}}
     found["commands"] = {k: evil for k in report["commands"]}
@@ -79,6 +96,8 @@ OURS = {"h1", "h2", "h3", "p", "ul", "li", "strong", "code", "pre", "table", "th
 def test_a_card_holds_nothing_but_its_own_markup(name: str, evil: str) -> None:
     clean, dirty = sample(name), poisoned(sample(name), evil)
     clean["targets"] = {"board": copy.deepcopy(clean["bench"]), "phone": {"reason": ""}}
+    if "texts" in clean["quality"]:
+        clean["quantised"] = quantised(clean, "x")
     if "data" in clean:
         clean["export"]["other"] = {"pruned": {"bytes": {"x": 1}, "skipped": "x"}}
     shape = []
@@ -98,7 +117,7 @@ def test_a_card_holds_nothing_but_its_own_markup(name: str, evil: str) -> None:
 @given(evil=hostile)
 def test_a_cards_head_is_the_same_yaml_with_other_texts(name: str, evil: str) -> None:
     heads = []
-    for report in (sample(name), poisoned(sample(name), evil)):
+    for report in (poisoned(sample(name), ""), poisoned(sample(name), evil)):
         content = assemble(HEADS[name](report), "# text\n")
         head = yaml.safe_load(content.split("\n---\n", 1)[0].removeprefix("---\n"))
         (index,) = head.pop("model-index")
@@ -130,6 +149,36 @@ def test_lines_and_json_of_a_run_hold_no_command(name: str, evil: str) -> None:
     for line in map(terminal, lines):
         assert not is_command(line) and not re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u202e]", line)
     assert not any(is_command(line) for line in json_text(report).split("\n"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"side": "../.."},
+        {"format": "gguf-../../x"},
+        {"precision": "q4_0/../../elsewhere"},
+        {"precision": 4},
+        {"side": None},
+        {"bytes": "many"},
+        {"perplexity": []},
+    ],
+)
+@pytest.mark.parametrize("name", ["tyr", "global-mp-text"])
+def test_a_row_that_names_another_folder_is_no_row(name: str, wrong: dict[str, Any], tmp_path: Path) -> None:
+    """Its words are parts of paths; whoever reads a report is told before anything is opened."""
+    report = sample(name)
+    report["quantised"] = quantised(report, "")
+    write(report, tmp_path)
+    assert read_report(tmp_path)["quantised"] == report["quantised"]
+    report["quantised"]["files"][1].update(wrong)
+    write(report, tmp_path)
+    with pytest.raises(CompressError, match="a figure of the report cannot be read"):
+        read_report(tmp_path)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    content = {k: v for k, v in report.items() if k != "sha256"}
+    (folder / "report.json").write_text(json.dumps(content | {"sha256": fingerprint(content)}))
 
 
 def test_the_samples_are_poisoned_where_texts_of_strangers_stand() -> None:
