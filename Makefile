@@ -18,11 +18,14 @@ demo: $(READY)
 	@echo "for llama.cpp:    $(RUN)-gguf/gguf-q8_0/   and there it goes on with a text:"
 	@echo "                  $(BIN)/compress run $(RUN)-gguf/gguf-q8_0 'The sea' --tokens 32"
 
+# A worker that crashes ends the run with the test that it was in: started anew, pytest-xdist waits for ever.
+TWO = -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
+
 test: $(READY)
-	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow" $(TWO)
 
 quick: $(READY)
-	$(BIN)/pytest -m "not slow and not processes" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -m "not slow and not processes" $(TWO)
 
 slow: $(READY)
 	$(BIN)/pytest -m slow
