@@ -23,6 +23,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.exporters.refused import refusal, still
+from compress.exporters.repeated import kinds, one_of_each, repeat, speaks_of, widths_of
 from compress.models.decoder import blocks
 from compress.run.progress import say
 
@@ -38,6 +39,7 @@ class Exported:
     folder: Path
     bytes: dict[str, int]
     seconds: float
+    traced: int = 0  # blocks of a decoder; the others' nodes are copies
 
 
 def cached_layers(model: Any) -> list[tuple[int, int, int]]:
@@ -91,6 +93,7 @@ class _WithCache(torch.nn.Module):
     def __init__(self, model: Any, layers: list[int]) -> None:
         super().__init__()
         self.model, self.layers = model, layers
+        self.hidden: list[torch.Tensor] = []  # what is given beside the logits and the cache
 
     def forward(
         self,
@@ -112,19 +115,11 @@ class _WithCache(torch.nn.Module):
             use_cache=True,
         ).logits
         present = [t for layer in self.layers for t in (cache.layers[layer].keys, cache.layers[layer].values)]
-        return (logits, *present)
+        return (logits, *present, *self.hidden)
 
 
-def export_llm(model: Any, folder: Path) -> Exported:
-    """Exports ``model`` (float32, any mix of layer sizes) into the existing, empty ``folder``.
-
-    Raises:
-        CompressError: the exporter cannot handle the model.
-    """
-    import onnx_ir as ir
-
-    began = time.monotonic()
-    layers = cached_layers(model)
+def _example(layers: list[tuple[int, int, int]]) -> tuple[Any, Any]:
+    """Inputs to trace with, and which of their lengths are dynamic."""
     batch, length, past_length = 2, 3, 5
     ids = torch.zeros(batch, length, dtype=torch.int64)
     mask = torch.ones(batch, past_length + length, dtype=torch.int64)
@@ -132,16 +127,38 @@ def export_llm(model: Any, folder: Path) -> Exported:
     past = [torch.zeros(batch, heads, past_length, head_dim) for _, heads, head_dim in layers for _ in range(2)]
     b, s, p = (torch.export.Dim(name) for name in ("batch", "sequence", "past"))
     t = torch.export.Dim("total", min=4)  # torch traces every dynamic length as 2 or more: past + sequence
-    shapes = ({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past))
+    return (ids, mask, positions, past), ({0: b, 1: s}, {0: b, 1: t}, {0: b, 1: s}, [{0: b, 2: p}] * len(past))
+
+
+def _traced(model: Any, layers: list[tuple[int, int, int]], each: bool) -> tuple[Any, int]:
+    """The graph of the whole model, of one trace of a block of each kind (or of every one), and how many those are."""
+    whole = _WithCache(model, [i for i, *_ in layers])
+    caches: dict[int, Any] = {i: shape for i, *shape in layers}
+    example, _ = _example(layers)
+    kind = list(range(len(blocks(model)))) if each else kinds(model, lambda: whole(*example), caches, widths=True)
+    program, hidden = _program(model, layers, kind)
+    if speaks_of(program.model.graph, widths_of(model, kind)):
+        kind = kinds(model, lambda: whole(*example), caches, widths=False)
+        program, hidden = _program(model, layers, kind)
+    repeat(program.model, model, kind, hidden, [i for i, *_ in layers])
+    program.optimize()
+    return program.model, len(set(kind))
+
+
+def _program(model: Any, layers: list[tuple[int, int, int]], kind: list[int]) -> tuple[Any, list[str]]:
+    """What torch makes of the model with one block of each kind, and what the hidden states between them are called."""
+    firsts = sorted(set(kind))
+    layers = [layer for layer in layers if layer[0] in firsts]
     names = [f"{i}.{kind}" for i, *_ in layers for kind in ("key", "value")]
-    module = _WithCache(model, [i for i, *_ in layers])
-    say(f"tracing {len(blocks(model))} layers for ONNX")
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
-        traced = None
+    hidden = [f"hidden.{n}" for n in range(len(firsts) + 1)]
+    example, shapes = _example(layers)
+    module, traced = _WithCache(model, [i for i, *_ in layers]), None
+    say(f"tracing {len(firsts)} of {len(kind)} layers for ONNX")
+    with one_of_each(model, kind) as between:
+        module.hidden = between
         try:
             with still():
-                traced = torch.export.export(module, (ids, mask, positions, past), dynamic_shapes=shapes, strict=False)
+                traced = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
                 program = torch.onnx.export(
                     traced,
                     dynamo=True,
@@ -150,13 +167,33 @@ def export_llm(model: Any, folder: Path) -> Exported:
                         *("input_ids", "attention_mask", "position_ids"),
                         *(f"past_key_values.{n}" for n in names),
                     ],
-                    output_names=["logits", *(f"present.{n}" for n in names)],
+                    output_names=["logits", *(f"present.{n}" for n in names), *hidden],
+                    optimize=False,
                     verbose=False,
                 )
         except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError, RuntimeError) as e:
             raise refusal(e, "ONNX", module, traced) from e
     assert program is not None
-    decode = program.model
+    return program, hidden
+
+
+def export_llm(model: Any, folder: Path, each: bool = False) -> Exported:
+    """Exports ``model`` (float32, any mix of layer sizes) into the existing, empty ``folder``.
+
+    Args:
+        each: traces every block, where it would trace one of each kind.
+
+    Raises:
+        CompressError: the exporter cannot handle the model.
+    """
+    import onnx_ir as ir
+
+    began = time.monotonic()
+    layers = cached_layers(model)
+    names = [f"{i}.{kind}" for i, *_ in layers for kind in ("key", "value")]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
+        decode, traced = _traced(model, layers, each)
     _name_axes(decode, names)
     forget_trace(decode)
     ir.save(decode, folder / DECODE, external_data=WEIGHTS)
@@ -165,7 +202,7 @@ def export_llm(model: Any, folder: Path) -> Exported:
     _last_position_only(prefill)
     ir.save(prefill, folder / PREFILL)
     sizes = {name: (folder / name).stat().st_size for name in (PREFILL, DECODE, WEIGHTS)}
-    return Exported(folder, sizes, time.monotonic() - began)
+    return Exported(folder, sizes, time.monotonic() - began, traced)
 
 
 def _name_axes(model: Any, names: list[str]) -> None:

@@ -74,11 +74,11 @@ def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
         return dict(json.loads((once(tmp_path_factory, f"load-{held.hexdigest()}", make) / "found.json").read_text()))
 
-    def export_llm(model: Any, folder: Path) -> Exported:
-        held = hashlib.sha256(f"{type(model)} {model.config.to_json_string()}".encode())
+    def export_llm(model: Any, folder: Path, each: bool = False) -> Exported:
+        held = hashlib.sha256(f"{type(model)} {model.config.to_json_string()} {each}".encode())
         for name, tensor in model.state_dict().items():
             held.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-        made = once(tmp_path_factory, f"export-{held.hexdigest()}", lambda place: export(model, place))
+        made = once(tmp_path_factory, f"export-{held.hexdigest()}", lambda place: export(model, place, each))
         shutil.copytree(made, folder, dirs_exist_ok=True)
         return Exported(folder, {p.name: p.stat().st_size for p in made.iterdir()}, 1.0)
 
