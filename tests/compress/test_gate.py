@@ -52,6 +52,7 @@ def test_a_slower_model_fails_and_everything_is_left_behind(models: Path, tmp_pa
     assert (out / "gate.png").stat().st_size > 5000
 
 
+@pytest.mark.slow  # a minute of measuring; what is measured of a network is gated above, by the same rounds
 def test_prefill_and_decode_of_a_language_model_are_gated_apart(finished: Path) -> None:
     ran = compress(
         *("gate", f"{finished}:dense", finished, "--samples", 1, "--prompt", 8, "--context", 8, "--json"),

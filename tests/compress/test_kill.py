@@ -12,7 +12,7 @@ import pytest
 
 from tests.command import Job
 
-FOLDERS, KILLS_EACH = 2, 7
+KILLS_EACH = 7
 RESULTS = ("plan/plan.safetensors", "plan/plan.json", "plan/search.json", "model/model.safetensors")
 
 # A server that has torch loaded already forks each run: the kills fall into the work, not into the imports.
@@ -54,12 +54,15 @@ def in_work(out: Path) -> str:
     return partial[0] if partial else f"behind {seals(out)} stages"
 
 
-def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(job: Job, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folders", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
+    folders: int, job: Job, tmp_path: Path
+) -> None:
     whole = tmp_path / "whole"
     finish(job, whole)
     draw = random.Random(2)
     kills, places = 0, set()
-    for attempt in range(FOLDERS):
+    for attempt in range(folders):
         out = tmp_path / f"killed-{attempt}"
         # What was resumed is killed too, ever further on: behind so many seals, and a moment later.
         for wanted in sorted(draw.sample(range(seals(whole)), KILLS_EACH)):
@@ -76,8 +79,8 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(job:
         for name in RESULTS:
             assert (out / name).read_bytes() == (whole / name).read_bytes(), (attempt, name, places)
         assert not list(out.rglob("*.partial")) and not list((out / ".scratch").iterdir())
-    assert kills == FOLDERS * KILLS_EACH >= 12
-    assert len(places) >= 6, places  # spread over the run
+    assert kills == folders * KILLS_EACH >= 7
+    assert len(places) >= min(6, 3 + folders), places  # spread over the run
 
 
 @pytest.mark.parametrize("moment", ["before the seal", "before the rename", "behind the rename"])
