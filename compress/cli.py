@@ -29,6 +29,7 @@ except ImportError:
         "\n  fix:   pip uninstall compress, then pip install --force-reinstall compress-toolchain"
     )
 from compress.errors import CompressError
+from compress.system import threads
 from compress.words.escape import json_text, terminal, terminal_lines
 
 MOST = 10**7  # tokens, samples or windows of one call
@@ -46,6 +47,9 @@ Model = Annotated[str, typer.Argument(help="a name from `compress list models`, 
 RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `compress list recipes`, or a YAML file")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
 Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, max=4096, help="of each process  [default: as many as processors]")
+]
 Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
 TargetName = Annotated[
     str | None, typer.Option("--target", "-t", help="a name from `compress list targets`, or a YAML file")
@@ -124,6 +128,7 @@ def prune(
         float,
         typer.Option(min=1, callback=_finite, help="seconds after which a process that does not answer is given up"),
     ] = 1800.0,
+    threads_: Threads = None,
     json_: Json = False,
 ) -> None:
     """Prunes a model, saves it, checks it, exports it, measures it and writes its card.
@@ -133,6 +138,7 @@ def prune(
     from compress.errors import UsageError
     from compress.processes import distributed
 
+    threads.use(threads_)
     count = distributed.wanted(processes)
     if count > 1:
         raise typer.Exit(distributed.launch(count, sys.argv[1:]))
@@ -164,9 +170,11 @@ def plan(
     on: Annotated[
         str, typer.Option("--on", metavar="MACHINE", help="8xh100, 2x8xh100, 1x24gb, a YAML file, or this-machine")
     ] = "this-machine",
+    threads_: Threads = None,
     json_: Json = False,
 ) -> None:
     """Says what `prune` would do: budget, shapes, and memory, disk and time stage by stage. Reads no weight."""
+    threads.use(threads_)
     from compress.pipeline import method_of
     from compress.verbs.common import plan as run
 
@@ -190,9 +198,11 @@ def eval_(
         list[str] | None, typer.Option(help="an lm-evaluation-harness task; needs the extra [eval]")
     ] = None,
     network: Network = None,
+    threads_: Threads = None,
     json_: Json = False,
 ) -> None:
     """Measures perplexity on held-out text; of a network, accuracy on a run's test split."""
+    threads.use(threads_)
     from compress.verbs.by_kind import lines
     from compress.verbs.common import evaluate
 
@@ -601,6 +611,7 @@ def main() -> None:
     from compress.processes import distributed
 
     distributed.leave_no_gaps()
+    threads.wait_passively()
     global _stopping
     _stopping = False
     sys.excepthook = _trace

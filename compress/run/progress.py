@@ -11,12 +11,31 @@ from types import TracebackType
 from typing import Protocol
 
 from compress.processes import distributed
+from compress.system import host
 from compress.words.escape import terminal
 
 QUIET_SECONDS = 2.0  # shorter work shows nothing
 LINE_SECONDS = 15.0  # distance of two plain lines
+BUSY = 1 / 3  # of the time that threads could run: kept waiting so much by other work is said
+ENOUGH = 0.3  # seconds of such time that say something
 # Called with (label, steps done, steps in all), for a program that shows progress in its own way.
 listener: Callable[[str, int, int], None] | None = None
+
+
+class _Machine:
+    """Whether it is the machine that makes work slow: how much of the time that this process could have run it did."""
+
+    def __init__(self) -> None:
+        self._ran, self._waited = time.process_time(), host.waited()
+
+    def words(self) -> str:
+        """What to say of the time since the last call; nothing where most was had."""
+        ran, waited = time.process_time(), host.waited()
+        had, kept = ran - self._ran, None if waited is None or self._waited is None else waited - self._waited
+        self._ran, self._waited = ran, waited
+        if kept is None or had + kept < ENOUGH or kept < BUSY * (had + kept):
+            return ""
+        return f", the machine is busy: {had / (had + kept):.0%} of the processor time that it asks for"
 
 
 class _Shown(Protocol):
@@ -77,10 +96,11 @@ _watch = _Watch()
 
 class _Busy:
     def __init__(self, label: str) -> None:
-        self.label, self._began = label, time.monotonic()
+        self.label, self._began, self._machine = label, time.monotonic(), _Machine()
 
     def draw(self, now: float) -> None:
-        _watch.show(terminal(f"{self.label} ({_clock(now - self._began)})"), sys.stderr.isatty())
+        words = f"{self.label} ({_clock(now - self._began)}{self._machine.words()})"
+        _watch.show(terminal(words), sys.stderr.isatty())
 
 
 @contextmanager
@@ -113,7 +133,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = self._last = time.monotonic()
-        self._shown = False
+        self._shown, self._machine, self._busy = False, _Machine(), ""
+        self._asked = self._began
         if distributed.is_main():
             _watch.begin(self)
         return self
@@ -137,7 +158,10 @@ class Progress:
         spent = now - self._began
         fresh = self.done - self._from
         left = f", {_clock(spent / fresh * (self.total - self.done))} left" if fresh else ""
-        text = terminal(f"{self.label} {self.done}/{self.total} ({_clock(spent)}{left}) {self._note}".rstrip())
+        if now - self._asked >= QUIET_SECONDS:
+            self._asked, self._busy = now, self._machine.words()
+        count = f"{self.label} {self.done}/{self.total} ({_clock(spent)}{left}{self._busy})"
+        text = terminal(f"{count} {self._note}".rstrip())
         filled = round(20 * self.done / max(1, self.total))
         _watch.show(f"[{'#' * filled}{'.' * (20 - filled)}] {text}" if self._live else text, self._live)
 

@@ -121,6 +121,18 @@ def peak_memory() -> int | None:
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
+def waited() -> float | None:
+    """Seconds that threads of this process could have run and were kept waiting for a processor, in all; None where it
+    is not told (other systems than Linux)."""
+    try:
+        threads = os.listdir("/proc/self/task")
+    except OSError:
+        return None
+    told = [(read(f"/proc/self/task/{thread}/schedstat") or "").split() for thread in threads]
+    found = [int(words[1]) for words in told if len(words) == 3]
+    return sum(found) / 1e9 if found else None
+
+
 def give_back_memory() -> None:
     """The C library gives what was freed back to the system, where it knows how to (glibc)."""
     if WINDOWS:

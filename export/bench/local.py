@@ -26,7 +26,7 @@ from compress.processes.children import python
 from compress.report.stats import paired_ratio, summary
 from compress.run.cache import sha256_of
 from compress.run.progress import Progress
-from compress.system import host
+from compress.system import host, threads
 from compress.system.files import whole_file
 
 LLAMA_CPP = "compress.exporters.llama_cpp.worker"
@@ -51,6 +51,7 @@ class Local:
         agent = ("-m", LLAMA_CPP) if request.get("format") == "gguf" else (str(agent_file()),)
         done = subprocess.run(
             python(*agent),
+            env=threads.to_measure(),
             input=json.dumps(request),
             capture_output=True,
             encoding="utf-8",
