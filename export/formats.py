@@ -452,6 +452,9 @@ def describe(folder: Path, form: str) -> dict[str, Any]:
         raise CompressError(f"this folder was not built as {form}", where=str(folder), fix=fix)
     what, where = f"the record of how this folder was built as {form}", str(path)
     facts: dict[str, Any] = typed(read_json(path, what, constants=True, fix=fix), dict, "", what, where, fix)
+    if member(facts, "format", str, what, where, fix=fix) != form:
+        raise CompressError(f"{what} speaks of another format: {facts['format']!r:.80}", where=where, fix=fix)
+    member(facts, "precision", str, what, where, fix=fix)
     sizes, hashes = (member(facts, key, dict, what, where, fix=fix) for key in ("bytes", "sha256"))
     for name in sizes:
         size = member(sizes, name, int, what, where, "bytes", fix)

@@ -108,7 +108,22 @@ def _artefacts(artefact: str, dense: bool) -> dict[str, tuple[str, Path]]:
 
 def _loaded(artefact: str, path: Path, tokenizer: Path | None) -> Loaded:
     found = next((runtime for runtime in RUNTIMES if runtime.takes(path)), None)
-    return found.load(path, tokenizer) if found is not None else _in_torch(artefact, tokenizer)
+    if found is not None:
+        return found.load(path, tokenizer)
+    below = [] if _holds_a_model(path) else [p for p in sorted(path.glob("*/")) if any(r.takes(p) for r in RUNTIMES)]
+    if below:
+        raise UsageError(
+            f"the folder is no model; there are models in it: {', '.join(p.name for p in below)}",
+            where=artefact,
+            fix=f"name one of them: {below[0]}",
+        )
+    return _in_torch(artefact, tokenizer)
+
+
+def _holds_a_model(path: Path) -> bool:
+    from compress.models.saved import KINDS
+
+    return any((place / kind.facts).is_file() for place in (path, path / "model") for kind in KINDS.values())
 
 
 def _one(model: Loaded, text: str, tokens: int, chat: bool) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def test_what_cannot_go_on_is_refused_in_one_sentence(finished: Path, job: Job, 
     one_error(compress("run", job.model, TEXT, "--dense"), 2, "no dense model beside the pruned one")
     one_error(compress("run", finished / "export-pruned" / "decode.onnx", TEXT), 2, "one file of an export")
     one_error(compress("run", tmp_path / "nothing-here", TEXT), 2, "nothing-here")
+    shutil.copytree(finished / "export-pruned", tmp_path / "above" / "onnx")
+    (tmp_path / "above" / "empty").mkdir()
+    one_error(
+        compress("run", tmp_path / "above", TEXT), 2, "there are models in it: onnx", str(tmp_path / "above/onnx")
+    )
     (tmp_path / "net").mkdir()
     (tmp_path / "net" / "network.json").write_text("{}")
     one_error(compress("run", tmp_path / "net", TEXT), 1, "this is a network")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import onnx
 import pytest
 
 from compress.errors import LONGEST, CompressError, UsageError
+from compress.exporters.formats import describe
 from compress.exporters.gate import parse_budget
 from compress.networks.reload import read_facts, reload
 from compress.pipeline import METHODS
@@ -192,3 +194,16 @@ def test_a_pattern_that_shows_nothing_is_shown_in_quotes(pattern: str) -> None:
     with pytest.raises(CompressError, match="no file matches") as error:
         matching([pattern], "the text files")
     assert error.value.where == repr(pattern)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("format", -math.inf), ("format", "mnn"), ("precision", 8), ("format", None)]
+)
+def test_a_record_of_another_format_than_its_name_says_is_one_error(key: str, value: object, tmp_path: Path) -> None:
+    facts = {"format": "ort", "precision": "fp32", "bytes": {}, "sha256": {}}
+    (tmp_path / "ort.json").write_text(json.dumps(facts))
+    assert describe(tmp_path, "ort") == facts
+    (tmp_path / "ort.json").write_text(json.dumps({**facts, key: value}))
+    with pytest.raises(CompressError, match=f"{key}|speaks of another format") as error:
+        describe(tmp_path, "ort")
+    assert error.value.where == str(tmp_path / "ort.json")
