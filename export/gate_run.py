@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters.bench import transport
 from compress.exporters.bench.local import machine_state, measure_once
+from compress.exporters.formats import describe
 from compress.exporters.gate import Budget, Verdict
 from compress.exporters.inputs import OF_TEXT, Inputs
 from compress.exporters.onnx import DECODE, PREFILL
@@ -27,9 +29,11 @@ from compress.exporters.onnx_module import FILE
 from compress.exporters.tensors import read, size, weights_of
 from compress.run.cache import sha256_of
 from compress.run.progress import Progress, say
+from compress.run.strict_json import member, read_json
 
 LABELS = ("baseline", "candidate")
-MODELS = (".onnx", ".mnn")
+MODELS = (".onnx", ".mnn", ".gguf")
+RUNTIMES = {"onnx": "ONNX Runtime", "gguf": "llama.cpp", "genai": "ONNX Runtime GenAI"}  # of language models
 
 
 @dataclass(frozen=True)
@@ -64,10 +68,11 @@ class Artefact:
     inputs: dict[str, tuple[str, tuple[int | str, ...]]]
     quality: dict[str, dict[str, Any]] | None = None
     vocab: int = 0
+    format: str = "onnx"
 
     @property
     def home(self) -> Path:
-        return self.path.parent if self.kind == "network" else self.path
+        return self.path.parent if self.path.is_file() or self.kind == "network" else self.path
 
     @property
     def bytes(self) -> int:
@@ -86,7 +91,8 @@ class Artefact:
 
 
 def find(name: str, path: Path | None = None) -> Artefact:
-    """What ``name`` says: an ONNX or MNN file, a folder with an export, or a run folder (``RUN`` or ``RUN:dense``).
+    """What ``name`` says: an ONNX, MNN or GGUF file, a folder with an export (one for ONNX Runtime GenAI too), or a run
+    folder (``RUN`` or ``RUN:dense``).
 
     Args:
         path: where it lies, if not where its name says.
@@ -112,6 +118,8 @@ def find(name: str, path: Path | None = None) -> Artefact:
             )
         if place.suffix not in MODELS:
             raise UsageError("this is no exported model", where=name, fix=f"name a file that ends in {MODELS[0]}")
+        if place.suffix == ".gguf":
+            return _gguf(name, place)
         if place.name in (PREFILL, DECODE):
             return _text(name, place.parent, None)
         return _network(name, place, None)
@@ -125,11 +133,7 @@ def find(name: str, path: Path | None = None) -> Artefact:
     else:
         quality = None
     if (place / transport.GENAI).is_file():
-        raise UsageError(
-            "this is a folder for ONNX Runtime GenAI, whose loop the gate does not time",
-            where=name,
-            fix="gate the ONNX export that it was made of, or measure it with `compress bench`",
-        )
+        return _genai(name, place)
     there = [kind for kind in (PREFILL, FILE) if (place / kind).is_file()]
     if len(there) > 1:
         raise UsageError(f"there are both {PREFILL} and {FILE}", where=name, fix="name the file that is meant")
@@ -137,7 +141,7 @@ def find(name: str, path: Path | None = None) -> Artefact:
         return _text(name, place, quality) if there == [PREFILL] else _network(name, place / FILE, quality)
     files = [p for p in sorted(place.iterdir()) if p.suffix in MODELS]
     if len(files) == 1:
-        return _network(name, files[0], quality)
+        return _gguf(name, files[0]) if files[0].suffix == ".gguf" else _network(name, files[0], quality)
     what = "there is no exported model here" if not files else f"there are {len(files)} models here"
     raise UsageError(what, where=name, fix=f"name a folder made by `compress export`, or one {MODELS[0]} file")
 
@@ -185,6 +189,49 @@ def _text(name: str, folder: Path, quality: dict[str, dict[str, Any]] | None) ->
     )
 
 
+def _gguf(name: str, path: Path) -> Artefact:
+    from compress.models.quantised import shapes
+
+    if not find_spec("gguf"):
+        fix = "pip install 'compress-toolchain[gguf]'"
+        raise UsageError("a GGUF file is read by the package gguf", where=name, fix=fix)
+    rows = shapes(path).get("token_embd.weight")
+    if rows is None:
+        raise CompressError("this GGUF file holds no language model", where=str(path), fix="export or copy it again")
+    files = transport.artefact(path, "gguf").files
+    parity = _built(path.parent, "gguf")
+    values = parity.get("perplexity") or {}
+    said = {str(parity.get("text")): (values["gguf"], {"positions": parity.get("positions")})} if values else {}
+    return Artefact(name, "text", path, files, {}, {"perplexity": said}, rows[0], "gguf")
+
+
+def _genai(name: str, folder: Path) -> Artefact:
+    from compress.exporters.genai import check_folder
+
+    of = _built(folder, "genai").get("divergence") or {}
+    said = {"the export's text": (of["perplexity"][1], {"tokens": of.get("tokens")})} if of else {}
+    check_folder(folder)
+    what, where = f"the file {transport.GENAI}", str(folder / transport.GENAI)
+    model = member(read_json(folder / transport.GENAI, what), "model", dict, what, where)
+    vocab = member(model, "vocab_size", int, what, where, "model")
+    files = transport.artefact(folder, "genai").files
+    return Artefact(name, "text", folder, files, {}, {"perplexity": said}, vocab, "genai")
+
+
+def _built(folder: Path, form: str) -> dict[str, Any]:
+    """What the export found when it compared its file with the model; nothing where no record lies beside it.
+
+    Raises:
+        CompressError: the record is not what is written, or a file has changed since.
+    """
+    path = folder / f"{form}.json"
+    if not path.exists():
+        return {}
+    fix = f"compress export --format {form}"
+    what = f"the record of how this folder was built as {form}"
+    return dict(member(describe(folder, form), "parity", dict, what, str(path), fix=fix))
+
+
 def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
     """What the run's report says of the dense or the pruned model; None where the run has not got so far."""
     from compress.report.build import read_report
@@ -213,6 +260,18 @@ def check_inputs(baseline: Artefact, candidate: Artefact) -> None:
             f"the baseline is {kinds[baseline.kind]}, the candidate is {kinds[candidate.kind]}",
             where=where,
             fix="name two models of one kind",
+        )
+    if baseline.format != candidate.format:
+        raise UsageError(
+            f"the baseline runs in {RUNTIMES[baseline.format]}, the candidate in {RUNTIMES[candidate.format]}",
+            where=where,
+            fix="name two models for one runtime",
+        )
+    if baseline.kind == "text" and baseline.vocab != candidate.vocab:
+        raise UsageError(
+            f"the baseline has {baseline.vocab:,} token ids, the candidate {candidate.vocab:,}",
+            where=where,
+            fix="only models that take the same inputs are compared",
         )
     fix = "only models that take the same inputs are compared"
     for name in (*baseline.inputs, *(n for n in candidate.inputs if n not in baseline.inputs)):
@@ -308,7 +367,8 @@ def measure(artefact: Artefact, spec: Measuring, seed: int) -> Sample:
         request["shapes"] = whole_shapes(artefact, spec)
         if spec.inputs is not None:
             request["inputs"] = str(spec.inputs.file)
-    found = measure_once(artefact.path, request, vocab=artefact.vocab or None, seed=seed)
+    form = artefact.format if artefact.format in ("gguf", "genai") else None
+    found = measure_once(artefact.path, request, vocab=artefact.vocab or None, format=form, seed=seed)
     if found["emulated"]:
         raise CompressError(
             "this processor is emulated, and an emulated latency says nothing", where="gate", fix="gate on the device"

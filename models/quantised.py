@@ -149,6 +149,18 @@ def _types(path: Path) -> list[str]:
     return sorted(sizes, key=lambda kind: (-sizes[kind], kind))
 
 
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of a GGUF, from its head: name -> shape, as torch has it.
+
+    Raises:
+        CompressError: it is no whole GGUF.
+    """
+    from gguf import GGUFReader
+
+    with _rejected_gguf(path, "this is no whole GGUF file"):
+        return {t.name: tuple(int(d) for d in reversed(t.shape)) for t in GGUFReader(path).tensors}
+
+
 def _tensors(path: Path) -> dict[str, tuple[str, int]]:
     """Of every tensor of a GGUF, from its head: name -> (type, number of values)."""
     from gguf import GGUFReader
