@@ -229,7 +229,8 @@ def _built(folder: Path, form: str) -> dict[str, Any]:
         return {}
     fix = f"compress export --format {form}"
     what = f"the record of how this folder was built as {form}"
-    return dict(member(describe(folder, form), "parity", dict, what, str(path), fix=fix))
+    facts = describe(folder, form)
+    return dict(member(facts, "parity", dict, what, str(path), fix=fix)) if "parity" in facts else {}
 
 
 def _quality(run: Path, form: str) -> dict[str, dict[str, Any]] | None:
