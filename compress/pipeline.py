@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from compress.errors import CompressError
+from compress.language.computing import BATCH_TOKENS
 from compress.language.setup import Setup
 from compress.processes import distributed
 from compress.recipes.global_mp import GlobalMPOptions
@@ -20,6 +21,7 @@ from compress.run.seals import read_stamped, stamped
 from compress.schema.recipe import TEXT, AnyRecipe, Recipe, Task, TextRecipe, load_recipe, lock_text
 from compress.schema.sections import NetworkRecipe
 from compress.schema.stages import STAGES
+from compress.schema.strict_yaml import parse_yaml
 from compress.system.files import write_whole
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ METHODS: dict[str, dict[str, Task]] = {
     },
     "pagcp": {"network": Task(PAGCPOptions, NetworkRecipe, "compress.recipes.pagcp.stages")},
 }
+
+
+_BEFORE = {"type": "float32", "batch_tokens": BATCH_TOKENS}
 
 
 class Method(Protocol):
@@ -114,7 +119,13 @@ def prune(
     method, setup = checked[0] if checked else ready()
     with Run.open(out, fresh) as run:
         lock = run.folder / RECIPE_LOCK
-        distributed.main_says(lambda: _read_or_write_lock(lock, setup, command))
+        there, locked = distributed.main_says(lambda: _read_lock(lock))
+        if isinstance(setup, Setup) and hasattr(setup.recipe, "compute"):
+            from compress.language.computing import settle
+
+            setup.computing = settle(setup.recipe.compute, setup.geometry, locked, str(lock))
+        if not there:
+            distributed.main_says(lambda: _write_lock(lock, setup, command))
         report: dict[str, Any] = method.stages(run, setup, until, command)
         # Only now: a recipe that was refused must not stand for the stages that another one made.
         if distributed.is_main():
@@ -122,11 +133,16 @@ def prune(
         return report
 
 
-def _read_or_write_lock(path: Path, setup: Any, command: str) -> None:
-    if os.path.lexists(path):
-        read_stamped(path, path.name, "delete it: the same command writes it again")
-    else:
-        _write_lock(path, setup, command)
+def _read_lock(path: Path) -> tuple[bool, Any]:
+    """Whether there is a lock file of a recipe, and what it says that the run computes with."""
+    if not os.path.lexists(path):
+        return False, None
+    fix = "delete it: the same command writes it again"
+    found = parse_yaml(read_stamped(path, path.name, fix), path.name, str(path), fix).value
+    if not isinstance(found, dict):
+        raise CompressError(f"{path.name} is no map", where=str(path), fix=fix)
+    # A run that was begun before there was a choice goes on in float32.
+    return True, found.get("compute", _BEFORE)
 
 
 def _write_lock(path: Path, setup: Any, command: str) -> None:
@@ -138,6 +154,7 @@ def _write_lock(path: Path, setup: Any, command: str) -> None:
             "model": {"name": setup.resolved.name, "source": setup.resolved.source, "sha256": setup.weights},
             # What a language model's windows begin with, what an ended text would end with, what stands between two.
             **_text_facts(setup),
+            **({"compute": setup.computing.facts()} if hasattr(setup.recipe, "compute") else {}),
             "versions": versions(),
             "command": command,
         },

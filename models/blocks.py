@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compress.models import decoder
 from compress.models.families.base import alone, caught
+from compress.processes.compute import fast
 
 if TYPE_CHECKING:
     from compress.models.families.base import Family
@@ -42,9 +43,15 @@ class BlockRunner:
         model: a transformers causal LM in evaluation mode, resident or streamed; its weights are read, never changed.
         family: its adapter.
         length: tokens per window; position embeddings and masks are captured once for it.
+        compute: the type that products in the blocks are computed in (`compress.processes.compute`). What comes out is
+            of the model's own type.
+        batch: tokens per forward, at most, where the run has settled it.
     """
 
-    def __init__(self, model: nn.Module, family: Family, length: int) -> None:
+    def __init__(
+        self, model: nn.Module, family: Family, length: int, compute: str = "float32", batch: int | None = None
+    ) -> None:
+        self.compute, self.batch = compute, batch
         self.model, self.family, self.length = model.eval(), family, length
         self.blocks = decoder.blocks(model)
         self.device = family.embedding_device(model)
@@ -87,12 +94,17 @@ class BlockRunner:
     def run(self, index: int, hidden: Tensor, block: nn.Module | None = None) -> Tensor:
         """Block ``index`` (or a pruned stand-in for it): (b, length, hidden) -> the same shape."""
         made = block if block is not None else self.blocks[index]
-        return alone(made(hidden.to(self.device), **self._kwargs[index]))
+        with fast(self.device, self.compute):
+            return self._exact(alone(made(hidden.to(self.device), **self._kwargs[index])))
+
+    def _exact(self, found: Tensor) -> Tensor:
+        return found.float() if self.compute == "bfloat16" else found
 
     def context(self, index: int, hidden: Tensor) -> Tensor:
         """What `o_proj` of block ``index`` reads: (b, length, heads * head_dim). Of attention that stays whole what it
         gives, (b, length, hidden)."""
-        return self.family.context(self.blocks[index], hidden.to(self.device), self._kwargs[index])
+        with fast(self.device, self.compute):
+            return self._exact(self.family.context(self.blocks[index], hidden.to(self.device), self._kwargs[index]))
 
     def middle(self, index: int, hidden: Tensor, attention: Tensor) -> Tensor:
         """The residual stream between attention and FFN, given `o_proj`'s output ``attention`` (b, length, hidden)."""
@@ -101,7 +113,8 @@ class BlockRunner:
     def activation(self, index: int, middle: Tensor) -> Tensor:
         """What `down_proj` of block ``index`` reads: (b, length, ffn). Of an FFN that stays whole what it gives,
         (b, length, hidden)."""
-        return self.family.activation(self.blocks[index], middle.to(self.device), self._kwargs[index])
+        with fast(self.device, self.compute):
+            return self._exact(self.family.activation(self.blocks[index], middle.to(self.device), self._kwargs[index]))
 
     def output(self, index: int, middle: Tensor, ffn: Tensor) -> Tensor:
         """The residual stream behind block ``index``, given `down_proj`'s output ``ffn`` (b, length, hidden)."""

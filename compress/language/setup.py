@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic
 from typing_extensions import TypeVar
 
 from compress import __version__
+from compress.language.computing import Computing
 from compress.models import decoder
 from compress.run.folder import Run
 from compress.schema.recipe import Recipe, TextRecipe
@@ -40,6 +41,11 @@ class Setup(Generic[AnyText]):
     costs: Costs
     config: Any
     weights: str  # hash
+    computing: Computing = field(default_factory=Computing)  # settled when the run folder is open
+
+    def computed(self) -> dict[str, str]:
+        """The type that forwards are computed in, among what decides a stage; nothing where it is float32."""
+        return {"compute": self.computing.type} if self.computing.type != "float32" else {}
 
     @cached_property
     def tokenizer(self) -> Any:

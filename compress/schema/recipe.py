@@ -275,6 +275,11 @@ class Recipe(TextRecipe):
     calibration: Calibration
     recover: RecoverSection | None = None
     serve: ServeSection | None = None
+    compute: Literal["auto", "float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="type of the blocks' products while it calibrates and searches (the evaluation is float32); auto:"
+        " bfloat16 where the processor has units for it",
+    )
 
     @model_validator(mode="after")
     def _widths_divide(self) -> Recipe:

@@ -21,6 +21,7 @@ from typing import Any  # Python 3.9
 
 WINDOWS = sys.platform == "win32"
 CPUINFO = "/proc/cpuinfo"
+BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what the kernel calls the units for products of bfloat16
 LOADAVG = "/proc/loadavg"
 CPUS = "/sys/devices/system/cpu"
 POWERCAP = "/sys/class/powercap"
@@ -171,6 +172,16 @@ def last_cache() -> int | None:
     if not number.rstrip("KM").isdigit():
         return None
     return int(number.rstrip("KM")) * {"K": 1 << 10, "M": 1 << 20}.get(number[-1], 1)
+
+
+def bfloat16_units(cpuinfo: str = CPUINFO) -> str:
+    """What this processor has to multiply bfloat16 with, by the kernel's name; empty where it has nothing, or the
+    system does not tell."""
+    for line in (read(cpuinfo) or "").splitlines():
+        if line.startswith("flags"):
+            flags = line.split(":", 1)[1].split()
+            return next((name for name in BFLOAT16 if name in flags), "")
+    return ""
 
 
 def load_average() -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.language.budget import Option, target_removed
+from compress.language.computing import Computing
+from compress.models.blocks import BlockRunner
 from compress.recipes.tyr import TyrOptions
 from compress.recipes.tyr.local import head_states
 from compress.recipes.tyr.supernet import Menu, neuron_counts
@@ -49,6 +51,11 @@ class Job:
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
     parallel: int = 1  # GPUs that every block will be split over: kept KV groups divide by it
     begin: int = 0  # of a window's first tokens, those that stand in front of every text: read, and not scored
+    computing: Computing = field(default_factory=Computing)  # the type of forwards, and how many tokens run together
+
+    def runner(self, length: int) -> BlockRunner:
+        """The dense model cut at its blocks, for windows of so many tokens."""
+        return BlockRunner(self.model, self.family, length, self.computing.type, self.computing.batch_tokens)
 
     @property
     def skip(self) -> int:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from compress.language.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.language.plan import BlockPlan, Plan
-from compress.models.blocks import BlockRunner
 from compress.models.streaming import in_step
 from compress.recipes.tyr import TyrOptions, stock
 from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, removed, savings, settle
@@ -110,7 +109,7 @@ def _evaluator(
 ) -> Evaluator:
     """An evaluator whose journal belongs to these inputs alone: another recipe's evaluations are not taken for ours."""
     options = job.options.search
-    runner = BlockRunner(job.model, job.family, windows.shape[1])
+    runner = job.runner(windows.shape[1])
     return Evaluator(
         runner,
         Supernet([run.check(path.parent) / path.name for path in files], job.geometry),

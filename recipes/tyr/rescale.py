@@ -58,7 +58,7 @@ def _kl_sums(runner: BlockRunner, teaching: Tensor, hidden: Tensor, scales: Sequ
 def kl_at(job: Job, plan: Plan, windows: Tensor, scales: Sequence[float], label: str) -> Tensor:
     """Mean KL(dense || pruned) in nats over all positions of ``windows`` (n, length) that are scored, at each scale of
     the logits: (len(scales),) float64. Processes divide the windows."""
-    runner = BlockRunner(job.model, job.family, windows.shape[1])
+    runner = job.runner(windows.shape[1])
     mine = windows[share(len(windows)).start : share(len(windows)).stop]
     with torch.no_grad(), in_step(job.model), Progress(len(runner.blocks), f"{label}: blocks") as bar:
         dense = [runner.embed(ids) for ids in mine.split(1)]

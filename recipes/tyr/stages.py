@@ -87,12 +87,13 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         sparsity=setup.recipe.sparsity,
         seed=setup.recipe.seed,
         options=setup.recipe.options,
-        inputs={"version": __version__, "weights": setup.weights, "text": dict(data)},
+        inputs={"version": __version__, "weights": setup.weights, "text": dict(data), **setup.computed()},
         offload=setup.recipe.memory.offload,
         dtype=setup.stored_dtype,
         judging=windows.judging if windows is not None else None,
         begin=len(windows.begin) if windows is not None else 0,
         parallel=setup.recipe.serve.tensor_parallel if setup.recipe.serve is not None else 1,
+        computing=setup.computing,
     )
 
 

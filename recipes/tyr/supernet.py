@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.language.activations import Room, load_part, save_part
+from compress.language.computing import BATCH_TOKENS as BATCH_TOKENS
+from compress.language.computing import batch_tokens as batch_tokens
 from compress.models.blocks import BlockRunner
 from compress.processes.distributed import from_main, is_main, main_says, share, world
 from compress.recipes.tyr.local import Moments, Problem, Score, channels, damp, neuron_levels, prune_heads
@@ -31,19 +33,8 @@ Target = Literal["own", "output", "residual"]
 Accumulation = Literal["expectation", "uniform", "none"]
 TokenWeight = Literal["norm", "none"]
 
-BATCH_TOKENS = 2048  # tokens per forward, at most
-GPU_BATCH_TOKENS, GPU_BATCH_BYTES = 16384, 2**30
 BATCHES = 16  # a set of windows makes at least so many batches, where it has so many windows: work for 16 processes
 KEEP_BYTES = 2**31  # a sublayer's inputs are kept while they take no more than this
-
-
-def batch_tokens(geometry: Geometry, gpu: bool) -> int:
-    """Tokens per forward, at most. A GPU is given more of them, as long as they fit in `GPU_BATCH_BYTES`: launching a
-    kernel takes it as long as a small model's work on a thousand tokens."""
-    if not gpu:
-        return BATCH_TOKENS
-    each = 4 * 4 * (max(block.ffn for block in geometry.blocks) + geometry.hidden)
-    return max(BATCH_TOKENS, min(GPU_BATCH_TOKENS, GPU_BATCH_BYTES // each // BATCH_TOKENS * BATCH_TOKENS))
 
 
 def batch_windows(count: int, length: int, most: int | None = None) -> int:
@@ -140,8 +131,8 @@ class Streams:
 
 
 def runner_tokens(runner: BlockRunner) -> int:
-    """`batch_tokens` of a model where it lies."""
-    return batch_tokens(runner.family.geometry(runner.model.config), runner.device.type != "cpu")
+    """Tokens per forward, at most: as the run has settled, or `batch_tokens` of a model where it lies."""
+    return runner.batch or batch_tokens(runner.family.geometry(runner.model.config), runner.device.type != "cpu")
 
 
 def own_batches(ids: Tensor, most: int | None = None) -> tuple[range, list[slice]]:

@@ -70,7 +70,8 @@ def metrics_of(run: Run, job: Job) -> Metrics:
         run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, never, read=False)
         left -= 1
     if left:
-        runner = BlockRunner(job.model, job.family, windows.shape[1])
+        # Gradients are float32 whatever the forwards of the walk are.
+        runner = BlockRunner(job.model, job.family, windows.shape[1], batch=job.computing.batch_tokens)
         with in_step(job.model):
             output_metrics(runner, windows, job.seed, run.scratch("metrics"), left, write, job.skip)
     run.drop_scratch("metrics")
@@ -119,7 +120,7 @@ def walk(
     if sealed == layers:
         run.drop_scratch(name)
         return folders
-    runner = BlockRunner(job.model, job.family, calibration.shape[1])
+    runner = job.runner(calibration.shape[1])
     room = room_for(run, job, name, runner, STREAMS * calibration.numel())
     how = local_of(job.options, accumulation)
 
