@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters.gate import parse_budget
-from compress.exporters.gate_run import Artefact, Measuring, check_inputs, compare, find, self_test, whole_shapes
+from compress.exporters.gate_models import Artefact, check_inputs, find
+from compress.exporters.gate_run import Measuring, compare, self_test, whole_shapes
 from compress.exporters.gate_run import measure as really
 from tools.ci.models import chain
 

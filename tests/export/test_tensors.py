@@ -19,7 +19,7 @@ from compress.exporters import formats, runtimes
 from compress.exporters.bench.transport import artefact, folder_name
 from compress.exporters.bisect import tensors as every_tensor
 from compress.exporters.formats import BuildOptions, Source, make
-from compress.exporters.gate_run import find
+from compress.exporters.gate_models import find
 from compress.exporters.onnx_module import input_shape
 from compress.exporters.ort import session
 from compress.exporters.tensors import files, gather, read, size, walk

@@ -572,11 +572,11 @@ def _genai_checked(folder: Path) -> Any:
 
 def _graph(folder: Path) -> Any:
     """What `export`, `gate` and `bench` read of an ONNX file before anything is built of it."""
-    from compress.exporters import gate_run, tensors
+    from compress.exporters import gate_models, tensors
     from compress.exporters.formats import random_feed, read_graph
 
     graph = read_graph(folder / "net.onnx")
-    found = gate_run.find(str(folder / "net.onnx"))
+    found = gate_models.find(str(folder / "net.onnx"))
     feed = random_feed(graph, {"batch": 1})
     copied = folder.parent / "gathered.onnx"
     tensors.gather(folder / "net.onnx", copied)
