@@ -208,18 +208,15 @@ def one_of_each(model: Any, kind: Sequence[int]) -> Iterator[list[Any]]:
 
 
 def speaks_of(graph: Any, numbers: set[int]) -> bool:
-    """Whether a constant or an attribute of ``graph`` is one of ``numbers``."""
-    if not numbers:
-        return False
+    """Whether a constant, whole or within an attribute, of ``graph`` is one of ``numbers``."""
+    whole = (v.const_value.numpy() for v in graph.initializers.values())
+    constants = [value.reshape(-1).tolist() for value in whole if value.dtype.kind in "iu"]
     for node in graph:
         for attribute in node.attributes.values():
             value = attribute.value
-            held = value.numpy().reshape(-1)[:64].tolist() if hasattr(value, "numpy") else value
-            if any(
-                v in numbers for v in (held if isinstance(held, list | tuple) else [held]) if isinstance(v, int | float)
-            ):
-                return True
-    return False
+            held = value.numpy().reshape(-1).tolist() if hasattr(value, "numpy") else value
+            constants.append(held if isinstance(held, list | tuple) else [held])
+    return any(not numbers.isdisjoint(v for v in held if isinstance(v, int | float)) for held in constants)
 
 
 def repeat(model_: Any, model: Any, kind: Sequence[int], hidden: Sequence[str], caches: Sequence[int]) -> None:
