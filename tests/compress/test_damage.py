@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("done_once")
 
 METHODS = (
     pytest.param("tyr", marks=pytest.mark.slow),
-    "global-mp text",
+    pytest.param("global-mp text", marks=pytest.mark.slow),
     pytest.param("global-mp network", marks=pytest.mark.slow),
     "pagcp",
 )
