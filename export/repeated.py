@@ -243,17 +243,17 @@ def repeat(model_: Any, model: Any, kind: Sequence[int], hidden: Sequence[str], 
     facts = [_facts(block, None) for block in blocks(model)]
     sizes = [dict(_differ(facts[j], facts[i]) or ()) for i, j in enumerate(kind)]
     made = _Copies(graph, names, held, f"model.{prefix(model)}")
-    at = edges[0]
+    at, reads = edges[0], []
     for i, j in enumerate(kind):
         n = firsts.index(j)
         if i == j:
-            for use in readers[j]:
-                use.node.replace_input_with(use.idx, at)
+            reads += [(use, at) for use in readers[j]]
             at = edges[n + 1]
         else:
             at = made.copy(own[j], j, i, {edges[n]: at}, sizes[i])[edges[n + 1]]
-    for use in behind:
-        use.node.replace_input_with(use.idx, at)
+    # Only now: until then the blocks of the graph are what copies are made of.
+    for use, value in (*reads, *((use, at) for use in behind)):
+        use.node.replace_input_with(use.idx, value)
     _put_in_order(graph, names, made.made, caches)
     graph.sort()
 

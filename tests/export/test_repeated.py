@@ -74,13 +74,14 @@ def test_blocks_that_are_no_chain_or_share_a_weight_are_each_their_own() -> None
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
-    """A model of three blocks of which two are of one kind, in graphs of two traced blocks, and of three."""
-    model = cut(tiny("llama", num_hidden_layers=3), (10, 20), (0, 48), ALL)
+    """A model of four blocks of two kinds, in graphs of two traced blocks, and of four. The first of the second kind
+    stands behind a copy, and is copied itself."""
+    model = cut(tiny("llama"), (10, 20), ALL, (0, 48), (0, 20))
     folder = tmp_path_factory.mktemp("both")
     (folder / "once").mkdir()
     (folder / "each").mkdir()
     assert export_llm(model, folder / "once").traced == 2
-    assert export_llm(model, folder / "each", each=True).traced == 3
+    assert export_llm(model, folder / "each", each=True).traced == 4
     return model, folder / "once", folder / "each"
 
 
