@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,6 +26,9 @@ from compress.run.cache import sha256_of
 from compress.schema.sections import DataSpec
 
 NAME_FOLDER = "name a folder of your own: --set data.folder=PATH"
+LISTED = 64 << 20  # bytes of a list of names, or of the boxes of one image
+RELATIVE = re.compile(r"[^/\\\x00-\x1f\x7f][^\\\x00-\x1f\x7f]*")  # a relative path
+HELD_OUT_NAMES = ("test", "val", "validation")
 HELD_OUT = 0.1  # share of the training part that becomes a split the source does not have
 
 

@@ -233,7 +233,7 @@ def test_a_mask_of_the_image_as_it_is_stored_is_refused(tmp_path: Path) -> None:
 
 
 def test_masks_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
-    from compress.data.layouts import _Pixels, _target
+    from compress.data.pixel_layouts import _Pixels, _target
 
     values = np.rint(RAMP * 65535).astype(np.uint16)
     got = _target(_Pixels("saliency", "mask", ()), values, (HEIGHT, WIDTH), tmp_path / "a.png")

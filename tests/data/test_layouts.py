@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from compress.data.images import Split, load
-from compress.data.layouts import PARTS, VOC_CLASSES
+from compress.data.pixel_layouts import PARTS, VOC_CLASSES
 from compress.errors import CompressError
 from compress.schema.sections import DataSpec
 from tests.networks import write_class_folders
