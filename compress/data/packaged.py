@@ -20,8 +20,8 @@ from torch import Tensor
 
 from compress.data.decode import pixels, upright
 from compress.data.images import NAME_FOLDER, Split, Splits, resized, splits_of
+from compress.data.packaged_text import fetch
 from compress.data.tasks import Task
-from compress.data.text import fetch
 from compress.errors import CompressError
 from compress.processes.children import python
 from compress.run.cache import cache_dir, tensors_sha
