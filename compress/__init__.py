@@ -15,11 +15,12 @@ from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
     from compress.api import Result, bench, evaluate, export, gate, generate, load, plan, prune, verify
+    from compress.data.job import Job
 
 __version__ = "0.2.0"
 __all__ = [
-    "CompressError", "Result", "UsageError", "bench", "evaluate", "export", "gate", "generate", "load", "plan", "prune",
-    "verify",
+    "CompressError", "Job", "Result", "UsageError", "bench", "evaluate", "export", "gate", "generate", "load", "plan",
+    "prune", "verify",
 ]  # fmt: skip
 
 # ONNX Runtime (from 1.29) and its GenAI send usage figures away from their start on, unless this is set before. Whoever
@@ -29,6 +30,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 def __getattr__(name: str) -> Any:
     """The verbs, when they are first asked for: `import compress` stays quick."""
+    if name == "Job":
+        return importlib.import_module("compress.data.job").Job
     if name in __all__:
         return getattr(importlib.import_module("compress.api"), name)
     raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -92,6 +92,12 @@ def network_source(path: Path, model: Any, inputs: Any, options: BuildOptions, m
     """A network with its held-out samples ``inputs`` (n, ...) as feeds, in batches of the benchmarked size."""
     source = Source(path, model, **more)
     graph = formats.read_graph(formats.components(path)["model"])
+    if len(graph.inputs) != 1:
+        raise CompressError(
+            f"{options.format} is built and compared for networks of one input, and this one takes {len(graph.inputs)}",
+            where=str(path),
+            fix="leave out --format: the ONNX file runs in ONNX Runtime as it is",
+        )
     (port,) = graph.inputs
     axes = formats.profiles_of(options, "model", graph)[0]
     size = next(iter(axes.values()))[1] if axes else int(port.shape[0])

@@ -349,6 +349,36 @@ KINDS: dict[str, Kind] = {
 # --- heads ----------------------------------------------------------------------------------------------------------
 
 
+def tensors(outputs: Any) -> list[Tensor]:
+    """Every tensor in the outputs, however they are nested, in a fixed order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        outputs = [getattr(outputs, f.name) for f in dataclasses.fields(outputs)]
+    elif isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [t for item in outputs for t in tensors(item)] if isinstance(outputs, list | tuple) else []
+
+
+def floating(outputs: Any) -> list[Tensor]:
+    """Those of `tensors` that hold floats."""
+    return [t for t in tensors(outputs) if t.is_floating_point()]
+
+
+def output_names(outputs: Any) -> list[str]:
+    """Names for the floats that a model returned where no task names them: ``output``, the keys in a mapping or
+    dataclass, or ``output0``, ``output1`` ... of all that is nested in a list or tuple."""
+    if isinstance(outputs, Tensor):
+        return ["output"]
+    if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        outputs = {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
+    elif hasattr(outputs, "_asdict"):
+        outputs = outputs._asdict()
+    if isinstance(outputs, Mapping):
+        return [str(k) for k, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return [f"output{i}" for i in range(len(floating(outputs)))]
+
+
 def named(outputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """What a model returned, by name: a tensor, a mapping, a list or tuple in the order of ``names``, or a dataclass.
 
@@ -377,6 +407,8 @@ def named(outputs: Any, names: Sequence[str]) -> dict[str, Tensor]:
                 fix=f"its heads are: {', '.join(str(k) for k in outputs)}",
             )
         return {name: outputs[name] for name in names}
+    if isinstance(outputs, list | tuple) and list(names) == [f"output{i}" for i in range(len(names))]:
+        outputs = floating(outputs)
     if isinstance(outputs, list | tuple) and all(isinstance(o, Tensor) for o in outputs):
         if len(outputs) != len(names):
             raise CompressError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.data.inputs import Inputs, call, size
+
 RECURRENT = (nn.RNNBase, nn.modules.rnn.RNNCellBase)
 LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,7 +41,7 @@ class LayerFlops:
 
 
 @torch.no_grad()
-def count_flops(model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | None = None) -> list[LayerFlops]:
+def count_flops(model: nn.Module, sample: Inputs, masks: Mapping[str, Tensor] | None = None) -> list[LayerFlops]:
     """FLOPs of every linear and convolutional layer for one ``sample`` (1, c, ...), biases left out.
 
     Args:
@@ -61,7 +63,7 @@ def count_flops(model: nn.Module, sample: Tensor, masks: Mapping[str, Tensor] | 
 
 
 @torch.no_grad()
-def flops_elsewhere(model: nn.Module, sample: Tensor) -> dict[str, int]:
+def flops_elsewhere(model: nn.Module, sample: Inputs) -> dict[str, int]:
     """FLOPs of the weights that `count_flops` does not know, by parameter name, for one ``sample``.
 
     Those of recurrent layers and cells, of multi-head attention's projections, of `Bilinear` and (none) of embeddings.
@@ -90,13 +92,14 @@ def _attention(key: str, parameter: Tensor, queries: int, keys: int) -> int:
     return 2 * parameter.numel() * {"q_proj_weight": queries, "k_proj_weight": keys, "v_proj_weight": keys}.get(key, 0)
 
 
-def _uses(model: nn.Module, sample: Tensor) -> dict[str, int]:
+def _uses(model: nn.Module, sample: Inputs) -> dict[str, int]:
     """How often the layers' weights are used for one sample, by module name; of attention ``name query``, ``name key``
     and, as its output projection is no call of its own, that of ``name.out_proj``."""
     uses: dict[str, int] = {}
+    samples = size(sample)
 
     def add(name: str, seen: Tensor, channels: int) -> None:
-        uses[name] = uses.get(name, 0) + seen.numel() // channels // len(sample)
+        uses[name] = uses.get(name, 0) + seen.numel() // channels // samples
 
     def count(name: str, module: nn.Module, inputs: Any, more: dict[str, Any], output: Any) -> None:
         if isinstance(module, nn.MultiheadAttention):
@@ -125,7 +128,7 @@ def _uses(model: nn.Module, sample: Tensor) -> dict[str, int]:
     was = model.training
     model.eval()
     try:
-        model(sample)
+        call(model, sample)
     finally:
         model.train(was)
         for handle in handles:

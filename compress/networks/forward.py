@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.data.inputs import Inputs, call, mapped
 from compress.errors import CompressError
 
 
-def check_branches(model: nn.Module, x: Tensor) -> None:
+def _moved(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Floats changed; an index that is moved may lie outside of its table."""
+    return lambda t: change(t) if t.is_floating_point() else t
+
+
+# Other inputs of the same shapes, made of real ones.
+CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: t[:1].expand_as(t),
+    lambda t: t[-1:].expand_as(t),
+    _moved(torch.zeros_like),
+    _moved(torch.ones_like),
+    _moved(lambda t: t + 1),
+    _moved(lambda t: t - 1),
+    _moved(lambda t: 10 * t),
+    _moved(torch.neg),
+)
+
+
+def check_branches(model: nn.Module, x: Inputs) -> None:
     """Refuses a network that calls other layers for other inputs: what is traced on one would not hold for the next.
 
     Args:
@@ -23,10 +42,11 @@ def check_branches(model: nn.Module, x: Tensor) -> None:
         CompressError: a layer that is called for some inputs alone is named.
     """
     model = copy.deepcopy(model).eval()
-    x = x.to(next(model.parameters()).device)
+    place = next(model.parameters()).device
+    x = mapped(x, lambda t: t.to(place))
     first = called(model, x)
-    shifted = (torch.zeros_like(x), torch.ones_like(x), x + 1, x - 1, 10 * x, -x)
-    for other in (x[:1].expand_as(x), x[-1:].expand_as(x), *shifted):
+    for change in CHANGES:
+        other = mapped(x, change)
         try:
             layer = _apart(first, called(model, other))
         except Exception:  # made up: what a network does not take says nothing of its branches
@@ -39,17 +59,27 @@ def check_branches(model: nn.Module, x: Tensor) -> None:
             )
 
 
-def check_training_alone(model: nn.Module, x: Tensor) -> None:
+def check_training_alone(model: nn.Module, x: Inputs, own: bool = False) -> None:
     """Refuses layers that are run in training alone (heads beside): groups are traced in evaluation, so cutting what
     such a layer reads would leave it with inputs that are not there.
+
+    Args:
+        own: the network is trained by code of the user's, which may call it otherwise in training (with targets): what
+            it does not take of ``x`` is then left to that code.
 
     Raises:
         CompressError: the first such layer is named.
     """
     model = copy.deepcopy(model)
-    x = x.to(next(model.parameters()).device)
+    place = next(model.parameters()).device
+    x = mapped(x, lambda t: t.to(place))
     evaluated = called(model.eval(), x)
-    trained = called(model.train(), x)
+    try:
+        trained = called(model.train(), x)
+    except Exception:
+        if own:
+            return
+        raise
     layer = next((name for name in trained if name not in evaluated), None)
     if layer is not None:
         raise CompressError(
@@ -60,11 +90,11 @@ def check_training_alone(model: nn.Module, x: Tensor) -> None:
         )
 
 
-def called(model: nn.Module, x: Tensor) -> list[str]:
+def called(model: nn.Module, x: Inputs) -> list[str]:
     """The layers with weights in the order in which they are called."""
     found: list[str] = []
     with _noted(model, found), torch.no_grad():
-        model(x)
+        call(model, x)
     return found
 
 

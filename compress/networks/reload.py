@@ -18,8 +18,11 @@ from compress.run.tensor_files import load_tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compress.data.inputs import Inputs
+
 FIX = "make the model again, or copy it whole"
 FINGERPRINT = "fingerprint.safetensors"
+OUTPUT = "output"  # the kind of an output that is no task's: a job's
 LARGEST_ARGUMENT = 100_000  # of a network: no count of channels, blocks or classes is larger
 
 
@@ -29,7 +32,7 @@ class Reloaded:
 
     model: nn.Module
     facts: dict[str, Any]
-    inputs: Tensor  # (n, ...) float32, prepared
+    inputs: Inputs  # (n, ...), float32 and prepared where it is our data
     found: dict[str, Any]
 
 
@@ -52,15 +55,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     large = next((k for k, v in arguments.items() if isinstance(v, int | float) and abs(v) > LARGEST_ARGUMENT), None)
     if large is not None:
         refuse(f"the argument {large!r} is beyond {LARGEST_ARGUMENT:,}")
-    sizes = member(facts, "input", list, what, where, fix=FIX)
-    if not 2 <= len(sizes) <= 4 or not all(type(n) is int and 1 <= n <= LARGEST_ARGUMENT for n in sizes):
-        refuse(f"'input' is {sizes!r:.60}, not the sizes of a sample")
-    for key in ("mean", "std"):
-        values = member(facts, key, list, what, where, fix=FIX)
-        if len(values) != sizes[0] or any(type(v) not in (int, float) or not abs(v) < 1e15 for v in values):
-            refuse(f"{key!r} is {values!r:.60}, not a number for each of {sizes[0]} channels")
-    if min(facts["std"]) <= 0:
-        refuse("'std' is not above 0")
+    if "inputs" in facts:
+        _check_inputs(facts, what, where)
+    else:
+        _check_sample(facts, what, where)
     for name, shape in typed(facts.get("widths", {}), dict, "widths", what, where, FIX).items():
         for axis in typed(shape, dict, f"widths.{name}", what, where, FIX):
             member(shape, axis, int, what, where, f"widths.{name}", FIX)
@@ -72,11 +70,55 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return dict(facts)
 
 
+def _check_sizes(sizes: Any, least: int, most: int) -> bool:
+    """Whether these are the sizes of one sample."""
+    return (
+        isinstance(sizes, list)
+        and least <= len(sizes) <= most
+        and all(type(n) is int and 1 <= n <= LARGEST_ARGUMENT for n in sizes)
+    )
+
+
+def _check_inputs(facts: dict[str, Any], what: str, where: str) -> None:
+    """Of a job's network: the form in which it is called, and every input's shape and type."""
+    form = member(facts, "form", str, what, where, fix=FIX)
+    inputs = member(facts, "inputs", dict, what, where, fix=FIX)
+    names = {"tensor": ["input"], "tuple": [f"input{i}" for i in range(len(inputs))], "dict": list(inputs)}
+    if not inputs or list(inputs) != names.get(form):
+        said = f"{what} are not what they should be: 'form' is {form!r:.40}, with the inputs {list(inputs)!r:.60}"
+        raise CompressError(said, where=where, fix=FIX)
+    for name, port in inputs.items():
+        at = f"inputs.{name}"
+        typed(port, dict, at, what, where, FIX)
+        member(port, "dtype", str, what, where, at, FIX)
+        sizes = member(port, "shape", list, what, where, at, FIX)
+        if not _check_sizes(sizes, 0, 8):
+            said = f"{what} are not what they should be: '{at}.shape' is {sizes!r:.60}, not the sizes of a sample"
+            raise CompressError(said, where=where, fix=FIX)
+
+
+def _check_sample(facts: dict[str, Any], what: str, where: str) -> None:
+    """Of a network on our data: the shape of a sample, and how its channels are normalised."""
+
+    def refuse(said: str) -> NoReturn:
+        raise CompressError(f"{what} are not what they should be: {said}", where=where, fix=FIX)
+
+    sizes = member(facts, "input", list, what, where, fix=FIX)
+    if not _check_sizes(sizes, 2, 4):
+        refuse(f"'input' is {sizes!r:.60}, not the sizes of a sample")
+    for key in ("mean", "std"):
+        values = member(facts, key, list, what, where, fix=FIX)
+        if len(values) != sizes[0] or any(type(v) not in (int, float) or not abs(v) < 1e15 for v in values):
+            refuse(f"{key!r} is {values!r:.60}, not a number for each of {sizes[0]} channels")
+    if min(facts["std"]) <= 0:
+        refuse("'std' is not above 0")
+
+
 def _check_task(task: dict[str, Any], at: str, what: str, where: str) -> None:
     from compress.data.tasks import KINDS
 
     member(task, "name", str, what, where, at, FIX)
-    if member(task, "kind", str, what, where, at, FIX) not in KINDS:
+    if member(task, "kind", str, what, where, at, FIX) not in (*KINDS, OUTPUT):
         said = f"{what} are not what they should be: '{at}.kind' is {task['kind']!r:.60}"
         raise CompressError(said, where=where, fix=f"one of: {', '.join(KINDS)}")
     for name in member(task, "classes", list, what, where, at, FIX):
@@ -117,18 +159,19 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
     """
     import torch
 
+    from compress.data.inputs import call
     from compress.data.tasks import named
     from compress.models.zoo import build, load_weights
     from compress.networks.surgery import resize
 
     facts = read_facts(folder)
     names = [task["name"] for task in facts["tasks"]]
-    kept = _fingerprint(folder, facts, names)
+    x, kept = _fingerprint(folder, facts, names)
     model = _built(folder, facts) if network is None else build(network, facts["arguments"])
     model = resize(model.eval(), facts.get("widths", {}))
     load_weights(model, folder / "model.safetensors")
     with torch.no_grad():
-        out = model(kept["input"])
+        out = call(model, x)
     outputs = named(out, names)
     for name in names:
         if outputs[name].shape != kept[f"output.{name}"].shape:
@@ -145,7 +188,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
         "parameters": sum(p.numel() for p in model.parameters()),
         "class": type(model).__name__,
     }
-    return Reloaded(model, facts, kept["input"], found)
+    return Reloaded(model, facts, x, found)
 
 
 def _built(folder: Path, facts: dict[str, Any]) -> nn.Module:
@@ -156,11 +199,13 @@ def _built(folder: Path, facts: dict[str, Any]) -> nn.Module:
     """
     import torch
 
-    from compress.models.zoo import build
+    from compress.models.zoo import build, job_of
 
     path = folder / "network.json"
     there = (folder / "model.safetensors").stat().st_size if (folder / "model.safetensors").is_file() else 0
     try:
+        if ".py:" in facts["network"] and job_of(facts["network"]) is not None:
+            return build(facts["network"], facts["arguments"])  # with weights: none of it can be made on meta
         with torch.device("meta"):
             size = sum(t.nbytes for t in build(facts["network"], facts["arguments"]).state_dict().values())
         # What was pruned may be a small part of what is made first.
@@ -175,22 +220,42 @@ def _built(folder: Path, facts: dict[str, Any]) -> nn.Module:
         raise CompressError(said, where=f"{path}, arguments", fix=FIX) from e
 
 
-def _fingerprint(folder: Path, facts: dict[str, Any], names: list[str]) -> dict[str, Tensor]:
-    """The held-out samples that lie with a network, and what it gave for each task.
+def fingerprint_inputs(x: Inputs) -> dict[str, Tensor]:
+    """The inputs as a fingerprint holds them: ``input``, or ``input.NAME`` of several."""
+    from compress.data.inputs import form_of, inputs_by_name
+
+    return {"input": x} if form_of(x) == "tensor" else {f"input.{k}": t for k, t in inputs_by_name(x).items()}
+
+
+def _fingerprint(folder: Path, facts: dict[str, Any], names: list[str]) -> tuple[Inputs, dict[str, Tensor]]:
+    """The held-out samples that lie with a network, and the tensors with what it gave for each task.
 
     Raises:
         CompressError: it cannot be read, or a tensor is missing, of another kind, or of another shape than the input.
     """
+    from compress.data.inputs import formed
+
     path = folder / FINGERPRINT
     kept = load_tensors(path, "the fingerprint", FIX)
-    for name in ("input", *(f"output.{n}" for n in names)):
-        if name not in kept or not kept[name].is_floating_point() or not bool(kept[name].isfinite().all()):
+    ports = facts.get("inputs") or {"input": {"shape": facts["input"], "dtype": None}}
+    form = facts.get("form", "tensor")
+    keys = {name: name if form == "tensor" else f"input.{name}" for name in ports}
+    whole = {keys[n] for n, port in ports.items() if port["dtype"] not in (None, "float32", "float64", "float16")}
+    for name in (*keys.values(), *(f"output.{n}" for n in names)):
+        if name not in kept or not (name in whole or kept[name].is_floating_point()):
             raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=str(path), fix=FIX)
-    shape = list(kept["input"].shape)
-    if shape[1:] != facts["input"] or not shape[0] >= 1:
-        said = f"the fingerprint's input is {shape}, and network.json says {facts['input']} of one sample"
-        raise CompressError(said, where=str(path), fix=FIX)
-    return kept
+        if not bool(kept[name].isfinite().all()):
+            raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=str(path), fix=FIX)
+    for name, port in ports.items():
+        held = kept[keys[name]]
+        shape = list(held.shape)
+        if shape[1:] != port["shape"] or not shape or not shape[0] >= 1:
+            said = f"the fingerprint's {keys[name]} is {shape}, and network.json says {port['shape']} of one sample"
+            raise CompressError(said, where=str(path), fix=FIX)
+        if port["dtype"] is not None and str(held.dtype) != f"torch.{port['dtype']}":
+            said = f"the fingerprint's {keys[name]} is {held.dtype}, and network.json says {port['dtype']:.40}"
+            raise CompressError(said, where=str(path), fix=FIX)
+    return formed(form, {name: kept[key] for name, key in keys.items()}), kept
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
+from compress.data.job import FUNCTIONS
 from compress.errors import CompressError, UsageError
 from compress.processes.children import python
 from compress.processes.distributed import device
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compress.data.images import Splits
+    from compress.data.inputs import Inputs
+    from compress.data.job import Figure, NamedJob
+    from compress.data.tasks import Task
     from compress.models.sources import Resolved
     from compress.networks.train import Masks, Remask, Trainer
 
@@ -47,12 +51,67 @@ class NetworkSetup:
     weights: str  # hash of the weights file, or of what draws them
     weights_file: Path | None
     trainer: tuple[str, Trainer] | None = None  # a training in place of ours, and the hash of its code
+    job: NamedJob | None = None  # the user's own functions, in place of ``spec``, ``trainer`` and our measures
 
     @cached_property
     def data(self) -> Splits:
+        """The samples; a job has none that anyone else may see."""
         from compress.data.images import load
 
+        if self.job is not None:
+            raise CompressError("a job's data are its own", where=self.network, fix="this is a fault of compress")
         return load(self.spec)
+
+    @property
+    def data_sha256(self) -> str:
+        """The hash of all samples, or of the files that a job's functions stand in."""
+        return self.data.sha256 if self.job is None else self.job.sha256
+
+    @property
+    def tasks(self) -> Sequence[Task | Figure]:
+        """What the network is judged by."""
+        return self.data.tasks if self.job is None else self.job.tasks
+
+    @cached_property
+    def example(self) -> Inputs:
+        """A job's example, on the CPU."""
+        from compress.data.inputs import checked
+
+        assert self.job is not None  # asked by the caller
+        return checked(self.job.job.example, f"{self.job.title}, example")
+
+    def sample(self, count: int) -> Inputs:
+        """What the network takes, to be traced and counted with: zeros of the data's shape, or a job's example."""
+        import torch
+
+        from compress.data.inputs import first
+
+        if self.job is None:
+            return torch.zeros(count, *self.data.input_shape)
+        return first(self.example, count)
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """The outputs by which exports and fingerprints are compared: one a task, or what a job's network gives."""
+        import torch
+
+        from compress.data.inputs import call
+        from compress.data.tasks import output_names
+
+        if self.job is None:
+            return [task.name for task in self.data.tasks]
+        with torch.no_grad():
+            return output_names(call(self.build().cpu().eval(), self.example))
+
+    def outputs(self, given: Any) -> dict[str, Tensor]:
+        """What the network returned, by `output_names`.
+
+        Raises:
+            CompressError: it does not fit the tasks.
+        """
+        from compress.data.tasks import by_task, named
+
+        return by_task(given, self.data.tasks) if self.job is None else named(given, self.output_names)
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -60,18 +119,18 @@ class NetworkSetup:
         from compress.models.zoo import accepts
 
         found = dict(self.given)
+        if self.job is not None:
+            return found
         decided = {"classes": self.data.tasks[0].outputs, "channels": self.data.input_shape[0]}
         return {k: v for k, v in decided.items() if accepts(self.network, k)} | found
 
     def build(self, **changes: Any) -> nn.Module:
-        """The network with its first weights: those of the file, or drawn from the seed.
+        """The network with its first weights: those of the file or job, or drawn from the seed.
 
         Raises:
             UsageError: it holds weights of half precision.
         """
-        from compress.models.zoo import build
-
-        model = build(self.network, {**self.arguments, **changes}, self.recipe.seed)
+        model = self._built({**self.arguments, **changes})
         for name, weight in model.named_parameters():
             if weight.is_floating_point() and weight.dtype.itemsize < 4:
                 raise UsageError(
@@ -82,6 +141,18 @@ class NetworkSetup:
                 )
         return model.to(device())
 
+    def _built(self, arguments: Mapping[str, Any]) -> nn.Module:
+        import copy
+
+        from compress.models.zoo import build, network_of
+
+        if self.job is None:
+            return build(self.network, arguments, self.recipe.seed)
+        if "network" not in self.job.kept:  # it may be long to load
+            self.job.kept["network"] = network_of(self.job.job, self.job.name).cpu()
+        model: nn.Module = copy.deepcopy(self.job.kept["network"])
+        return model
+
     @property
     def inputs(self) -> dict[str, Any]:
         """What decides every training: JSON-like, for seals."""
@@ -90,17 +161,31 @@ class NetworkSetup:
             "network": self.network,
             "arguments": self.arguments,
             "weights": self.weights,
-            "data": self.data.sha256,
+            "data": self.data_sha256,
             "seed": self.recipe.seed,
             **({"trainer": self.trainer[0]} if self.trainer is not None else {}),
         }
 
-    @property
-    def train(self) -> Trainer:
-        """How this network is trained: every method trains by it alone."""
+    def train(
+        self, model: nn.Module, spec: TrainSpec, **given: Any
+    ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """Trains the network in place, as a `compress.networks.train.Trainer` does: every method trains by it alone."""
+        from compress.networks.jobs import train_by_job
         from compress.networks.train import train
 
-        return train if self.trainer is None else self.trainer[1]
+        if self.job is not None:
+            return train_by_job(self.job, model, spec, **given)
+        return (train if self.trainer is None else self.trainer[1])(model, self.data, spec, **given)
+
+    def evaluate(self, model: nn.Module) -> dict[str, dict[str, float]]:
+        """Every task's figures on the test data."""
+        from compress.networks import train
+        from compress.networks.jobs import figures
+
+        if self.job is not None:
+            found = figures(self.job, "evaluate", model.eval(), self.recipe.seed)
+            return {name: {name: value} for name, value in found.items()}
+        return train.evaluate(model, self.data, self.data.test)
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
@@ -111,6 +196,8 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
     """
     from compress.language.setup import quiet
     from compress.models.sources import NetworkAlias, Resolved, network_alias
+    from compress.models.zoo import job_of
+    from compress.networks.jobs import prepare_job
 
     quiet()
     if recipe.export is not None and "mnn" in recipe.export.formats:
@@ -125,6 +212,9 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
         path = Path(model.rpartition(":")[0])
         if not path.is_file():
             raise UsageError("there is no such file", where=str(path), fix="name it as path/file.py:function")
+        job = job_of(model)
+        if job is not None:
+            return prepare_job(job, recipe)
         alias, source, code = NetworkAlias(network=model, data={}), f"file {path.name}", sha256_of(path)
         name = f"{path.stem}-{model.rpartition(':')[2]}"
     else:
@@ -205,7 +295,6 @@ def trained(
             checkpoint = run.scratch(name) / "checkpoint.safetensors"
             held, rows = setup.train(
                 model,
-                setup.data,
                 spec,
                 seed=setup.recipe.seed + seed,
                 masks=masks,
@@ -265,10 +354,12 @@ def loaded(setup: NetworkSetup, folder: Path, **changes: Any) -> nn.Module:
     return model.eval()
 
 
-def real_inputs(setup: NetworkSetup, count: int) -> Tensor:
-    """The first held-out samples, prepared: (count, ...) float32."""
+def real_inputs(setup: NetworkSetup, count: int) -> Inputs:
+    """The first held-out samples, prepared: (count, ...) float32; of a job those of its example."""
     import torch
 
+    if setup.job is not None:
+        return setup.sample(count)
     split = setup.data.test
     return setup.data.prepare(split.inputs[torch.arange(min(count, len(split)))])
 
@@ -278,30 +369,49 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
     import torch
     from safetensors.torch import save_file
 
-    from compress.data.tasks import by_task
+    from compress.data.inputs import call
+    from compress.networks.reload import fingerprint_inputs
     from compress.networks.surgery import changed_widths
 
     model = model.cpu().eval()
     save_weights(model, folder / WEIGHTS)
-    data = setup.data
     cut = changed_widths(setup.build(**changes), model)
+    x = real_inputs(setup, 4)
     facts: dict[str, Any] = {
         "network": setup.network,
         "arguments": {**setup.arguments, **changes},
-        "input": list(data.input_shape),
-        "mean": data.mean.tolist(),
-        "std": data.std.tolist(),
-        "tasks": [t.facts() for t in data.tasks],
+        **_facts(setup, x),
         # Layers that are narrower than the function makes them.
         **({"widths": cut} if cut else {}),
     }
     (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    x = real_inputs(setup, 4)
     with torch.no_grad():
-        outputs = by_task(model(x), data.tasks)
-    save_file(
-        {"input": x.contiguous(), **{f"output.{k}": v.contiguous() for k, v in outputs.items()}}, folder / FINGERPRINT
-    )
+        outputs = setup.outputs(call(model, x))
+    tensors = {**fingerprint_inputs(x), **{f"output.{k}": v for k, v in outputs.items()}}
+    save_file({k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, folder / FINGERPRINT)
+
+
+def _facts(setup: NetworkSetup, x: Inputs) -> dict[str, Any]:
+    """What a saved network says of its inputs and outputs."""
+    from compress.data.inputs import form_of, inputs_by_name
+    from compress.networks.reload import OUTPUT
+
+    if setup.job is None:
+        data = setup.data
+        return {
+            "input": list(data.input_shape),
+            "mean": data.mean.tolist(),
+            "std": data.std.tolist(),
+            "tasks": [t.facts() for t in data.tasks],
+        }
+    return {
+        "form": form_of(x),
+        "inputs": {
+            name: {"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")}
+            for name, t in inputs_by_name(x).items()
+        },
+        "tasks": [{"name": name, "kind": OUTPUT, "classes": []} for name in setup.output_names],
+    }
 
 
 def write_model(setup: NetworkSetup, model: nn.Module, folder: Path, **changes: Any) -> dict[str, Any]:
@@ -367,13 +477,11 @@ def evaluated(
     """The sealed figures of a network on the test split, by task; ``folder`` is the stage it was made from."""
 
     def build(out: Path | None) -> None:
-        from compress.networks.train import evaluate
-
-        found = evaluate(make(), setup.data, setup.data.test)
+        found = setup.evaluate(make())
         if out is not None:
             (out / "evaluation.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    inputs = {"version": __version__, "data": setup.data.sha256, "model": seal_hash(folder)}
+    inputs = {"version": __version__, "data": setup.data_sha256, "model": seal_hash(folder)}
     folder = run.stage_together(name, inputs, build)
     found: dict[str, dict[str, float]] = json.loads((folder / "evaluation.json").read_text("utf-8"))
     return found
@@ -392,7 +500,7 @@ def exported(
 
     spec = setup.recipe.export
     assert spec is not None  # asked by the caller
-    names = [task.name for task in setup.data.tasks]
+    names = setup.output_names
     folders = {}
     for label, (source, make) in models.items():
 
@@ -413,7 +521,7 @@ def exported(
         inputs = {
             "version": __version__,
             "model": seal_hash(source),
-            "data": setup.data.sha256,
+            "data": setup.data_sha256,
             "export": spec.model_dump(mode="json"),
         }
         folders[label] = run.stage(f"export-{label}", inputs, build)
@@ -491,10 +599,8 @@ def _measured_here(run: Run, setup: NetworkSetup, folders: Mapping[str, Path], r
 def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: str) -> None:
     """Fills in where the network and its data came from, the dense one that was trained, the recipe, the command and
     the machine."""
-    from compress.data.tasks import KINDS
     from compress.run.doctor import environment
 
-    data = setup.data
     report["model"] = {
         "name": setup.resolved.name,
         "source": setup.resolved.source,
@@ -506,7 +612,37 @@ def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: 
         "sha256": setup.weights,
         "dense_sha256": read_seal(dense)["files"][WEIGHTS]["sha256"],
     }
-    report["data"] = {
+    report["data"] = _data_facts(setup)
+    report["recipe"] = setup.recipe.resolved()
+    report["command"] = command
+    report["environment"] = environment()
+
+
+def _data_facts(setup: NetworkSetup) -> dict[str, Any]:
+    """The report's section ``data``."""
+    from compress.data.inputs import inputs_by_name
+    from compress.data.tasks import KINDS
+
+    if setup.job is not None:
+        shapes = {name: list(t.shape[1:]) for name, t in inputs_by_name(setup.example).items()}
+        return {
+            "source": f"the job {setup.job.title}",
+            "sha256": setup.job.sha256,
+            "input": next(iter(shapes.values())) if len(shapes) == 1 else shapes,
+            "job": {name: getattr(setup.job.job, name) is not None for name in FUNCTIONS},
+            "tasks": [
+                {
+                    "name": t.name,
+                    "kind": t.kind,
+                    "metric": t.metric,
+                    "higher_is_better": t.higher_is_better,
+                    "type": "other",
+                }
+                for t in setup.job.tasks
+            ],
+        }
+    data = setup.data
+    return {
         "source": data.source if setup.spec.folder is None else f"folder {setup.spec.folder.name}",
         "sha256": data.sha256,
         "input": list(data.input_shape),
@@ -523,9 +659,6 @@ def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: 
             for t in data.tasks
         ],
     }
-    report["recipe"] = setup.recipe.resolved()
-    report["command"] = command
-    report["environment"] = environment()
 
 
 # Part of a report, and not of what decides whether it is the same release.

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakIdKeyDictionary
 
+from compress.data.inputs import Inputs, call
 from compress.networks.surgery import CHANNELWISE, LAYERS, TRANSPOSED, is_depthwise, parameter_axis, width
 
 Grid = Literal["heads", "places"]  # units of a grid: what its last dimension but one counts, or its last
@@ -49,7 +50,7 @@ class Found:
     reached: set[str]
 
 
-def follow(model: nn.Module, x: Tensor, grid: Grid = "heads") -> Found:
+def follow(model: nn.Module, x: Inputs, grid: Grid = "heads") -> Found:
     """Runs the network once on ``x`` (b, ...), in evaluation and without gradients, and follows its channels.
 
     Raises:
@@ -61,7 +62,7 @@ def follow(model: nn.Module, x: Tensor, grid: Grid = "heads") -> Found:
     torch.backends.mha.set_fastpath_enabled(False)  # a transformer layer in one operation shows nothing of itself
     try:
         with torch.no_grad(), run:
-            outputs = model(x)
+            outputs = call(model, x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:

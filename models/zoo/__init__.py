@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from compress.data.job import Job, NamedJob, named_job
 from compress.errors import CompressError, UsageError
 from compress.models.computed import refuse_computed_weights
 from compress.models.reading import LARGEST_WEIGHT
@@ -29,6 +35,9 @@ NETWORKS = {
     "multitask-mobilenet": "multitask:multitask_mobilenet",
     "detector": "detector:detector",
 }
+
+_JOBS: dict[tuple[Path, str], Job] = {}  # of files that this process has run
+_GIVEN: dict[str, Job] = {}  # in memory, by what builds their networks
 
 
 def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
@@ -49,6 +58,8 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     try:
         model = make(**arguments)
+    except CompressError:
+        raise
     except ValueError as e:
         raise UsageError(f"{name}: {e}", where="network arguments", fix="give another value") from e
     except (Exception, SystemExit) as e:
@@ -74,7 +85,46 @@ def function(name: str) -> Any:
     Raises:
         UsageError: there is no such network, file or function.
     """
-    return _from_file(name) if ".py:" in name else _from_zoo(name)
+    found = _from_file(name) if ".py:" in name else _from_zoo(name)
+    return partial(network_of, found, name) if isinstance(found, Job) else found
+
+
+def job_of(name: str) -> NamedJob | None:
+    """The job that ``path/file.py:name`` is, or one in memory that goes by this name; None where it is a function. A
+    file with a job is run once in a process: it may read its data as it is imported.
+
+    Raises:
+        UsageError: there is no such file, or nothing of that name in it.
+    """
+    found = _GIVEN.get(name) or _from_file(name)
+    return named_job(found, name) if isinstance(found, Job) else None
+
+
+@contextmanager
+def given(name: str, job: Job) -> Iterator[None]:
+    """Within it a job in memory goes by the name of what builds its network."""
+    _GIVEN[name] = job
+    try:
+        yield
+    finally:
+        del _GIVEN[name]
+
+
+def network_of(job: Job, name: str) -> nn.Module:
+    """A copy of a job's network with its weights.
+
+    Raises:
+        CompressError: the function that gives it fails, or gives no module.
+    """
+    held = NamedJob(job, name, "")
+    module = job.network if isinstance(job.network, nn.Module) else held.called("network")
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"the job's network is {type(module).__name__}, not a torch module",
+            where=held.where("network"),
+            fix="give the module, or a function without arguments that returns it",
+        )
+    return copy.deepcopy(module)
 
 
 def _from_zoo(name: str) -> Any:
@@ -90,14 +140,32 @@ def _from_file(name: str) -> Any:
         raise UsageError("there is no such file", where=path, fix="name it as path/file.py:function")
     spec = importlib.util.spec_from_file_location(f"_compress_network_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None  # it ends in .py
+    known = _JOBS.get((Path(path).resolve(), function))
+    if known is not None:
+        return known
     module = importlib.util.module_from_spec(spec)
+    beside = str(Path(path).resolve().parent)
+    if beside not in sys.path:  # what lies beside it can be imported, as where the file is run by itself
+        sys.path.append(beside)
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:  # the user's own code: any fault of it is told as theirs
-        raise UsageError(f"the file cannot be run: {_told(e)}", where=path, fix="mend it") from e
-    if not callable(getattr(module, function, None)):
-        raise UsageError(f"the file has no function {function!r}", where=path, fix="name it as path/file.py:function")
-    return getattr(module, function)
+        raise UsageError(f"the file cannot be run: {_told(e)}", where=_place(e, path), fix="mend it") from e
+    found = getattr(module, function, None)
+    if isinstance(found, Job):
+        return _JOBS.setdefault((Path(path).resolve(), function), found)
+    if not callable(found):
+        said = f"the file has no function {function!r}"
+        if found is not None:
+            said = f"{function} is {type(found).__name__}, neither a function nor a compress.Job"
+        raise UsageError(said, where=path, fix="name it as path/file.py:function")
+    return found
+
+
+def _place(error: BaseException, path: str) -> str:
+    """The file, and the line of it that a fault came up through last."""
+    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path}, line {own[-1]}" if own else path
 
 
 def _told(error: BaseException) -> str:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from compress.data.inputs import Inputs, first
 from compress.networks.flops import count_flops
 from compress.networks.surgery import CHANNELWISE, CONV, LAYERS, TRANSPOSED, is_depthwise, parameter_axis, width
 
@@ -29,8 +30,8 @@ class Layer:
 class Costs:
     """What every layer costs for any number of channels."""
 
-    def __init__(self, model: nn.Module, sample: Tensor) -> None:
-        flops = {f.name: f for f in count_flops(model, sample[:1])}
+    def __init__(self, model: nn.Module, sample: Inputs) -> None:
+        flops = {f.name: f for f in count_flops(model, first(sample, 1))}
         self.layers: dict[str, Layer] = {}
         own: set[int] = set()
         for name, module in model.named_modules():

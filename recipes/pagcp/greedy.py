@@ -13,15 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from compress.data.inputs import Inputs
 from compress.errors import CompressError
 from compress.networks.surgery import cut
 from compress.recipes.pagcp.costs import Costs
 from compress.recipes.pagcp.groups import Group
 from compress.recipes.pagcp.norms import Settle
 from compress.recipes.pagcp.options import PAGCPOptions
-from compress.recipes.pagcp.oracle import Found, Oracle, Readings
+from compress.recipes.pagcp.oracle import Found, Judge, Readings
 from compress.recipes.pagcp.replay import Replay, calls
 from compress.run.progress import Progress
 
@@ -83,7 +84,7 @@ class Probe:
     saved_parameters: int
     contribution: float
     rise: Readings  # readings, less those of the network before
-    loss: dict[str, float]  # relative rise of every task's loss
+    loss: dict[str, float]  # relative rise of every task's loss; of a job, how much worse its figure is
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,9 @@ class Pruner:
         model: nn.Module,
         groups: Sequence[Group],
         rankings: Mapping[str, Sequence[int]],
-        oracle: Oracle,
+        oracle: Judge,
         options: PAGCPOptions,
-        sample: Tensor,
+        sample: Inputs,
         dense_flops: int,
         label: str = "pruning",
         settle: Settle | None = None,
@@ -126,7 +127,7 @@ class Pruner:
         self._replays: dict[str, Replay] = {}
         self._bar: Progress | None = None
 
-    def judged_by(self, oracle: Oracle) -> Pruner:
+    def judged_by(self, oracle: Judge) -> Pruner:
         """The same round before another oracle."""
         other = copy.copy(self)
         other.oracle, other._replays = oracle, {}
@@ -193,8 +194,8 @@ class Pruner:
         return found
 
     def _settling(self) -> float:
-        """Samples that the norms take, over those of the split."""
-        return self.settle.samples / len(self.oracle.split) if self.settle is not None else 0.0
+        """What the norms' samples come to in passes over the dense network."""
+        return self.oracle.settling(self.settle.samples) if self.settle is not None else 0.0
 
     # --- the parts of the algorithm ---
 
@@ -222,7 +223,7 @@ class Pruner:
                     slim,
                     worth[self.options.contribution] if contribution is None else contribution(name, state),
                     {t: alone.least[t] - start.least[t] for t in start.least},
-                    {t: alone.values[t]["loss"] / start.values[t]["loss"] - 1 for t in start.values},
+                    self.oracle.rise(start.values, alone.values),
                 )
             )
         return found

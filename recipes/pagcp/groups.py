@@ -13,13 +13,15 @@ import itertools
 import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.data.inputs import Inputs, call, floats, mapped
+from compress.data.tasks import tensors
 from compress.errors import CompressError
 from compress.networks.surgery import (
     CHANNELWISE,
@@ -111,34 +113,23 @@ class Groups:
     left: tuple[Left, ...]
 
 
-def tensors(outputs: Any) -> list[Tensor]:
-    """Every tensor in the outputs, however they are nested, in a fixed order."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if is_dataclass(outputs) and not isinstance(outputs, type):
-        outputs = [getattr(outputs, f.name) for f in fields(outputs)]
-    elif isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    return [t for item in outputs for t in tensors(item)] if isinstance(outputs, list | tuple) else []
-
-
-def find_groups(model: nn.Module, sample: Tensor, round_to: int = 8, skip: Sequence[str] = ()) -> Groups:
+def find_groups(model: nn.Module, sample: Inputs, round_to: int = 8, skip: Sequence[str] = ()) -> Groups:
     """The groups of a network.
 
     Args:
-        sample: (b, ...) float32 that the network takes, b of 2 or more.
+        sample: (b, ...) that the network takes, b of 2 or more.
         skip: patterns (`fnmatch`) of layers whose groups stay dense.
 
     Raises:
         CompressError: the network cannot be traced at all.
     """
-    x = sample.detach().cpu()
+    x = mapped(sample, lambda t: t.detach().cpu())
     trial = _trial(model)
-    live = _live(trial, x.double())
+    live = _live(trial, floats(x))
     shared, left = _shared(model), dict[str, str]()
     found: list[Group] = []
     taken: set[tuple[str, str, int]] = set()
-    prover = _Prover(trial, x.double())
+    prover = _Prover(trial, floats(x))
 
     def rooted(group: Group) -> list[str]:
         return [n for n in group.roots if isinstance(prover.modules[n], ROOTS)]
@@ -220,7 +211,7 @@ Numbers = dict[str, tuple[str, ...]]  # a group -> modules with a grid of its ch
 
 
 def _proposals(
-    model: nn.Module, sample: Tensor, round_to: int
+    model: nn.Module, sample: Inputs, round_to: int
 ) -> Iterable[tuple[list[Group], dict[str, str], Numbers]]:
     """Groups, the widest first; layers that are in none, with the reason; and `Numbers`. Where channels are viewed as a
     grid twice: by heads, then by the places of a head.
@@ -363,7 +354,7 @@ def _trial(model: nn.Module) -> nn.Module:
     return trial
 
 
-def _live(trial: nn.Module, x: Tensor) -> set[str]:
+def _live(trial: nn.Module, x: Inputs) -> set[str]:
     """Layers on which an output depends, by the gradients of all outputs together, which reach their outputs.
 
     Raises:
@@ -392,7 +383,7 @@ def _live(trial: nn.Module, x: Tensor) -> set[str]:
         for parameter, _ in was:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            outputs = [t for t in tensors(trial(x)) if t.grad_fn is not None]
+            outputs = [t for t in tensors(call(trial, x)) if t.grad_fn is not None]
             if not outputs:
                 raise CompressError("no output depends on a weight by a differentiable operation")
             weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
@@ -410,7 +401,7 @@ def _live(trial: nn.Module, x: Tensor) -> set[str]:
 class _Prover:
     """Compares zeros with cuts, on a copy with random weights."""
 
-    def __init__(self, trial: nn.Module, x: Tensor) -> None:
+    def __init__(self, trial: nn.Module, x: Inputs) -> None:
         self.trial, self.x = trial, x
         self.modules = dict(trial.named_modules())
         self.learned: dict[tuple[type, ...], tuple[str, ...]] = {}  # classes of modules -> their numbers that followed
@@ -532,7 +523,7 @@ class _Prover:
         layers = [(name, module) for name, module in model.named_modules() if isinstance(module, ROOTS)]
         handles = [module.register_forward_hook(watch(name)) for name, module in layers]
         try:
-            return tensors(model(self.x)), said
+            return tensors(call(model, self.x)), said
         finally:
             for handle in handles:
                 handle.remove()

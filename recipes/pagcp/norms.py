@@ -5,10 +5,21 @@ Without it most of what a cut seems to cost is the norms' (Li et al. 2020, Eagle
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.data.images import Splits
+
+NORMS = nn.modules.batchnorm._BatchNorm
+Feed = Callable[[nn.Module], Any]  # runs a network on some training samples
+
+
+def _run(x: Tensor, model: nn.Module) -> None:
+    model(x.to(next(model.parameters()).device))
 
 
 class Settle:
@@ -20,16 +31,16 @@ class Settle:
     def __init__(self, data: Splits, samples: int, batch: int = 128) -> None:
         self.samples = min(samples, len(data.train))
         at = torch.arange(self.samples) * len(data.train) // max(1, self.samples)
-        self.inputs = [data.prepare(data.train.inputs[part]) for part in at.split(batch)] if self.samples else []
+        inputs = [data.prepare(data.train.inputs[part]) for part in at.split(batch)] if self.samples else []
+        self.feeds: Sequence[Feed] = [partial(_run, x) for x in inputs]
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
         """The model itself, in evaluation mode; what its norms shared with another network they share no more."""
         model.eval()
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-        if not self.inputs or not norms:
+        norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats]
+        if not self.feeds or not norms:
             return model
-        place = next(model.parameters()).device
         momenta = [m.momentum for m in norms]
         for norm in norms:
             for name, buffer in norm._buffers.items():
@@ -37,8 +48,8 @@ class Settle:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
             norm.train()
-        for x in self.inputs:
-            model(x.to(place))
+        for feed in self.feeds:
+            feed(model)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         return model.eval()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.images import FolderImages, Split, Splits, batches
+from compress.data.job import Figure
 from compress.data.tasks import KINDS, Counts, Task, by_task, exact, task_loss, together
 from compress.errors import CompressError, UsageError
 from compress.processes.distributed import gather, rank, world
@@ -119,8 +120,8 @@ class Found:
     least: Readings  # readings, or lower bounds of them
 
 
-class Oracle:
-    """Measures networks on one split and remembers them.
+class Judge:
+    """What is remembered of networks that were measured, and how bad that makes them.
 
     Every measurement is noted in ``journal`` under its key and never made twice, so a run that was stopped decides as
     one that was not. Work is counted in passes: FLOPs that were run, over those of the dense network on the whole
@@ -128,15 +129,13 @@ class Oracle:
 
     def __init__(
         self,
-        data: Splits,
-        split: Split,
+        tasks: Sequence[Task | Figure],
         limits: Mapping[str, Tolerance],
-        batch: int,
         journal: Journal | Notes,
         of: str,
         weights: Mapping[str, float] | None = None,
     ) -> None:
-        self.data, self.split, self.limits, self.batch = data, split, limits, batch
+        self.tasks, self.limits = tasks, limits
         self.journal, self.of, self.weights = journal, of, dict(weights or {})
         self.base: dict[str, dict[str, float]] | None = None
         self.known: dict[str, dict[str, Any]] = {}
@@ -146,22 +145,6 @@ class Oracle:
 
     def _learn(self, row: dict[str, Any]) -> None:
         self.known[row["key"]] = row
-
-    def weighed(self, weights: Mapping[str, float]) -> Oracle:
-        """Another oracle on the same split, with other weights; it knows what this one has measured whole."""
-        other = Oracle(
-            self.data,
-            self.split,
-            self.limits,
-            self.batch,
-            self.journal,
-            f"{self.of} {json.dumps(dict(weights), sort_keys=True)}",
-            weights,
-        )
-        other.base = self.base
-        # What was given up was so by these weights.
-        other.known = {k: row for k, row in self.known.items() if row["values"] is not None} | other.known
-        return other
 
     @property
     def passes(self) -> float:
@@ -202,6 +185,76 @@ class Oracle:
             replay: runs it; ``replayed_share`` is ``share`` less what is not run again.
             extra: passes that making it takes.
         """
+        raise NotImplementedError
+
+    def settling(self, samples: int) -> float:
+        """What taking batch norms' statistics on so many samples comes to, in passes."""
+        raise NotImplementedError
+
+    def rise(self, before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, float]:
+        """How much worse each task is than ``before``, relative to it."""
+        raise NotImplementedError
+
+    def _found(self, row: Mapping[str, Any]) -> Found:
+        if row["values"] is None:
+            return Found(None, dict(row["least"]))
+        return Found(row["values"], self.readings(row["values"]))
+
+    def readings(self, values: Mapping[str, Mapping[str, float]]) -> Readings:
+        """Shares of the tolerances; 0 for every task until there is a base."""
+        if self.base is None:
+            return {name: 0.0 for name in values}
+        found = {}
+        for task in self.tasks:
+            key, rising = measure_of(task, self.limits[task.name])
+            reading = used(self.limits[task.name], self.base[task.name][key], values[task.name][key], rising)
+            found[task.name] = self.weights.get(task.name, 1.0) * reading
+        return found
+
+
+class Oracle(Judge):
+    """Measures networks on one split of our data."""
+
+    def __init__(
+        self,
+        data: Splits,
+        split: Split,
+        limits: Mapping[str, Tolerance],
+        batch: int,
+        journal: Journal | Notes,
+        of: str,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(data.tasks, limits, journal, of, weights)
+        self.data, self.split, self.batch = data, split, batch
+
+    def weighed(self, weights: Mapping[str, float]) -> Oracle:
+        """Another oracle on the same split, with other weights; it knows what this one has measured whole."""
+        other = Oracle(
+            self.data,
+            self.split,
+            self.limits,
+            self.batch,
+            self.journal,
+            f"{self.of} {json.dumps(dict(weights), sort_keys=True)}",
+            weights,
+        )
+        other.base = self.base
+        # What was given up was so by these weights.
+        other.known = {k: row for k, row in self.known.items() if row["values"] is not None} | other.known
+        return other
+
+    def measure(
+        self,
+        key: str,
+        model: Any,
+        share: float,
+        *,
+        bound: Readings | None = None,
+        replay: Replay | None = None,
+        replayed_share: float = 0.0,
+        extra: float = 0.0,
+    ) -> Found:
         row = self.known.get(key)
         if row is not None:
             whole = row["values"] is not None
@@ -221,21 +274,11 @@ class Oracle:
         self._learn(row)
         return self._found(row)
 
-    def _found(self, row: Mapping[str, Any]) -> Found:
-        if row["values"] is None:
-            return Found(None, dict(row["least"]))
-        return Found(row["values"], self.readings(row["values"]))
+    def settling(self, samples: int) -> float:
+        return samples / len(self.split)
 
-    def readings(self, values: Mapping[str, Mapping[str, float]]) -> Readings:
-        """Shares of the tolerances; 0 for every task until there is a base."""
-        if self.base is None:
-            return {name: 0.0 for name in values}
-        found = {}
-        for task in self.data.tasks:
-            key, rising = measure_of(task, self.limits[task.name])
-            reading = used(self.limits[task.name], self.base[task.name][key], values[task.name][key], rising)
-            found[task.name] = self.weights.get(task.name, 1.0) * reading
-        return found
+    def rise(self, before: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, float]:
+        return {t: values[t]["loss"] / before[t]["loss"] - 1 for t in before}
 
     def _least(self, losses: Sequence[float], counts: Sequence[Sequence[Counts]], seen: int) -> Readings:
         """Readings that the whole split cannot fall below, whatever is still to come."""
@@ -297,6 +340,6 @@ class Oracle:
         return len(at), losses, counts, kept
 
 
-def measure_of(task: Task, limit: Tolerance) -> tuple[str, bool]:
+def measure_of(task: Task | Figure, limit: Tolerance) -> tuple[str, bool]:
     """Which of a task's figures a tolerance is about, and whether more of it is better."""
     return ("loss", False) if limit.measure == "loss" else (task.metric, task.higher_is_better)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from compress.recipes.pagcp.groups import tensors
+from compress.data.inputs import Inputs, call
+from compress.data.tasks import tensors
 
 
 @torch.no_grad()
-def calls(model: nn.Module, x: Tensor) -> list[tuple[str, int, int]]:
+def calls(model: nn.Module, x: Inputs) -> list[tuple[str, int, int]]:
     """(module, start, end) of every call of a submodule, in the order of their ends."""
     clock, open_, found, handles = [0], list[tuple[str, int]](), list[tuple[str, int, int]](), []
 
@@ -38,7 +39,7 @@ def calls(model: nn.Module, x: Tensor) -> list[tuple[str, int, int]]:
             handles.append(module.register_forward_pre_hook(partial(begin, name)))
             handles.append(module.register_forward_hook(partial(end, name)))
     try:
-        model(x)
+        call(model, x)
     finally:
         for handle in handles:
             handle.remove()

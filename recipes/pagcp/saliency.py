@@ -7,7 +7,8 @@ of sum(w dL/dw) over all that makes the channel, divided by the task's mean over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,29 +55,36 @@ def taylor_scores(
     model: nn.Module, groups: Sequence[Group], data: Splits, split: Split, batch: int = BATCH
 ) -> list[Tensor]:
     """(units,) float64 of every group; the samples are shared among the processes, and the result is the same."""
-    modules = dict(model.named_modules())
     place = next(model.parameters()).device
+
+    def losses(at: Tensor) -> list[Tensor]:
+        outputs = by_task(model(data.prepare(split.inputs[at].to(place))), data.tasks)
+        return [task_loss(t, outputs[t.name], split.targets[t.name][at].to(place)) / len(at) for t in data.tasks]
+
+    return first_order(model, groups, [partial(losses, at) for at in batches(len(split), batch)])
+
+
+def first_order(model: nn.Module, groups: Sequence[Group], parts: Sequence[Callable[[], list[Tensor]]]) -> list[Tensor]:
+    """`taylor_scores` of any losses: each of ``parts`` gives every task's, of a batch; processes take them in turn."""
+    modules = dict(model.named_modules())
     mine: list[tuple[int, list[list[list[float]]]]] = []
-    for number, at in enumerate(batches(len(split), batch)):
+    for number, losses in enumerate(parts):
         if number % world() != rank():
             continue
-        x = data.prepare(split.inputs[at].to(place))
         with torch.enable_grad():
-            outputs = by_task(model(x), data.tasks)
-            rows = []
-            for i, task in enumerate(data.tasks):
+            found, rows = losses(), []
+            for i, loss in enumerate(found):
                 model.zero_grad()
-                loss = task_loss(task, outputs[task.name], split.targets[task.name][at].to(place)) / len(at)
-                loss.backward(retain_graph=i + 1 < len(data.tasks))
+                loss.backward(retain_graph=i + 1 < len(found))  # type: ignore[no-untyped-call]
                 rows.append([_first_order(modules, group).square().tolist() for group in groups])
         mine.append((number, rows))
     model.zero_grad()
     # In the order of the batches, whoever had them: float sums depend on it.
-    found = sorted(gather(mine))
+    gathered = sorted(gather(mine))
     totals = []
-    for i in range(len(data.tasks)):
+    for i in range(len(gathered[0][1])):
         sums = [torch.zeros(g.units, dtype=torch.float64) for g in groups]
-        for _, rows in found:
+        for _, rows in gathered:
             for total, row in zip(sums, rows[i], strict=True):
                 total += torch.tensor(row, dtype=torch.float64)
         mean = torch.cat(sums).mean().clamp_min(1e-300)
@@ -110,4 +118,9 @@ def rankings(
         scores = taylor_scores(model, groups, data, split)
     else:
         scores = [weight_scores(model, group, 1 if saliency == "l1" else 2) for group in groups]
+    return ranked(groups, scores)
+
+
+def ranked(groups: Sequence[Group], scores: Sequence[Tensor]) -> dict[str, tuple[int, ...]]:
+    """Of every group the units by rising score; of two alike the first."""
     return {g.name: tuple(torch.argsort(s, stable=True).tolist()) for g, s in zip(groups, scores, strict=True)}

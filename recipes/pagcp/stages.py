@@ -41,9 +41,13 @@ from compress.words.wording import small
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compress.data.images import Split
+    from compress.data.inputs import Inputs
     from compress.recipes.pagcp.greedy import Decision, Pruner
     from compress.recipes.pagcp.groups import Groups
-    from compress.recipes.pagcp.oracle import Oracle
+    from compress.recipes.pagcp.norms import Settle
+    from compress.recipes.pagcp.options import Tolerance
+    from compress.recipes.pagcp.oracle import Judge
 
 __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
@@ -110,17 +114,39 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
 def _check(setup: NetworkSetup) -> None:
     """The heads fit the data, every task has a tolerance, the splits are apart, and a batch suits the norms: found out
     before anything is trained."""
+    from compress.data.inputs import mapped
+    from compress.networks.forward import check_branches, check_training_alone
+    from compress.networks.jobs import check_job
+    from compress.recipes.pagcp.groups import find_groups
+
+    model, options = setup.build(), setup.recipe.options
+    _limits(setup)
+    place = next(model.parameters()).device
+    model.eval()
+    if setup.job is not None:
+        check_job(setup)
+    x = mapped(real_inputs(setup, 2), lambda t: t.to(place))
+    if setup.job is None:
+        _check_heads(setup, model, x)
+    check_branches(model, x)
+    check_training_alone(model, x, own=setup.job is not None)
+    found = find_groups(model, x, options.round_to, options.skip)
+    if not found.groups:
+        raise CompressError(
+            "no channels can be removed: " + "; ".join(f"{v.layer}: {v.reason}" for v in found.left[:3]),
+            where="channel groups",
+            fix="prune it with another recipe (global-mp)",
+        )
+
+
+def _check_heads(setup: NetworkSetup, model: nn.Module, x: Tensor) -> None:
+    """That the network takes our data and gives what its tasks need, and that every training's batches suit it."""
     import torch
 
     from compress.data.tasks import by_task
-    from compress.networks.forward import check_branches, check_training_alone
-    from compress.recipes.pagcp.groups import find_groups
-    from compress.recipes.pagcp.oracle import calibration, tolerances
+    from compress.recipes.pagcp.oracle import calibration
 
-    model, options, data = setup.build(), setup.recipe.options, setup.data
-    tolerances(options, [t.name for t in data.tasks])
-    x = real_inputs(setup, 2).to(next(model.parameters()).device)
-    model.eval()
+    data = setup.data
     with torch.no_grad():
         try:
             by_task(model(x), data.tasks)
@@ -130,19 +156,31 @@ def _check(setup: NetworkSetup) -> None:
                 where=f"input {tuple(x.shape)}",
                 fix="set the network's arguments (channels) or the data's size",
             ) from e
-    check_branches(model, x)
-    check_training_alone(model, x)
     for name, spec in (("train", setup.recipe.train), ("finetune", setup.recipe.finetune)):
         if spec is not None and spec.epochs:
             _check_batch(model, x, name, spec.batch, len(data.train))
-    calibration(data, options.samples)
-    found = find_groups(model, x, options.round_to, options.skip)
-    if not found.groups:
-        raise CompressError(
-            "no channels can be removed: " + "; ".join(f"{v.layer}: {v.reason}" for v in found.left[:3]),
-            where="channel groups",
-            fix="prune it with another recipe (global-mp)",
-        )
+    calibration(data, setup.recipe.options.samples)
+
+
+def _limits(setup: NetworkSetup) -> dict[str, Tolerance]:
+    """Every task's tolerance."""
+    from compress.recipes.pagcp.job import job_tolerances
+    from compress.recipes.pagcp.oracle import tolerances
+
+    options = setup.recipe.options
+    if setup.job is not None:
+        return job_tolerances(options, setup.job.tasks)
+    return tolerances(options, [t.name for t in setup.data.tasks])
+
+
+def _settle(setup: NetworkSetup) -> Settle:
+    from compress.recipes.pagcp.job import JobSettle
+    from compress.recipes.pagcp.norms import Settle
+
+    samples = setup.recipe.options.settle
+    if setup.job is not None:
+        return JobSettle(setup.job, samples, setup.recipe.seed)
+    return Settle(setup.data, samples)
 
 
 def _check_batch(model: nn.Module, x: Tensor, name: str, batch: int, count: int) -> None:
@@ -205,15 +243,16 @@ def _cut(setup: NetworkSetup, plan: Path, start: Path) -> nn.Module:
     """The network of a plan; its outputs are those of the one with zeros in place of what is gone."""
     import torch
 
-    from compress.recipes.pagcp.groups import tensors
-    from compress.recipes.pagcp.norms import Settle
+    from compress.data.inputs import call, mapped
+    from compress.data.tasks import tensors
     from compress.recipes.pagcp.plan import Plan
 
     model, held = loaded(setup, start), Plan.load(plan)
     sliced = held.apply(model)
     with torch.no_grad():
-        x = real_inputs(setup, 8).to(next(model.parameters()).device)
-        want, got = tensors(held.mask(model)(x)), tensors(sliced(x))
+        place = next(model.parameters()).device
+        x = mapped(real_inputs(setup, 8), lambda t: t.to(place))
+        want, got = tensors(call(held.mask(model), x)), tensors(call(sliced, x))
     scale = max(float(t.abs().max()) for t in want)
     off = max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True))
     if not off <= SAME * scale:
@@ -222,16 +261,22 @@ def _cut(setup: NetworkSetup, plan: Path, start: Path) -> nn.Module:
             where=str(plan),
             fix="leave the groups at fault dense (pagcp.skip), and report it with the network's name",
         )
-    return Settle(setup.data, setup.recipe.options.settle)(sliced)
+    return _settle(setup)(sliced)
 
 
 def _same_as_measured(setup: NetworkSetup, plan: Path, cut: Path) -> None:
     """Raises CompressError where the network that was saved is not the one that the oracle measured."""
+    from compress.networks.jobs import figures
     from compress.networks.train import evaluate
     from compress.recipes.pagcp.oracle import calibration
 
     options, said = setup.recipe.options, json.loads((plan / DECISION).read_text("utf-8"))["values"]
-    found = evaluate(loaded(setup, cut), setup.data, calibration(setup.data, options.samples), options.batch)
+    model = loaded(setup, cut)
+    if setup.job is not None:
+        own = figures(setup.job, "calibrate", model, setup.recipe.seed)
+        found = {task: {task: value} for task, value in own.items()}
+    else:
+        found = evaluate(model, setup.data, calibration(setup.data, options.samples), options.batch)
     for task, values in said.items():
         for name, value in values.items():
             if not math.isclose(found[task][name], value, rel_tol=1e-5, abs_tol=1e-6):
@@ -268,12 +313,17 @@ def _planned(
     def build(folder: Path | None) -> None:
         found = _measured_groups(run, setup, name, dense, start, fingerprint(asked)[:16])
         pruner = found.pruner
-        worth = _latency_of(pruner, found.x, found.oracle) if options.contribution == "latency" else None
+        worth = (
+            _latency_of(pruner, found.x, found.oracle, setup.output_names)
+            if options.contribution == "latency"
+            else None
+        )
         decision = pruner.decide(target, worth, must=start == dense)
         trials: dict[str, Any] | None = None
         if options.trials is not None:
             assert target is not None  # `PAGCPOptions` asks for it
             assert spec is not None  # nor `prepare` without it
+            assert found.split is not None  # a job has no trials: asked by `prepare`
             held = Trials(
                 pruner,
                 setup.data,
@@ -285,7 +335,7 @@ def _planned(
                 run.journal(f"{name}/plan", "trials.jsonl"),
                 found.oracle.of,
                 run.scratch(f"{name}/plan"),
-                setup.train,
+                setup.trainer[1] if setup.trainer is not None else None,
             )
             decision, trials = choose(held, decision, target, worth)
         if folder is not None:
@@ -302,35 +352,41 @@ class _Measured:
 
     pruner: Pruner
     found: Groups
-    x: Tensor
-    split: Any
-    limits: Mapping[str, Any]
-    oracle: Oracle
+    x: Inputs
+    split: Split | None  # none of a job
+    limits: Mapping[str, Tolerance]
+    oracle: Judge
 
 
 def _measured_groups(run: Run, setup: NetworkSetup, name: str, dense: Path, start: Path, mark: str) -> _Measured:
     """The groups of the network in ``start``, ranked, and an oracle that has measured the one in ``dense``; its journal
     belongs to the inputs that ``mark`` stands for."""
+    from compress.data.inputs import mapped
     from compress.recipes.pagcp.greedy import Pruner
     from compress.recipes.pagcp.groups import find_groups
-    from compress.recipes.pagcp.norms import Settle
-    from compress.recipes.pagcp.oracle import Oracle, calibration, tolerances
+    from compress.recipes.pagcp.job import JobOracle, job_rankings
+    from compress.recipes.pagcp.oracle import Oracle, calibration
     from compress.recipes.pagcp.saliency import rankings
 
-    options, data = setup.recipe.options, setup.data
+    options, seed = setup.recipe.options, setup.recipe.seed
     model = loaded(setup, start)
     place = next(model.parameters()).device
-    x = real_inputs(setup, 2).to(place)
+    x = mapped(real_inputs(setup, 2), lambda t: t.to(place))
     found = find_groups(model, x, options.round_to, options.skip)
-    split = calibration(data, options.samples)
-    order = rankings(model, found.groups, data, split, options.saliency)
-    limits = tolerances(options, [t.name for t in data.tasks])
-    journal = run.journal(f"{name}/plan", "oracle.jsonl")
-    oracle = Oracle(data, split, limits, options.batch, journal, mark)
+    limits, journal = _limits(setup), run.journal(f"{name}/plan", "oracle.jsonl")
+    split: Split | None = None
+    oracle: Judge
+    if setup.job is not None:
+        order = job_rankings(setup.job, model, found.groups, options.saliency, seed)
+        oracle = JobOracle(setup.job, limits, journal, mark, seed)
+    else:
+        split = calibration(setup.data, options.samples)
+        order = rankings(model, found.groups, setup.data, split, options.saliency)
+        oracle = Oracle(setup.data, split, limits, options.batch, journal, mark)
     whole = loaded(setup, dense)
     oracle.base = oracle.measure("dense", whole, 1.0).values
-    label, settle = f"{name}: the oracle's pass", Settle(data, options.settle)
-    pruner = Pruner(model, found.groups, order, oracle, options, x, _flops(whole, x), label, settle)
+    label = f"{name}: the oracle's pass"
+    pruner = Pruner(model, found.groups, order, oracle, options, x, _flops(whole, x), label, _settle(setup))
     return _Measured(pruner, found, x, split, limits, oracle)
 
 
@@ -345,7 +401,7 @@ def _write_round(folder: Path, made: _Measured, decision: Decision, trials: Mapp
         "groups": len(found.groups),
         "base": oracle.base,
         "tolerances": {t: v.model_dump(mode="json", exclude_none=True) for t, v in made.limits.items()},
-        "samples": len(made.split),
+        **({"samples": len(made.split)} if made.split is not None else {}),
         "removed": pruner.removal(decision.state),
         "passes": oracle.passes + (trials["passes"] if trials else 0),
         "measurements": oracle.measurements + (trials["measurements"] if trials else 0),
@@ -362,20 +418,20 @@ def _write_round(folder: Path, made: _Measured, decision: Decision, trials: Mapp
     Plan.of(pruner.model, pruner.removed(decision.state), meta).save(folder)
 
 
-def _flops(model: nn.Module, x: Tensor) -> int:
+def _flops(model: nn.Module, x: Inputs) -> int:
+    from compress.data.inputs import first
     from compress.networks.flops import count_flops
 
-    return sum(layer.dense for layer in count_flops(model, x[:1]))
+    return sum(layer.dense for layer in count_flops(model, first(x, 1)))
 
 
-def _latency_of(pruner: Pruner, x: Tensor, oracle: Any) -> Callable[[str, dict[str, int]], float]:
+def _latency_of(pruner: Pruner, x: Inputs, oracle: Judge, names: list[str]) -> Callable[[str, dict[str, int]], float]:
     """Seconds that a state saves in ONNX Runtime on this machine, measured once and noted."""
     import tempfile
 
+    from compress.data.inputs import first, inputs_by_name, mapped
     from compress.exporters.onnx_module import FILE, export_module
     from compress.exporters.ort import session
-
-    names = [t.name for t in oracle.data.tasks]
 
     def seconds(name: str, state: dict[str, int]) -> float:
         import time
@@ -386,9 +442,9 @@ def _latency_of(pruner: Pruner, x: Tensor, oracle: Any) -> Callable[[str, dict[s
             for label, network in (("whole", pruner.cut(pruner.full)), ("cut", pruner.cut(state))):
                 folder = Path(place) / label
                 folder.mkdir()
-                export_module(network.cpu(), x.cpu(), names, folder)
+                export_module(network.cpu(), mapped(x, lambda t: t.cpu()), names, folder)
                 runs.append(session(folder / FILE, 1))
-            feed = {"input": x[:1].cpu().numpy()}
+            feed = {name: t.cpu().numpy() for name, t in inputs_by_name(first(x, 1)).items()}
             times: list[list[float]] = [[], []]
             for i in range(60):
                 for which in (0, 1) if i % 2 else (1, 0):
@@ -423,12 +479,10 @@ def _whole(run: Run, dense: Path, rounds: list[Round]) -> Path:
 
 def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, rounds: list[Round], whole: Path) -> None:
     """Sizes, FLOPs and channels, counted in the networks as they are saved; and what the oracle said in every round."""
-    import torch
-
     from compress.networks.flops import count_flops
     from compress.recipes.pagcp.plan import Plan
 
-    sample = torch.zeros(1, *setup.data.input_shape)
+    sample = setup.sample(1)
     before, after = loaded(setup, dense).cpu(), loaded(setup, rounds[-1].trained).cpu()
     was, now = ({f.name: f for f in count_flops(m, sample)} for m in (before, after))
     flops = {"dense": sum(f.dense for f in was.values()), "pruned": sum(f.dense for f in now.values())}
@@ -481,7 +535,7 @@ def _assemble(run: Run, setup: NetworkSetup, dense: Path, pruned: Path, report: 
     def build(folder: Path) -> None:
         write_model(setup, loaded(setup, pruned), folder)
 
-    inputs = {"version": __version__, "pruned": seal_hash(pruned), "data": setup.data.sha256}
+    inputs = {"version": __version__, "pruned": seal_hash(pruned), "data": setup.data_sha256}
     folder = run.stage("model", inputs, build)
     verified = json.loads((folder / "verified.json").read_text("utf-8"))
     report["verify"] = {"layouts": [{"layout": "network", **verified}]}
@@ -503,7 +557,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
         curve.append({"removed": report["rounds"][number - 1]["removed"], "cut": cut, "trained": after})
     last = curve[-1]
     rows = []
-    for task in setup.data.tasks:
+    for task in setup.tasks:
         for metric, value in before[task.name].items():
             if metric == "samples":
                 continue
@@ -514,7 +568,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, rounds: list[Round], r
                     "metric": metric,
                     "main": metric == task.metric,
                     "higher_is_better": better(metric, task.higher_is_better) == "higher",
-                    "samples": int(before[task.name]["samples"]),
+                    **({"samples": int(before[task.name]["samples"])} if setup.job is None else {}),
                     "dense": value,
                     "pruned": last["trained"][task.name][metric],
                     "before_training": last["cut"][task.name][metric] if rounds[-1].trained != rounds[-1].cut else None,
@@ -582,6 +636,7 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     """What `prune` would do, without weights: groups, FLOPs, the most that can go, and the oracle's work."""
     from compress.models.zoo import build
     from compress.networks.forward import check_branches, check_training_alone
+    from compress.networks.jobs import check_job
     from compress.recipes.pagcp.costs import Costs
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, SCALES
     from compress.recipes.pagcp.groups import find_groups
@@ -589,10 +644,13 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
 
     setup = prepare(model, recipe)
     options = recipe.options
+    recipe = setup.recipe
     x, given = _sample(setup)
-    network = build(setup.network, given, recipe.seed).eval()
+    network = (setup.build() if setup.job is not None else build(setup.network, given, recipe.seed)).cpu().eval()
+    if setup.job is not None:
+        check_job(setup)
     check_branches(network, x)
-    check_training_alone(network, x)
+    check_training_alone(network, x, own=setup.job is not None)
     found = find_groups(network, x, options.round_to, options.skip)
     costs = Costs(network, x)
     dense = sum(costs.flops({}).values())
@@ -655,10 +713,12 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     }
 
 
-def _sample(setup: NetworkSetup) -> tuple[Tensor, dict[str, Any]]:
+def _sample(setup: NetworkSetup) -> tuple[Inputs, dict[str, Any]]:
     """Two samples of the shape the network is to see, and its arguments; data is read only where no size is given."""
     import torch
 
+    if setup.job is not None:
+        return setup.sample(2), setup.arguments
     if setup.spec.size is not None:
         channels = int(setup.given.get("channels", 3))
         return torch.zeros(2, channels, setup.spec.size, setup.spec.size), setup.given

@@ -22,6 +22,7 @@ from compress.processes.distributed import alone, gather, rank, world
 from compress.recipes.pagcp.contenders import contenders
 from compress.recipes.pagcp.greedy import Decision, Pruner, State
 from compress.recipes.pagcp.options import PAGCPOptions
+from compress.recipes.pagcp.oracle import Oracle
 from compress.run.folder import Journal, Notes, fingerprint
 from compress.schema.sections import TrainSpec
 
@@ -157,6 +158,7 @@ def choose(
     greedy, passes, measurements = {"greedy": decision.state}, 0.0, 0
     spared = weights(trials.data.tasks, options.spare)
     if spared:
+        assert isinstance(pruner.oracle, Oracle)  # trials are on our data
         other = pruner.judged_by(pruner.oracle.weighed(spared))
         greedy["greedy, pixels spared"] = other.decide(target, contribution).state
         passes, measurements = other.oracle.passes, other.oracle.measurements
