@@ -35,8 +35,9 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
             for k, v in facts.get("agree", {}).items()
         )
         reference = "torch" if form in ("onnx", "mnn") else "ONNX"
+        samples = "sample" if "job" in report["data"] else "held-out sample"
         lines.append(
-            f"{title} against {reference} on {counted(facts['samples'], 'held-out sample')}:"
+            f"{title} against {reference} on {counted(facts['samples'], samples)}:"
             f" {counted(facts['outputs_compared'], 'output')} "
             f"{'differs' if facts['outputs_compared'] == 1 else 'differ'} by at most"
             f" {small(facts['largest_difference'])} of the largest value{agree}."
@@ -44,8 +45,36 @@ def parity_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def data_line(report: Mapping[str, Any], decided: int | None = None) -> str:
+    """What it was trained and measured on; ``decided``: the samples that decided what goes."""
+    data = report["data"]
+    if "job" in data:
+        said = ["measured", *(["trained"] if data["job"]["train"] else [])]
+        return f"It was {' and '.join(said)} by the functions of {markdown(data['source'])}, on data of their own."
+    return (
+        f"Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
+        + (f" {decided:,} to decide on," if decided is not None else "")
+        + f" {data['samples']['test']:,} held out."
+    )
+
+
+def inputs_line(report: Mapping[str, Any]) -> str:
+    """What the network takes and gives, in every runtime."""
+    if "job" in report["data"]:
+        return "Inputs and outputs are those of the network itself, in every runtime; `network.json` names them."
+    return (
+        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of that file, in every runtime;"
+        " exports name one output a task."
+    )
+
+
 def judged_on(report: Mapping[str, Any]) -> str:
     data = report["data"]
+    if "job" in data:
+        return (
+            f"It was judged by evaluate of {markdown(data['source'])} alone; on other data, under noise or another"
+            " camera or sensor, nothing was measured."
+        )
     return (
         f"It was judged on {counted(data['samples']['test'], 'held-out sample')} of {markdown(data['source'])} alone;"
         " on other data, under noise or another camera or sensor, nothing was measured."

@@ -393,7 +393,7 @@ def save_network(setup: NetworkSetup, model: nn.Module, folder: Path, **changes:
 
 def _facts(setup: NetworkSetup, x: Inputs) -> dict[str, Any]:
     """What a saved network says of its inputs and outputs."""
-    from compress.data.inputs import form_of, inputs_by_name
+    from compress.data.inputs import form_of
     from compress.networks.reload import OUTPUT
 
     if setup.job is None:
@@ -406,11 +406,18 @@ def _facts(setup: NetworkSetup, x: Inputs) -> dict[str, Any]:
         }
     return {
         "form": form_of(x),
-        "inputs": {
-            name: {"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")}
-            for name, t in inputs_by_name(x).items()
-        },
+        "inputs": _ports(x),
         "tasks": [{"name": name, "kind": OUTPUT, "classes": []} for name in setup.output_names],
+    }
+
+
+def _ports(x: Inputs) -> dict[str, Any]:
+    """Every input's shape of one sample and type."""
+    from compress.data.inputs import inputs_by_name
+
+    return {
+        name: {"shape": list(t.shape[1:]), "dtype": str(t.dtype).removeprefix("torch.")}
+        for name, t in inputs_by_name(x).items()
     }
 
 
@@ -620,15 +627,13 @@ def describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, command: 
 
 def _data_facts(setup: NetworkSetup) -> dict[str, Any]:
     """The report's section ``data``."""
-    from compress.data.inputs import inputs_by_name
     from compress.data.tasks import KINDS
 
     if setup.job is not None:
-        shapes = {name: list(t.shape[1:]) for name, t in inputs_by_name(setup.example).items()}
         return {
             "source": f"the job {setup.job.title}",
             "sha256": setup.job.sha256,
-            "input": next(iter(shapes.values())) if len(shapes) == 1 else shapes,
+            "inputs": _ports(setup.example),
             "job": {name: getattr(setup.job.job, name) is not None for name in FUNCTIONS},
             "tasks": [
                 {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -289,7 +291,7 @@ import onnxruntime
 
 folder = "PATH"  # this folder, or huggingface_hub.snapshot_download("ID")
 session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
-outputs = session.run(None, {"input": np.zeros((1, SHAPE), np.float32)})
+outputs = session.run(None, FEED)
 """
 _MNN = """\
 from MNN import nn
@@ -315,6 +317,17 @@ def _prompted(report: Mapping[str, Any]) -> str:
     return _TEXT_ONNX.replace('["input_ids"]', f'["input_ids"][:, :-{ends}]') if ends else _TEXT_ONNX
 
 
+def _feed(data: Mapping[str, Any]) -> str:
+    """Arrays for the inputs of a network's ONNX file, as code."""
+    ports = data.get("inputs") or {"input": {"shape": data["input"], "dtype": "float32"}}
+    arrays = []
+    for name, port in ports.items():
+        shape = ", ".join(["1", *(str(int(n)) for n in port["shape"])])
+        kind = port["dtype"] if re.fullmatch(r"(float|u?int)\d+", str(port["dtype"])) else "bool_"
+        arrays.append(f"{json.dumps(str(name))}: np.zeros(({shape}{',' if not port['shape'] else ''}), np.{kind})")
+    return f"{{{', '.join(arrays)}}}"
+
+
 def runtimes(report: Mapping[str, Any]) -> list[str]:
     """How the exported files are opened, a format each; a format without code here is named with its files."""
     lines = []
@@ -327,7 +340,7 @@ def runtimes(report: Mapping[str, Any]) -> list[str]:
         if form == "onnx" and "prefill.onnx" in names:
             text = _prompted(report)
         if "data" in report:
-            text = text.replace("SHAPE", ", ".join(str(int(n)) for n in report["data"]["input"]))
+            text = text.replace("FEED", _feed(report["data"]))
         if text:
             lines += [*block(text.strip().splitlines(), "python"), ""]
         listed = ", ".join(f"{code(f'{form}/{name}')} ({megabytes(size)})" for name, size in names.items())

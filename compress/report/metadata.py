@@ -148,7 +148,7 @@ def network_results(report: Mapping[str, Any]) -> list[EvalResult]:
     # Where a task has several measures, its main one stands in the head.
     rows = [(row, row.pruned) for row in qualities(read_rows(report)) if row.main and row.pruned is not None]
     name = f"{line(data['source'])} (held out)"
-    types = {t["name"]: task_type(t, data["input"]) for t in data["tasks"]}
+    types = {t["name"]: task_type(t, data.get("input", ())) for t in data["tasks"]}
     return [
         EvalResult(
             task_type=types[row.task],
@@ -175,7 +175,7 @@ def task_type(task: Mapping[str, Any], shape: Sequence[int]) -> str:
 
 def pipeline_tag(data: Mapping[str, Any]) -> str | None:
     """The one word for what a network does, where all its tasks have one that the hub knows."""
-    found = {task_type(task, data["input"]) for task in data["tasks"]}
+    found = {task_type(task, data.get("input", ())) for task in data["tasks"]}
     return found.pop() if len(found) == 1 and found <= PIPELINES else None
 
 

@@ -214,11 +214,18 @@ def _qualities(report: Mapping[str, Any]) -> Iterator[Row]:
         way = better(metric, row.get("higher_is_better"))
         network = "data" in report
         yield Row(
-            name=f"{metric}, {row['task']}" if network else f"{row['task']}, {metric}", unit="score", better=way,
+            name=_named(metric, row["task"], network), unit="score", better=way,
             dense=row["dense"], pruned=row["pruned"], before_training=row.get("before_training"), task=row["task"],
             metric=metric, main=main, command="verify" if network else "eval",
             conditions=f"{row['samples']} held-out samples" if "samples" in row else "",
         )  # fmt: skip
+
+
+def _named(metric: str, task: str, network: bool) -> str:
+    """A score's name; of a job the task is its own measure."""
+    if metric == task and network:
+        return task
+    return f"{metric}, {task}" if network else f"{task}, {metric}"
 
 
 def _read(text: Mapping[str, Any]) -> str:

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.networks.card import COUNTED, judged_on, latency_plot, loaded_lines, measures, parity_lines
+from compress.networks.card import (
+    COUNTED,
+    data_line,
+    inputs_line,
+    judged_on,
+    latency_plot,
+    loaded_lines,
+    measures,
+    parity_lines,
+)
 from compress.report.card import INHERITED, frame, publish, runtimes
 from compress.report.charts import chart_of
 from compress.report.metadata import card_data, network_results, pipeline_tag
@@ -37,7 +46,7 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
-    size, model, data, recipe = report["size"], report["model"], report["data"], report["recipe"]
+    size, model, recipe = report["size"], report["model"], report["recipe"]
     which = "prunable weights" if _left_out(report) else "weights"
     trained = recipe.get("finetune")
     return frame(
@@ -46,8 +55,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         title=f"{model['name']}, {100 * size['pruned_share']:.2f} % of the {which} pruned",
         intro=f"{code(model['network'])} pruned with the recipe {code(recipe['method'])} of `compress`: {_how(report)}"
         + (f"; then {counted(trained['epochs'], 'epoch')} of training followed." if trained else ".")
-        + f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
-        f" {data['samples']['test']:,} held out. Weights: {markdown(model['source'])}.",
+        + f" {data_line(report)} Weights: {markdown(model['source'])}.",
         notes=[COUNTED, "", *_zeros(report), *_left_out(report)],
         pictures=(
             ("sparsity-per-layer", "What each layer gave up"),
@@ -152,8 +160,7 @@ def _loading(report: dict[str, Any]) -> list[str]:
         'load_weights(model, folder / "model.safetensors")',
         "```",
         "",
-        "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of `network.json`, in every"
-        " runtime.",
+        inputs_line(report),
         "",
         *runtimes(report),
     ]

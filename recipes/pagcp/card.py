@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.networks.card import (
     COUNTED,
+    data_line,
+    inputs_line,
     judged_on,
     latency_plot,
     loaded_lines,
@@ -42,7 +44,7 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
-    model, data, recipe = report["model"], report["data"], report["recipe"]
+    model, recipe = report["model"], report["recipe"]
     options, trained = recipe[recipe["method"]], recipe.get("finetune")
     count = len(report["rounds"])
     after = "nothing trained afterwards"
@@ -56,8 +58,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         intro=f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of"
         " `compress`: group after group, as many as the worst-hit task tolerates on a calibration split;"
         f" {counted(count, 'round')}, {after}."
-        f" Data: {markdown(data['source'])}; {counted(data['samples']['train'], 'sample')} trained on,"
-        f" {report['rounds'][0]['samples']:,} to decide on, {data['samples']['test']:,} held out."
+        f" {data_line(report, report['rounds'][0].get('samples'))}"
         f" Weights: {markdown(model['source'])}.",
         notes=[COUNTED, ""],
         pictures=(
@@ -77,6 +78,12 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         ],
         said=[judged_on(report), INHERITED],
     )
+
+
+_PASS = {
+    False: "forward run of the dense network over the calibration split",
+    True: "call of the job's calibrate on the dense network",
+}
 
 
 def _oracle(report: dict[str, Any]) -> list[str]:
@@ -106,8 +113,7 @@ def _oracle(report: dict[str, Any]) -> list[str]:
             if report["size"]["asked"]
             else ""
         )
-        + " A pass is one forward run of the dense network over the calibration split; the reference tries 19 ratios of"
-        " every group.",
+        + f" A pass is one {_PASS['job' in report['data']]}; the reference tries 19 ratios of every group.",
         "",
     ]
 
@@ -181,8 +187,7 @@ def _loading(report: dict[str, Any]) -> list[str]:
             "python",
         ),
         "",
-        "The layers' widths stand in `network.json`. Inputs are floats from 0 to 1 (signals as they are), less `mean`,"
-        " over `std` of that file, in every runtime; exports name one output a task.",
+        "The layers' widths stand in `network.json`. " + inputs_line(report),
         "",
         *runtimes(report),
     ]
@@ -237,7 +242,8 @@ def _sensitivity(report: dict[str, Any], plt: Any) -> Any:
     axis.set_yticks(range(len(tasks)), [caption(t, 24) for t in tasks], fontsize=8)
     axis.set_xticks(range(len(groups)), [caption(g, 30) for g in groups], **SLANTED)
     axis.grid(False)
-    axis.set_title("Loss rise, % for each % of FLOPs saved; shaded by each task's largest", fontsize=9)
+    what = "How much worse, %," if "job" in report["data"] else "Loss rise, %"
+    axis.set_title(f"{what} for each % of FLOPs saved; shaded by each task's largest", fontsize=9)
     return figure
 
 
@@ -253,6 +259,6 @@ def _quality(report: dict[str, Any], plt: Any) -> Any:
     axis.set_xlabel("FLOPs left, %")
     axis.set_ylabel(measures(report))
     axis.invert_xaxis()
-    axis.set_title(f"{chart['title']} (held-out samples)")
+    axis.set_title(chart["title"] if "job" in report["data"] else f"{chart['title']} (held-out samples)")
     axis.legend(frameon=False, fontsize=8)
     return figure
