@@ -446,3 +446,31 @@ def timed(setup: NetworkSetup) -> dict[str, float | None]:
     whole = held.job.train is None or not held.takes("train", "epochs")
     found["train"] = None if whole else seconds_of(lambda: train_by_job(held, setup.build(), one, seed=seed))
     return found
+
+
+def timed_lines(facts: Mapping[str, Any]) -> list[str]:
+    """What the command line says of a job's forecast: a call was timed, and is multiplied by how many there will be."""
+    from compress.words.wording import counted
+
+    lines = []
+    for role, seconds in facts["seconds"].items():
+        low, high = facts["calls"][role]
+        each = "epoch" if role == "train" else "call"
+        if not high:
+            continue
+        if seconds is None:
+            lines.append(f"job      {role} was not timed: it takes no epochs, so that one call is the whole training")
+            continue
+        many = counted(high, each) if low == high else f"{low} to {high} {each}s"
+        times = [_duration(n * seconds) for n in (low, high)]
+        lines.append(
+            f"job      {role}: {_duration(seconds)} a{'n' if each == 'epoch' else ''} {each} here, {many}:"
+            f" {times[0] if low == high else ' to '.join(times)}"
+        )
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -63,6 +63,11 @@ class NetworkSetup:
         return load(self.spec)
 
     @property
+    def title(self) -> str:
+        """What the data is called."""
+        return self.spec.title if self.job is None else f"of the job {self.job.title}"
+
+    @property
     def data_sha256(self) -> str:
         """The hash of all samples, or of the files that a job's functions stand in."""
         return self.data.sha256 if self.job is None else self.job.sha256

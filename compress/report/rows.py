@@ -425,7 +425,8 @@ def lines(found: Sequence[Row], cut: str = "just pruned") -> list[str]:
             said.append(f"ppl      {row.task}: {dense} -> {pruned}")
         elif row.unit == "score" and row.main:
             between = f" -> {row.value('before_training')} {cut}" if row.before_training is not None else ""
-            said.append(f"{row.metric} {row.task}: {dense} dense{between} -> {pruned}")
+            name = row.metric if row.metric == row.task else f"{row.metric} {row.task}"
+            said.append(f"{name}: {dense} dense{between} -> {pruned}")
         elif row.unit == "seconds":
             ran = f"; {row.runtime}" if row.metric == "latency" else ""
             said.append(f"{row.metric:8} {dense} -> {pruned} ({row.change()}{ran})")

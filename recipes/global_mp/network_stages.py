@@ -116,9 +116,11 @@ def _check(setup: NetworkSetup) -> None:
     """What is asked of the network can be done, and its heads fit the data: found out before anything is trained."""
     import torch
 
+    from compress.data.inputs import first, mapped
     from compress.data.tasks import by_task
     from compress.networks.flops import count_flops
     from compress.networks.forward import check_branches
+    from compress.networks.jobs import check_job
     from compress.networks.setup import real_inputs
     from compress.recipes.global_mp.fastgrnn import kept_columns
     from compress.recipes.global_mp.network import budget, prunable
@@ -132,17 +134,21 @@ def _check(setup: NetworkSetup) -> None:
         for sparsity in (setup.recipe.sparsity, *setup.recipe.sweep):
             budget(weights, sparsity, options)
     model.eval()
+    if setup.job is not None:
+        check_job(setup)
+    place = next(model.parameters()).device
+    x = mapped(real_inputs(setup, 2), lambda t: t.to(place))
     with torch.no_grad():
-        x = real_inputs(setup, 2).to(next(model.parameters()).device)
         try:
-            by_task(model(x), setup.data.tasks)
+            if setup.job is None:
+                by_task(model(x), setup.data.tasks)
         except RuntimeError as e:
             raise CompressError(
                 f"the network does not take the data: {str(e).splitlines()[0]}",
                 where=f"input {tuple(x.shape)}",
                 fix="set the network's arguments (channels) or the data's size",
             ) from e
-    count_flops(model, x[:1])
+    count_flops(model, first(x, 1))
     if setup.recipe.export is not None:  # a graph knows one branch
         check_branches(model, x)
 
@@ -289,7 +295,7 @@ def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, pruned: 
     from compress.networks.flops import count_flops
     from compress.recipes.global_mp.network import left_facts, prunable
 
-    sample = torch.zeros(1, *setup.data.input_shape)
+    sample = setup.sample(1)
     before, after = loaded(setup, dense).cpu(), loaded(setup, pruned.folder, **pruned.changes).cpu()
     was = {layer.name: layer for layer in count_flops(before, sample)}
     now = {layer.name: layer for layer in count_flops(after, sample)}
@@ -369,7 +375,7 @@ def _assemble(
             plan = run.folder / "plan"
             shutil.copyfile(plan / MASKS, folder / MASKS)
 
-    inputs = {"version": __version__, "pruned": seal_hash(pruned.folder), "data": setup.data.sha256}
+    inputs = {"version": __version__, "pruned": seal_hash(pruned.folder), "data": setup.data_sha256}
     folder = run.stage("model", inputs, build)
 
     def pack(out: Path) -> None:
@@ -407,7 +413,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
     if pruned.untrained is not None and pruned.untrained != pruned.folder:
         there = pruned.untrained
         cut = evaluated(run, setup, "evaluation-cut", there, lambda: loaded(setup, there, **pruned.changes))
-    tasks = {t.name: t for t in setup.data.tasks}
+    tasks = {t.name: t for t in setup.tasks}
     report["quality"] = {
         "tasks": [
             {
@@ -415,7 +421,7 @@ def _evaluate(run: Run, setup: NetworkSetup, dense: Path, pruned: Sparse, report
                 "metric": metric,
                 "main": metric == tasks[task].metric,
                 "higher_is_better": better(metric, tasks[task].higher_is_better) == "higher",
-                "samples": int(figures["samples"]),
+                **({"samples": int(figures["samples"])} if setup.job is None else {}),
                 "dense": figures[metric],
                 "pruned": after[task][metric],
                 "before_training": cut[task][metric] if cut is not None else None,
@@ -504,11 +510,16 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     import torch
 
     from compress.models.zoo import build
+    from compress.networks.jobs import check_job, timed
     from compress.recipes.global_mp.fastgrnn import kept_columns
     from compress.recipes.global_mp.network import budget, left_facts, prunable
 
     setup = prepare(model, recipe)
-    if ".py:" in setup.network:
+    recipe = setup.recipe
+    if setup.job is not None:
+        check_job(setup)
+        network = setup.build()
+    elif ".py:" in setup.network:
         network = build(setup.network, setup.given, recipe.seed)
     else:
         with torch.device("meta"):
@@ -518,7 +529,7 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
         "task": recipe.task,
         "model": setup.resolved.name,
         "source": setup.resolved.source,
-        "data": setup.spec.title,
+        "data": setup.title,
         "parameters": sum(p.numel() for p in network.parameters()),
         "epochs": {
             "dense": recipe.train.epochs,
@@ -527,6 +538,9 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
             "networks": 1 + len(set(recipe.sweep)),
         },
     }
+    if setup.job is not None:
+        counts = {"calibrate": 2, "evaluate": 3, "train": facts["epochs"]["finetune"] * facts["epochs"]["networks"]}
+        facts["job"] = {"seconds": timed(setup), "calls": {role: [n, n] for role, n in counts.items()}}
     if recipe.options.ranks is not None:
         if ".py:" not in setup.network:
             network = build(setup.network, setup.given)
@@ -544,6 +558,7 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
 
 
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.networks.jobs import timed_lines
     from compress.recipes.global_mp.network import left_line
 
     epochs = facts["epochs"]
@@ -563,6 +578,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
     return [
         *found,
         f"data     {facts['data']}",
+        *(timed_lines(facts["job"]) if "job" in facts else []),
         f"train    {epochs['dense']} epochs dense, {epochs['gradual']} gradual, {epochs['finetune']} after pruning;"
         f" {epochs['networks']} sparsities",
         "loads    torch, by compress.models.zoo; ONNX Runtime. Zeros make no dense kernel faster: latency is measured",

@@ -689,12 +689,13 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
             "contenders": count,
             "epochs": options.rounds * sum(n * each for n, each in heats(count, options.trials.epochs)),
         }
+    measurements = [len(rows) + searches, len(rows) + passes * searches]
     return {
         "method": recipe.method,
         "task": recipe.task,
         "model": setup.resolved.name,
         "source": setup.resolved.source,
-        "data": setup.spec.title,
+        "data": setup.title,
         "parameters": sum(p.numel() for p in network.parameters()),
         "flops": dense,
         "asked": options.flops,
@@ -702,7 +703,8 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
         "groups": rows,
         "left": [asdict(v) for v in found.left],
         "rounds": options.rounds,
-        "measurements": [len(rows) + searches, len(rows) + passes * searches],
+        "measurements": measurements,
+        **({"job": _job_forecast(setup, measurements)} if setup.job is not None else {}),
         "reference_passes": REFERENCE_RATIOS * len(rows),
         "epochs": {
             "dense": recipe.train.epochs,
@@ -710,6 +712,22 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
             "finetune": recipe.finetune.epochs if recipe.finetune is not None else 0,
         },
         "trials": trials,
+    }
+
+
+def _job_forecast(setup: NetworkSetup, measurements: list[int]) -> dict[str, Any]:
+    """Seconds of a call of the job's functions, and how many calls there will be, at least and at most."""
+    from compress.networks.jobs import timed
+
+    options, finetune = setup.recipe.options, setup.recipe.finetune
+    epochs = options.between * (options.rounds - 1) + (finetune.epochs if finetune is not None else 0)
+    # Beside the oracle's: twice before anything is made, and of every round's dense network and what it has saved.
+    calls = [2 + options.rounds * (n + 3) for n in measurements]
+    trained = options.rounds if options.between else 1
+    figures = 1 + options.rounds + (trained if epochs else 0)
+    return {
+        "seconds": timed(setup),
+        "calls": {"calibrate": calls, "evaluate": [figures, figures], "train": [epochs, epochs]},
     }
 
 
@@ -726,6 +744,8 @@ def _sample(setup: NetworkSetup) -> tuple[Inputs, dict[str, Any]]:
 
 
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
+    from compress.networks.jobs import timed_lines
+
     epochs = facts["epochs"]
     low, high = facts["measurements"]
     wide = max(len(g["name"]) for g in facts["groups"])
@@ -745,6 +765,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         + (f", up to {high} with the search for the scale" if high > low else "")
         + f"; trying 19 ratios of every group takes {facts['reference_passes']} passes",
         f"data     {facts['data']}",
+        *(timed_lines(facts["job"]) if "job" in facts else []),
         f"train    {epochs['dense']} epochs dense, {epochs['between']} between {facts['rounds']} rounds,"
         f" {epochs['finetune']} at the end",
         *(
