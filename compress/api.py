@@ -68,10 +68,11 @@ def prune(
         model: a name (`compress list models`), a hub id, a folder, FILE.py:FUNCTION of a network; or a model in memory,
             whose weights are saved first (to ``OUT-dense``): a transformers causal language model with its
             ``tokenizer``, or any other torch module. A module's weights are the start; it is trained further where the
-            recipe's ``train.epochs`` say so (0: they are taken as they are).
+            recipe's ``train.epochs`` say so (0: they are taken as they are). Or a `compress.Job`: a network with its own
+            data, training and measures; FILE.py:NAME may be one too.
         network: what builds a torch module again in a clean process, with the recipe's ``arguments``: FILE.py:FUNCTION
-            or a name of `compress list models`; by default the module's class, in the file where it stands. That it
-            builds the same network is checked, by its layers and its outputs.
+            or a name of `compress list models`; by default the module's class, or the function that a job's ``network``
+            is, in the file where it stands. That it builds the same network is checked, by its layers and its outputs.
         recipe: a name (`compress list recipes`) or a YAML file.
         out: the run folder; ``runs/MODEL-RECIPE`` where it is not given.
         fresh: forgets what an earlier run left in ``out``.
@@ -85,7 +86,7 @@ def prune(
     """
     from compress.pipeline import prune as run
     from compress.schema.stages import STAGES
-    from compress.verbs.in_memory import Named, named
+    from compress.verbs.in_memory import Named, held, named
 
     if until not in STAGES:
         raise UsageError(f"unknown stage {until!r}", where="until", fix=f"one of: {', '.join(STAGES)}")
@@ -102,7 +103,7 @@ def prune(
     changes += meant.changes
     words = ["compress", "prune", meant.name, "--recipe", str(recipe), "--out", str(folder)]
     command = shlex.join([*words, *(word for change in changes for word in ("--set", change))])
-    with _heard(progress):
+    with _heard(progress), held(meant):
         report = run(meant.name, str(recipe), folder, changes, fresh=fresh, until=until, command=command, ask=meant.ask)
     return Result(report, folder, meant.network if meant.network and ".py:" in meant.network else None)
 
@@ -124,13 +125,13 @@ def plan(
         on: the machine that is asked about: ``8xh100``, a YAML file, ``this-machine``.
     """
     from compress.verbs.common import plan as run
-    from compress.verbs.in_memory import for_a_while
+    from compress.verbs.in_memory import for_a_while, held
 
     changes = _changes({**(settings or {}), **overrides})
     if isinstance(model, str | Path):
         _no_network(network)
         return run(str(model), str(recipe), changes, on)
-    with for_a_while(model, str(recipe), changes, tokenizer=tokenizer, network=network) as meant:
+    with for_a_while(model, str(recipe), changes, tokenizer=tokenizer, network=network) as meant, held(meant):
         return run(meant.name, str(recipe), [*changes, *meant.changes], on)
 
 

@@ -210,6 +210,8 @@ def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[
 
     report = subject.report
     assert report is not None
+    if "job" in report["data"]:
+        return _job_quality(subject, dense)
     try:
         data = run_data(like) if like is not None else load(DataSpec.model_validate(report["recipe"]["data"]))
         if data.sha256 != report["data"]["sha256"]:
@@ -233,6 +235,33 @@ def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[
     return claims
 
 
+def _job_quality(subject: Subject, dense: Dense) -> list[Claim]:
+    """What the job's ``evaluate`` says again, where the job is named and its files are those of the run."""
+    from compress.networks.jobs import asked
+    from compress.networks.reload import reload
+    from compress.processes.distributed import device
+
+    report = subject.report
+    assert report is not None
+    claims = []
+    sides: tuple[tuple[Side, Path | None, str], ...] = (
+        ("pruned", subject.release, ""),
+        ("dense", dense.folder, dense.why),
+    )
+    for label, folder, why in sides:
+        found: dict[str, Any] | None = None
+        if not why and folder is not None:
+            try:
+                seed = report["recipe"].get("seed", 0)
+                held, found = asked(subject.network, reload(folder, subject.network).model.to(device()), seed)
+                if held.sha256 != report["data"]["sha256"]:
+                    found, why = None, "the files of the job have changed since it was measured"
+            except CompressError as e:
+                why = f"{e.what} ({e.fix})"
+        claims += [_metric(row, label, found, why) for row in qualities(rows(report))]
+    return claims
+
+
 def _metrics(folder: Path, network: str | None, data: Any) -> dict[str, dict[str, float]]:
     """The figures of the network in ``folder`` on the test split, its inputs normalised as it was trained."""
     import torch
@@ -251,9 +280,9 @@ def _metric(row: Row, label: Side, found: Mapping[str, Any] | None, why: str) ->
     assert said is not None  # of a network both are
     if found is None:
         return Claim(title, f"{said:.4f}", "", OPEN, why)
-    value, samples = found[row.task][row.metric], found[row.task]["samples"]
-    # Another order of sums turns a sample or two that stand on the edge.
-    allowed = max(2 / samples, 1e-3 * max(1.0, abs(said)))
+    value, samples = found[row.task][row.metric], found[row.task].get("samples")
+    # Another order of sums turns a sample or two that stand on the edge; of a job their number is not known.
+    allowed = max(2 / samples if samples else 0.0, 1e-3 * max(1.0, abs(said)))
     same = abs(value - said) <= allowed
     reason = "" if same else f"off by more than {allowed:.4f}"
     return Claim(title, f"{said:.4f}", f"{value:.4f}", HOLDS if same else FAILS, reason)

@@ -269,6 +269,25 @@ def _number(value: Any, task: str, role: str, where: str) -> float:
     return found
 
 
+def asked(network: str | None, model: nn.Module, seed: int = 0) -> tuple[NamedJob, dict[str, dict[str, float]]]:
+    """The job that a name leads to, and what its ``evaluate`` says of a saved network, by task and name.
+
+    Raises:
+        UsageError: none is named, or the name is a function's.
+    """
+    from compress.models.zoo import job_of
+
+    held = job_of(network) if network is not None else None
+    if held is None:
+        raise UsageError(
+            "the network is a job's, which alone can measure it",
+            where=network or "--network",
+            fix="name the job: --network FILE.py:JOB",
+        )
+    found = figures(held, "evaluate", model.eval(), seed)
+    return held, {name: {name: value} for name, value in found.items()}
+
+
 # --- a loss and its batches -----------------------------------------------------------------------------------------
 
 

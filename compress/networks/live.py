@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,42 @@ def code_of(module: nn.Module) -> str:
     except UsageError as e:
         raise refuse(f"lies in {file.name}, which does not give it when it is run by itself: {e.what}") from e
     return name
+
+
+def function_code(made: Any) -> str:
+    """FILE.py:FUNCTION of a function at the top of a file that can be run by itself.
+
+    Raises:
+        UsageError: it is a lambda, a notebook's, the running script's, or stands in another function.
+    """
+    name, module = getattr(made, "__qualname__", type(made).__name__), getattr(made, "__module__", "")
+
+    def refuse(why: str) -> UsageError:
+        return UsageError(
+            f"the job's network cannot be built again in a clean process: {name} {why}",
+            where="network",
+            fix=WRITE_A_FUNCTION,
+        )
+
+    if module in ("__main__", "__mp_main__"):
+        raise refuse("is of the running script or notebook, which would run a second time")
+    if not name.isidentifier():
+        raise refuse("is no function at the top of a file")
+    try:
+        file = Path(inspect.getsourcefile(made) or "").resolve()
+    except (TypeError, OSError):
+        raise refuse("is of no file") from None
+    if file.suffix != ".py":
+        raise refuse("lies in no Python file")
+    return f"{_short(file)}:{name}"
+
+
+def check_alike(module: nn.Module, built: nn.Module, where: str) -> None:
+    """Raises UsageError where what a file builds has other tensors or layers than the network in memory."""
+    if difference := _tensors(tensors_of(module), built.state_dict()) or _layers(module, built):
+        raise UsageError(
+            f"what is built is another network than the job's: {difference}", where=where, fix="name what made it"
+        )
 
 
 def _short(file: Path) -> str:

@@ -199,13 +199,14 @@ def _built(folder: Path, facts: dict[str, Any]) -> nn.Module:
     """
     import torch
 
-    from compress.models.zoo import build, job_of
+    from compress.models.zoo import build
 
     path = folder / "network.json"
     there = (folder / "model.safetensors").stat().st_size if (folder / "model.safetensors").is_file() else 0
     try:
-        if ".py:" in facts["network"] and job_of(facts["network"]) is not None:
-            return build(facts["network"], facts["arguments"])  # with weights: none of it can be made on meta
+        if ".py:" in facts["network"] and "inputs" in facts:
+            # A job's comes with its weights, which nothing on meta has; the file was named by a person.
+            return build(facts["network"], facts["arguments"])
         with torch.device("meta"):
             size = sum(t.nbytes for t in build(facts["network"], facts["arguments"]).state_dict().values())
         # What was pruned may be a small part of what is made first.

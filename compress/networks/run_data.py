@@ -22,12 +22,19 @@ def run_data(run: Path) -> Splits:
 
     from compress.data.images import load
     from compress.models.saved import locked_recipe
+    from compress.networks.reload import read_facts
     from compress.run.folder import RECIPE_LOCK, read_seal
 
     recipe = locked_recipe(run, "network")
     if not (run / "dense").is_dir():
         raise CompressError(
             "the run has trained no network yet", where=str(run), fix="finish it: give its command again"
+        )
+    if "inputs" in read_facts(run / "dense"):
+        raise CompressError(
+            "the run is of a job, whose data are its own",
+            where=str(run),
+            fix="name the job: compress eval MODEL --network FILE.py:JOB",
         )
     try:
         spec = DataSpec.model_validate(recipe.get("data"))

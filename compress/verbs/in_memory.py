@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.data.job import Job
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +29,16 @@ class Named:
     changes: tuple[str, ...] = ()
     network: str | None = None
     ask: Callable[[Any], None] | None = None
+    job: Job | None = None
+
+
+@contextmanager
+def held(meant: Named) -> Iterator[None]:
+    """Within it a job in memory is found by its name."""
+    from compress.models.zoo import given
+
+    with given(meant.name, meant.job) if meant.job is not None else nullcontext():
+        yield
 
 
 def is_network(model: Any) -> bool:
@@ -58,6 +69,8 @@ def named(
     Raises:
         UsageError: it cannot be built again, the recipe is for another kind, or ``folder`` holds another model.
     """
+    if isinstance(model, Job):
+        return _named_job(model, recipe, changes, network)
     if not is_network(model):
         if network is not None:
             raise UsageError("this is a language model", where="network", fix="leave it out")
@@ -81,6 +94,30 @@ def named(
             raise
 
     return Named(own, (f"weights={folder / 'model.safetensors'}",), own, ask)
+
+
+def _named_job(job: Job, recipe: str, changes: Sequence[str], network: str | None) -> Named:
+    """A job in memory by what builds its network, which is asked to build the same one before anything is written."""
+    from torch import nn
+
+    from compress.networks.live import code_of, function_code
+
+    _for_networks(recipe, changes)
+    own = network
+    if own is None:
+        own = code_of(job.network) if isinstance(job.network, nn.Module) else function_code(job.network)
+    if ".py:" not in own:
+        raise UsageError(
+            f"{own!r} builds none of a job's networks", where="network", fix="name FILE.py:FUNCTION, without arguments"
+        )
+
+    def ask(setup: Any) -> None:
+        from compress.models.zoo import build
+        from compress.networks.live import check_alike
+
+        check_alike(setup.build().cpu(), build(own, {}), own)
+
+    return Named(own, network=own, ask=ask, job=job)
 
 
 def _check_name(network: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
-from compress.networks.reload import Reloaded
+from compress.networks.reload import Reloaded, read_facts
 from compress.networks.run_data import run_data
 from compress.schema.sections import NetworkBench, NetworkExport
 from compress.words.wording import counted, small
@@ -46,6 +46,8 @@ def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> 
     from compress.networks import train
     from compress.processes.distributed import device
 
+    if "inputs" in read_facts(folder):
+        return _of_job(folder, network)
     if like is None:
         raise UsageError("name the run whose test data is to be used", where="eval", fix="--like RUN")
     data = run_data(like)
@@ -72,9 +74,24 @@ def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> 
     }
 
 
+def _of_job(folder: Path, network: str | None) -> dict[str, Any]:
+    """`evaluate` of a job's network, by the job that ``network`` names."""
+    from compress.networks.jobs import asked
+    from compress.processes.distributed import device
+
+    held, found = asked(network, _load(folder, network).model.to(device()))
+    return {
+        "model": str(folder),
+        "data": {"source": f"the job {held.title}", "sha256": held.sha256},
+        "tasks": found,
+    }
+
+
 def evaluate_lines(facts: dict[str, Any]) -> list[str]:
     return [
         f"{metric} {task}: {value:.4f} ({figures['samples']:,} samples)"
+        if "samples" in figures
+        else f"{task}: {value:.4f}"
         for task, figures in facts["tasks"].items()
         for metric, value in figures.items()
         if metric != "samples"

@@ -539,7 +539,8 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
         },
     }
     if setup.job is not None:
-        counts = {"calibrate": 2, "evaluate": 3, "train": facts["epochs"]["finetune"] * facts["epochs"]["networks"]}
+        networks, epochs = facts["epochs"]["networks"], facts["epochs"]["finetune"]
+        counts = {"calibrate": 2, "evaluate": 1 + networks + (epochs > 0), "train": epochs * networks}
         facts["job"] = {"seconds": timed(setup), "calls": {role: [n, n] for role, n in counts.items()}}
     if recipe.options.ranks is not None:
         if ".py:" not in setup.network:
