@@ -68,8 +68,8 @@ def prune(
         model: a name (`compress list models`), a hub id, a folder, FILE.py:FUNCTION of a network; or a model in memory,
             whose weights are saved first (to ``OUT-dense``): a transformers causal language model with its
             ``tokenizer``, or any other torch module. A module's weights are the start; it is trained further where the
-            recipe's ``train.epochs`` say so (0: they are taken as they are). Or a `compress.Job`: a network with its own
-            data, training and measures; FILE.py:NAME may be one too.
+            recipe's ``train.epochs`` say so (0: they are taken as they are). Or a `compress.Job`: a network with its
+            own data, training and measures; FILE.py:NAME may be one too.
         network: what builds a torch module again in a clean process, with the recipe's ``arguments``: FILE.py:FUNCTION
             or a name of `compress list models`; by default the module's class, or the function that a job's ``network``
             is, in the file where it stands. That it builds the same network is checked, by its layers and its outputs.

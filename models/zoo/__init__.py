@@ -21,6 +21,7 @@ from compress.data.job import Job, NamedJob, named_job
 from compress.errors import CompressError, UsageError
 from compress.models.computed import refuse_computed_weights
 from compress.models.reading import LARGEST_WEIGHT
+from compress.run.cache import sha256_of
 from compress.run.tensor_files import load_tensors
 
 # name -> file of this folder and function in it
@@ -36,7 +37,7 @@ NETWORKS = {
     "detector": "detector:detector",
 }
 
-_JOBS: dict[tuple[Path, str], Job] = {}  # of files that this process has run
+_JOBS: dict[tuple[Path, str, str], Job] = {}  # of files that this process has run, by their hash
 _GIVEN: dict[str, Job] = {}  # in memory, by what builds their networks
 
 
@@ -140,9 +141,9 @@ def _from_file(name: str) -> Any:
         raise UsageError("there is no such file", where=path, fix="name it as path/file.py:function")
     spec = importlib.util.spec_from_file_location(f"_compress_network_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None  # it ends in .py
-    known = _JOBS.get((Path(path).resolve(), function))
-    if known is not None:
-        return known
+    key = (Path(path).resolve(), function, sha256_of(Path(path)))
+    if key in _JOBS:
+        return _JOBS[key]
     module = importlib.util.module_from_spec(spec)
     beside = str(Path(path).resolve().parent)
     if beside not in sys.path:  # what lies beside it can be imported, as where the file is run by itself
@@ -153,7 +154,7 @@ def _from_file(name: str) -> Any:
         raise UsageError(f"the file cannot be run: {_told(e)}", where=_place(e, path), fix="mend it") from e
     found = getattr(module, function, None)
     if isinstance(found, Job):
-        return _JOBS.setdefault((Path(path).resolve(), function), found)
+        return _JOBS.setdefault(key, found)
     if not callable(found):
         said = f"the file has no function {function!r}"
         if found is not None:
