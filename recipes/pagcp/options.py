@@ -74,7 +74,11 @@ class PAGCPOptions(Section):
     )
     rounds: int = Field(1, ge=1, description="prune and fine-tune so often")
     between: int = Field(0, ge=0, description="epochs of fine-tuning after every round but the last")
-    total: float = Field(6.0, gt=1, description="T: a task with no tolerance of its own may have T times its loss")
+    total: float = Field(
+        6.0,
+        gt=1,
+        description="T: a task with no tolerance of its own may have T times its loss; of a job be T times worse",
+    )
     r0: float | None = Field(
         None,
         gt=0,

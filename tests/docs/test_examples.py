@@ -19,6 +19,7 @@ SHARED = {"tiny.py", "scene_net.py"}
 RUN = {
     "prune_llm.py": (r"removed 2\d\.\d %.*\nperplexity \d+\.\d -> \d+\.\d\nThe statement.{10,}", False),
     "prune_multitask.py": (r"miou segmentation: 0\.\d+ -> 0\.\d+\n(.*\n)*SceneNet with", True),
+    "digits_job.py": (r"FLOPs 1,807,744 -> .*\naccuracy: 0\.9\d+ -> 0\.9\d+\nink error: .*\nDigits with", True),
     "gate_in_ci.sh": (r"gate +pass\n(.*\n)*the second gate failed, as it must", True),
     "custom_target.sh": (r"latency pruned +\d+(.*\n)*budget +latency: 50 ms are", False),
     "custom_family.py": (r"sliced equals masked\n(.*\n)*.*logits differ by 0\.0e\+00", False),
