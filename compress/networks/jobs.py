@@ -227,13 +227,13 @@ def figures(held: NamedJob, role: str, model: nn.Module, seed: int) -> dict[str,
     Raises:
         CompressError: the function fails, changes the network, or gives other tasks or no finite numbers.
     """
-    marks = _Marks(model)
+    marks, place = _Marks(model), _device(model)
     seeded(seed)
     with torch.no_grad():
         given = held.called(role, model)
     where = held.where(role)
     marks.check(held, role)
-    model.eval()
+    model.to(place).eval()
     if not isinstance(given, Mapping):
         raise CompressError(
             f"{role} returned {type(given).__name__}, not a dict of numbers by task",

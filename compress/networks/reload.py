@@ -243,9 +243,10 @@ def _fingerprint(folder: Path, facts: dict[str, Any], names: list[str]) -> tuple
     keys = {name: name if form == "tensor" else f"input.{name}" for name in ports}
     whole = {keys[n] for n, port in ports.items() if port["dtype"] not in (None, "float32", "float64", "float16")}
     for name in (*keys.values(), *(f"output.{n}" for n in names)):
-        if name not in kept or not (name in whole or kept[name].is_floating_point()):
-            raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=str(path), fix=FIX)
-        if not bool(kept[name].isfinite().all()):
+        if name not in kept:
+            told = f"{path}, and {folder / 'network.json'}, which names it"
+            raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=told, fix=FIX)
+        if not (name in whole or kept[name].is_floating_point()) or not bool(kept[name].isfinite().all()):
             raise CompressError(f"the fingerprint has no finite tensor {name!r}", where=str(path), fix=FIX)
     for name, port in ports.items():
         held = kept[keys[name]]

@@ -158,7 +158,7 @@ def _from_file(name: str) -> Any:
     if not callable(found):
         said = f"the file has no function {function!r}"
         if found is not None:
-            said = f"{function} is {type(found).__name__}, neither a function nor a compress.Job"
+            said += f": it is {type(found).__name__}, and no compress.Job"
         raise UsageError(said, where=path, fix="name it as path/file.py:function")
     return found
 

@@ -333,13 +333,28 @@ def _network(folder: Path) -> None:
     save_file({"input": x, "output.class": out}, folder / "fingerprint.safetensors")
 
 
+def _job_network(folder: Path) -> None:
+    """The same as a job saves it: inputs by name, and outputs that are no task's."""
+    from safetensors.torch import load_file, save_file
+
+    _network(folder)
+    facts = json.loads((folder / "network.json").read_text())
+    ports = {"form": "dict", "inputs": {"x": {"shape": facts.pop("input"), "dtype": "float32"}}}
+    kept = {k: v for k, v in facts.items() if k not in ("mean", "std")}
+    tasks = [{"name": "output", "kind": "output", "classes": []}]
+    (folder / "network.json").write_text(json.dumps({**kept, **ports, "tasks": tasks}))
+    held = load_file(folder / "fingerprint.safetensors")
+    save_file({"input.x": held["input"], "output.output": held["output.class"]}, folder / "fingerprint.safetensors")
+
+
 def _reloaded(folder: Path) -> Any:
+    from compress.data.inputs import inputs_by_name
     from compress.verbs.network import _load
 
     loaded = _load(folder, None)
     return {
         "facts": loaded.facts,
-        "inputs": loaded.inputs.double().sum().item(),
+        "inputs": sum(x.double().sum().item() for x in inputs_by_name(loaded.inputs).values()),
         "parameters": loaded.found["parameters"],
     }
 
@@ -665,6 +680,13 @@ _add(
     "network",
     _network,
     {"network.json": "json", "model.safetensors": "header", "fingerprint.safetensors": "header"},
+    _reloaded,
+    _reloaded_right,
+)
+_add(
+    "network-of-a-job",
+    _job_network,
+    {"network.json": "json", "fingerprint.safetensors": "header"},
     _reloaded,
     _reloaded_right,
 )
