@@ -3,7 +3,7 @@
     PYTHONPATH=. python tools/timm_job.py train --network mobilenetv4_conv_small --out runs/timm
     TIMM_JOB=runs/timm PYTHONPATH=. python -m compress prune tools/timm_job.py:job -r pagcp --out runs/timm-50
 
-The second command is an ordinary run: any recipe and setting may stand there. `docs/measured/jobs.md` has what came out.
+The second command is an ordinary run, of any recipe and settings; `docs/measured/jobs.md` has what came out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def prepared(split: Split) -> tuple[Tensor, Tensor]:
 
 
 SPLITS = {"train": prepared(DATA.train), "calibration": prepared(DATA.calibration), "test": prepared(DATA.test)}
-BATCH = 64
+BATCH, LOOKED_AT = 64, 192
 
 
 def made(name: str) -> nn.Module:
@@ -50,7 +50,7 @@ def network() -> nn.Module:
 
 
 def measured(model: nn.Module, split: str) -> dict[str, float]:
-    x, labels = SPLITS[split]
+    x, labels = (part[:LOOKED_AT] if split == "calibration" else part for part in SPLITS[split])
     with torch.no_grad():
         logits = torch.cat([model(part) for part in x.split(256)])
     return {"accuracy": float((logits.argmax(1) == labels).float().mean())} | {
@@ -72,7 +72,7 @@ def loss(model: nn.Module, at: Tensor) -> Tensor:
 
 
 def batches() -> tuple[Tensor, ...]:
-    return torch.arange(512).split(BATCH)
+    return torch.arange(128).split(BATCH)
 
 
 def train(model: nn.Module, epochs: int, seed: int = 0, rate: float = 1e-3) -> None:

@@ -125,6 +125,7 @@ def network_of(job: Job, name: str) -> nn.Module:
             where=held.where("network"),
             fix="give the module, or a function without arguments that returns it",
         )
+    refuse_computed_weights(module, name)
     return copy.deepcopy(module)
 
 
@@ -148,9 +149,11 @@ def _from_file(name: str) -> Any:
     beside = str(Path(path).resolve().parent)
     if beside not in sys.path:  # what lies beside it can be imported, as where the file is run by itself
         sys.path.append(beside)
+    sys.modules[spec.name] = module  # dataclasses and pickles of the file look for it there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:  # the user's own code: any fault of it is told as theirs
+        del sys.modules[spec.name]
         raise UsageError(f"the file cannot be run: {_told(e)}", where=_place(e, path), fix="mend it") from e
     found = getattr(module, function, None)
     if isinstance(found, Job):

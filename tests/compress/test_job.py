@@ -31,6 +31,9 @@ from tests.command import one_error
 
 # Two inputs, one of them whole numbers; two heads nested in what it returns; weights from a file beside it.
 CODE = """\
+from __future__ import annotations
+
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -41,12 +44,19 @@ from torch.nn import functional
 import compress
 from tests.networks import shapes
 
+@dataclass
+class Sizes:
+    train: int = 160
+    held: int = 60
+    test: int = 80
+
+
 HERE = Path(__file__).parent
 CALLS = []
 IMAGES, LABELS, MASKS = shapes(300, 12)
 IMAGES = IMAGES.float() / 255
 KINDS = torch.arange(300) % 2
-TRAIN, HELD, TEST = torch.arange(300).split((160, 60, 80))
+TRAIN, HELD, TEST = torch.arange(300).split((Sizes().train, Sizes.held, Sizes.test))
 
 
 class Net(nn.Module):
@@ -178,8 +188,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jobs")
     for name, text in (("mine.py", CODE), ("plain_net.py", PLAIN), ("pagcp.yaml", PAGCP), ("mp.yaml", MP)):
         (folder / name).write_text(text)
-    scope: dict[str, Any] = {"__file__": str(folder / "mine.py"), "__name__": "mine"}
-    exec(compile(CODE, "mine.py", "exec"), scope)
+    scope: Any = held(folder).job.train.__globals__  # type: ignore[union-attr]
     torch.manual_seed(0)
     net = scope["Net"]()
     scope["train"](net, 6, 0)
@@ -343,6 +352,8 @@ def test_global_mp_holds_its_masks_through_the_users_own_steps(plain: Any, place
             remembered = optimizer.state[net[0].weight]["exp_avg"][before]
             seen.append(float(remembered.abs().max()))
 
+    planned = compress.plan(plain_job(plain), place / "mp.yaml")
+    assert planned["prune"] == 358 and planned["job"]["seconds"]["train"] is None  # it takes no epochs
     done = compress.prune(plain_job(plain, train=fit), place / "mp.yaml", tmp_path / "run")
     assert len(seen) == 30 and set(seen) == {0.0}
     net, masks = done.model, load_file(done.saved / "masks.safetensors")
