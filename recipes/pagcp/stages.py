@@ -634,23 +634,14 @@ def _trials_line(trials: dict[str, Any]) -> str:
 
 def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dict[str, Any]:
     """What `prune` would do, without weights: groups, FLOPs, the most that can go, and the oracle's work."""
-    from compress.models.zoo import build
-    from compress.networks.forward import check_branches, check_training_alone
-    from compress.networks.jobs import check_job
     from compress.recipes.pagcp.costs import Costs
     from compress.recipes.pagcp.greedy import REFERENCE_RATIOS, SCALES
     from compress.recipes.pagcp.groups import find_groups
     from compress.recipes.pagcp.trials import heats
 
     setup = prepare(model, recipe)
-    options = recipe.options
-    recipe = setup.recipe
-    x, given = _sample(setup)
-    network = (setup.build() if setup.job is not None else build(setup.network, given, recipe.seed)).cpu().eval()
-    if setup.job is not None:
-        check_job(setup)
-    check_branches(network, x)
-    check_training_alone(network, x, own=setup.job is not None)
+    recipe, options = setup.recipe, setup.recipe.options
+    network, x = _looked_at(setup)
     found = find_groups(network, x, options.round_to, options.skip)
     costs = Costs(network, x)
     dense = sum(costs.flops({}).values())
@@ -731,16 +722,29 @@ def _job_forecast(setup: NetworkSetup, measurements: list[int]) -> dict[str, Any
     }
 
 
-def _sample(setup: NetworkSetup) -> tuple[Inputs, dict[str, Any]]:
-    """Two samples of the shape the network is to see, and its arguments; data is read only where no size is given."""
+def _looked_at(setup: NetworkSetup) -> tuple[nn.Module, Inputs]:
+    """The network, which can be pruned as far as its calls tell, and two samples of the shape that it is to see; data
+    is read only where no size is given."""
     import torch
 
+    from compress.models.zoo import build
+    from compress.networks.forward import check_branches, check_training_alone
+    from compress.networks.jobs import check_job
+
     if setup.job is not None:
-        return setup.sample(2), setup.arguments
-    if setup.spec.size is not None:
-        channels = int(setup.given.get("channels", 3))
-        return torch.zeros(2, channels, setup.spec.size, setup.spec.size), setup.given
-    return torch.zeros(2, *setup.data.input_shape), setup.arguments
+        check_job(setup)
+        network, x = setup.build().cpu(), setup.sample(2)
+    else:
+        given, size = setup.given, setup.spec.size
+        if size is not None:
+            x = torch.zeros(2, int(given.get("channels", 3)), size, size)
+        else:
+            x, given = setup.sample(2), setup.arguments
+        network = build(setup.network, given, setup.recipe.seed)
+    network.eval()
+    check_branches(network, x)
+    check_training_alone(network, x, own=setup.job is not None)
+    return network, x
 
 
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
