@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from compress.errors import CompressError, UsageError
 from compress.run.cache import sha256_of
@@ -128,7 +130,8 @@ class NamedJob:
         """
         function = getattr(self.job, name)
         try:
-            return function(*given, **more)
+            with aside():
+                return function(*given, **more)
         except CompressError:
             raise
         except Exception as e:  # the user's own code may raise anything
@@ -145,6 +148,11 @@ def named_job(job: Job, name: str) -> NamedJob:
     files = {_file(f) for f in functions if f is not None} | {name.rpartition(":")[0]}
     held = sorted(sha256_of(Path(f)) for f in files if f and Path(f).is_file())
     return NamedJob(job, name, fingerprint({"job": held, "better": dict(job.better)}))
+
+
+def aside() -> contextlib.redirect_stdout[TextIO]:
+    """Within it what code of the user's prints goes to standard error: a verb's own output may be JSON."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _plain(function: Any) -> Any:

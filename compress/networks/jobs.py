@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from compress.data.job import NamedJob
+from compress.data.job import NamedJob, aside, fault_of
 from compress.errors import CompressError, UsageError
 from compress.networks.train import Masks, apply_masks, check_masks, mask_gradients
 from compress.processes.distributed import world
@@ -297,10 +297,9 @@ def batches(held: NamedJob, seed: int) -> list[Any]:
         seeded(seed)
         given = held.called("batches")
         try:
-            held.kept["batches"] = list(given)
+            with aside():
+                held.kept["batches"] = list(given)
         except Exception as e:  # a generator of the user's runs here
-            from compress.data.job import fault_of
-
             where = held.where("batches")
             raise fault_of(e, "the job's batches", where, where.partition(",")[0]) from e
     found: list[Any] = held.kept["batches"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress.data.job import Job, NamedJob, named_job
+from compress.data.job import Job, NamedJob, aside, named_job
 from compress.errors import CompressError, UsageError
 from compress.models.computed import refuse_computed_weights
 from compress.models.reading import LARGEST_WEIGHT
@@ -58,7 +58,8 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
         ) from None
     torch.manual_seed(seed)
     try:
-        model = make(**arguments)
+        with aside():
+            model = make(**arguments)
     except CompressError:
         raise
     except ValueError as e:
@@ -151,7 +152,8 @@ def _from_file(name: str) -> Any:
         sys.path.append(beside)
     sys.modules[spec.name] = module  # dataclasses and pickles of the file look for it there
     try:
-        spec.loader.exec_module(module)
+        with aside():
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:  # the user's own code: any fault of it is told as theirs
         del sys.modules[spec.name]
         raise UsageError(f"the file cannot be run: {_told(e)}", where=_place(e, path), fix="mend it") from e
