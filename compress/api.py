@@ -79,7 +79,7 @@ def prune(
         until: the stage to stop behind, one of `compress.schema.stages.STAGES`.
         settings: keys of the recipe by their path, such as ``{"tyr.search.windows": 8}``.
         progress: called with (label, steps done, steps in all) while something is counted.
-        overrides: keys at the recipe's top: ``sparsity=0.5``, ``bench=None``.
+        overrides: keys at the recipe's top: ``sparsity=0.5``, ``budget=["size<=0.8x"]``, ``bench=None``.
 
     Raises:
         CompressError: anything that keeps the promise from being kept; `UsageError` where the call is wrong.

@@ -51,6 +51,15 @@ Threads = Annotated[
     int | None, typer.Option("--threads", min=1, max=4096, help="of each process  [default: as many as processors]")
 ]
 Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
+Budgets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        metavar="FIGURE<=LIMIT",
+        help="in place of a sparsity, such as size<=0.8x, kv_cache@4096<=64MB, tpot<=0.7x; repeatable",
+    ),
+]
 TargetName = Annotated[
     str | None, typer.Option("--target", "-t", help="a name from `compress list targets`, or a YAML file")
 ]
@@ -97,8 +106,11 @@ def _finite(value: float) -> float:
     return value
 
 
-def _overrides(given: list[str] | None, sparsity: float | None) -> list[str]:
-    return [*(given or []), *([f"sparsity={sparsity}"] if sparsity is not None else [])]
+def _overrides(given: list[str] | None, sparsity: float | None, budgets: list[str] | None) -> list[str]:
+    import json
+
+    said = [f"sparsity={sparsity}"] if sparsity is not None else []
+    return [*(given or []), *said, *([f"budget={json.dumps(budgets)}"] if budgets else [])]
 
 
 def _show(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
@@ -114,6 +126,7 @@ def prune(
     recipe: RecipeName,
     out: Annotated[Path | None, typer.Option(help="the run folder  [default: runs/MODEL-RECIPE]")] = None,
     sparsity: Sparsity = None,
+    budget: Budgets = None,
     sweep: Annotated[str | None, typer.Option(help="networks: more sparsities to train, such as 0.8,0.95")] = None,
     set_: Set = None,
     until: Annotated[
@@ -150,7 +163,7 @@ def prune(
         raise UsageError(f"unknown stage {until!r}", where="--until", fix=f"one of: {', '.join(STAGES)}")
     folder = out or Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
     command = shlex.join(["compress", *(a for a in sys.argv[1:] if a not in ("--fresh", "--json"))])
-    overrides = [*_overrides(set_, sparsity), *([f"sweep=[{sweep}]"] if sweep is not None else [])]
+    overrides = [*_overrides(set_, sparsity, budget), *([f"sweep=[{sweep}]"] if sweep is not None else [])]
     distributed.join(timedelta(seconds=rank_timeout))
     report = run(model, recipe, folder, overrides, fresh=fresh, until=until, command=command)
     if distributed.is_main():
@@ -166,6 +179,7 @@ def plan(
     model: Model,
     recipe: RecipeName,
     sparsity: Sparsity = None,
+    budget: Budgets = None,
     set_: Set = None,
     on: Annotated[
         str, typer.Option("--on", metavar="MACHINE", help="8xh100, 2x8xh100, 1x24gb, a YAML file, or this-machine")
@@ -178,7 +192,7 @@ def plan(
     from compress.pipeline import method_of
     from compress.verbs.common import plan as run
 
-    facts = run(model, recipe, _overrides(set_, sparsity), on)
+    facts = run(model, recipe, _overrides(set_, sparsity, budget), on)
     _show(facts, json_, method_of(facts).forecast_lines)
 
 

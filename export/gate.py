@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import UsageError
-from compress.report.rows import FIGURES, better_of
+from compress.report.rows import COSTS, FIGURES, better_of
 from compress.report.stats import P90_FROM, P99_FROM
 
 FIRST, LAST = 7, 21  # rounds
@@ -56,6 +56,8 @@ MEASURED = (*TIMES, "memory")
 STATISTICS = ("fastest", "median", "p90", "p99")
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9}
+UNITS: dict[str, dict[str, float]] = {"seconds": SECONDS, "bytes": BYTES, "parameters": COUNTS}
 EXAMPLES = "latency<=1.05x, latency.p90<=40ms, memory<=1.1x, size<=0.8x, accuracy>=-0.5%, perplexity<=1.02x"
 
 
@@ -72,12 +74,28 @@ class Budget:
     statistic: str
     kind: Literal["relative", "absolute", "points"]
     limit: float
+    length: int | None = None  # tokens, of a figure that is taken at a length
 
 
-_FORM = re.compile(r"([a-z]+)(?:\.([a-z0-9]+))?\s*(<=|>=)\s*([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z%]*)")
+@dataclass(frozen=True)
+class Grammar:
+    """What budgets may be of: every figure's unit, the statistics of times, the figures that take a length behind an
+    @, examples, and what ``x`` is times of."""
+
+    figures: Mapping[str, str]
+    statistics: tuple[str, ...]
+    lengths: tuple[str, ...]
+    examples: str
+    times: str
 
 
-def parse_budget(text: str) -> Budget:
+GATE = Grammar(FIGURES, STATISTICS, (), EXAMPLES, "the baseline's")
+_FORM = re.compile(
+    r"([a-z_]+)(?:\.([a-z0-9]+))?(?:@([0-9]{1,9}))?\s*(<=|>=)\s*([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)\s*([A-Za-z%]*)"
+)
+
+
+def parse_budget(text: str, grammar: Grammar = GATE) -> Budget:
     """A budget such as ``latency<=1.05x``.
 
     Raises:
@@ -85,38 +103,48 @@ def parse_budget(text: str) -> Budget:
     """
     match = _FORM.fullmatch(text.strip())
     if match is None:
-        raise _wrong(text, "this is no budget", f"for example: {EXAMPLES}")
-    figure, statistic, sign, number, unit = match.groups()
-    if figure not in FIGURES:
+        raise _wrong(text, "this is no budget", f"for example: {grammar.examples}")
+    figure, statistic, length, sign, number, unit = match.groups()
+    if figure not in grammar.figures:
         from compress.schema.recipe import nearest
 
-        raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, tuple(FIGURES)))
+        raise _wrong(text, f"there is no figure {figure!r}", nearest(figure, tuple(grammar.figures)))
+    counted = grammar.figures[figure]
     value = float(number)
     if not math.isfinite(value):
-        raise _wrong(text[:40] + "...", "the limit is no number that can be reached", f"for example: {EXAMPLES}")
-    allowed_sign = ">=" if better_of(figure) == "higher" else "<="
-    if FIGURES[figure] == "score":
+        raise _wrong(
+            text[:40] + "...", "the limit is no number that can be reached", f"for example: {grammar.examples}"
+        )
+    if length is not None and (figure not in grammar.lengths or int(length) == 0):
+        raise _wrong(
+            text,
+            f"{figure} is not taken at a length" if figure not in grammar.lengths else "a length is at least 1 token",
+            f"{', '.join(grammar.lengths)} are: {grammar.lengths[0]}@512<=0.8x" if grammar.lengths else "leave it out",
+        )
+    allowed_sign = "<=" if counted in COSTS or better_of(figure) == "lower" else ">="
+    if counted == "score":
         if statistic or sign != allowed_sign or unit != "%" or number[0] not in "+-":
             raise _wrong(text, "a budget of accuracy is a change in percentage points", "for example: accuracy>=-0.5%")
         return Budget(text.strip(), figure, "value", "points", value / 100)
     if sign != allowed_sign:
         raise _wrong(text, f"{figure} is bounded from above", f"write {figure}<={number}{unit}")
-    if statistic is not None and (figure not in TIMES or statistic not in STATISTICS):
-        raise _wrong(text, f"{figure} has no statistic {statistic!r}", f"times have {', '.join(STATISTICS)}")
-    units = {"seconds": SECONDS, "bytes": BYTES}.get(FIGURES[figure], {})
+    if statistic is not None and (figure not in TIMES or statistic not in grammar.statistics):
+        has = f"times have {', '.join(grammar.statistics)}" if grammar.statistics else "leave it out"
+        raise _wrong(text, f"{figure} has no statistic {statistic!r}", has)
+    units = UNITS.get(counted, {})
     if unit != "x" and unit not in units:
-        known = ", ".join(["x (times the baseline's)", *units])
+        known = ", ".join([f"x (times {grammar.times})", *units])
         raise _wrong(text, f"{figure} has no unit {unit!r}" if unit else "the unit is missing", f"one of: {known}")
     if value <= 0:
-        raise _wrong(text, "the limit must be above 0", f"for example: {EXAMPLES}")
+        raise _wrong(text, "the limit must be above 0", f"for example: {grammar.examples}")
     kind: Literal["relative", "absolute"] = "relative" if unit == "x" else "absolute"
     if kind == "relative" and statistic in ("p90", "p99"):
         raise _wrong(
             text, "a tail is not compared relative to a baseline: it needs a pinned device", f"{figure}<={number}x"
         )
     limit = value if kind == "relative" else value * units[unit]
-    usual = "fastest" if figure in TIMES else "value"
-    return Budget(text.strip(), figure, statistic or usual, kind, limit)
+    usual = grammar.statistics[0] if figure in TIMES and grammar.statistics else "value"
+    return Budget(text.strip(), figure, statistic or usual, kind, limit, int(length) if length else None)
 
 
 def _wrong(text: str, what: str, fix: str) -> UsageError:

@@ -146,6 +146,7 @@ def quiet() -> None:
 
 def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     """Finds the model and checks that it can be pruned, before any weight is read."""
+    from compress.language.limits import parse
     from compress.language.quantised import check as check_quantised
     from compress.language.recover import check as check_recovery
     from compress.models.families import family_for
@@ -153,6 +154,8 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
     from compress.models.sources import resolve
 
     quiet()
+    if isinstance(recipe, Recipe):
+        parse(recipe.budget or (), recipe.bench)  # before anything is fetched
     resolved = resolve(model)
     config = load_config(resolved.folder)
     family = family_for(config)
@@ -170,11 +173,14 @@ def prepare(model: str, recipe: AnyText) -> Setup[AnyText]:
 
 def outline(model: str, recipe: AnyText) -> Setup[AnyText]:
     """What `prepare` finds, from the configuration alone: no weight is fetched or read, so none can be asked for."""
+    from compress.language.limits import parse
     from compress.language.quantised import check as check_quantised
     from compress.models.families import family_for
     from compress.models.sources import describe
 
     quiet()
+    if isinstance(recipe, Recipe):
+        parse(recipe.budget or (), recipe.bench)
     resolved, config = describe(model, tokenizer=bool(recipe.dialogues()))
     check_dialogues(resolved.folder, recipe)
     family = family_for(config)

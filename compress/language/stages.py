@@ -122,6 +122,19 @@ def text_hash(windows: Tensor) -> str:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16]
 
 
+def export_dense(run: Run, setup: Setup[Any]) -> Path:
+    """The sealed folder of the dense model's export."""
+    from compress.exporters.check import write_checked
+    from compress.models.streaming import on_cpu
+
+    assert setup.recipe.export is not None  # asked by the caller
+    spec, vocab = setup.recipe.export, setup.geometry.vocab
+    inputs = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
+    return run.stage(
+        "export-dense", inputs, lambda f: write_checked(on_cpu(setup.model), setup.tokenizer, f, spec, vocab)
+    )
+
+
 def export(
     run: Run, setup: Setup[Any], pruned: Callable[[], Any], saved: Path, report: dict[str, Any]
 ) -> dict[str, Path]:
@@ -134,9 +147,7 @@ def export(
     vocab = setup.geometry.vocab
     common = {"version": __version__, "weights": setup.weights, "export": spec.model_dump(mode="json")}
     folders = {
-        "dense": run.stage(
-            "export-dense", common, lambda f: write_checked(on_cpu(setup.model), setup.tokenizer, f, spec, vocab)
-        ),
+        "dense": export_dense(run, setup),
         "pruned": run.stage(
             "export-pruned",
             {**common, "model": seal_hash(saved)},

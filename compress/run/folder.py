@@ -45,7 +45,8 @@ OWN_FILES = re.compile(rf"\.lock|\.lock\.\d+\.clock|recipe\.lock\.yaml|{UNFINISH
 AGAIN = "free space and give the same command again: it goes on behind the last whole stage"
 # The first part of every stage's name.
 STAGE_NAMES = re.compile(
-    r"text|text-recover|metrics|supernet-\d+|singles-\d+|search-\d+|run-off-\d+(-judged)?|final|plan|recover|packed"
+    r"text|text-recover|latency-(table|whole-\d+|held)|metrics|supernet-\d+|singles-\d+|search-\d+(-again-\d+)?"
+    r"|run-off-\d+(-judged)?|final|plan|recover|packed"
     r"|model|model-padded|evaluation-\w+|curve|export-(dense|pruned)|bench|target-.+|quantised(-bench)?-.+|release"
     r"|dense|gradual|cut|finetuned"
     r"|round-\d+|sweep"

@@ -271,6 +271,15 @@ class TextRecipe(AnyRecipe):
 class Recipe(TextRecipe):
     """A recipe that looks at text to decide what goes."""
 
+    sparsity: float | None = Field(  # type: ignore[assignment]
+        None, gt=0, lt=1, description="share of the backbone's linear parameters to remove; or give a budget"
+    )
+    budget: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="in place of the sparsity, what the model may take, all at once: parameters, size, kv_cache, tpot,"
+        " ttft; such as `size<=0.8x` or `kv_cache@4096<=64MB`",
+    )
     layouts: list[Literal["per-layer", "padded", "stock"]] = Field(["per-layer"], min_length=1)
     calibration: Calibration
     recover: RecoverSection | None = None
@@ -280,6 +289,30 @@ class Recipe(TextRecipe):
         description="type of the blocks' products while it calibrates and searches (the evaluation is float32); auto:"
         " bfloat16 where the processor has units for it",
     )
+
+    @model_validator(mode="after")
+    def _sparsity_or_budget(self) -> Recipe:
+        if self.budget is None and self.sparsity is None:
+            raise Clash(
+                "the key 'sparsity' is missing, and no budget stands in its place",
+                "add one, for example sparsity: 0.3, or budget: [size<=0.8x]",
+            )
+        if self.budget is not None and self.sparsity is not None:
+            raise Clash(
+                "both sparsity and budget are given, and each says how much goes",
+                "leave the sparsity out, or set budget: null",
+            )
+        if self.budget is not None and getattr(self.options, "shape", "ragged") == "stock":
+            raise Clash(
+                "stock shapes follow from a sparsity, and a budget is given in its place",
+                "say a sparsity, or shape: ragged with layouts: [per-layer]",
+            )
+        if self.budget is not None and self.layouts[0] != "per-layer":
+            raise Clash(
+                f"the first of the layouts {self.layouts} is what is released, and holds zeros where something goes",
+                "let layouts begin with per-layer, or leave the budget out",
+            )
+        return self
 
     @model_validator(mode="after")
     def _widths_divide(self) -> Recipe:
@@ -366,6 +399,8 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
     """
     places: dict[Path_, Place] = {}
     data = read_layers(_find(name), places, _find)
+    if data.get("budget") is None and any(_gives_budget(text) for text in overrides):
+        data.pop("sparsity", None)  # of the file: a budget takes its place
     for text in overrides:
         _override(data, text, places)
     method = data.get("method")
@@ -471,6 +506,8 @@ def read_layers(
         beside = path.parent / parent
         found = beside if beside.is_file() else find(parent)
         base = read_layers(found, places, find, noun, (*seen, path))
+        if data.get("budget") is not None:  # it takes the place of the sparsity that it is laid over
+            base.pop("sparsity", None)
     for at, place in mine.items():
         _forget_below(places, at, unless=mine)
         places[at] = place
@@ -490,6 +527,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def _gives_budget(text: str) -> bool:
+    """Whether an override says a budget; one that takes it away, or cannot be read, does not."""
+    key, _, value = text.partition("=")
+    return key == "budget" and value.strip() not in ("", "null", "~")
 
 
 def _override(data: dict[str, Any], text: str, places: dict[Path_, Place]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.language.limits import shown
+from compress.recipes.tyr.lines import named, verdict_of
 from compress.report.card import INHERITED, beginning, frame, loading, onnx_check, publish, text_metadata
 from compress.report.plots import COLOURS, PRUNED, Plot, drawn, latency_plot, perplexity, whole_steps, xs, ys
 from compress.words.escape import code, markdown
@@ -38,8 +40,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
         f" query heads and FFN neurons are gone, the projections behind them are refitted; {_training(report)}."
         f" Weights were taken from: {markdown(model['source'])}.",
         notes=[
-            f"The sparsity asked for was {100 * size['asked']:.4g} % of the backbone (all linear layers of the blocks;"
-            " embeddings, head and norms are not part of it).",
+            _asked(report),
             f"Perplexity: {counted(first['windows'], 'window')} of {first['length']:,} tokens a text, none of which"
             " the pruner saw." + beginning(report),
             "",
@@ -51,7 +52,7 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             ("latency", "Latency, dense and pruned"),
             ("search", "The search"),
         ),
-        sections=_removed(report),
+        sections=[*_budgets(report), *_removed(report)],
         loading=loading(report),
         checks=_checks(report),
         said=[
@@ -62,6 +63,60 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
             INHERITED,
         ],
     )
+
+
+BACKBONE = "the backbone (all linear layers of the blocks; embeddings, head and norms are not part of it)."
+
+
+def _asked(report: dict[str, Any]) -> str:
+    """How much was to go."""
+    if "budgets" in report:
+        return f"How much went follows from the budgets below; shares are of {BACKBONE}"
+    return f"The sparsity asked for was {100 * report['size']['asked']:.4g} % of {BACKBONE}"
+
+
+def _budgets(report: dict[str, Any]) -> list[str]:
+    """What the budgets asked for, and what was found; nothing where there were none."""
+    rows = report.get("budgets")
+    if not rows:
+        return []
+    lines = [
+        "## The budgets",
+        "",
+        "| budget | dense | allowed | least there is | by the table | measured | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [shown(row, key) if key in row else "" for key in ("dense", "asked", "floor", "table", "measured")]
+        lines.append(f"| {code(named(row))} | {' | '.join(cells)} | {verdict_of(row, '**')} |")
+    return [*lines, "", *_timed(rows)]
+
+
+def _timed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How times were priced and measured; nothing where there are none."""
+    timed = [row for row in rows if row["unit"] == "seconds"]
+    if not timed:
+        return []
+    lines = [
+        "A time is that of the fastest call of a fresh process in ONNX Runtime, a share the median over pairs of"
+        " processes with its 95 % interval. What every shape takes stands in a table that was measured on small models"
+        " of random weights:",
+        "",
+    ]
+    for row in timed:
+        off = row["table_error"]
+        whole = ""
+        if "whole" in row:
+            share = row["whole"]
+            whole = (
+                f"; the chosen shapes with random weights took {share['median']:.3f}x ({share['low']:.3f} to"
+                f" {share['high']:.3f}) where the table said {share['predicted']:.3f}x (search {row['search']})"
+            )
+        lines.append(
+            f"- {code(named(row))}: off by {100 * off['median']:.1f} % (median) and {100 * off['worst']:.1f} % at most"
+            f" on {off['models']} models that it had not seen{whole}."
+        )
+    return [*lines, ""]
 
 
 def _source(spec: Mapping[str, Any]) -> str:

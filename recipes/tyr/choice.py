@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,9 @@ from compress.recipes.tyr.local import head_states
 from compress.recipes.tyr.supernet import Menu, neuron_counts
 
 if TYPE_CHECKING:
+    from compress.exporters.gate import Budget
+    from compress.language.latency import Clock
+    from compress.language.limits import Limit
     from compress.models.families.base import BlockCosts, BlockGeometry, Costs, Family, Geometry
 
 
@@ -51,6 +55,9 @@ class Job:
     judging: Tensor | None = None  # (windows, length) int64 for the run-off, in neither of the others
     parallel: int = 1  # GPUs that every block will be split over: kept KV groups divide by it
     begin: int = 0  # of a window's first tokens, those that stand in front of every text: read, and not scored
+    limits: tuple[Limit, ...] = ()  # budgets; where there are any, ``sparsity`` is no more than a forecast's guess
+    clock: Clock | None = None  # where there are budgets of times, whose limits a run adds when it has measured
+    told: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of a budget, what else a plan says
     computing: Computing = field(default_factory=Computing)  # the type of forwards, and how many tokens run together
 
     def runner(self, length: int) -> BlockRunner:
@@ -131,9 +138,12 @@ def check_budget(job: Job) -> int:
 
     Raises:
         CompressError: even with every sublayer at its smallest the budget is out of reach, or the dense model itself
-            cannot be split as `serve` asks for.
+            cannot be split as `serve` asks for; with `Job.limits`, also what `check_limits` says.
     """
     _check_divides(job)
+    if job.limits or job.clock is not None:
+        check_limits(job)
+        return target_removed(job.sparsity, job.costs.backbone)
     target = target_removed(job.sparsity, job.costs.backbone)
     most = 0
     for i, costs in enumerate(job.costs.blocks):
@@ -151,6 +161,67 @@ def check_budget(job: Job) -> int:
             + ("" if job.options.attention else ", or let attention be pruned (--set tyr.attention=true)"),
         )
     return target
+
+
+def smallest(job: Job) -> list[Choice]:
+    """What stays of every block where all goes that may."""
+    found = []
+    for i, costs in enumerate(job.costs.blocks):
+        groups, per_group = min(allowed_heads(job, i), key=lambda heads: costs.attention(*heads))
+        found.append(Choice(groups, per_group, costs.geometry.ffn if costs.geometry.ffn_whole else 0))
+    return found
+
+
+def check_limits(job: Job) -> None:
+    """Raises CompressError where a budget is below what stays where all goes that may, or the dense model keeps all."""
+    from compress.language.limits import shown
+
+    least = counts_of(smallest(job))
+    for limit in job.limits:
+        floor = limit.prices.total(least)
+        if floor > limit.most:
+            row = limit.facts(least, floor)
+            raise CompressError(
+                f"the budget {limit.text} allows {shown(row, 'asked')} of {shown(row, 'dense')}, but where all is gone"
+                f" that may be pruned, {shown(row, 'floor')} stay",
+                where=f"budget {limit.text!r}",
+                fix=f"ask for {_reachable(limit, floor)} at least"
+                + ("" if job.options.attention else ", or let attention be pruned (--set tyr.attention=true)"),
+            )
+    held, every = kept_by_dense(job)
+    if len(held) == len(every):
+        raise CompressError(
+            f"the dense model keeps {' and '.join(budget.text for budget in held)} already: there is nothing to prune",
+            where="budget",
+            fix="ask for less: " + ", ".join(f"{budget.figure}<=0.8x" for budget in every),
+        )
+
+
+def kept_by_dense(job: Job) -> tuple[list[Budget], list[Budget]]:
+    """(the budgets that the dense model keeps, which bound nothing by themselves; all). Times are relative."""
+    from compress.language.limits import TIMES
+
+    timed = job.clock.budgets if job.clock is not None else ()
+    counted = [limit for limit in job.limits if limit.budget.figure not in TIMES]
+    held = [limit.budget for limit in counted if limit.dense <= limit.most]
+    return [*held, *(b for b in timed if b.limit >= 1)], [*(limit.budget for limit in counted), *timed]
+
+
+def _reachable(limit: Limit, floor: int) -> str:
+    """The budget's figure at its floor, rounded up, as a budget is written."""
+    share = math.ceil(10_000 * floor / limit.dense) / 10_000
+    return f"{limit.budget.figure}<={share:.4f}x"
+
+
+def counts_of(choices: Sequence[Choice]) -> list[tuple[int, int, int]]:
+    """(KV groups, query heads in each, neurons) of every block."""
+    return [(c.groups, c.per_group, c.neurons) for c in choices]
+
+
+def within(job: Job, choices: Sequence[Choice]) -> bool:
+    """Whether the choices keep every budget."""
+    counts = counts_of(choices)
+    return all(limit.prices.total(counts) <= limit.most for limit in job.limits)
 
 
 def block_menus(job: Job, iteration: int, choices: list[Choice] | None) -> list[Menu]:
@@ -205,10 +276,13 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
     """Moves FFN widths by single steps of ``round_to`` neurons until the budget is met as nearly as such steps can.
 
     The levels of the search are coarser than the units; what is left over goes where the measured KL rises least per
-    parameter (or, where too much was removed, comes back where it falls most). Stock shapes stay as they are.
+    parameter (or, where too much was removed, comes back where it falls most). Stock shapes stay as they are. Under
+    budgets nothing more is removed: what they leave comes back.
     """
     if job.options.shape == "stock":
         return choices
+    if job.limits:
+        return _give_back(job, choices, options)
     target = target_removed(job.sparsity, job.costs.backbone)
     step = job.options.round_to
     cost = step * job.costs.neuron  # the same in every block
@@ -229,6 +303,34 @@ def settle(job: Job, choices: list[Choice], options: Curves) -> list[Choice]:
         neurons = found[at].neurons - sign * step
         found[at] = Choice(found[at].groups, found[at].per_group, neurons)
         steps -= sign
+    return found
+
+
+def _give_back(job: Job, choices: Sequence[Choice], options: Curves) -> list[Choice]:
+    """Gives steps of ``round_to`` neurons back, each where the measured KL falls most, as long as all budgets are kept.
+
+    Raises:
+        CompressError: the choices themselves do not keep them.
+    """
+    if not within(job, choices):
+        raise CompressError(
+            "the search's solution does not keep the budgets",
+            where="budget",
+            fix="this is a fault of compress; report it with the recipe",
+        )
+    step = job.options.round_to
+    found = list(choices)
+    curves = [[Option(o["saving"], o["loss"]) for o in menu] for menu in options[1::2]]
+    blocks = job.geometry.blocks
+    able = {i for i, c in enumerate(found) if not blocks[i].ffn_whole and c.neurons < blocks[i].ffn}
+    while able:
+        at = max(able, key=lambda i: (_slope(curves[i], savings(job.costs.blocks[i], found[i])[1], -1), -i))
+        more = Choice(found[at].groups, found[at].per_group, min(blocks[at].ffn, found[at].neurons + step))
+        tried = [*found[:at], more, *found[at + 1 :]]
+        if within(job, tried):
+            found = tried
+        if found[at] != more or more.neurons == blocks[at].ffn:
+            able.discard(at)
     return found
 
 

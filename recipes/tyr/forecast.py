@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from compress.language.recover_forecast import recover_stage
 from compress.language.setup import set_aside
 from compress.models.shards import SHARE
 from compress.recipes.tyr import TyrOptions
-from compress.recipes.tyr.choice import Choice, Job, block_menus, head_choices
+from compress.recipes.tyr.choice import Choice, Job, block_menus, head_choices, within
 from compress.recipes.tyr.local import SHRINK, Moments, head_states
 from compress.recipes.tyr.prune import REFERENCE_TOKENS, accumulation_of
 from compress.recipes.tyr.rescale import COARSE, SCALES
@@ -46,6 +46,9 @@ ADDING = 36
 RERUN = 0.88
 # Of two offspring's blocks, those that differ. Not derived: seen in journals of small runs.
 DIFFERENT = 0.4
+# Cells of a knapsack that take as long as an integer program does for each of its options. Not derived: seen at 420
+# options under three bounds (0.3 s).
+SOLVING = 700_000
 SEAL_BYTES = 1500  # a seal.json
 UNIT_BYTES = 6  # a kept unit's number in plan.json
 
@@ -135,6 +138,16 @@ def even_choices(job: Job) -> list[Choice]:
     if job.options.shape == "stock":
         return typical(job)
     return [even_choice(job, costs) for costs in job.costs.blocks]
+
+
+def implied(job: Job, timed: Sequence[float] = ()) -> float:
+    """The least sparsity at which sublayers that are pruned alike keep every budget, in steps of 1/64: what a forecast
+    takes for one that is not said. ``timed``: shares of a time that may stay, whose prices are not known yet."""
+    least = max([0.0, *(1 - share for share in timed)])
+    for share in (k / 64 for k in range(1, 64)):
+        if share >= least and within(job, even_choices(replace(job, sparsity=share))):
+            return share
+    return 63 / 64
 
 
 def menus_of(job: Job) -> list[list[Menu]]:
@@ -620,6 +633,8 @@ def _knapsack(job: Job, menus: Sequence[Menu]) -> tuple[int, int]:
     for menu, costs in zip(menus, job.costs.blocks, strict=True):
         options.append([Option(costs.attention_dense - costs.attention(*c), 0.0) for c in menu.heads])
         options.append([Option(costs.ffn_dense - costs.ffn(n), 0.0) for n in menu.neurons])
+    if job.limits:
+        return SOLVING * sum(map(len, options)), 0
     total = nearest_feasible(options, target_removed(job.sparsity, job.costs.backbone))
     return knapsack_cells(options, total)
 
@@ -685,14 +700,15 @@ def reference_token_layers(layers: int) -> float:
     return float(REFERENCE_TOKENS * layers)
 
 
-def shape_of(setup: Any, world: int, streamed: bool, gpu: float | None) -> Shape:
-    """The sizes of a checked model and recipe (`compress.language.setup.Setup`)."""
+def shape_of(setup: Any, world: int, streamed: bool, gpu: float | None, sparsity: float | None = None) -> Shape:
+    """The sizes of a checked model and recipe (`compress.language.setup.Setup`); ``sparsity`` where the recipe says
+    none."""
     recipe = setup.recipe
     return Shape(
         setup.geometry,
         setup.costs,
         recipe.options,
-        recipe.sparsity,
+        recipe.sparsity if sparsity is None else sparsity,
         recipe.calibration.windows,
         recipe.calibration.length,
         setup.stored_dtype.itemsize,

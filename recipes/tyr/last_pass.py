@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.language.plan import BlockPlan, Plan
-from compress.recipes.tyr.choice import Choice, Curves, Job, removed, settle
+from compress.recipes.tyr.choice import Choice, Curves, Job, counts_of, removed, settle, smallest, within
 from compress.recipes.tyr.rescale import COARSE, fit_scale, kl_at
 from compress.recipes.tyr.supernet import Menu
 from compress.recipes.tyr.walk import LOCAL_OPTIONS, Metrics, metrics_of, walk
@@ -94,12 +94,16 @@ def contenders_of(job: Job, results: Sequence[Mapping[str, Any]], options: Seque
     order = [*known, *sorted(set(starts) - set(known), key=lambda label: (first["starts"][label], label))]
     found: dict[str, list[Choice]] = {}
     for label, choices in [("search", first["choices"]), *((label, starts[label]) for label in order)]:
-        settled = settle(job, [Choice(**c) for c in choices], options[0])
+        counts = [Choice(**c) for c in choices]
+        if not within(job, counts):  # of limits that were put right since
+            continue
+        settled = settle(job, counts, options[0])
         if settled not in found.values() and len(found) < job.options.run_off.solutions:
             found[label] = settled
     for number, (result, curves) in enumerate(zip(results[1:], options[1:], strict=True), 2):
-        settled = settle(job, [Choice(**c) for c in result["choices"]], curves)
-        if settled not in found.values():
+        counts = [Choice(**c) for c in result["choices"]]
+        settled = settle(job, counts, curves) if within(job, counts) else counts
+        if within(job, settled) and settled not in found.values():
             found[f"search {number}"] = settled
     return found
 
@@ -157,7 +161,7 @@ def final_pass(
         plan.meta.update(
             {
                 "method": "tyr",
-                "sparsity_asked": job.sparsity,
+                **({"budgets": budget_rows(job, choices)} if job.limits else {"sparsity_asked": job.sparsity}),
                 "removed": removed(job, choices),
                 "backbone": job.costs.backbone,
                 **dict(job.inputs),
@@ -171,8 +175,19 @@ def final_pass(
             plan.save(folder)
             (folder / "search.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
-    parts = [run.seal_hash(f) for f in folders]
-    return run.stage_together("plan", {**inputs, "parts": parts, "rescale": options.rescale}, build)
+    parts = {
+        "parts": [run.seal_hash(f) for f in folders],
+        "rescale": options.rescale,
+        **({"budgets": budget_rows(job, choices)} if job.limits else {}),
+    }
+    return run.stage_together("plan", {**inputs, **parts}, build)
+
+
+def budget_rows(job: Job, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """Every budget: what was asked, the least there is, and what the table says of these choices."""
+    least = counts_of(smallest(job))
+    counts = counts_of(choices)
+    return [{**limit.facts(counts, limit.prices.total(least)), **job.told.get(limit.text, {})} for limit in job.limits]
 
 
 def _rescale(job: Job, plan: Plan) -> None:

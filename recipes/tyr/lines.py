@@ -17,6 +17,7 @@ def lines(report: dict[str, Any]) -> list[str]:
         f"removed  {100 * size['backbone_removed']:.2f} % of the backbone, {100 * size['total_removed']:.2f} % of all"
         f" parameters ({size['dense']['total_parameters']:,} -> {size['pruned']['total_parameters']:,})"
     ]
+    said += budget_lines(report)
     for layout in report.get("verify", {}).get("layouts", ()):
         said.append(
             f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
@@ -84,8 +85,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         f" {_each(shapes['head_dim'], '')}, FFN {_each(shapes['ffn'], '')}",
         f"source   {facts['source']}",
         *[f"whole    {line}" for line in facts.get("whole", ())],
-        f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
-        f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay",
+        *_budget(facts),
         f"units    a KV group with its query heads {_each(units['kv_group_parameters'])},"
         f" a neuron {units['neuron_parameters']:,} (in multiples of {units['neurons_round_to']})",
         f"machine  {machine['name']}: {machine['processes']} process{'es' if machine['processes'] > 1 else ''};"
@@ -107,6 +107,50 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         *(f"lacks    {what}" for what in facts["lacks"]),
         *(f"loads    {layout}: {what}" for layout, what in facts["loads_with"].items()),
     ]
+
+
+def _budget(facts: dict[str, Any]) -> list[str]:
+    """How much is to go, or what may stay."""
+    from compress.language.limits import shown
+
+    if "budgets" not in facts:
+        return [
+            f"budget   remove {facts['remove']:,} of {facts['backbone_parameters']:,} backbone parameters;"
+            f" {facts['after']['total_parameters']:,} of {facts['total_parameters']:,} stay"
+        ]
+    return [
+        f"budget   {named(row)}: {shown(row, 'asked')} of {shown(row, 'dense')}; {shown(row, 'floor')} stay at least"
+        if "asked" in row
+        else f"budget   {named(row)}: what every shape takes is measured here when the run starts"
+        for row in facts["budgets"]
+    ]
+
+
+def named(row: dict[str, Any]) -> str:
+    """A budget as it was written, with the length that it is taken at where it does not say that itself."""
+    at = f" (at {row['length']} tokens)" if "length" in row and "@" not in row["budget"] else ""
+    return f"{row['budget']}{at}"
+
+
+def budget_lines(report: dict[str, Any]) -> list[str]:
+    """What every budget asked for and what was found; nothing where there is none."""
+    from compress.language.limits import shown
+
+    said = []
+    for row in report.get("budgets") or ():
+        found = "not measured" if "measured" not in row else f"measured {shown(row, 'measured')}"
+        verdict = f", {verdict_of(row)}" if "measured" in row else ""
+        said.append(f"budget   {named(row)}: {shown(row, 'asked')} allowed, {found}{verdict}")
+    return said
+
+
+def verdict_of(row: dict[str, Any], stressed: str = "") -> str:
+    """Whether a budget is held; what is bad stands between ``stressed``."""
+    if "measured" not in row:
+        return "not measured"
+    if row["held"] is None:
+        return "not resolved: it lies within the interval"
+    return "held" if row["held"] else f"{stressed}not held{stressed}"
 
 
 def _beside_paper(facts: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from compress.schema.recipe import Recipe
 
 if TYPE_CHECKING:
     from compress.language.setup import Setup
+    from compress.recipes.tyr.choice import Job
 
 # The paper's own figures (arXiv 2503.09657): supernet on disk, GPU memory of the whole process, and hours of search
 # reckoned from its 190 s a generation.
@@ -37,7 +38,7 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
     from compress.models.families.base import one_or_all
     from compress.recipes.tyr.choice import check_budget
     from compress.recipes.tyr.forecast import reference_token_layers, shape_of, stages
-    from compress.recipes.tyr.stages import job_for
+    from compress.recipes.tyr.stages import job_for, say_kept
     from compress.run.forecast import forecast
     from compress.run.machines import find_machine
 
@@ -45,13 +46,16 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
     setup = outline(model, recipe)
     job = job_for(setup, None, {})
     target = check_budget(job)
+    if recipe.budget:
+        say_kept(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
     shared = recipe.memory.shard and machine.world > 1
     streamed = shared or recipe.memory.stream
     if streamed is None:
         free = machine.memory if machine.gpu else machine.ram / machine.count
         streamed = 4 * costs.total > RESIDENT_SHARE * free
-    reckoned = stages(shape_of(setup, machine.world, streamed, machine.memory if machine.gpu else None), job)
+    gpu = machine.memory if machine.gpu else None
+    reckoned = stages(shape_of(setup, machine.world, streamed, gpu, job.sparsity), job)
     dense = costs.total * setup.stored_dtype.itemsize
     found = forecast(reckoned, machine, dense)
     return {
@@ -63,16 +67,22 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         **_whole_facts(setup),
         "backbone_parameters": costs.backbone,
         "total_parameters": costs.total,
-        "remove": target,
+        **({"budgets": _budgets(setup, job)} if recipe.budget else {"remove": target}),
         "units": {
             "kv_group_parameters": one_or_all([block.attention(1, block.geometry.group) for block in costs.blocks]),
             "neuron_parameters": costs.neuron,
             "neurons_round_to": options.round_to,
         },
-        "after": {
-            "total_parameters": costs.total - target,
-            "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
-        },
+        **(
+            {}
+            if recipe.budget
+            else {
+                "after": {
+                    "total_parameters": costs.total - target,
+                    "bytes": (costs.total - target) * setup.stored_dtype.itemsize,
+                }
+            }
+        ),
         "dense_bytes": dense,
         "streamed": streamed,
         "sharded": shared,
@@ -82,6 +92,22 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
         "iterations": options.iterations,
         "loads_with": LOADS_STOCK if options.shape == "stock" else LOADS_RAGGED,
     }
+
+
+def _budgets(setup: Setup, job: Job) -> list[dict[str, Any]]:
+    """What is asked of every budget, and the least there is; a time is priced when the run starts."""
+    from compress.language.limits import TIMES, parse
+    from compress.recipes.tyr.choice import smallest
+    from compress.recipes.tyr.last_pass import budget_rows
+
+    known = {row["budget"]: row for row in budget_rows(job, smallest(job))}
+    budgets = parse(setup.recipe.budget or (), setup.recipe.bench)
+    return [
+        {k: v for k, v in known[b.text].items() if k != "table"}
+        if b.figure not in TIMES
+        else {"budget": b.text, "figure": b.figure, "length": b.length, "unit": "seconds"}
+        for b in budgets
+    ]
 
 
 def _whole_facts(setup: Setup) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.language.budget import Option, knapsack, nearest_feasible, target_removed
 from compress.language.plan import BlockPlan, Plan
 from compress.models.streaming import in_step
-from compress.recipes.tyr import TyrOptions, stock
+from compress.recipes.tyr import TyrOptions, bounded, stock, timed
 from compress.recipes.tyr.choice import Choice, Curves, Job, block_menus, check_budget, removed, savings, settle
 from compress.recipes.tyr.last_pass import contenders_of, final_pass, run_off
 from compress.recipes.tyr.search import (
@@ -50,11 +50,14 @@ def produce_plan(run: Run, job: Job) -> Path:
         The sealed folder holding plan.json, plan.safetensors and search.json.
     """
     check_budget(job)
+    if job.clock is not None:
+        job = timed.priced(run, job)
     metrics = metrics_of(run, job)
     choices: list[Choice] | None = None
     results: list[dict[str, Any]] = []
     options: list[Curves] = []
     for iteration in range(1, job.options.iterations + 1):
+        before = choices
         files = _supernet(run, job, iteration, choices, metrics)
         singles = _singles(run, job, iteration, files, choices)
         folder = _search(run, job, iteration, files, singles, choices)
@@ -62,10 +65,22 @@ def produce_plan(run: Run, job: Job) -> Path:
         options.append(json.loads((singles / "singles.json").read_text("utf-8"))["options"])
         choices = [Choice(**c) for c in results[-1]["choices"]]
     assert choices is not None  # iterations >= 1
-    if job.options.run_off is None:
-        return final_pass(run, job, settle(job, choices, options[-1]), results, metrics)
-    winner, name, kls = run_off(run, job, contenders_of(job, results, options), metrics)
-    return final_pass(run, job, winner, results, metrics, name, kls)
+    settled = settle(job, choices, options[-1])
+    held: timed.Held | None = None
+    if job.clock is not None:
+
+        def again(other: Job, number: int) -> dict[str, Any]:
+            place = _search(run, other, iteration, files, singles, before, number)
+            return dict(json.loads((place / "search.json").read_text("utf-8")))
+
+        job, held, results[-1] = timed.hold(run, job, results[-1], options[-1], again)
+        settled = held.choices
+    name, kls = "final", None
+    if job.options.run_off is not None:
+        settled, name, kls = run_off(run, job, contenders_of(job, results, options), metrics)
+    if held is not None:
+        job = replace(job, told=timed.told(run, job, held if held.choices == settled else None))
+    return final_pass(run, job, settled, results, metrics, name, kls)
 
 
 def accumulation_of(options: TyrOptions, iteration: int) -> Accumulation:
@@ -194,23 +209,39 @@ def _field(job: Job, supernet: Supernet, facts: Mapping[str, Any], choices: list
         breed = stock.breeder(offered, losses, levels, choices)
         return _Field(started, lambda _: breed)
     priced = _priced(facts)
+    if job.limits:
+        bounds = bounded.bounds_of(job.limits, [[o["choice"] for o in menu] for menu in facts["options"]])
+        started = bounded.starts(priced, bounds, None if choices is None else tuple(facts["base"]))
+        predicted = sum(priced[i][g].loss for i, g in enumerate(started["knapsack"]))
+        return _Field(started, lambda _: bounded.breeder(priced, bounds), predicted)
     total = nearest_feasible(priced, target_removed(job.sparsity, job.costs.backbone))
     started = starts(priced, total, None if choices is None else tuple(facts["base"]))
     predicted = sum(priced[i][g].loss for i, g in enumerate(started["knapsack"]))
     return _Field(started, lambda start: swaps_and_knapsacks(priced, start), predicted)
 
 
-def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path, choices: list[Choice] | None) -> Path:
-    """Starts from knapsack solutions, keeps the best by joint KL, and lets it evolve; resumable from its journal."""
+def _search(
+    run: Run,
+    job: Job,
+    iteration: int,
+    files: list[Path],
+    singles: Path,
+    choices: list[Choice] | None,
+    number: int = 1,
+) -> Path:
+    """Starts from knapsack solutions, keeps the best by joint KL, and lets it evolve; resumable from its journal.
+
+    ``number``: which search of this iteration it is, where limits were put right behind the first.
+    """
     options = job.options.search
-    name = f"search-{iteration}"
+    name = f"search-{iteration}" if number == 1 else f"search-{iteration}-again-{number}"
     inputs = {
         **job.inputs,
         "iteration": iteration,
         "search": options.model_dump(mode="json"),
         "singles": run.seal_hash(singles),
         "supernet": [run.seal_hash(path.parent) for path in files],
-        "sparsity": job.sparsity,
+        **asked_of(job),
         "seed": job.seed,
     }
 
@@ -271,6 +302,13 @@ def _search(run: Run, job: Job, iteration: int, files: list[Path], singles: Path
     folder = run.stage_together(name, inputs, build)
     run.drop_scratch(name)
     return folder
+
+
+def asked_of(job: Job) -> dict[str, Any]:
+    """How much is to go, for a fingerprint: the sparsity, or the budgets in whole units."""
+    if not job.limits:
+        return {"sparsity": job.sparsity}
+    return {"budgets": {limit.text: [limit.most, *limit.source] for limit in job.limits}}
 
 
 def curve(run: Run, job: Job, sparsities: Sequence[float]) -> Iterator[tuple[int, Plan]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -393,27 +393,11 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
     with the first four and last two blocks left alone.
     """
     found = {"knapsack": tuple(knapsack(options, total))}
-    full = [max(o.saving for o in menu) or 1 for menu in options]
-    if base is not None:
-        if sum(options[i][g].saving for i, g in enumerate(base)) == total:
-            found["incumbent"] = base
-        depth = [
-            [((o.saving - menu[at].saving) / size) ** 2 for o in menu]
-            for menu, at, size in zip(options, base, full, strict=True)
-        ]
-    else:
-        depth = [[(o.saving / size) ** 2 for o in menu] for menu, size in zip(options, full, strict=True)]
-    # One unit of penalty: what the plain solution costs, spread over the depth it goes to.
-    deep = sum(depth[i][g] for i, g in enumerate(found["knapsack"]))
-    cost = abs(sum(options[i][g].loss for i, g in enumerate(found["knapsack"])))
-    for strength in STRENGTHS:
-        unit = strength * cost / deep if deep else 0.0
-        bent = [
-            [replace(o, loss=o.loss + unit * d) for o, d in zip(menu, far, strict=True)]
-            for menu, far in zip(options, depth, strict=True)
-        ]
-        found[f"penalty {strength:g}"] = tuple(knapsack(bent, total))
+    if base is not None and sum(options[i][g].saving for i, g in enumerate(base)) == total:
+        found["incumbent"] = base
+    found |= {label: tuple(knapsack(bent, total)) for label, bent in penalised(options, found["knapsack"], base)}
     if base is None:
+        full = [max(o.saving for o in menu) or 1 for menu in options]
         layers = len(options) // 2
         front, back = left_alone(layers)
         edges = {*range(front), *range(layers - back, layers)}
@@ -433,6 +417,35 @@ def starts(options: Sequence[Sequence[Option]], total: int, base: Genome | None)
             ]
             found[label] = tuple(knapsack(rule, total))
     return found
+
+
+def penalised(
+    options: Sequence[Sequence[Option]], plain: Genome, base: Genome | None
+) -> Iterator[tuple[str, list[list[Option]]]]:
+    """(name, options) under losses with a penalty on deep cuts or, with a ``base``, on leaving it.
+
+    Args:
+        plain: the solution without one. What it costs, spread over the depth it goes to, is one unit of penalty.
+    """
+    full = [max(o.saving for o in menu) or 1 for menu in options]
+    if base is not None:
+        depth = [
+            [((o.saving - menu[at].saving) / size) ** 2 for o in menu]
+            for menu, at, size in zip(options, base, full, strict=True)
+        ]
+    else:
+        depth = [[(o.saving / size) ** 2 for o in menu] for menu, size in zip(options, full, strict=True)]
+    deep = sum(depth[i][g] for i, g in enumerate(plain))
+    cost = abs(sum(options[i][g].loss for i, g in enumerate(plain)))
+    for strength in STRENGTHS:
+        unit = strength * cost / deep if deep else 0.0
+        yield (
+            f"penalty {strength:g}",
+            [
+                [replace(o, loss=o.loss + unit * d) for o, d in zip(menu, far, strict=True)]
+                for menu, far in zip(options, depth, strict=True)
+            ],
+        )
 
 
 @dataclass(frozen=True)
@@ -523,27 +536,51 @@ def offspring(
     seen: set[Genome],
 ) -> list[Genome]:
     """``count`` new genomes (fewer where no more are found) that remove exactly ``total`` parameters."""
+
+    def kept(child: Sequence[int]) -> bool:
+        return sum(options[i][g].saving for i, g in enumerate(child)) == total
+
+    return offspring_of(options, parent, lambda noisy: knapsack(noisy, total), kept, count, rng, seen)
+
+
+def offspring_of(
+    options: Sequence[Sequence[Option]],
+    parent: Genome,
+    best: Callable[[list[list[Option]]], list[int]],
+    kept: Callable[[Sequence[int]], bool],
+    count: int,
+    rng: np.random.Generator,
+    seen: set[Genome],
+    attempts: int = 50,
+) -> list[Genome]:
+    """``count`` new genomes (fewer where no more are found in so many ``attempts`` each): level swaps of the ``parent``
+    where what must be ``kept`` is, in turn with the ``best`` solutions under noisy losses."""
     found: list[Genome] = []
-    for attempt in range(50 * count):
+    for attempt in range(attempts * count):
         if len(found) == count:
             break
         if attempt % 2:
-            child = _swap(options, parent, total, rng)
+            child = _swap(options, parent, kept, rng)
         else:
             sigma = (0.1, 0.2, 0.4)[attempt // 2 % 3]
             noisy = [
                 [replace(o, loss=o.loss * float(np.exp(sigma * rng.standard_normal()))) for o in menu]
                 for menu in options
             ]
-            child = tuple(knapsack(noisy, total))
+            child = tuple(best(noisy))
         if child not in seen:
             seen.add(child)
             found.append(child)
     return found
 
 
-def _swap(options: Sequence[Sequence[Option]], parent: Genome, total: int, rng: np.random.Generator) -> Genome:
-    """Moves sublayers one level up and others of the same type one down; undone where the total would change."""
+def _swap(
+    options: Sequence[Sequence[Option]],
+    parent: Genome,
+    kept: Callable[[Sequence[int]], bool],
+    rng: np.random.Generator,
+) -> Genome:
+    """Moves sublayers one level up and others of the same type one down; undone where what must be kept is not."""
     child = list(parent)
     for _ in range(min(int(rng.integers(1, 5)), int(rng.integers(1, 5)))):
         kind = int(rng.integers(2))
@@ -552,7 +589,7 @@ def _swap(options: Sequence[Sequence[Option]], parent: Genome, total: int, rng: 
         if child[a] > 0 and child[b] < len(options[b]) - 1:
             child[a] -= 1
             child[b] += 1
-            if sum(options[i][g].saving for i, g in enumerate(child)) != total:
+            if not kept(child):
                 child[a] += 1
                 child[b] -= 1
     return tuple(child)

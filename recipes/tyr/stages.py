@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import __version__
 from compress.errors import CompressError
+from compress.language.latency import Clock, check_times, key_of
+from compress.language.limits import TIMES, limits, measured, parse
 from compress.language.quantised import quantise
 from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
-from compress.language.setup import prepare as prepare
+from compress.language.setup import prepare as prepare_text
 from compress.language.stages import (
     bench,
     describe_model,
     evaluate,
     export,
+    export_dense,
     fixed_tokens,
     held_out,
     perplexities,
@@ -27,10 +31,13 @@ from compress.recipes.tyr.lines import lines as lines
 from compress.recipes.tyr.outlook import forecast as forecast
 from compress.report.rows import VERSION
 from compress.run.folder import Run, seal_hash
+from compress.run.progress import say
 from compress.schema.stages import STAGES
 
 if TYPE_CHECKING:
     from compress.language.plan import Plan
+    from compress.recipes.tyr.choice import Job
+    from compress.schema.recipe import Recipe
 
 
 def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
@@ -47,6 +54,7 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         plan_folder = _recover(run, setup, windows, plan_folder, report)
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
+        _hold_budgets(setup, saved, report)
     if last >= STAGES.index("evaluation"):
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, windows, common))
         if recipe.recover is not None:
@@ -57,6 +65,7 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         exported = export(run, setup, makers["pruned"], next(iter(saved.values())), report)
         if last >= STAGES.index("bench"):
             bench(run, setup, exported, makers, report)
+            _time_budgets(run, setup, exported, report)
     if last >= STAGES.index("quantise") and recipe.quantise is not None:
         quantise(run, setup, windows, next(iter(saved.values())), exported, makers, report)
     if last >= STAGES.index("release"):
@@ -67,16 +76,42 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
 def _plan(run: Run, setup: Setup, windows: Windows) -> Path:
     from compress.recipes.tyr.prune import produce_plan
 
-    return produce_plan(run, job_for(setup, windows, fingerprint_of(windows)))
+    return produce_plan(run, job_for(setup, windows, fingerprint_of(windows), lambda: export_dense(run, setup)))
 
 
-def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> Any:
+def prepare(model: str, recipe: Recipe) -> Setup:
+    """`compress.language.setup.prepare`, and what can be said of budgets before a weight is read."""
+    from compress.recipes.tyr.choice import check_budget
+
+    setup = prepare_text(model, recipe)
+    if recipe.budget:
+        job = job_for(setup, None, {})
+        check_budget(job)
+        say_kept(job)
+    return setup
+
+
+def say_kept(job: Job) -> None:
+    """Says which budgets the dense model keeps."""
+    from compress.recipes.tyr.choice import kept_by_dense
+
+    for budget in kept_by_dense(job)[0]:
+        say(f"budget {budget.text}: the dense model keeps it already, so it bounds nothing by itself")
+
+
+def job_for(
+    setup: Setup,
+    windows: Windows | None,
+    data: Mapping[str, str],
+    dense: Callable[[], Path] | None = None,
+) -> Job:
+    """What a Týr run needs to know; ``dense`` makes the dense model's export, for budgets of times."""
     import torch
 
     from compress.recipes.tyr.choice import Job
 
     none = torch.zeros(0, setup.recipe.calibration.length, dtype=torch.int64)
-    return Job(
+    made = Job(
         model=setup.model if windows is not None else None,  # type: ignore[arg-type]
         family=setup.family,
         config=setup.config,
@@ -84,7 +119,7 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         costs=setup.costs,
         calibration=windows.calibration if windows is not None else none,
         search=windows.search if windows is not None else none,
-        sparsity=setup.recipe.sparsity,
+        sparsity=setup.recipe.sparsity if setup.recipe.sparsity is not None else 0.0,
         seed=setup.recipe.seed,
         options=setup.recipe.options,
         inputs={"version": __version__, "weights": setup.weights, "text": dict(data), **setup.computed()},
@@ -93,8 +128,72 @@ def job_for(setup: Setup, windows: Windows | None, data: Mapping[str, str]) -> A
         judging=windows.judging if windows is not None else None,
         begin=len(windows.begin) if windows is not None else 0,
         parallel=setup.recipe.serve.tensor_parallel if setup.recipe.serve is not None else 1,
+        limits=limits(setup),
         computing=setup.computing,
     )
+    if not setup.recipe.budget:
+        return made
+    from compress.recipes.tyr.forecast import implied
+
+    timed = tuple(b for b in parse(setup.recipe.budget, setup.recipe.bench) if b.figure in TIMES)
+    made = replace(made, sparsity=implied(made, [b.limit for b in timed]))
+    if not timed:
+        return made
+    check_times(setup)
+    return replace(made, clock=Clock(setup, timed, dense if dense is not None else _no_export))
+
+
+def _no_export() -> Path:
+    raise AssertionError("what is only planned exports nothing")
+
+
+def _hold_budgets(setup: Setup, saved: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """Measures what is counted of the saved model, against what was asked.
+
+    Raises:
+        CompressError: it takes more than its plan does.
+    """
+    if "budgets" not in report:
+        return
+    wanted = {row["budget"]: (row["figure"], row.get("length")) for row in report["budgets"]}
+    found = measured(saved["per-layer"], setup.family, wanted)
+    for row in report["budgets"]:
+        if row["budget"] not in found:
+            continue
+        row["measured"], row["held"] = found[row["budget"]], found[row["budget"]] <= row["asked"]
+        if not row["held"]:
+            raise CompressError(
+                f"the saved model takes {row['measured']:,} where the budget {row['budget']} allows {row['asked']:,}",
+                where=str(saved["per-layer"]),
+                fix="this is a fault of compress; report it with the model's name",
+            )
+
+
+def _time_budgets(run: Run, setup: Setup, exported: Mapping[str, Path], report: dict[str, Any]) -> None:
+    """Times the two exports where there are budgets of times: whether each is held, is not, or lies within the interval
+    of what was measured."""
+    timed = tuple(b for b in parse(setup.recipe.budget or (), setup.recipe.bench) if b.figure in TIMES)
+    if not timed:
+        return
+    clock = Clock(setup, timed, lambda: exported["dense"])
+    inputs = {
+        "version": __version__,
+        **clock.facts(),
+        "bench": clock.bench.model_dump(mode="json"),
+        **{label: seal_hash(folder) for label, folder in exported.items()},
+    }
+    folder = run.stage("latency-held", inputs, lambda f: clock.shares(exported["dense"], exported["pruned"], f))
+    found = json.loads((folder / "shares.json").read_text("utf-8"))
+    limits = {b.text: (key_of(b), b.limit) for b in timed}
+    for row in report["budgets"]:
+        if row["budget"] not in limits:
+            continue
+        key, most = limits[row["budget"]]
+        share = found[key]
+        row["measured"] = share["pruned"]
+        row["share"] = {name: share[name] for name in ("median", "low", "high")}
+        row["held"] = True if share["high"] <= most else False if share["low"] > most else None
+    report["stages"] = run.stages()
 
 
 def _recover(run: Run, setup: Setup, windows: Windows, plan_folder: Path, report: dict[str, Any]) -> Path:
@@ -329,6 +428,8 @@ def describe_plan(
         }
         for i, ((heads, groups, neurons), block) in enumerate(zip(plan.counts(g), costs.blocks, strict=True))
     ]
+    if "budgets" in plan.meta:
+        report["budgets"] = plan.meta["budgets"]
     report["logit_scale"] = plan.meta.get("logit_scale")
     report["run_off"] = plan.meta.get("run_off")
     results = json.loads((folder / "search.json").read_text("utf-8"))
