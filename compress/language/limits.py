@@ -136,9 +136,19 @@ def allowed(budget: Budget, dense: int) -> int:
 
 
 def counted(budget: Budget, setup: Setup) -> tuple[Prices, int]:
-    """(prices, what the dense model takes) of a figure that is counted from shapes."""
+    """(prices, what the dense model takes) of a figure that is counted from shapes.
+
+    Raises:
+        CompressError: it is of a cache, and there is attention whose cache is not told by its heads.
+    """
     costs = setup.costs
     size = setup.stored_dtype.itemsize
+    if budget.figure == "kv_cache" and any(block.geometry.attention_whole for block in costs.blocks):
+        raise CompressError(
+            "this model has attention that is never cut, and what it keeps for a token is not counted in heads",
+            where=f"budget {budget.text!r}",
+            fix="say how much goes in parameters or size",
+        )
     if budget.figure == "kv_cache":
         assert budget.length is not None  # filled in by `parse`
         each = [2 * block.geometry.head_dim * size * budget.length for block in costs.blocks]

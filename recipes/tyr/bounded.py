@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from compress.language.budget import Option
 from compress.language.constrained import Bound, Bounds, solve
+from compress.processes.distributed import main_says
 from compress.recipes.tyr.choice import left_alone
 from compress.recipes.tyr.search import RULES, Breed, Genome, offspring_of, penalised
 
@@ -38,11 +39,11 @@ def bounds_of(limits: Sequence[Limit], described: Sequence[Sequence[Sequence[int
 
 def starts(options: Sequence[Sequence[Option]], bounds: Bounds, base: Genome | None) -> dict[str, Genome]:
     """Genomes worth starting from, as `compress.recipes.tyr.search.starts` gives them, that keep every bound."""
-    found: dict[str, Genome] = {"knapsack": tuple(solve(options, bounds))}
+    found: dict[str, Genome] = {"knapsack": tuple(_best(options, bounds, 0.0))}
     if base is not None and bounds.hold(base):
         found["incumbent"] = base
     for label, bent in penalised(options, found["knapsack"], base):
-        found[label] = tuple(solve(bent, bounds, NEAR))
+        found[label] = tuple(_best(bent, bounds, NEAR))
     if base is None:
         layers = len(options) // 2
         front, back = left_alone(layers)
@@ -78,8 +79,11 @@ def _level(menu: Sequence[Option], share: float) -> int:
 
 def breeder(options: Sequence[Sequence[Option]], bounds: Bounds) -> Breed:
     """Offspring that keep every bound: in turn level swaps, and solutions under losses disturbed by noise."""
+    return lambda parent, count, rng, seen: offspring_of(
+        options, parent, lambda noisy: _best(noisy, bounds, NEAR), bounds.hold, count, rng, seen, ATTEMPTS
+    )
 
-    def best(noisy: list[list[Option]]) -> list[int]:
-        return solve(noisy, bounds, NEAR)
 
-    return lambda parent, count, rng, seen: offspring_of(options, parent, best, bounds.hold, count, rng, seen, ATTEMPTS)
+def _best(options: Sequence[Sequence[Option]], bounds: Bounds, gap: float) -> list[int]:
+    """The main process's solution, for all: nobody has said that a solver gives the same on every processor."""
+    return main_says(lambda: solve(options, bounds, gap))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.exporters.onnx import cached_layers
 from compress.language.checkpoint import save_model
 from compress.language.limits import counted, dense_counts, limit, measured, parse, shown
@@ -142,3 +142,14 @@ def test_a_row_is_shown_in_its_unit_with_its_share() -> None:
     row = replace(limit(budget, prices, 8 * 10**9)).facts([], 10**9)
     assert (row["asked"], row["dense"], row["floor"], row["table"]) == (0.004, 0.008, 0.001, 0.003)
     assert shown(row, "asked") == "4.00 ms (0.5x)" and shown(row, "dense") == "8.00 ms"
+
+
+def test_a_cache_that_is_not_told_by_heads_is_refused() -> None:
+    setup = setup_of(tiny("llama"), torch.float32)
+    blocks = tuple(
+        replace(b, geometry=replace(b.geometry, attention_whole=i == 1)) for i, b in enumerate(setup.costs.blocks)
+    )
+    setup.costs = replace(setup.costs, counted=blocks)
+    (budget,) = parse(["kv_cache<=0.5x"], None)
+    with pytest.raises(CompressError, match="attention that is never cut"):
+        counted(budget, setup)
