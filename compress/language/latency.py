@@ -14,7 +14,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -177,6 +177,7 @@ class Clock:
         costs = _costs(
             levels, {n: {k: (fastest[k] - t[k]) / (BLOCKS - 1) for k in keys} for n, t in times.items()}, keys
         )
+        _refuse_noise(levels, costs)
         drift = {k: throttled([t[k] for t in base]) for k in keys}
         found = {
             "facts": self.facts(),
@@ -261,6 +262,20 @@ def _fastest(times: Sequence[Mapping[Key, float]]) -> dict[Key, float]:
     return {k: min(t[k] for t in times) for k in times[0]}
 
 
+def _refuse_noise(levels: Levels, costs: Mapping[Any, Mapping[Key, float]]) -> None:
+    """Raises CompressError where a model without any attention, or FFN, was no faster than the dense one."""
+    for kind, name in (("heads", levels.heads[0]), ("neurons", levels.neurons[0])):
+        for key, seconds in costs[kind, name].items():
+            if seconds <= 0:
+                what = "attention" if kind == "heads" else "an FFN"
+                raise CompressError(
+                    f"small models without {what} were no faster than with it ({key}: {1e3 * seconds:+.3f} ms a block):"
+                    " what shapes take cannot be told from this machine's noise",
+                    where="latency-table",
+                    fix="give the same command again when less else runs here",
+                )
+
+
 def _checked(
     layers: Sequence[Layer],
     costs: Mapping[Any, Mapping[Key, float]],
@@ -296,8 +311,6 @@ def _costs(
 
 def timed_limits(setup: Setup, budgets: Sequence[Budget], table: Mapping[str, Any], source: str) -> tuple[Limit, ...]:
     """The budgets of times with the prices of a table; ``source`` is its hash."""
-    from dataclasses import replace
-
     return tuple(replace(limit(b, *prices_of(setup, table, key_of(b))), source=(source,)) for b in budgets)
 
 

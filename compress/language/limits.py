@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError, UsageError
 from compress.exporters.gate import Budget, Grammar, parse_budget
+from compress.schema.section import LARGEST
 from compress.words.wording import megabytes, milliseconds
 
 if TYPE_CHECKING:
@@ -89,14 +90,16 @@ def parse(texts: Sequence[str], bench: BenchSection | None) -> tuple[Budget, ...
     Raises:
         UsageError: one cannot be read, two are of one figure, or one is a time in seconds.
     """
-    from dataclasses import replace
-
     from compress.schema.recipe import BenchSection
 
     spec = bench if bench is not None else BenchSection()
     found: dict[tuple[str, int | None], Budget] = {}
     for text in texts:
         budget = parse_budget(text, GRAMMAR)
+        if budget.limit > LARGEST:
+            raise UsageError(
+                f"no limit is beyond {LARGEST:.0e}", where=f"budget {text[:60]!r}", fix=f"for example: {EXAMPLES}"
+            )
         if budget.figure in LENGTHS and budget.length is None:
             budget = replace(budget, length=getattr(spec, LENGTHS[budget.figure]))
         if budget.figure in TIMES and budget.kind == "absolute":

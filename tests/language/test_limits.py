@@ -57,6 +57,8 @@ def test_a_figure_has_the_length_that_is_said_or_that_of_the_bench(text: str, le
         (["tpot.p90<=0.8x"], "no statistic 'p90'", "leave it out"),
         (["tpot<=20ms"], "named, pinned device", "tpot<=0.7x"),
         (["as small as can be"], "no budget", "size<=0.8x"),
+        (["size<=" + "9" * 300 + "GB"], "no limit is beyond", "size<=0.8x"),
+        (["size<=" + "9" * 400 + "x"], "no number that can be reached", "size<=0.8x"),
         (["size<=0.8x", "size<=90MB"], "two budgets are of size", "tighter"),
         (["kv_cache@8<=0.8x", "kv_cache@16<=0.7x"], "two budgets are of kv_cache", "tighter"),
         (["tpot<=0.8x", "tpot@96<=0.7x"], "two budgets are of tpot", "tighter"),

@@ -119,6 +119,19 @@ def test_a_table_of_a_machine_whose_times_add_up_prices_every_model_exactly(fake
         assert errors_of(table, key) == {"models": 3, "median": pytest.approx(0), "worst": pytest.approx(0)}
 
 
+def test_a_machine_on_which_a_sublayer_costs_nothing_is_refused(
+    faked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked()
+    monkeypatch.setattr(
+        Clock, "_once", lambda self, place, *_: dict.fromkeys(("tpot@16", "ttft@32"), 1.0 + len(place.name) / 100)
+    )
+    clock = job_of(tmp_path, "tpot<=0.6x").clock
+    assert clock is not None
+    with pytest.raises(CompressError, match=r"without attention were no faster .* cannot be told from this machine"):
+        clock.table(tmp_path, LEVELS, clock.dense())
+
+
 def test_what_all_processes_are_slowed_down_by_alike_changes_no_share(faked: Any, tmp_path: Path) -> None:
     faked(noise=0.5)  # the second pair is half as slow again, the third twice as slow
     clock = job_of(tmp_path, "tpot<=0.6x").clock
