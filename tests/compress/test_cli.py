@@ -121,9 +121,18 @@ class Clock:
     def monotonic(self) -> float:
         return self.now
 
+    def process_time(self) -> float:
+        return self.now
+
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def calm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else runs on this machine, nothing is said of it."""
+    monkeypatch.setattr("compress.run.progress.host.waited", lambda: None)
+
+
+@pytest.fixture
+def clock(calm: None, monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr("compress.run.progress.time", made)
     return made
@@ -169,6 +178,7 @@ def test_a_resumed_bar_reckons_only_with_what_it_did_itself(clock: Clock, capsys
     assert capsys.readouterr().err.splitlines()[0] == "blocks 95/100 (20s, 20s left)"
 
 
+@pytest.mark.usefixtures("calm")
 @pytest.mark.parametrize("live", [True, False])
 def test_work_that_counts_no_steps_is_shown_with_its_time(
     live: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
