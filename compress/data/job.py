@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, TextIO
 
 from compress.errors import CompressError, UsageError
@@ -146,8 +147,37 @@ def named_job(job: Job, name: str) -> NamedJob:
     """A job with what builds its network again: FILE.py:NAME, of the job itself or of a function that gives it."""
     functions = [job.network, *(getattr(job, f) for f in FUNCTIONS)]
     files = {_file(f) for f in functions if f is not None} | {name.rpartition(":")[0]}
+    files |= _imported(job, Path(name.rpartition(":")[0]))
     held = sorted(sha256_of(Path(f)) for f in files if f and Path(f).is_file())
     return NamedJob(job, name, fingerprint({"job": held, "better": dict(job.better)}))
+
+
+def _imported(job: Job, file: Path) -> set[str]:
+    """The files in the folder of the job's own, and below, that its functions' modules import, and those in turn."""
+    if not file.is_file():
+        return set()
+    own = [job.network, *(getattr(job, name) for name in FUNCTIONS)]
+    todo = [sys.modules.get(getattr(_plain(f), "__module__", None) or "") for f in own if f is not None]
+    todo += [m for m in list(sys.modules.values()) if getattr(m, "__file__", None) and _same(m.__file__, file)]
+    folder, seen, found = file.resolve().parent, set(), set()
+    while todo:
+        module = todo.pop()
+        place = getattr(module, "__file__", None)
+        if module is None or id(module) in seen or not place:
+            continue
+        seen.add(id(module))
+        path = Path(place).resolve()
+        if not path.is_relative_to(folder) or "site-packages" in path.parts or module.__name__.startswith("compress"):
+            continue
+        found.add(str(path))
+        for value in list(vars(module).values()):
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            todo.append(sys.modules.get(name) if isinstance(name, str) else None)
+    return found
+
+
+def _same(place: Any, file: Path) -> bool:
+    return isinstance(place, str) and Path(place).name == file.name and Path(place).resolve() == file.resolve()
 
 
 def aside() -> contextlib.redirect_stdout[TextIO]:

@@ -61,7 +61,10 @@ def data_line(report: Mapping[str, Any], decided: int | None = None) -> str:
 def inputs_line(report: Mapping[str, Any]) -> str:
     """What the network takes and gives, in every runtime."""
     if "job" in report["data"]:
-        return "Inputs and outputs are those of the network itself, in every runtime; `network.json` names them."
+        return (
+            "Inputs are those of the network itself, in every runtime; exports give its outputs of floats, in order, by"
+            " the names in `network.json`."
+        )
     return (
         "Inputs are floats from 0 to 1 (signals as they are), less `mean`, over `std` of that file, in every runtime;"
         " exports name one output a task."

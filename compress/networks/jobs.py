@@ -94,9 +94,12 @@ def _check_recipe(held: NamedJob, recipe: NetworkRecipe) -> None:
         raise refuse("trials train on our data, and a job has its own", "pagcp.trials", "leave trials out (null)")
 
 
-def check_job(setup: NetworkSetup) -> None:
+def check_job(setup: NetworkSetup) -> dict[str, float]:
     """What a run needs of a job, asked before anything is made: the network takes the example and answers alike twice,
     so does ``calibrate``; ``evaluate`` and ``train`` are asked when their time comes.
+
+    Returns:
+        What ``calibrate`` says of the dense network.
 
     Raises:
         CompressError: see `figures`; the network or ``calibrate`` gives something else the second time.
@@ -128,12 +131,13 @@ def check_job(setup: NetworkSetup) -> None:
             where=f"{held.title}, network",
             fix="take out what is random, or what it remembers between calls",
         )
-    _check_twice(held, model, setup.recipe.seed)
+    found = _check_twice(held, model, setup.recipe.seed)
     if held.job.loss is not None:
         _check_batches(held, model, setup.recipe.seed)
+    return found
 
 
-def _check_twice(held: NamedJob, model: nn.Module, seed: int) -> None:
+def _check_twice(held: NamedJob, model: nn.Module, seed: int) -> dict[str, float]:
     first, again = (figures(held, "calibrate", model, seed) for _ in range(2))
     for task, value in first.items():
         if again[task] != value:
@@ -142,6 +146,7 @@ def _check_twice(held: NamedJob, model: nn.Module, seed: int) -> None:
                 where=held.where("calibrate"),
                 fix="let it see the same samples in the same order each time (no shuffling, no generator that goes on)",
             )
+    return first
 
 
 def _check_batches(held: NamedJob, model: nn.Module, seed: int) -> None:
@@ -356,6 +361,7 @@ def train_by_job(
     apply_masks(model, kept)
     modules = {name: id(module) for name, module in model.named_modules()}
     before = {name: t.detach().clone() for name, t in _tensors(model).items()}
+    hooks = _hooks(model)
     place = _device(model)
     words = {"epochs": spec.epochs, "seed": seed}
     seeded(seed)
@@ -364,6 +370,13 @@ def train_by_job(
         held.called("train", model, **{k: v for k, v in words.items() if held.takes("train", k)})
     model.to(place).eval()
     _check_trained(held, model, modules, before)
+    left = _changed(hooks, _hooks(model), "hooks of")
+    if left:
+        raise CompressError(
+            f"train leaves {left}: the network that is saved has none",
+            where=held.where("train"),
+            fix="remove what register_forward_hook gave when the training is over",
+        )
     moved = _moved(model, kept)
     if moved:
         raise CompressError(
@@ -375,17 +388,24 @@ def train_by_job(
     return kept, []
 
 
+def _hooks(model: nn.Module) -> dict[str, int]:
+    """How many hooks every module calls when it is run."""
+    return {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+
+
 def _check_trained(held: NamedJob, model: nn.Module, modules: Mapping[str, int], before: Mapping[str, Tensor]) -> None:
     where, now = held.where("train"), _tensors(model)
     said = _changed(modules, {name: id(m) for name, m in model.named_modules()}, "module")
     said = said or _changed(dict.fromkeys(before), dict.fromkeys(now), "weight or buffer")
     was, are = ({n: tuple(t.shape) for n, t in of.items()} for of in (before, now))
     said = said or _changed(was, are, "shape of")
+    was_type, is_type = ({n: str(t.dtype) for n, t in of.items()} for of in (before, now))
+    said = said or _changed(was_type, is_type, "type of")
     if said:
         raise CompressError(
             f"train changes what the network is made of: {said}",
             where=where,
-            fix="train the given model in place; wrap, fuse or compile a copy, and load its weights back",
+            fix="train the given model in place, and leave wrapping, fusing and other types to a copy",
         )
     wrong = next((n for n, t in now.items() if t.is_floating_point() and not bool(t.isfinite().all())), None)
     if wrong is not None:
@@ -420,6 +440,13 @@ def holding(model: nn.Module, masks: Masks) -> Iterator[None]:
     own = {id(p) for p in model.parameters()}
 
     def ours(optimizer: torch.optim.Optimizer) -> bool:
+        gone = next((name for name in masks if name not in dict(model.named_parameters())), None)
+        if gone is not None:
+            raise CompressError(
+                f"train changes what the network is made of: the weight {gone} is gone",
+                where="the job's train",
+                fix="train the given model in place, and leave wrapping and other parametrisations to a copy",
+            )
         return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     def before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -461,8 +488,9 @@ def timed(setup: NetworkSetup) -> dict[str, float | None]:
         for role in ("calibrate", "evaluate")
     }
     one = setup.recipe.train.model_copy(update={"epochs": 1})
-    whole = held.job.train is None or not held.takes("train", "epochs")
-    found["train"] = None if whole else seconds_of(lambda: train_by_job(held, setup.build(), one, seed=seed))
+    if held.job.train is not None:
+        whole = not held.takes("train", "epochs")
+        found["train"] = None if whole else seconds_of(lambda: train_by_job(held, setup.build(), one, seed=seed))
     return found
 
 

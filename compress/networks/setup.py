@@ -137,12 +137,14 @@ class NetworkSetup:
         """
         model = self._built({**self.arguments, **changes})
         for name, weight in model.named_parameters():
-            if weight.is_floating_point() and weight.dtype.itemsize < 4:
+            other = weight.dtype.itemsize < 4 or (self.job is not None and weight.dtype.itemsize > 4)
+            if weight.is_floating_point() and other:
                 raise UsageError(
                     f"the weight {name} is {str(weight.dtype).removeprefix('torch.')}; a network is trained, pruned and"
                     " checked in float32",
                     where=self.network,
-                    fix="let the function make it in float32 (--set train.precision=bfloat16 multiplies in bfloat16)",
+                    fix="let the function make it in float32"
+                    + (" (--set train.precision=bfloat16 multiplies in bfloat16)" if self.job is None else ""),
                 )
         return model.to(device())
 

@@ -170,7 +170,9 @@ def _from_file(name: str) -> Any:
 
 def _place(error: BaseException, path: str) -> str:
     """The file, and the line of it that a fault came up through last."""
-    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    whole = Path(path).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame.lineno for frame in frames if Path(frame.filename).resolve() == whole]
     return f"{path}, line {own[-1]}" if own else path
 
 
@@ -178,6 +180,8 @@ def _told(error: BaseException) -> str:
     """A fault of a user's own code; a program that exits says nothing by itself."""
     if isinstance(error, SystemExit):
         return f"it exits ({error.code})"
+    if isinstance(error, CompressError):
+        return f"{error.what}; {error.fix}"
     return f"{type(error).__name__}: {error}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -19,6 +19,9 @@ from compress.recipes.pagcp.oracle import Found, Judge, Readings, tolerances
 from compress.recipes.pagcp.replay import Replay
 from compress.recipes.pagcp.saliency import first_order, ranked, weight_scores
 from compress.run.folder import Journal, Notes
+
+if TYPE_CHECKING:
+    from compress.networks.setup import NetworkSetup
 
 
 def job_tolerances(options: PAGCPOptions, tasks: Sequence[Figure]) -> dict[str, Tolerance]:
@@ -42,6 +45,24 @@ def job_tolerances(options: PAGCPOptions, tasks: Sequence[Figure]) -> dict[str, 
         # A loss may grow beyond twice its value, and a figure of which less is better may too.
         found[task.name] = limit.model_copy(update={"measure": "metric", "relative": relative})
     return found
+
+
+def check_tolerances(setup: NetworkSetup, found: Mapping[str, float]) -> None:
+    """Raises UsageError where a tolerance is a share of what ``calibrate`` says of the dense network, and that is none.
+
+    Args:
+        found: what it says, by task.
+    """
+    assert setup.job is not None  # asked by the caller
+    for name, limit in job_tolerances(setup.recipe.options, setup.job.tasks).items():
+        if limit.absolute is None and found[name] <= 0:
+            raise UsageError(
+                f"calibrate gives {found[name]:.6g} for {name!r} of the dense network, and its tolerance is a share of"
+                " that",
+                where=f"pagcp.tolerances.{name}",
+                fix="give it an absolute one, and the others theirs:"
+                f" --set 'pagcp.tolerances={{{name}: {{absolute: 0.1}}}}'",
+            )
 
 
 class JobOracle(Judge):

@@ -118,13 +118,14 @@ def _check(setup: NetworkSetup) -> None:
     from compress.networks.forward import check_branches, check_training_alone
     from compress.networks.jobs import check_job
     from compress.recipes.pagcp.groups import find_groups
+    from compress.recipes.pagcp.job import check_tolerances
 
     model, options = setup.build(), setup.recipe.options
     _limits(setup)
     place = next(model.parameters()).device
     model.eval()
     if setup.job is not None:
-        check_job(setup)
+        check_tolerances(setup, check_job(setup))
     x = mapped(real_inputs(setup, 2), lambda t: t.to(place))
     if setup.job is None:
         _check_heads(setup, model, x)
@@ -279,6 +280,14 @@ def _same_as_measured(setup: NetworkSetup, plan: Path, cut: Path) -> None:
         found = evaluate(model, setup.data, calibration(setup.data, options.samples), options.batch)
     for task, values in said.items():
         for name, value in values.items():
+            if setup.job is not None and not math.isclose(found[task][name], value, rel_tol=1e-5, abs_tol=1e-6):
+                raise CompressError(
+                    f"calibrate gives {name} {found[task][name]:.6g} of the saved network, and gave {value:.6g} before"
+                    " it was saved",
+                    where=setup.job.where("calibrate"),
+                    fix="let it see the same data in every process (seed what splits or draws them); where a file that"
+                    " it reads has changed, start over with --fresh",
+                )
             if not math.isclose(found[task][name], value, rel_tol=1e-5, abs_tol=1e-6):
                 raise CompressError(
                     f"the saved network has {name} {found[task][name]:.6g} of {task}, the oracle measured {value:.6g}",
@@ -719,6 +728,7 @@ def _job_forecast(setup: NetworkSetup, measurements: list[int]) -> dict[str, Any
     return {
         "seconds": timed(setup),
         "calls": {"calibrate": calls, "evaluate": [figures, figures], "train": [epochs, epochs]},
+        "untrained": setup.job is not None and setup.job.job.train is None,
     }
 
 
@@ -730,9 +740,10 @@ def _looked_at(setup: NetworkSetup) -> tuple[nn.Module, Inputs]:
     from compress.models.zoo import build
     from compress.networks.forward import check_branches, check_training_alone
     from compress.networks.jobs import check_job
+    from compress.recipes.pagcp.job import check_tolerances
 
     if setup.job is not None:
-        check_job(setup)
+        check_tolerances(setup, check_job(setup))
         network, x = setup.build().cpu(), setup.sample(2)
     else:
         given, size = setup.given, setup.spec.size
@@ -747,10 +758,17 @@ def _looked_at(setup: NetworkSetup) -> tuple[nn.Module, Inputs]:
     return network, x
 
 
+def _trained_line(facts: Mapping[str, Any]) -> str:
+    epochs = facts["epochs"]
+    return (
+        f"train    {epochs['dense']} epochs dense, {epochs['between']} between {facts['rounds']} rounds,"
+        f" {epochs['finetune']} at the end"
+    )
+
+
 def forecast_lines(facts: dict[str, Any]) -> list[str]:
     from compress.networks.jobs import timed_lines
 
-    epochs = facts["epochs"]
     low, high = facts["measurements"]
     wide = max(len(g["name"]) for g in facts["groups"])
     asked = f"{100 * facts['asked']:g} % asked" if facts["asked"] else "as much as the tolerances allow"
@@ -770,8 +788,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         + f"; trying 19 ratios of every group takes {facts['reference_passes']} passes",
         f"data     {facts['data']}",
         *(timed_lines(facts["job"]) if "job" in facts else []),
-        f"train    {epochs['dense']} epochs dense, {epochs['between']} between {facts['rounds']} rounds,"
-        f" {epochs['finetune']} at the end",
+        *([] if facts.get("job", {}).get("untrained") else [_trained_line(facts)]),
         *(
             f"trials   {trials['contenders']} plans a round at most, {trials['epochs']} epochs in all"
             for trials in [facts["trials"]]

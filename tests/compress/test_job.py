@@ -464,6 +464,11 @@ def narrowed(net: Any) -> None:
     net.two.weight = nn.Parameter(net.two.weight[:8].detach().clone())
 
 
+def hooked(net: Any) -> None:
+    net.two.weight.data.add_(0.01)
+    net.two.register_forward_hook(lambda module, inputs, out: out + 1)
+
+
 def broken(net: Any) -> None:
     net.two.weight.data[0] = float("nan")
 
@@ -474,6 +479,8 @@ def broken(net: Any) -> None:
         (replaced, "train changes what the network is made of: the module two is another"),
         (narrowed, "train changes what the network is made of: the shape of two.weight is another"),
         (broken, "train leaves NaN or infinity in two.weight"),
+        (lambda net: net.half(), "made of: the type of one.weight is another"),
+        (hooked, "train leaves the hooks of two is another: the network that is saved has none"),
         (lambda net: None, "train left every weight as it was"),
         (lambda net: 1 / 0, "the job's train raised ZeroDivisionError: division by zero"),
         (lambda net: sys.exit(3), r"the job's train ends the program: exit\(3\)"),
@@ -486,6 +493,81 @@ def test_a_training_that_cannot_be_gone_on_from_is_one_error(
     with pytest.raises(CompressError, match=said) as caught:
         train_by_job(held(place, train=train), net_of(place), recipe.finetune)
     assert __file__ in caught.value.where and caught.value.fix
+
+
+def test_a_weight_that_is_made_of_others_is_no_fault_of_the_users_loop(plain: Any, place: Path) -> None:
+    def train(net: Any) -> None:
+        nn.utils.parametrizations.weight_norm(net[2])
+        optimizer = torch.optim.SGD(net.parameters(), 0.1)
+        net(torch.ones(2, 12)).sum().backward()
+        optimizer.step()
+
+    net = plain.network()
+    recipe: Any = load_recipe(str(place / "pagcp.yaml"), METHODS, ())
+    own = NamedJob(plain_job(plain, train=train), f"{place}/plain_net.py:network", "")
+    with pytest.raises(CompressError, match=r"made of: the weight 2\.weight is gone"):
+        train_by_job(own, net, recipe.finetune, masks={"2.weight": net[2].weight.detach() > 0})
+
+
+COUNTED = """
+import compress, torch
+from pathlib import Path
+from torch import nn
+from counted_helper import shift
+
+torch.manual_seed(0)
+SEEN = torch.randn(32, 4)
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def score(net):
+    with torch.no_grad():
+        error = float((net(SEEN) - SEEN[:, :2]).abs().mean())
+    return {"error": error + shift() + float(Path(__file__).with_name("read.txt").read_text())}
+
+
+job = compress.Job(network=network, example=SEEN[:4], calibrate=score, evaluate=score, better={"error": "lower"})
+"""
+
+
+def test_what_changes_between_two_processes_is_the_jobs_and_told_so(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "counted.py").write_text(COUNTED)
+    (tmp_path / "counted_helper.py").write_text("def shift():\n    return 0.0\n")
+    (tmp_path / "read.txt").write_text("0")
+    words = ("prune", f"{tmp_path}/counted.py:job", "-r", place / "pagcp.yaml", "--out", tmp_path / "run")
+    ran = typed(*words, "--until", "plan")
+    assert ran.code == 0, ran.err
+    # A file that it reads is not known to be its own; what it says of the same network is.
+    (tmp_path / "read.txt").write_text("0.5")
+    one_error(typed(*words), 1, "of the saved network, and gave", "seed what splits or draws them", "counted.py, line")
+    # What it imports from its own folder is.
+    known = job_of(f"{tmp_path}/counted.py:job")
+    assert known is not None and named_job(known.job, known.name).sha256 == known.sha256
+    (tmp_path / "counted_helper.py").write_text("def shift():\n    return 0.5\n")
+    assert named_job(known.job, known.name).sha256 != known.sha256
+
+
+@pytest.mark.parametrize(("value", "said"), [(0.0, "calibrate gives 0 for 'distance'"), (-2.0, "calibrate gives -2")])
+def test_a_share_of_nothing_is_refused_before_anything_is_made(
+    value: float, said: str, plain: Any, place: Path, tmp_path: Path
+) -> None:
+    job = plain_job(plain, calibrate=lambda net: {"distance": value})
+    for verb in ("plan", "prune"):
+        more = {"out": tmp_path / "run"} if verb == "prune" else {}
+        with pytest.raises(CompressError, match=said) as caught:
+            getattr(compress, verb)(job, place / "pagcp.yaml", **more)
+        assert caught.value.where == "pagcp.tolerances.distance" and "absolute" in caught.value.fix
+
+
+def test_a_network_of_doubles_is_refused_before_anything_is_made(plain: Any, place: Path) -> None:
+    recipe: Any = load_recipe(str(place / "pagcp.yaml"), METHODS, ())
+    with pytest.raises(CompressError, match=r"the weight 0\.weight is float64") as caught:
+        prepare_job(NamedJob(plain_job(plain, network=lambda: plain.network().double()), "x.py:y", ""), recipe)
+    assert "train.precision" not in caught.value.fix
 
 
 def random(net: Any) -> Any:
