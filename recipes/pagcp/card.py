@@ -35,12 +35,34 @@ def metadata(report: dict[str, Any]) -> ModelCardData:
     """The head of the card."""
     return card_data(
         report,
-        removed=report["size"]["flops_removed"],
+        removed=removed(report),
         tags=["structured-pruning"],
         library="pytorch",
         results=network_results(report),
         task=pipeline_tag(report["data"]),
     )
+
+
+def removed(report: dict[str, Any]) -> float:
+    """The share of all FLOPs that is gone: of those of recurrent layers and attention too, which are not cut."""
+    size = report["size"]
+    if "flops_elsewhere" not in size:
+        return float(size["flops_removed"])
+    a, b = (size["flops"][k] + size["flops_elsewhere"][k] for k in ("dense", "pruned"))
+    return float(1 - b / a)
+
+
+def _elsewhere(report: dict[str, Any]) -> list[str]:
+    """What is no linear layer or convolution, and not among the FLOPs of the tables."""
+    size = report["size"]
+    if "flops_elsewhere" not in size:
+        return []
+    return [
+        f"Recurrent layers and multi-head attention are not cut and not among these FLOPs; they take"
+        f" {size['flops_elsewhere']['dense']:,} a sample more, and of all of them"
+        f" **{100 * removed(report):.1f} %** are gone.",
+        "",
+    ]
 
 
 def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
@@ -54,13 +76,13 @@ def body(report: dict[str, Any], images: Mapping[str, str]) -> str:
     return frame(
         report,
         images,
-        title=f"{model['name']}, {100 * report['size']['flops_removed']:.1f} % of the FLOPs removed",
+        title=f"{model['name']}, {100 * removed(report):.1f} % of the FLOPs removed",
         intro=f"{code(model['network'])} with whole channels gone, by the recipe {code(recipe['method'])} of"
         " `compress`: group after group, as many as the worst-hit task tolerates on a calibration split;"
         f" {counted(count, 'round')}, {after}."
         f" {data_line(report, report['rounds'][0].get('samples'))}"
         f" Weights: {markdown(model['source'])}.",
-        notes=[COUNTED, ""],
+        notes=[COUNTED, "", *_elsewhere(report)],
         pictures=(
             ("channels", "Channels that every layer keeps"),
             ("quality", "Every task against FLOPs"),

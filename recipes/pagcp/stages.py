@@ -488,17 +488,19 @@ def _whole(run: Run, dense: Path, rounds: list[Round]) -> Path:
 
 def _describe(report: dict[str, Any], setup: NetworkSetup, dense: Path, rounds: list[Round], whole: Path) -> None:
     """Sizes, FLOPs and channels, counted in the networks as they are saved; and what the oracle said in every round."""
-    from compress.networks.flops import count_flops
+    from compress.networks.flops import count_flops, flops_elsewhere
     from compress.recipes.pagcp.plan import Plan
 
     sample = setup.sample(1)
     before, after = loaded(setup, dense).cpu(), loaded(setup, rounds[-1].trained).cpu()
     was, now = ({f.name: f for f in count_flops(m, sample)} for m in (before, after))
     flops = {"dense": sum(f.dense for f in was.values()), "pruned": sum(f.dense for f in now.values())}
+    elsewhere = [sum(flops_elsewhere(m, sample).values()) for m in (before, after)]
     plan = Plan.load(whole)
     report["size"] = {
         "asked": setup.recipe.options.flops,
         "flops": flops,
+        **({"flops_elsewhere": dict(zip(("dense", "pruned"), elsewhere, strict=True))} if any(elsewhere) else {}),
         "flops_removed": 1 - flops["pruned"] / flops["dense"],
         "parameters": {
             "dense": sum(p.numel() for p in before.parameters()),
@@ -600,6 +602,7 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a finished run."""
+    from compress.recipes.pagcp.card import removed
     from compress.report.build import export_lines, run_line
 
     size = report["size"]
@@ -607,6 +610,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     for name, unit in (("flops", " a sample"), ("parameters", "")):
         a, b = size[name]["dense"], size[name]["pruned"]
         found.append(f"{name:8} {a:,} -> {b:,}{unit} ({100 * (1 - b / a):.1f} % fewer)")
+        if name == "flops" and "flops_elsewhere" in size:
+            found[-1] += f"; of all, with recurrent layers and attention, {100 * removed(report):.1f} % fewer"
     for number, one in enumerate(report["rounds"], 1):
         found.append(
             f"round {number}  {100 * one['removed']:.1f} % of the FLOPs gone; {one['measurements']} measurements,"

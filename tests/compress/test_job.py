@@ -25,6 +25,7 @@ from compress.models.zoo import job_of
 from compress.networks.jobs import batches, check_job, figures, prepare_job, train_by_job
 from compress.networks.reload import reload
 from compress.pipeline import METHODS
+from compress.recipes.pagcp.card import removed
 from compress.schema.recipe import load_recipe
 from tests.command import compress as typed
 from tests.command import one_error
@@ -660,3 +661,10 @@ def test_batches_are_drawn_alike_in_every_process(place: Path) -> None:
     own = held(place, batches=lambda: torch.randperm(100).split(50))
     again = held(place, batches=lambda: torch.randperm(100).split(50))
     assert all(torch.equal(a, b) for a, b in zip(batches(own, 5), batches(again, 5), strict=True))
+
+
+def test_what_is_not_cut_counts_in_the_share_that_is_said_to_be_gone() -> None:
+    size: dict[str, Any] = {"flops": {"dense": 100, "pruned": 60}, "flops_removed": 0.4}
+    assert removed({"size": size}) == 0.4
+    size["flops_elsewhere"] = {"dense": 300, "pruned": 300}
+    assert removed({"size": size}) == pytest.approx(0.1)
