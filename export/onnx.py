@@ -23,7 +23,7 @@ import torch
 
 from compress.errors import CompressError
 from compress.exporters.refused import refusal, still
-from compress.exporters.repeated import kinds, one_of_each, repeat, speaks_of, widths_of
+from compress.exporters.repeated import kinds, name_nodes, one_of_each, repeat, speaks_of, widths_of
 from compress.models.decoder import blocks
 from compress.run.progress import say
 
@@ -140,6 +140,7 @@ def _traced(model: Any, layers: list[tuple[int, int, int]], each: bool) -> tuple
     if speaks_of(program.model.graph, widths_of(model, kind)):
         kind = kinds(model, lambda: whole(*example), caches, widths=False)
         program, hidden = _program(model, layers, kind)
+    name_nodes(program.model.graph)
     repeat(program.model, model, kind, hidden, [i for i, *_ in layers])
     program.optimize()
     return program.model, len(set(kind))

@@ -9,6 +9,7 @@ with other things, share weights, or hand on more than one hidden state, each is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -219,6 +220,18 @@ def speaks_of(graph: Any, numbers: set[int]) -> bool:
     return any(not numbers.isdisjoint(v for v in held if isinstance(v, int | float)) for held in constants)
 
 
+def name_nodes(graph: Any) -> None:
+    """Calls every node by its module and operator, such as ``model.layers.3.mlp.up_proj/MatMul``: two models whose
+    layers are called alike have nodes that are called alike, whatever else one of them has not."""
+    seen: dict[str, int] = {}
+    for node in graph:
+        told = re.findall(r"'([^']*)'", node.metadata_props.get("pkg.torch.onnx.name_scopes", ""))
+        path = next((scope for scope in reversed(told[:-1]) if scope and not scope.startswith("_")), "model")
+        name = f"{path.removeprefix('model.') or 'model'}/{node.op_type}"
+        seen[name] = seen.get(name, -1) + 1
+        node.name = f"{name}_{seen[name]}" if seen[name] else name
+
+
 def repeat(model_: Any, model: Any, kind: Sequence[int], hidden: Sequence[str], caches: Sequence[int]) -> None:
     """Gives the graph of one block of each kind the others.
 
@@ -309,7 +322,7 @@ class _Copies:
             made = ir.Node(
                 node.domain, node.op_type, inputs, list(node.attributes.values()),
                 overload=node.overload, num_outputs=len(node.outputs), version=node.version,
-                name=f"{node.name}.{to}" if node.name else None,
+                name=node.name.replace(f".{of}.", f".{to}.", 1).replace(f".{of}/", f".{to}/", 1),
             )  # fmt: skip
             for old, new in zip(node.outputs, made.outputs, strict=True):
                 kept = old.name.startswith("present.") and self.names.get(old.name) is old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import shutil
 import sys
@@ -29,6 +30,7 @@ from compress.recipes.pagcp.card import removed
 from compress.schema.recipe import load_recipe
 from tests.command import compress as typed
 from tests.command import one_error
+from tests.networks import shapes
 
 # Two inputs, one of them whole numbers; two heads nested in what it returns; weights from a file beside it.
 CODE = """\
@@ -43,7 +45,8 @@ from torch import nn
 from torch.nn import functional
 
 import compress
-from tests.networks import shapes
+
+# shapes
 
 @dataclass
 class Sizes:
@@ -143,6 +146,8 @@ job = compress.Job(
     batches=batches,
 )
 """
+# A clean process has no tests to import: the samples are drawn in the file itself.
+CODE = CODE.replace("# shapes\n", f"import numpy as np\n\n\n{inspect.getsource(shapes)}\n")
 
 PAGCP = """\
 extends: pagcp

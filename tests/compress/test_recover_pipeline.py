@@ -146,7 +146,8 @@ def checkpoint(out: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in folders), default=-1)
 
 
-def test_killed_at_any_step_it_ends_with_the_same_bytes(job: Job, recovered: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_at_any_step_it_ends_with_the_same_bytes(kills: int, job: Job, recovered: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for out in (whole, killed):
         shutil.copytree(recovered, out, ignore=shutil.ignore_patterns("recover", "model*", "evaluation-*", "release"))
@@ -155,7 +156,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(job: Job, recovered: Pat
     assert process.exitcode == 0
     draw = random.Random(4)
     places = []
-    for wanted in sorted(draw.sample(range(0, 36), 6)):
+    for wanted in sorted(draw.sample(range(0, 36), kills)):
         process = started(job, killed)
         while process.exitcode is None and checkpoint(killed) < wanted - 2:
             time.sleep(0.002)
@@ -164,7 +165,7 @@ def test_killed_at_any_step_it_ends_with_the_same_bytes(job: Job, recovered: Pat
         process.kill()
         process.join()
         places.append(checkpoint(killed))
-    assert not (killed / "recover").exists() and len(set(places)) >= 4, places
+    assert not (killed / "recover").exists() and len(set(places)) >= kills // 2 + 1, places
     process = started(job, killed)
     process.join()
     assert process.exitcode == 0
