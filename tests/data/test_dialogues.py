@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -186,11 +188,28 @@ def test_a_strange_template_is_one_error(template: str, said: str, tmp_path: Pat
     assert str(tmp_path / "chat_template.jinja") in f"{caught.value.where} {caught.value.fix}" or "drops" in said
 
 
-def test_a_template_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SECONDS", 0.2)
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(CompressError, match=r"it took more than 0\.2 seconds"):
-        render(dialogue(THINKING[:2]), chatting(tmp_path, loops))
+ENDLESS = """
+import sys
+from pathlib import Path
+from compress.data import dialogues
+from compress.errors import CompressError
+from compress.models.reading import load_tokenizer
+
+dialogues.SECONDS = 0.2
+one = dialogues.Dialogue((("user", "Hello?"), ("assistant", "Yes.")), "here")
+try:
+    dialogues.render(one, load_tokenizer(Path(sys.argv[1])))
+except CompressError as e:
+    print(e.what)
+"""
+
+
+def test_a_template_that_does_not_end_is_stopped(tmp_path: Path) -> None:
+    """In a process of its own: one that had run many tests was lost here twice, and why is not known."""
+    chatting(tmp_path, "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    words = [sys.executable, "-X", "faulthandler", "-c", ENDLESS, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0 and "it took more than 0.2 seconds" in done.stdout, done
 
 
 def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
