@@ -237,7 +237,7 @@ def _network_quality(subject: Subject, like: Path | None, dense: Dense) -> list[
 
 def _job_quality(subject: Subject, dense: Dense) -> list[Claim]:
     """What the job's ``evaluate`` says again, where the job is named and its files are those of the run."""
-    from compress.networks.jobs import asked
+    from compress.networks.jobs import asked, job_named
     from compress.networks.reload import reload
     from compress.processes.distributed import device
 
@@ -253,9 +253,11 @@ def _job_quality(subject: Subject, dense: Dense) -> list[Claim]:
         if not why and folder is not None:
             try:
                 seed = report["recipe"].get("seed", 0)
-                held, found = asked(subject.network, reload(folder, subject.network).model.to(device()), seed)
+                held = job_named(subject.network)
                 if held.sha256 != report["data"]["sha256"]:
-                    found, why = None, "the files of the job have changed since it was measured"
+                    why = "the files of the job have changed since it was measured"
+                else:
+                    found = asked(held, reload(folder, subject.network).model.to(device()), seed)
             except CompressError as e:
                 why = f"{e.what} ({e.fix})"
         claims += [_metric(row, label, found, why) for row in qualities(rows(report))]

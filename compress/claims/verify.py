@@ -107,11 +107,12 @@ def verify(
         claims.append(Claim("loads in a clean process", "", "", OPEN, "nothing is loaded of files that were changed"))
     whole = whole and all(c.verdict != FAILS for c in claims)
     if whole and report is not None:
+        from compress.claims.budgets import budgets
         from compress.report.build import of_report
 
         with of_report(release):
             claims += _counts(subject, loaded)
-            claims += _budgets(subject)
+            claims += budgets(subject)
             claims += _parity(subject)
         if measure:
             from compress.claims.remeasure import measured
@@ -431,39 +432,6 @@ def _counts(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
     else:
         return []
     return [Claim(title, f"{said:,}", f"{found:,}", HOLDS if said == found else FAILS)]
-
-
-def _budgets(subject: Subject) -> list[Claim]:
-    """What the saved model takes of every budget that is counted; a time is measured again by `--measure`."""
-    report = subject.report
-    assert report is not None
-    rows = [row for row in report.get("budgets") or () if "measured" in row and row["unit"] != "seconds"]
-    if not rows:
-        return []
-    from compress.language.limits import FIGURES, measured
-    from compress.models.families import family_for
-    from compress.models.reading import load_config
-
-    place = subject.folder / "model" if (subject.folder / "model").is_dir() else subject.folder
-    found = measured(
-        place,
-        family_for(load_config(place)),
-        {row["budget"]: (row["figure"], row.get("length")) for row in rows if row["figure"] in FIGURES},
-    )
-    claims = []
-    for row in rows:
-        said, here = row["measured"], found.get(row["budget"])
-        held = here is not None and here <= row["asked"]
-        holds = here == said and held == row["held"]
-        claims.append(
-            Claim(
-                f"budget {row['budget']}",
-                f"{said:,} of {row['asked']:,}, {'held' if row['held'] else 'not held'}",
-                f"{here:,}" if here is not None else "no such figure",
-                HOLDS if holds else FAILS,
-            )
-        )
-    return claims
 
 
 def _nonzeros(subject: Subject) -> int:

@@ -138,6 +138,11 @@ def allowed(budget: Budget, dense: int) -> int:
     return int(told * dense if budget.kind == "relative" else told)
 
 
+def held(share: Mapping[str, float], most: float) -> bool | None:
+    """Whether a time is within ``most`` times the dense one's by its interval; None where the limit lies in it."""
+    return True if share["high"] <= most else False if share["low"] > most else None
+
+
 def counted(budget: Budget, setup: Setup) -> tuple[Prices, int]:
     """(prices, what the dense model takes) of a figure that is counted from shapes.
 

@@ -76,7 +76,7 @@ def check_training_alone(model: nn.Module, x: Inputs, own: bool = False) -> None
     evaluated = called(model.eval(), x)
     try:
         trained = called(model.train(), x)
-    except Exception:
+    except Exception:  # the network's own code: that it is called otherwise in training is the user's to say
         if own:
             return
         raise

@@ -274,8 +274,8 @@ def _number(value: Any, task: str, role: str, where: str) -> float:
     return found
 
 
-def asked(network: str | None, model: nn.Module, seed: int = 0) -> tuple[NamedJob, dict[str, dict[str, float]]]:
-    """The job that a name leads to, and what its ``evaluate`` says of a saved network, by task and name.
+def job_named(network: str | None) -> NamedJob:
+    """The job that a name leads to.
 
     Raises:
         UsageError: none is named, or the name is a function's.
@@ -289,8 +289,12 @@ def asked(network: str | None, model: nn.Module, seed: int = 0) -> tuple[NamedJo
             where=network or "--network",
             fix="name the job: --network FILE.py:JOB",
         )
-    found = figures(held, "evaluate", model.eval(), seed)
-    return held, {name: {name: value} for name, value in found.items()}
+    return held
+
+
+def asked(held: NamedJob, model: nn.Module, seed: int = 0) -> dict[str, dict[str, float]]:
+    """What a job's ``evaluate`` says of a saved network, by task and name."""
+    return {name: {name: value} for name, value in figures(held, "evaluate", model.eval(), seed).items()}
 
 
 # --- a loss and its batches -----------------------------------------------------------------------------------------

@@ -76,10 +76,11 @@ def evaluate(folder: Path, like: Path | None, *, network: str | None = None) -> 
 
 def _of_job(folder: Path, network: str | None) -> dict[str, Any]:
     """`evaluate` of a job's network, by the job that ``network`` names."""
-    from compress.networks.jobs import asked
+    from compress.networks.jobs import asked, job_named
     from compress.processes.distributed import device
 
-    held, found = asked(network, _load(folder, network).model.to(device()))
+    held = job_named(network)
+    found = asked(held, _load(folder, network).model.to(device()))
     return {
         "model": str(folder),
         "data": {"source": f"the job {held.title}", "sha256": held.sha256},

@@ -88,9 +88,7 @@ class JobOracle(Judge):
         row = self.known.get(key)
         if row is None:
             network = model if isinstance(model, nn.Module) else model()
-            row = {"of": self.of, "key": key, "values": self.values(network), "least": {}, "work": share + extra}
-            self.journal.append(row)
-            self._learn(row)
+            row = self._note(key, self.values(network), share + extra)
         return self._found(row)
 
     def values(self, model: nn.Module) -> dict[str, dict[str, float]]:

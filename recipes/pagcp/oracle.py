@@ -146,6 +146,13 @@ class Judge:
     def _learn(self, row: dict[str, Any]) -> None:
         self.known[row["key"]] = row
 
+    def _note(self, key: str, values: Any, work: float, least: Readings | None = None) -> dict[str, Any]:
+        """What was measured, in the journal and known from now on."""
+        row = {"of": self.of, "key": key, "values": values, "least": least or {}, "work": work}
+        self.journal.append(row)
+        self._learn(row)
+        return row
+
     @property
     def passes(self) -> float:
         """Forward passes of the dense network over the split that all measurements so far amount to."""
@@ -158,9 +165,7 @@ class Judge:
     def noted(self, key: str, measure: Callable[[], float]) -> float:
         """Another figure that is measured once and remembered, such as a latency."""
         if key not in self.known:
-            row = {"of": self.of, "key": key, "values": measure(), "least": {}, "work": 0.0}
-            self.journal.append(row)
-            self._learn(row)
+            self._note(key, measure(), 0.0)
         value: float = self.known[key]["values"]
         return value
 
@@ -262,17 +267,13 @@ class Oracle(Judge):
                 return self._found(row)
         net = model() if not isinstance(model, nn.Module) else model
         losses, counts, seen, work = self._sums(net, share, bound, replay, replayed_share)
-        row = {"of": self.of, "key": key, "values": None, "least": {}, "work": work + extra}
-        if seen == len(self.split):
-            row["values"] = {
-                task.name: {"loss": loss / seen, **KINDS[task.kind].measure(task, together(own))}
-                for task, loss, own in zip(self.data.tasks, losses, counts, strict=True)
-            }
-        else:
-            row["least"] = self._least(losses, counts, seen)
-        self.journal.append(row)
-        self._learn(row)
-        return self._found(row)
+        if seen < len(self.split):
+            return self._found(self._note(key, None, work + extra, self._least(losses, counts, seen)))
+        values = {
+            task.name: {"loss": loss / seen, **KINDS[task.kind].measure(task, together(own))}
+            for task, loss, own in zip(self.data.tasks, losses, counts, strict=True)
+        }
+        return self._found(self._note(key, values, work + extra))
 
     def settling(self, samples: int) -> float:
         return samples / len(self.split)

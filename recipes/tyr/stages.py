@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress import __version__
 from compress.errors import CompressError
 from compress.language.latency import Clock, check_times, key_of
-from compress.language.limits import TIMES, limits, measured, parse
+from compress.language.limits import TIMES, held, limits, measured, parse
 from compress.language.quantised import quantise
 from compress.language.setup import Setup, Windows, fingerprint_of, read_windows
 from compress.language.setup import prepare as prepare_text
@@ -192,7 +192,7 @@ def _time_budgets(run: Run, setup: Setup, exported: Mapping[str, Path], report: 
         share = found[key]
         row["measured"] = share["pruned"]
         row["share"] = {name: share[name] for name in ("median", "low", "high")}
-        row["held"] = True if share["high"] <= most else False if share["low"] > most else None
+        row["held"] = held(share, most)
     report["stages"] = run.stages()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from compress.claims.verify import FAILS, HOLDS
+from compress.claims.budgets import budgets
+from compress.claims.verify import FAILS, HOLDS, OPEN, Subject
 from compress.report.build import finish, read_report
 from compress.run.folder import SEAL
 from tests.command import Job, Ran, compress, one_error, start
@@ -102,6 +103,28 @@ def test_verify_counts_again_and_finds_a_budget_that_is_not_what_was_measured(fo
     (release / "report.json").write_text(json.dumps(report))
     found = claims(release)
     assert found["budget size<=0.8x"]["verdict"] == FAILS and found["budget kv_cache@100<=0.6x"]["verdict"] == HOLDS
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "held", "verdict"),
+    [
+        (0.5, 0.6, True, OPEN),
+        (0.6, 0.8, None, OPEN),
+        (0.75, 0.8, False, OPEN),
+        (0.6, 0.8, True, FAILS),
+        (0.5, 0.6, False, FAILS),
+    ],
+)
+def test_a_verdict_on_a_time_is_that_of_its_interval(
+    low: float, high: float, held: bool | None, verdict: str, tmp_path: Path
+) -> None:
+    row = {"budget": "tpot@512<=0.7x", "figure": "tpot", "unit": "seconds", "asked": 0.007, "dense": 0.01}
+    report = {
+        "budgets": [{**row, "measured": 0.0065, "share": {"median": 0.65, "low": low, "high": high}, "held": held}]
+    }
+    (claim,) = budgets(Subject(tmp_path, tmp_path, report, None))
+    assert claim.verdict == verdict and claim.claim == "budget tpot@512<=0.7x"
+    assert (verdict == FAILS) == ("interval" in claim.reason) and (verdict == OPEN) == ("-b tpot<=0.7x" in claim.reason)
 
 
 def test_plan_says_what_is_asked_and_what_stays_at_least(job: Job) -> None:

@@ -13,6 +13,7 @@ from compress.exporters import gate_models, gate_run
 from compress.exporters.formats import describe
 from tests.command import compress, one_error
 from tests.export.test_gguf import FEW, Plan, built, dense, pruned
+from tools.ci.models import chain
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp"),
@@ -68,8 +69,6 @@ def test_another_runtime_is_no_candidate(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "genai").mkdir()
     settings = {"model": {"context_length": 64, "vocab_size": 300, "decoder": {"filename": "model.onnx"}}}
     (tmp_path / "genai" / "genai_config.json").write_text(json.dumps(settings))
-    from tools.ci.models import chain
-
     chain(tmp_path / "genai" / "model.onnx", 1)
     ran = compress("gate", folders / "dense-gguf", tmp_path / "genai", "-b", "size<=2x")
     one_error(ran, 2, "runs in llama.cpp, the candidate in ONNX Runtime GenAI")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from compress.errors import CompressError
 from compress.language.computing import BATCH_TOKENS, Computing, batch_tokens, settle
 from compress.models.blocks import BlockRunner
 from compress.models.families import family_for
+from compress.pipeline import _read_lock
 from compress.processes import compute
 from compress.report.build import read_report
+from compress.run.seals import stamped
 from compress.system import host
 from tests.command import Job, compress, one_error
 from tests.tiny import ARCHITECTURES, tiny, tokens
@@ -138,8 +142,30 @@ def test_units_of_a_processor_are_those_that_its_kernel_names(flags: str, units:
     assert host.bfloat16_units(str(tmp_path / "nothing")) == ""
 
 
+def test_a_run_that_was_begun_before_there_was_a_choice_goes_on_in_float32(tmp_path: Path) -> None:
+    lock = tmp_path / "recipe.lock.yaml"
+    assert _read_lock(lock) == (False, None)
+    for written, found in (({}, {"type": "float32", "batch_tokens": BATCH_TOKENS}), ({"compute": 5}, 5)):
+        lock.write_text(stamped(yaml.safe_dump({"method": "tyr", **written})))
+        assert _read_lock(lock) == (True, found)
+    lock.write_text(stamped("- 1\n"))
+    with pytest.raises(CompressError, match="is no map"):
+        _read_lock(lock)
+
+
 @pytest.mark.processes
-def test_a_run_in_bfloat16_says_what_it_costs_goes_on_and_is_not_mixed(job: Job, tmp_path: Path) -> None:
+def test_a_run_in_bfloat16_says_what_it_costs_goes_on_and_is_not_mixed(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: set[tuple[str, str]] = set()
+    init = BlockRunner.__init__
+
+    def noted(self: BlockRunner, *given: Any, **more: Any) -> None:
+        init(self, *given, **more)
+        made.add((sys._getframe(1).f_code.co_name, self.compute))
+
+    monkeypatch.setattr(BlockRunner, "__init__", noted)
+
     def prune(*more: str) -> Any:
         words = ("--set", "layouts=[per-layer]", "--set", "export=null", "--set", "bench=null")
         return compress("prune", job.model, "--recipe", job.recipe, "--out", tmp_path / "run", *words, *more)
@@ -148,6 +174,8 @@ def test_a_run_in_bfloat16_says_what_it_costs_goes_on_and_is_not_mixed(job: Job,
     ran = prune("--set", "compute=bfloat16", "--until", "plan")
     assert ran.code == 0, ran.err
     assert ("bfloat16 is emulated on this processor" in ran.err) == emulated
+    # Walk, singles, search and run-off are all the job's runner's; the metric's gradients alone are not.
+    assert made == {("runner", "bfloat16"), ("metrics_of", "float32")}
     one_error(prune("--set", "compute=float32"), 1, "this run was begun in bfloat16")
     searched = json.loads((tmp_path / "run" / "plan" / "search.json").read_text())
     ran = prune("--set", "compute=auto")

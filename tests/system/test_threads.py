@@ -85,6 +85,18 @@ def test_a_number_that_is_none_is_refused(given: str, tmp_path: Path) -> None:
     assert ran.code == 2 and "--threads" in ran.err
 
 
+def test_the_command_line_waits_passively_and_hands_threads_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[int | None] = []
+    waits: list[bool] = []
+    monkeypatch.setattr("compress.system.threads.wait_passively", lambda: waits.append(True))
+    monkeypatch.setattr("compress.system.threads.use", asked.append)
+    nothing = tmp_path / "nothing"
+    for words in (("plan", nothing, "--recipe", "tyr"), ("prune", nothing, "--recipe", "tyr"), ("eval", nothing)):
+        assert compress(*words, "--threads", 3).code != 0
+    assert compress("plan", nothing, "--recipe", "tyr").code != 0
+    assert asked == [3, 3, 3, None] and waits == [True] * 4
+
+
 @contextmanager
 def crowded(others: int) -> Iterator[None]:
     """This process on one processor, beside so many that never rest there."""
