@@ -17,6 +17,18 @@ from compress.recipes.tyr.choice import Job
 from compress.recipes.tyr.supernet import Local, Menu, Streams, Supernet, prune_block, write_block
 from tests.tiny import tiny, tokens
 
+# Options of a short whole search.
+SEARCH = {
+    "positions": 12,
+    "singles_windows": 2,
+    "generations": 2,
+    "offspring": 4,
+    "steps": [0.5, 1.0],
+    "survivors": [2],
+}
+OPTIONS: dict[str, Any] = {"iterations": 2, "levels": 5, "refine_levels": 3, "head_levels": 4, "interval": 0.25}
+OPTIONS |= {"metric_windows": 2, "search": SEARCH}
+
 
 def small_job(
     model_type: str = "llama",

@@ -36,18 +36,7 @@ from compress.recipes.tyr.forecast import even_choices, implied
 from compress.recipes.tyr.prune import produce_plan
 from compress.recipes.tyr.stages import say_kept
 from compress.run.folder import Run
-from tests.recipes.tyr.small import small_job
-
-SEARCH = {
-    "positions": 12,
-    "singles_windows": 2,
-    "generations": 2,
-    "offspring": 4,
-    "steps": [0.5, 1.0],
-    "survivors": [2],
-}
-OPTIONS: dict[str, Any] = {"iterations": 2, "levels": 5, "refine_levels": 3, "head_levels": 4, "interval": 0.25}
-OPTIONS |= {"metric_windows": 2, "search": SEARCH}
+from tests.recipes.tyr.small import OPTIONS, small_job
 
 
 def bounded(texts: list[str], **options: Any) -> Job:

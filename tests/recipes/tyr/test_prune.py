@@ -24,19 +24,9 @@ from compress.recipes.tyr.prune import full_shape_bytes, produce_plan
 from compress.recipes.tyr.supernet import Streams, Supernet
 from compress.run.folder import Journal, Run
 from tests.models.families.test_families import linear_parameters
-from tests.recipes.tyr.small import pruned_block, small_job, whole_kl
+from tests.recipes.tyr.small import OPTIONS, pruned_block, small_job, whole_kl
 from tests.tiny import tokens
 
-SEARCH = {
-    "positions": 12,
-    "singles_windows": 2,
-    "generations": 2,
-    "offspring": 4,
-    "steps": [0.5, 1.0],
-    "survivors": [2],
-}
-OPTIONS: dict[str, Any] = {"iterations": 2, "levels": 5, "refine_levels": 3, "head_levels": 4, "interval": 0.25}
-OPTIONS |= {"metric_windows": 2, "search": SEARCH}
 FILES = ("plan.json", "plan.safetensors", "search.json")
 
 
