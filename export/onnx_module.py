@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.inputs import Inputs, call, first, form_of, formed, inputs_by_name, size
-from compress.data.tasks import named
+from compress.data.outputs import named
 from compress.errors import CompressError
 from compress.exporters.onnx import OPSET, forget_trace
 from compress.exporters.ort import session

@@ -105,7 +105,7 @@ def check_job(setup: NetworkSetup) -> dict[str, float]:
         CompressError: see `figures`; the network or ``calibrate`` gives something else the second time.
     """
     from compress.data.inputs import call, mapped
-    from compress.data.tasks import floating
+    from compress.data.outputs import floating
 
     held = setup.job
     assert held is not None  # asked by the caller

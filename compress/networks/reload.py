@@ -160,7 +160,7 @@ def reload(folder: Path, network: str | None = None) -> Reloaded:
     import torch
 
     from compress.data.inputs import call
-    from compress.data.tasks import named
+    from compress.data.outputs import named
     from compress.models.zoo import build, load_weights
     from compress.networks.surgery import resize
 

@@ -101,7 +101,7 @@ class NetworkSetup:
         import torch
 
         from compress.data.inputs import call
-        from compress.data.tasks import output_names
+        from compress.data.outputs import output_names
 
         if self.job is None:
             return [task.name for task in self.data.tasks]
@@ -114,7 +114,8 @@ class NetworkSetup:
         Raises:
             CompressError: it does not fit the tasks.
         """
-        from compress.data.tasks import by_task, named
+        from compress.data.outputs import named
+        from compress.data.tasks import by_task
 
         return by_task(given, self.data.tasks) if self.job is None else named(given, self.output_names)
 

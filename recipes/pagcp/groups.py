@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data.inputs import Inputs, call, floats, mapped
-from compress.data.tasks import tensors
+from compress.data.outputs import tensors
 from compress.errors import CompressError
 from compress.networks.surgery import (
     CHANNELWISE,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from compress.data.inputs import Inputs, call
-from compress.data.tasks import tensors
+from compress.data.outputs import tensors
 
 
 @torch.no_grad()

@@ -245,7 +245,7 @@ def _cut(setup: NetworkSetup, plan: Path, start: Path) -> nn.Module:
     import torch
 
     from compress.data.inputs import call, mapped
-    from compress.data.tasks import tensors
+    from compress.data.outputs import tensors
     from compress.recipes.pagcp.plan import Plan
 
     model, held = loaded(setup, start), Plan.load(plan)
