@@ -51,9 +51,10 @@ def cached_layers(model: Any) -> list[tuple[int, int, int]]:
     found = []
     for i, block in enumerate(blocks(model)):
         attention: Any = getattr(block, "self_attn", None)
-        if attention is None or not (hasattr(attention, "head_dim") or not any(attention.parameters())):
-            return _layers_seen(model)
-        if not hasattr(attention, "o_proj"):
+        weights = attention is not None and any(True for _ in attention.parameters())
+        if attention is None or (weights and not (hasattr(attention, "head_dim") and hasattr(attention, "o_proj"))):
+            return _layers_seen(model)  # attention of another make, such as Phi's
+        if not weights:
             continue
         groups = getattr(attention, "num_key_value_groups", 1)
         heads = attention.o_proj.in_features // attention.head_dim

@@ -7,20 +7,21 @@ otherwise is refused, see `compress.models.folder.read_config`.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError, UsageError
+from compress.models.composite import find as find_composite
+from compress.models.composite import language_of
 from compress.models.folder import (
     CONFIG,
     INDEX,
@@ -31,17 +32,16 @@ from compress.models.folder import (
     refuse_adapter,
     weights_of,
 )
+from compress.models.kept import Files, kept
 from compress.models.reading import NO_CODE, load_config, refuse_ragged, rejected
 from compress.models.sizes import check_sizes
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.run.strict_json import read_json
-from compress.system.files import disk_errors, settle
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARKER = "dequantised.json"  # beside what was made: what of, and the hashes of its weights
 FP8, GGUF = "fp8", ".gguf"
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")
 SCALE = "_scale_inv"  # behind the name of the weight that it belongs to
@@ -194,6 +194,8 @@ def config_of(model: Quantised) -> Any:
             _write_config(model, view)
             refuse_ragged(view)
             config = load_config(view)
+            if find_composite(view) is not None:
+                config = language_of(config)
         except CompressError as e:
             e.rename(view, model.path)
             raise
@@ -252,45 +254,13 @@ def plain(model: Quantised) -> Path:
     return kept(cache_dir() / "models" / f"dequantised-{key[:16]}", model.words, make)
 
 
-def kept(folder: Path, words: str, make: Callable[[Path], None]) -> Path:
-    """``folder`` of the cache, made by ``make(made)`` where it is not there or was changed.
-
-    Args:
-        words: what it was made of, for whoever looks into it.
-        make: writes a model into ``made``, which it makes itself; what else it writes beside it is thrown away.
-    """
-    marker = folder / MARKER
-    if marker.exists():
-        recorded = json.loads(marker.read_text("utf-8"))
-        hashes = {name: sha for name, sha in recorded.items() if name != "source"}
-        if all((folder / n).is_file() and sha256_of(folder / n) == sha for n, sha in hashes.items()):
-            return folder
-        say(f"the cached copy of {folder.name} was changed; making it again")
-        shutil.rmtree(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with disk_errors(folder, every=False), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        made = Path(temporary) / "made"
-        make(made)
-        hashes = {p.name: sha256_of(p) for p in sorted(made.glob("*.safetensors"))}
-        (made / MARKER).write_text(json.dumps({"source": words, **hashes}, indent=1), encoding="utf-8")
-        try:
-            settle(made, folder)
-        except OSError as e:
-            # Another process made the same in the meantime; the marker is in what it renamed.
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not marker.exists():
-                raise
-    return folder
-
-
 def _from_fp8(model: Quantised, made: Path) -> None:
     """Every file of the checkpoint with its fp8 weights multiplied by their scales; all else as it is."""
     from safetensors import safe_open
-    from safetensors.torch import save_file
 
     folder, found = model.path, weights_of(model.path)
     made.mkdir()
-    places: dict[str, str] = {}
-    total = 0
+    files = Files(made)
     for path in found.files:
         tensors: dict[str, Tensor] = {}
         with safe_open(path, "pt") as file:
@@ -303,13 +273,9 @@ def _from_fp8(model: Quantised, made: Path) -> None:
                 if str(tensor.dtype).removeprefix("torch.") in FLOAT8:
                     tensor = _dequantised(model, name, tensor, _scale(found.places, name, folder))
                 tensors[name] = tensor
-        if tensors:
-            save_file(tensors, made / path.name, metadata={"format": "pt"})
-        places |= dict.fromkeys(tensors, path.name)
-        total += sum(t.nbytes for t in tensors.values())
+        files.add(path.name, tensors)
     if len(found.files) > 1 or (folder / INDEX).exists():
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        files.index()
     for name, path in data_files(folder):
         (made / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, made / name)

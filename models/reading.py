@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # transformers otherwise asks on the terminal whether to run a stranger's code, and takes "y" from a pipe.
 NO_CODE: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 
+# A language part that no causal language model of transformers has by itself, and the type of one with its function
+# of text. (Those of Qwen2-VL and Qwen2.5-VL have no head size of their own, so blocks of fewer heads are not built.)
+LANGUAGE_OF = {"qwen3_vl_text": "qwen3"}
 LARGEST_WEIGHT = 1e12  # sums of squares of what it gives are beyond float32; no trained weight is near it
 
 
@@ -243,9 +246,15 @@ def is_ragged(folder: Path) -> bool:
     """Whether the folder holds a model in the `per-layer` layout."""
     from compress.models.families import FAMILIES
 
+    def is_one(config: Any) -> bool:
+        kind = config.get("model_type")
+        # Of other architectures per_layer_config is their own way of saying that layers differ.
+        own = LANGUAGE_OF.get(kind, kind) in FAMILIES
+        return "compress_layers" in config or bool(own and config.get("per_layer_config"))
+
     config = read_config(folder)
-    # Of other architectures it is their own way of saying that layers differ.
-    return "compress_layers" in config or bool(config.get("per_layer_config") and config.get("model_type") in FAMILIES)
+    inner = config.get("text_config")
+    return is_one(config) or (isinstance(inner, dict) and is_one(inner))
 
 
 def refuse_ragged(folder: Path) -> None:

@@ -46,20 +46,18 @@ KINDS = {
 
 def find(model: str) -> tuple[str, Path]:
     """(kind, folder) of a saved model: the folder itself, a run folder's model, or what `resolve` knows by name; of one
-    that is quantised, the folder that it is dequantised to.
+    that is quantised, or that sees or hears as well, the folder of the plain language model that is made of it.
 
     Raises:
         CompressError: there is no model, it cannot be fetched, or it is not what was sealed.
         UsageError: there is no such name, or it is that of a network, which no folder comes with.
     """
     from compress.models.quantised import find as find_quantised
-    from compress.models.quantised import plain
-    from compress.models.sources import NetworkAlias, alias_names, load_alias, resolve
+    from compress.models.sources import NetworkAlias, alias_names, load_alias, plain_folder, resolve
 
     path = Path(model)
-    quantised = find_quantised(path)
-    if quantised is not None:
-        return TEXT, plain(quantised)
+    if find_quantised(path) is not None:
+        return TEXT, plain_folder(path)
     if not path.exists():
         if model in alias_names() and isinstance(load_alias(model), NetworkAlias):
             raise UsageError(
@@ -78,7 +76,7 @@ def find(model: str) -> tuple[str, Path]:
             )
         if kinds:
             check_where_sealed(place)
-            return kinds[0], place
+            return kinds[0], plain_folder(place) if kinds[0] == TEXT else place
     raise CompressError("there is no model here", where=str(path), fix="name a model folder or a finished run folder")
 
 

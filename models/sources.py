@@ -16,8 +16,12 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from compress.errors import CompressError, UsageError
+from compress.models.composite import TEXT, Composite, language_of, language_part
+from compress.models.composite import config_of as language_config_of
+from compress.models.composite import find as find_composite
 from compress.models.folder import refuse_adapter
-from compress.models.quantised import GGUF, config_of, from_gguf, is_gguf, kept, plain
+from compress.models.kept import kept
+from compress.models.quantised import GGUF, config_of, from_gguf, is_gguf, plain
 from compress.models.quantised import find as find_quantised
 from compress.models.reading import load_config, refuse_ragged
 from compress.processes.children import python
@@ -99,8 +103,9 @@ class NetworkAlias(Section):
 @dataclass(frozen=True)
 class Resolved:
     """Where a model's files lie. ``source`` says in words where they came from
-    and what was dequantised, ``origin`` what finds them again:
-    ``hub`` with its ``revision``, ``alias`` of one that a package carries, or ``folder`` as it was named."""
+    and what was made of them, ``origin`` what finds them again:
+    ``hub`` with its ``revision``, ``alias`` of one that a package carries, or ``folder`` as it was named.
+    ``whole`` is the checkpoint of which the model is the language part."""
 
     name: str
     folder: Path
@@ -108,6 +113,7 @@ class Resolved:
     base_model: str | None
     license: str | None
     origin: Mapping[str, str] = field(default_factory=dict)
+    whole: Composite | None = None
 
 
 def alias_names() -> list[str]:
@@ -129,7 +135,8 @@ def load_alias(name: str) -> Alias | NetworkAlias:
 def resolve(name: str) -> Resolved:
     """Finds (and fetches, if need be) a model by alias, local folder, GGUF file or hub id; says which source was used.
 
-    What is quantised in a way that is undone here (`compress.models.quantised`) is dequantised, which ``source`` says.
+    What is quantised in a way that is undone here (`compress.models.quantised`) is dequantised, and of a checkpoint
+    that sees as well the language part is taken out (`compress.models.composite`), which ``source`` says.
 
     Raises:
         UsageError: no such name, or a folder with several GGUF files.
@@ -192,18 +199,33 @@ def _local(name: str) -> Resolved:
 
 
 def _plain(found: Resolved) -> Resolved:
-    """The same with its weights dequantised, where they have to be."""
+    """The same as a plain language model: dequantised, and taken out of what is more than that."""
     model = find_quantised(found.folder)
-    if model is None:
+    if model is not None:
+        found = replace(found, folder=plain(model), source=f"{found.source}, {model.words}")
+    whole = find_composite(found.folder)
+    if whole is None:
         return found
-    return replace(found, folder=plain(model), source=f"{found.source}, {model.words}")
+    return replace(found, folder=language_part(whole), source=f"{found.source}, {whole.words}", whole=whole)
+
+
+def plain_folder(folder: Path) -> Path:
+    """The folder of the plain language model that lies in, or is made of what lies in, ``folder``."""
+    return _plain(Resolved("", folder, "", None, None)).folder
 
 
 def _outlined(found: Resolved) -> tuple[Resolved, Any]:
-    """The same and its configuration; no weight is read, and so none is dequantised."""
+    """The same and its configuration; no weight is read, and so nothing is made."""
     model = find_quantised(found.folder)
     if model is not None:
-        return replace(found, source=f"{found.source}, {model.words}"), config_of(model)
+        found = replace(found, source=f"{found.source}, {model.words}")
+    whole = find_composite(found.folder) if found.folder.is_dir() else None
+    if whole is not None:
+        found = replace(found, source=f"{found.source}, {whole.words}", whole=whole)
+    if model is not None:
+        return found, config_of(model)
+    if whole is not None:
+        return found, language_config_of(whole)
     refuse_ragged(found.folder)
     return found, load_config(found.folder)
 
@@ -225,7 +247,7 @@ def resolve_origin(origin: Mapping[str, str], source: str) -> Path:
         CompressError, UsageError: it cannot be found or fetched here.
     """
     if "hub" in origin:
-        return _plain_folder(from_hub(origin["hub"], origin.get("revision"))[0])
+        return plain_folder(from_hub(origin["hub"], origin.get("revision"))[0])
     if "folder" in origin:
         return resolve(origin["folder"]).folder
     alias = load_alias(origin["alias"]) if origin.get("alias") in alias_names() else None
@@ -235,15 +257,10 @@ def resolve_origin(origin: Mapping[str, str], source: str) -> Path:
         if own.package and package_words(own) == source:
             return _from_package(own)[0]
         if own.hub and f"hub {own.hub}" == source:
-            return _plain_folder(from_hub(own.hub, own.revision)[0])
+            return plain_folder(from_hub(own.hub, own.revision)[0])
     raise CompressError(
         f"models/{origin['alias']}.yaml does not name the source {source!r}", where=origin["alias"], fix="name it"
     )
-
-
-def _plain_folder(folder: Path) -> Path:
-    model = find_quantised(folder)
-    return folder if model is None else plain(model)
 
 
 def package_words(source: Source) -> str:
@@ -330,7 +347,10 @@ def describe(name: str, tokenizer: bool = False) -> tuple[Resolved, Any]:
 
     words = f"the published sizes in models/{name}.yaml"
     say(f"model {name}: {words} ({'; '.join(reasons)})")
-    return Resolved(name, ALIASES, words, alias.base_model, alias.license), AutoConfig.for_model(**alias.config)
+    config = AutoConfig.for_model(**alias.config)
+    if TEXT in alias.config:
+        words, config = f"{words}, the language part", language_of(config)
+    return Resolved(name, ALIASES, words, alias.base_model, alias.license), config
 
 
 def about(name: str, folder: Path) -> tuple[str | None, str | None]:

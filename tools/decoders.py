@@ -5,8 +5,9 @@
 Each is a tiny random model of its architecture. The columns: what of it is cut (the rest stays whole, for the reason
 that is named), whether the units cut are those that the costs count and leave what zeros in their place leave
 (``units``), whether a model whose layers all differ is saved and read again, held and streamed, with the same logits
-(``ragged``), whether it decodes with a cache in transformers alone, in a clean process (``reload``), and, with --onnx,
-whether ONNX Runtime gives the same.
+(``ragged``), whether it decodes with a cache in transformers alone, in a clean process (``reload``), whether one with a
+block gone and all others alike is transformers' own class, with the logits it had (``stock``), whether llama.cpp has an
+architecture for it here, ragged or stock (``GGUF``), and, with --onnx, whether ONNX Runtime gives the same.
 """
 
 from __future__ import annotations
@@ -179,6 +180,8 @@ class Row:
     units: str
     ragged: str
     reload: str
+    stock: str
+    gguf: str
     onnx: str
     seconds: float
     note: str
@@ -203,7 +206,7 @@ def row(model_type: str, onnx: bool, clean: Path | None = None) -> Row:
         family = family_for(model.config)
     except CompressError as e:
         why = e.what.partition("not supported: ")[2]
-        return Row(title, model_type, "no", "no", "no", "no", "no", "no", time.monotonic() - began, why)
+        return Row(title, model_type, *["no"] * 8, time.monotonic() - began, why)
     took = time.monotonic() - began
     ids = torch.randint(3, 300, (1, 16), generator=torch.Generator().manual_seed(1))
     plan, costs = ragged(model, family), family.costs(model.config)
@@ -228,7 +231,7 @@ def row(model_type: str, onnx: bool, clean: Path | None = None) -> Row:
             shutil.copytree(folder, clean / model_type)
         if onnx:
             exported = export_of(model, Path(name))
-    whole = family.whole(model.config)
+    whole, stock = family.whole(model.config), stock_of(model_type, family, ids)
     reasons = {
         (w.sublayer, w.reason): [v.block for v in whole if (v.sublayer, v.reason) == (w.sublayer, w.reason)]
         for w in whole
@@ -242,10 +245,67 @@ def row(model_type: str, onnx: bool, clean: Path | None = None) -> Row:
         "yes" if units else "no",
         "yes" if all(close(a, want) for a in again) else "no",
         "not tried",
+        stock if stock == "yes" else "no",
+        gguf_of(tiny(model_type).config, family),
         exported if exported in ("yes", "not tried") else "no",
         took,
-        "; ".join(notes + ([exported] if exported not in ("yes", "not tried") else [])),
+        "; ".join([*notes, *(found for found in (stock, exported) if found not in ("", "yes", "not tried"))]),
     )
+
+
+def stock_of(model_type: str, family: Any, ids: torch.Tensor) -> str:
+    """``yes``, or why a model with one block gone and the others alike is not saved as transformers' own class."""
+    from transformers import AutoModelForCausalLM
+
+    from compress.language.checkpoint import check_stock, save_model
+    from compress.language.plan import BlockPlan, Plan
+    from tests.tiny import word_tokenizer
+
+    model = tiny(model_type)
+    every = family.geometry(model.config).blocks
+    if any(b.attention_whole or b.ffn_whole for b in every):
+        return ""  # said by what is whole
+    if len(set(every)) > 1:
+        return "stock: the dense blocks differ"
+    try:
+        check_stock(model.config, family)
+    except CompressError as e:
+        return f"stock: {e.what}"
+    block = every[0]
+    each = block.group - 1 if block.group > 1 else 1  # query heads that every KV group keeps
+    heads = tuple(h for h in range(block.heads) if h % block.group < each) if block.group > 1 else tuple(range(1, 2))
+    gone = next(i for i in range(len(every) - 1, -1, -1) if i not in family.keeps_attention(model.config))
+    alike = BlockPlan(heads, tuple(range(0, block.ffn, 2)))
+    plan = Plan(tuple(BlockPlan((), ()) if i == gone else alike for i in range(len(every))))
+    counts = plan.counts(family.geometry(model.config))
+    plan.apply(model, family)
+    with torch.no_grad():
+        want = model(ids, use_cache=False).logits
+    with tempfile.TemporaryDirectory() as name:
+        folder, tokenizer = Path(name), word_tokenizer(Path(name))
+        try:
+            save_model(model, family, counts, folder, tokenizer=tokenizer, dtype=torch.float32, tokens=ids, stock=True)
+            cls: Any = AutoModelForCausalLM
+            own, info = cls.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
+        except (CompressError, ValueError, RuntimeError) as e:
+            return f"stock: {' '.join(str(e).split())[:120]}"
+        with torch.no_grad():
+            same = not info["missing_keys"] and close(own.eval()(ids, use_cache=False).logits, want)
+    return "yes" if same else "stock: other logits"
+
+
+def gguf_of(config: Any, family: Any) -> str:
+    from compress.exporters.llama_cpp import architectures
+
+    try:
+        architectures.plan(config, family, "")
+    except CompressError:
+        return "no"
+    try:
+        architectures.takes_uneven(config, family, "")
+    except CompressError:
+        return "stock"
+    return "ragged"
 
 
 def reloaded(folder: Path) -> dict[str, str]:
@@ -309,14 +369,15 @@ def linear_parameters(model: Any) -> int:
     return sum(p.numel() for m in linear for p in m.parameters(recurse=False))
 
 
-HEAD = ("decoder", "type", "attention", "FFN", "units", "ragged", "reload", "ONNX", "why")
+HEAD = ("decoder", "type", "attention", "FFN", "units", "ragged", "reload", "stock", "GGUF", "ONNX", "why")
 
 
 def table(rows: list[Row]) -> str:
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for r in rows:
         note = r.note.replace("|", "\\|").replace("\n", " ")
-        cells = (r.title, f"`{r.model_type}`", r.attention, r.ffn, r.units, r.ragged, r.reload, r.onnx, note)
+        kinds = (r.attention, r.ffn, r.units, r.ragged, r.reload, r.stock, r.gguf, r.onnx)
+        cells = (r.title, f"`{r.model_type}`", *kinds, note)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -327,7 +388,8 @@ def _rows(types: Sequence[str], onnx: bool, folder: Path) -> list[Row]:
         rows.append(row(model_type, onnx, folder))
         r = rows[-1]
         print(
-            f"{r.title}: {r.attention}, {r.ffn}, {r.units}, {r.ragged}, {r.onnx} ({r.seconds:.1f} s) {r.note}",
+            f"{r.title}: {r.attention}, {r.ffn}, {r.units}, {r.ragged}, {r.stock}, {r.gguf}, {r.onnx}"
+            f" ({r.seconds:.1f} s) {r.note}",
             file=sys.stderr,
             flush=True,
         )

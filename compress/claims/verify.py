@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from compress.errors import CompressError, UsageError
+from compress.report.multimodal import NAME as MULTIMODAL
 from compress.report.rows import check
 from compress.run.cache import sha256_of
 from compress.run.folder import RECIPE_LOCK, SEAL, STAGE_NAMES, fingerprint, read_seal, sealed_folders
@@ -78,7 +79,7 @@ def verify(
         UsageError, CompressError: there is nothing to be checked.
     """
     folder = located(where)
-    places = (folder, folder / "model", folder / "model-padded")
+    places = (folder, folder / "model", folder / "model-padded", folder / MULTIMODAL)
     models = [p for p in places if (p / "config.json").exists()]
     networks = [p for p in places if (p / "network.json").exists()]
     if not models and not networks:
@@ -112,6 +113,7 @@ def verify(
 
         with of_report(release):
             claims += _counts(subject, loaded)
+            claims += _carried(subject, loaded)
             claims += budgets(subject)
             claims += _parity(subject)
         if measure:
@@ -310,16 +312,13 @@ def _of_its_files(folder: Path, report: dict[str, Any]) -> tuple[dict[str, Any],
 
 def _strangers(folder: Path, files: Mapping[str, Any]) -> list[Claim]:
     """What could be run and is none of ours, whether the report names it or not: anybody can write a report."""
-    from compress.language.checkpoint import remote_source
-    from compress.models.folder import CONFIG, REMOTE_FILE, is_code, is_pickle
+    from compress.language.checkpoint import written_code
+    from compress.models.folder import CONFIG, is_code, is_pickle
 
-    written: dict[str, bytes] = {}
-    if (folder / CONFIG).is_file():
-        try:
-            source = remote_source(folder)
-        except CompressError as e:
-            return [Claim(CONFIG, "", "", FAILS, e.what)]
-        written = {} if source is None else {f"{REMOTE_FILE}.py": source.encode()}
+    try:
+        written = {name: source.encode() for name, source in written_code(folder).items()}
+    except CompressError as e:
+        return [Claim(CONFIG, "", "", FAILS, e.what)]
     bad = []
     for path in entries(folder):
         name = path.relative_to(folder).as_posix()
@@ -432,6 +431,26 @@ def _counts(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
     else:
         return []
     return [Claim(title, f"{said:,}", f"{found:,}", HOLDS if said == found else FAILS)]
+
+
+def _carried(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
+    """Of a checkpoint that sees as well: its parameters, and that the parts beside the language part are the dense
+    one's."""
+    from compress.models.composite import Names, carried
+
+    assert subject.report is not None
+    place = subject.folder / MULTIMODAL
+    if MULTIMODAL not in subject.report or str(place) not in loaded:
+        return []
+    said = subject.report[MULTIMODAL]
+    found = carried(place, Names(**said["names"]))
+    rows = [
+        (f"parameters of {MULTIMODAL}", said["pruned"]["parameters"], loaded[str(place)]["parameters"]),
+        ("tensors beside the language part", said["carried"]["tensors"], found.tensors),
+    ]
+    claims = [Claim(name, f"{a:,}", f"{b:,}", HOLDS if a == b else FAILS) for name, a, b in rows]
+    sums = said["carried"]["sha256"], found.sha256
+    return [*claims, Claim("their bytes", *(f"sha256 {s[:12]}" for s in sums), HOLDS if sums[0] == sums[1] else FAILS)]
 
 
 def _nonzeros(subject: Subject) -> int:

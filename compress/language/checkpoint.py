@@ -7,12 +7,14 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import CompressError
 from compress.models import decoder
 from compress.models.folder import (
+    CONFIG,
     GENERATION,
     REMOTE_FILE,
     read_config,
@@ -23,6 +25,7 @@ from compress.models.folder import (
 from compress.models.reading import is_ragged, load_config, weight_files
 from compress.processes.children import python
 from compress.processes.distributed import available_bytes
+from compress.report.multimodal import NAME as MULTIMODAL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,6 +122,38 @@ def _stock_config(
     return {**made, **sizes, "head_dim": head_dim, "num_hidden_layers": len(kept)}
 
 
+def check_stock(config: Any, family: Family) -> None:
+    """Asks beforehand whether blocks that are alike and smaller can be said by the sizes of the configuration alone: a
+    model that is built of it must have blocks of the sizes that were meant.
+
+    Raises:
+        CompressError: it has no size for them, or makes others of it (a head as wide as hidden / heads).
+    """
+    from compress.models.families import FAMILIES, family_for
+
+    if config.model_type in FAMILIES:
+        return  # theirs are held by the tests
+    dense = family.geometry(config).blocks[0]
+    groups = max(1, dense.kv_heads // 2)
+    heads = groups * dense.group if dense.kv_heads > 1 else max(1, dense.heads // 2)
+    meant = replace(dense, heads=heads, kv_heads=groups, ffn=max(1, dense.ffn // 2))
+    facts = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    try:
+        made = _stock_config(facts, family, config, [(heads, groups, meant.ffn)], [0])
+        smaller = type(config)(**{**made, "num_hidden_layers": config.num_hidden_layers})
+        found = family_for(smaller).geometry(smaller).blocks[0]
+    except Exception as e:  # what it cannot be, transformers says in any type
+        found, said = None, e.what if isinstance(e, CompressError) else " ".join(str(e).split())[:160]
+    else:
+        said = f"heads of {meant.head_dim} channels become {found.head_dim} wide where there are fewer of them"
+    if found != meant:
+        raise CompressError(
+            f"transformers' own class of {config.model_type} does not build smaller blocks that are alike: {said}",
+            where="tyr.shape",
+            fix="prune it ragged: --set tyr.shape=ragged --set 'layouts=[per-layer]'",
+        )
+
+
 def _write_weights(model: Any, family: Family, folder: Path, dtype: Any, kept: Sequence[int]) -> None:
     """Writes a model's weights block by block, in files of at most `SHARD_BYTES`, named as transformers names them;
     of the blocks those that are ``kept``, numbered anew."""
@@ -180,15 +215,30 @@ def _write_weights(model: Any, family: Family, folder: Path, dtype: Any, kept: S
 
 def remote_source(folder: Path) -> str | None:
     """The code that this version writes beside the model, where its layers differ in size."""
+    from compress.models.composite import find, source_in
     from compress.models.families import family_for
 
-    return family_for(load_config(folder)).ragged_source() if is_ragged(folder) else None
+    if not is_ragged(folder):
+        return None
+    whole = find(folder)
+    return family_for(load_config(folder)).ragged_source() if whole is None else source_in(whole)
+
+
+def written_code(folder: Path) -> dict[str, str]:
+    """Name -> source, of all code that this version writes into a model's folder, and beside a whole checkpoint in it.
+
+    Raises:
+        CompressError: a configuration cannot be read.
+    """
+    places = (folder, folder / MULTIMODAL)
+    sources = {place: remote_source(place) for place in places if (place / CONFIG).is_file()}
+    name = f"{REMOTE_FILE}.py"
+    return {(place / name).relative_to(folder).as_posix(): s for place, s in sources.items() if s is not None}
 
 
 def check_code(folder: Path) -> None:
     """Raises CompressError where the folder holds or names code other than what `save_model` writes there."""
-    source = remote_source(folder)
-    refuse_code(folder, {} if source is None else {f"{REMOTE_FILE}.py": source})
+    refuse_code(folder, written_code(folder))
     refuse_named_code(folder, read_config(folder))
 
 
@@ -211,11 +261,14 @@ def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
             where=str(folder / FINGERPRINT),
             fix="`compress prune` writes it; name a model that was saved by it",
         )
+    from compress.models.composite import AUTO, find
+
     # In float32, beside what the machine does otherwise.
     size = sum(path.stat().st_size for path in weight_files(folder))
     widen = 4 / load_config(folder).dtype.itemsize
     free = available_bytes() if memory is None else memory
-    limit = [] if size * widen < 0.5 * free else [str(int(0.5 * free))]
+    limit = "" if size * widen < 0.5 * free else str(int(0.5 * free))
+    auto = "AutoModelForCausalLM" if find(folder) is None else AUTO
     with seen(folder, code=remote_source(folder)) as private, tempfile.TemporaryDirectory() as modules:
         # A module cache of its own: no copy of the folder's code from an earlier load is taken for this one.
         environment = {
@@ -224,7 +277,7 @@ def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
             "HF_MODULES_CACHE": modules,
             "TRANSFORMERS_VERBOSITY": "error",
         }
-        command = python(str(Path(__file__).parent / "reload.py"), str(private), *limit)
+        command = python(str(Path(__file__).parent / "reload.py"), str(private), limit, auto)
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
         said = done.stderr.replace(str(private), str(folder))
     if done.returncode:

@@ -1,7 +1,8 @@
 """Loads a saved model as any user would and compares it with its fingerprint. Run as a script, in a clean process.
 
 It imports nothing of compress: what it proves must hold on a machine that has only torch and transformers. A model that
-is larger than memory needs accelerate too: a second argument says how many bytes may be held, the rest stays on disk.
+is larger than memory needs accelerate too: a second argument says how many bytes may be held, the rest stays on disk. A
+third names the class of transformers that loads it.
 Prints one line of JSON: {"max_abs_difference", "max_abs_logit", "parameters", "class", "offloaded"}.
 """
 
@@ -10,16 +11,19 @@ import sys
 import tempfile
 
 
-def main(folder: str, memory: int | None) -> None:
+def main(folder: str, memory: int | None, auto: str = "AutoModelForCausalLM") -> None:
     import torch
+    import transformers
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
 
     kept = load_file(f"{folder}/fingerprint.safetensors")
     with tempfile.TemporaryDirectory() as disk:
         # accelerate's big-model dispatch: layers that find no room are read from disk when they are run.
         dispatch = {"device_map": "auto", "max_memory": {"cpu": memory}, "offload_folder": disk} if memory else {}
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True, **dispatch)
+        load = getattr(transformers, auto).from_pretrained
+        model, info = load(folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True, **dispatch)
+        if info["missing_keys"]:
+            raise SystemExit(f"the folder has no weight for {sorted(info['missing_keys'])[0]}")
         with torch.no_grad():
             logits = model.eval()(kept["tokens"]).logits
     print(
@@ -36,4 +40,4 @@ def main(folder: str, memory: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    main(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] and sys.argv[2] else None, *sys.argv[3:])

@@ -215,6 +215,7 @@ def release(
     from compress.language.quantised import commands as quantised_commands
     from compress.language.quantised import published
     from compress.report.build import finish, read_report, write_release
+    from compress.report.multimodal import published as whole_published
 
     report["commands"] = {**commands(setup, run.folder, report["command"]), **quantised_commands(run.folder, report)}
     finish(report)
@@ -227,7 +228,7 @@ def release(
             (folder / "onnx").mkdir()
             for name in report["export"]["onnx"]["pruned"]["bytes"]:
                 link(run.folder / "export-pruned" / name, folder / "onnx" / name)
-        for name, path in published(run.folder, report).items():
+        for name, path in (published(run.folder, report) | whole_published(run.folder, report)).items():
             link(path, folder / name)
         write_release(report, folder, card)
 

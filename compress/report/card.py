@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.report.metadata import assemble, card_data, text_results
+from compress.report.multimodal import section as multimodal
 from compress.report.plots import Plot, draw
 from compress.report.quantised import section as quantised
 from compress.report.rows import Row, benches, emulated, figures, here, how, rows
@@ -111,6 +112,7 @@ def frame(
         *shown,
         *sections,
         *loading,
+        *multimodal(report),
     ]
     lines += ["## What was checked", "", *(f"- {check}" for check in checks), ""]
     return "\n".join([*lines, *again(report), *limits(report, list(said))])

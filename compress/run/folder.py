@@ -47,7 +47,7 @@ AGAIN = "free space and give the same command again: it goes on behind the last 
 STAGE_NAMES = re.compile(
     r"text|text-recover|latency-(table|whole-\d+|held)|metrics|supernet-\d+|singles-\d+|search-\d+(-again-\d+)?"
     r"|run-off-\d+(-judged)?|final|plan|recover|packed"
-    r"|model|model-padded|evaluation-\w+|curve|export-(dense|pruned)|bench|target-.+|quantised(-bench)?-.+|release"
+    r"|model|model-padded|multimodal|evaluation-\w+|curve|export-(dense|pruned)|bench|target-.+|quantised(-bench)?-.+|release"
     r"|dense|gradual|cut|finetuned"
     r"|round-\d+|sweep"
 )

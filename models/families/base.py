@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.models.families.ragged import NoAttention, NoFFN, Ragged
+from compress.models.families.within import ragged_blocks
 
 
 @dataclass(frozen=True)
@@ -515,6 +516,11 @@ class Family:
             + f"    layer_class = {self.decoder_layer}\n"
         )
 
+    def within_source(self, title: str, module: str) -> str:
+        """Code to be saved beside a checkpoint of transformers' class ``title`` in ``module``, of which a language
+        model of this family is a part."""
+        return within_source(self.ragged_source(), ragged_blocks, title, module)
+
     def write_layers(self, config: dict[str, Any], layers: Sequence[tuple[int, int, int]], dense: Geometry) -> None:
         """Says in ``config``, which is to be config.json, how large every block is.
 
@@ -544,6 +550,25 @@ class Family:
         else:
             skip.append("mlp")
         return {**overrides, "skip": skip} if skip else overrides
+
+
+def within_source(alone: str, blocks: Callable[..., None], title: str, module: str) -> str:
+    """``alone``, the code of a language model by itself, and behind it a class of the checkpoint it is a part of."""
+    return (
+        alone.replace("from torch import nn\n", f"from torch import nn\nfrom {module} import {title}\n", 1)
+        + f"\n\n{inspect.getsource(blocks)}"
+        + f"\n\nclass Compressed{title}({title}):\n"
+        "    def __init__(self, config):  # type: ignore[no-untyped-def]\n"
+        "        super().__init__(config)\n"
+        "        own = self.get_decoder()\n"
+        '        layers = next(getattr(own, name) for name in ("layers", "h", "blocks") if hasattr(own, name))\n'
+        f"        {blocks.__name__}(layers, config.text_config)\n"
+        "        self.post_init()\n\n"
+        "    # Its weights are called as those of the class above are, which transformers renames when it loads them.\n"
+        "    @classmethod\n"
+        "    def is_custom_code(cls):  # type: ignore[no-untyped-def]\n"
+        "        return False\n"
+    )
 
 
 def masked_columns(layer: nn.Linear, columns: Tensor, weight: Tensor | None) -> nn.Linear:

@@ -194,26 +194,40 @@ def _keeps(config: Any, parts: Sequence[Parts]) -> frozenset[int]:
 
 def _small(config: Any, layers: int, dtype: torch.dtype) -> tuple[Any, Any]:
     """(a random model, its configuration) of the first ``layers`` layers, as narrow as it has to be."""
+    own = small_config(config, layers)
+    model = _built(own, torch.device("cpu"), dtype)
+    randomise(model)
+    return model, own
+
+
+def small_config(config: Any, layers: int, plain: Callable[[Any], Any] = lambda own: own, most: int = MOST) -> Any:
+    """The same configuration with ``layers`` layers, as narrow as it has to be for a trial.
+
+    Args:
+        plain: makes of it what a causal language model is built of.
+        most: parameters that it may have.
+
+    Raises:
+        CompressError: transformers takes none that is small enough.
+    """
     tried: list[str] = []
     for narrow in (0, 1, 2):
-        own = _shrunk(config, layers, narrow)
+        own = shrunk(config, layers, narrow)
         if isinstance(own, str):
             tried.append(own)
             continue
         try:
-            size = sum(p.numel() for p in _built(own, torch.device("meta"), torch.float32).parameters())
+            size = sum(p.numel() for p in _built(plain(own), torch.device("meta"), torch.float32).parameters())
         except CompressError as e:
             tried.append(e.what)
             continue
-        if size <= MOST:
-            model = _built(own, torch.device("cpu"), dtype)
-            _randomise(model)
-            return model, own
+        if size <= most:
+            return own
         tried.append(f"{size:,} parameters")
     raise refused(config, f"it cannot be made small enough to be proven ({'; '.join(tried)})")
 
 
-def _shrunk(config: Any, layers: int, narrow: int) -> Any:
+def shrunk(config: Any, layers: int, narrow: int) -> Any:
     """The same configuration with fewer layers and tokens; ``narrow`` of 1 with narrower ones, of 2 with fewer experts
     as well. In words what transformers has against it."""
     facts = config.to_dict()
@@ -282,7 +296,7 @@ def _narrow(config: Any, facts: dict[str, Any], narrow: int) -> None:
                 facts[name] = min(facts[name], max(8, 2 * int(getattr(config, "num_experts_per_tok", 4) or 4)))
 
 
-def _randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module) -> None:
     """Random weights, of a size that leaves every layer's output about as large as its input; norms about what they
     were, biases not zero; buffers that are saved too. What is computed from the configuration stays."""
     generator = torch.Generator().manual_seed(17)

@@ -36,9 +36,11 @@ from compress.models.families.base import (
     spans,
     take_rows,
     twin,
+    within_source,
 )
 from compress.models.families.parts import FFN, Attention, Parts, Stays
 from compress.models.families.resized import Nothing, Resized
+from compress.models.families.within import resized_blocks
 
 
 class _Gives(nn.Module):
@@ -398,6 +400,9 @@ class ByStructure(Family):
             source.replace("from torch import nn\n", f"from torch import nn\n{imports}\n", 1)
             + f"\n\nclass Compressed{self.causal_lm}(Resized, {self.causal_lm}):\n    pass\n"
         )
+
+    def within_source(self, title: str, module: str) -> str:
+        return within_source(self.ragged_source(), resized_blocks, title, module)
 
     def write_layers(self, config: dict[str, Any], layers: Sequence[tuple[int, int, int]], dense: Geometry) -> None:
         entries = {}

@@ -18,6 +18,7 @@ from compress.errors import CompressError
 from compress.language.quantised import quantise
 from compress.language.setup import Setup, Windows, prepare
 from compress.language.stages import bench, evaluate, export, fixed_tokens, perplexities, release
+from compress.language.whole import whole
 from compress.report.rows import VERSION, rows
 from compress.report.rows import lines as figure_lines
 from compress.run.folder import Run, read_seal, seal_hash
@@ -48,6 +49,7 @@ def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict
     report["stages"] = run.stages()
     if last >= STAGES.index("model"):
         saved = {LAYOUT: _assemble(run, setup, shapes, plan, report)}
+        whole(run, setup, saved[LAYOUT], report)
     if last >= STAGES.index("evaluation"):
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, shapes, windows, common))
     exported: dict[str, Path] = {}
@@ -324,6 +326,7 @@ def card(report: dict[str, Any], folder: Path) -> Path:
 def lines(report: dict[str, Any]) -> list[str]:
     """What the command line says of a run."""
     from compress.report.build import run_line
+    from compress.report.multimodal import lines as whole_lines
     from compress.report.quantised import lines as quantised_lines
 
     size = report["size"]
@@ -346,6 +349,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded in a clean process as {layout['class']}: logits differ by"
             f" {small(layout['max_logit_difference'])} (allowed {small(layout['tolerance'])})"
         )
+    said += whole_lines(report)
     if "export" in report:
         pruned = report["export"]["onnx"]["pruned"]
         said.append(f"onnx     outputs agree with torch to {small(pruned['largest_difference'])}")

@@ -7,6 +7,7 @@ from typing import Any
 
 def lines(report: dict[str, Any]) -> list[str]:
     from compress.report.build import run_line
+    from compress.report.multimodal import lines as whole_lines
     from compress.report.quantised import lines as quantised_lines
     from compress.report.rows import lines as figure_lines
     from compress.report.rows import rows
@@ -23,6 +24,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             f"reloaded {layout['layout']} in a clean process: logits differ by {small(layout['max_logit_difference'])}"
             f" (allowed {small(layout['tolerance'])})"
         )
+    said += whole_lines(report)
     if "recover" in report:
         recovered = report["recover"]
         line = f"recover  {recovered['method']}, {recovered['steps']:,} steps of {recovered['tokens']:,} tokens in all"

@@ -26,6 +26,7 @@ from compress.language.stages import (
     perplexities,
     release,
 )
+from compress.language.whole import whole
 from compress.recipes.tyr.lines import forecast_lines as forecast_lines
 from compress.recipes.tyr.lines import lines as lines
 from compress.recipes.tyr.outlook import forecast as forecast
@@ -54,6 +55,7 @@ def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
         plan_folder = _recover(run, setup, windows, plan_folder, report)
     if last >= STAGES.index("model"):
         saved = _assemble(run, setup, plan_folder, report)
+        whole(run, setup, next(iter(saved.values())), report)
         _hold_budgets(setup, saved, report)
     if last >= STAGES.index("evaluation"):
         evaluate(run, setup, windows, saved, report, lambda common: _curve(run, setup, windows, common))

@@ -16,6 +16,7 @@ import numpy as np
 
 from compress.errors import CompressError
 from compress.language.budget import target_removed
+from compress.language.checkpoint import check_stock
 from compress.recipes.tyr.choice import Choice, Job, head_choices, head_levels, savings
 from compress.recipes.tyr.supernet import Menu, Supernet, head_choice
 
@@ -58,6 +59,7 @@ def check_alike(job: Job) -> None:
             where="tyr.shape",
             fix="prune it ragged: --set tyr.shape=ragged --set 'layouts=[per-layer]'",
         )
+    check_stock(job.config, job.family)
 
 
 def shape_of(job: Job, heads: tuple[int, int], gone: int) -> Shape | None:

@@ -273,3 +273,14 @@ def test_the_budget_is_checked_as_for_other_shapes() -> None:
         with pytest.raises(CompressError, match="asks to remove"):
             check_budget(small_job(options=options, sparsity=0.999))
         assert check_budget(small_job(options=options, sparsity=0.7)) > 0
+
+
+def test_a_class_that_builds_no_smaller_blocks_is_refused_before_a_run() -> None:
+    from compress.language.checkpoint import check_stock
+    from compress.models.families import family_for
+    from tools.decoders import tiny as tiny_of
+
+    fits, wide = (tiny_of(kind).config for kind in ("granite", "gpt_neox"))
+    check_stock(fits, family_for(fits))
+    with pytest.raises(CompressError, match="heads of 8 channels become 48 wide where there are fewer of them"):
+        check_stock(wide, family_for(wide))
