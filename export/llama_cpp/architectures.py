@@ -27,13 +27,17 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.models.decoder import BLOCKS, EMBEDDING, HEAD, NORM
 from compress.models.families.base import Family
+from compress.models.families.structure import written_sizes
 from compress.words.wording import counted
 
 STOCK = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2",
-    "gemma3": "gemma3",
+    "gemma3": "gemma3", "ministral": "llama", "ernie4_5": "llama", "granite": "granite", "smollm3": "smollm3",
 }  # fmt: skip
-NEIGHBOURS = ("llama", "deci")  # whose RoPE turns channels 2i and 2i + 1, not i and i + head_dim / 2
+# Whose RoPE turns channels 2i and 2i + 1, not i and i + head_dim / 2.
+NEIGHBOURS = ("llama", "deci", "granite", "smollm3")
+IN_PLACE = ("ernie4_5",)  # families whose own RoPE does so, and whose rows stand as they have to
+DECI = ("llama", "mistral", "qwen2", "phi3", "ministral", "ernie4_5")  # whose blocks may differ there
 ANY_BIAS = ("llama", "deci")
 QKV_BIAS = (*ANY_BIAS, "qwen2")
 SQUARE = ("qwen2", "phi3")  # read q and o as (hidden, hidden)
@@ -43,6 +47,11 @@ ACTIVATION = {"gemma2": "gelu_pytorch_tanh", "gemma3": "gelu_pytorch_tanh"}  # t
 # Blocks from which llama.cpp tells a Gemma whose attention is scaled by hidden / heads.
 LARGE_GEMMA = {"gemma2": 46, "gemma3": 62}
 SLIDING = {"gemma2": 2, "gemma3": 6}  # of so many blocks the last is full
+# Key there -> in the configuration: what a Granite multiplies by.
+GRANITE = {
+    "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+}  # fmt: skip
 PADDED = (
     "prune it to a stock shape (--recipe tyr-stock), whose blocks are alike; or name a model in the padded layout"
     " (layouts: [padded])"
@@ -130,12 +139,15 @@ def _blocks(config: Any, family: Family, refuse: Refuse) -> tuple[list[Block], i
     sizes: set[int] = set()
     ragged = getattr(config, "is_heterogeneous", False)
     for index in range(config.num_hidden_layers):
-        skip = (getattr(config.per_layer_config[index], "skip", None) or ()) if ragged else ()
         g = family.block_geometry(config, index)
-        attention, ffn = "attention" not in skip, "mlp" not in skip
+        heads, groups, ffn = g.heads, g.kv_heads, g.ffn
+        if hasattr(config, "compress_layers"):
+            heads, groups, ffn = written_sizes(family, config, index)
+        skip = (getattr(config.per_layer_config[index], "skip", None) or ()) if ragged else ()
+        attention = heads > 0 and "attention" not in skip
         if attention:
             sizes.add(g.head_dim)
-        found.append(Block(index, g.heads * attention, g.kv_heads * attention, g.ffn * ffn))
+        found.append(Block(index, heads * attention, groups * attention, ffn * ("mlp" not in skip)))
     if len(sizes) > 1:
         raise refuse(f"its heads are {', '.join(map(str, sorted(sizes)))} channels wide; all must be equally wide")
     return found, sizes.pop() if sizes else family.block_geometry(config, 0).head_dim
@@ -150,10 +162,10 @@ def _architecture(config: Any, family: Family, blocks: Sequence[Block], head_dim
     square = stock not in SQUARE or first.heads * head_dim == config.hidden_size
     if alike and first.heads and first.ffn and square:
         return stock
-    if family.name in GEMMA:
-        raise refuse(f"{family.name}'s blocks must be alike there, and these differ")
-    if family.name != "qwen3":
+    if family.name in DECI:
         return "deci"
+    if family.name != "qwen3":
+        raise refuse(f"{family.name}'s blocks must be alike there, and these differ")
     if not config.tie_word_embeddings:
         raise refuse(
             "Qwen3's blocks must be alike there, unless its head is the embedding; these differ, and the head is its"
@@ -200,6 +212,12 @@ def _check(config: Any, family: Family, arch: str, blocks: Sequence[Block], head
                 f" scales by {scale}",
                 "name another format",
             )
+    if arch == "smollm3":
+        positions = [int(bool(config.no_rope_layers[b.source])) for b in blocks]  # 1: the block has positions
+        if positions != [int((i + 1) % 4 != 0) for i in range(len(blocks))]:
+            raise refuse(
+                "smollm3 has no positions in every fourth block, and here they are otherwise", "keep all blocks"
+            )
     if arch == "gemma2" and not (
         config.tie_word_embeddings and config.attn_logit_softcapping and config.final_logit_softcapping
     ):
@@ -244,6 +262,8 @@ def _keys(
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if arch in GEMMA and getattr(config, name, None):
             keys[name] = float(getattr(config, name))
+    if arch == "granite":
+        keys |= {gguf: float(getattr(config, own)) for gguf, own in GRANITE.items()}
     rope, parts = _rope(config, arch, head_dim, refuse)
     return {**keys, **rope}, parts, notes
 
@@ -422,7 +442,7 @@ def _attention(config: Any, family: Family, arch: str, block: Block, head_dim: i
     else:
         starts = {"q": 0, "k": q, "v": q + k}
         for letter, heads in (("q", block.heads), ("k", block.kv_heads), ("v", block.kv_heads)):
-            turn = heads if arch in NEIGHBOURS and letter != "v" else 0
+            turn = heads if arch in NEIGHBOURS and family.name not in IN_PLACE and letter != "v" else 0
             rows = slice(starts[letter], starts[letter] + heads * head_dim) if fused else slice(None)
             for kind, shape in (("weight", (heads * head_dim, hidden)), ("bias", (heads * head_dim,))):
                 if kind == "weight" or biases.qkv:

@@ -413,6 +413,20 @@ class ByStructure(Family):
         config["compress_layers"] = entries
 
 
+def written_sizes(family: ByStructure, config: Any, index: int) -> tuple[int, int, int]:
+    """(query heads, KV groups, neurons) of a block by its entry in `compress_layers`; 0 of what is not there at all."""
+    entry, parts = config.compress_layers.get(str(index), {}), family.parts[index]
+    block = family.block_geometry(config, index)
+    heads, groups, neurons = block.heads, block.kv_heads, block.ffn
+    gone = entry.get("gone", {})
+    if isinstance(parts.attention, Attention):
+        heads, groups = entry.get("heads", {}).get(parts.attention.place, (heads, groups))
+        heads, groups = (0, 0) if parts.attention.place in gone else (heads, groups)
+    if isinstance(parts.ffn, FFN):
+        neurons = 0 if parts.ffn.place in gone else entry.get("linear", {}).get(parts.ffn.down, (0, neurons))[1]
+    return heads, groups, neurons
+
+
 def index_of(block: nn.Module) -> int | None:
     """The number that a block, or a module in it, was given; None where it was given none."""
     found: list[Any] = [getattr(module, "layer_idx", None) for module in block.modules()]

@@ -129,6 +129,47 @@ def test_llama_cpp_computes_what_torch_computes(
     assert describe(tmp_path / "out", "gguf")["parity"]["kl"] < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("model_type", "uneven", "arch"),
+    [
+        ("ernie4_5", True, "deci"),
+        ("granite", False, "granite"),
+        pytest.param("smollm3", False, "smollm3", marks=slow),
+        pytest.param("ministral", True, "deci", marks=slow),
+    ],
+)
+def test_families_known_by_their_structure_are_computed_as_well(
+    model_type: str, uneven: bool, arch: str, tmp_path: Path
+) -> None:
+    from tools import decoders
+
+    model, folder = decoders.tiny(model_type), tmp_path / "model"
+    folder.mkdir()
+    tokenizer = word_tokenizer(folder)
+    if uneven:
+        family = family_for(model.config)
+        plan = decoders.ragged(model, family)
+        counts = plan.counts(family.geometry(model.config))
+        plan.apply(model, family)
+        save_model(model, family, counts, folder, tokenizer=tokenizer, dtype=torch.float32, tokens=tokens(1, 16))
+    else:
+        model.save_pretrained(folder)
+    facts = built(folder, tmp_path / "out")
+    assert facts["components"]["model"]["arch"] == arch
+    assert max(facts["parity"]["outputs"].values()) < 1e-5
+    assert facts["parity"]["greedy"]["same"] == facts["parity"]["greedy"]["tokens"]
+
+
+def test_positions_that_are_left_out_otherwise_are_refused(tmp_path: Path) -> None:
+    from tools import decoders
+
+    model = decoders.tiny("smollm3")
+    model.config.no_rope_layers = [1, 0, 1, 0]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CompressError, match="no positions in every fourth block, and here they are otherwise"):
+        layout(tmp_path)
+
+
 def test_what_is_mended_is_said_and_a_block_of_nothing_is_not_there(tmp_path: Path) -> None:
     found = layout(pruned(tmp_path / "model", "llama", TRAPS))
     assert [b.source for b in found.blocks] == [0, 1, 2]
