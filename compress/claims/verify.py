@@ -449,8 +449,9 @@ def _carried(subject: Subject, loaded: Mapping[str, Any]) -> list[Claim]:
         ("tensors beside the language part", said["carried"]["tensors"], found.tensors),
     ]
     claims = [Claim(name, f"{a:,}", f"{b:,}", HOLDS if a == b else FAILS) for name, a, b in rows]
-    sums = said["carried"]["sha256"], found.sha256
-    return [*claims, Claim("their bytes", *(f"sha256 {s[:12]}" for s in sums), HOLDS if sums[0] == sums[1] else FAILS)]
+    before, now = said["carried"]["sha256"], found.sha256
+    verdict = HOLDS if before == now else FAILS
+    return [*claims, Claim("their bytes", f"sha256 {before[:12]}", f"sha256 {now[:12]}", verdict)]
 
 
 def _nonzeros(subject: Subject) -> int:

@@ -138,15 +138,16 @@ def check_stock(config: Any, family: Family) -> None:
     heads = groups * dense.group if dense.kv_heads > 1 else max(1, dense.heads // 2)
     meant = replace(dense, heads=heads, kv_heads=groups, ffn=max(1, dense.ffn // 2))
     facts = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    said = ""
     try:
         made = _stock_config(facts, family, config, [(heads, groups, meant.ffn)], [0])
         smaller = type(config)(**{**made, "num_hidden_layers": config.num_hidden_layers})
         found = family_for(smaller).geometry(smaller).blocks[0]
+        if found != meant:
+            said = f"heads of {meant.head_dim} channels become {found.head_dim} wide where there are fewer of them"
     except Exception as e:  # what it cannot be, transformers says in any type
-        found, said = None, e.what if isinstance(e, CompressError) else " ".join(str(e).split())[:160]
-    else:
-        said = f"heads of {meant.head_dim} channels become {found.head_dim} wide where there are fewer of them"
-    if found != meant:
+        said = e.what if isinstance(e, CompressError) else " ".join(str(e).split())[:160]
+    if said:
         raise CompressError(
             f"transformers' own class of {config.model_type} does not build smaller blocks that are alike: {said}",
             where="tyr.shape",

@@ -27,7 +27,7 @@ from torch import Tensor
 from compress.errors import CompressError
 from compress.models.decoder import BLOCKS, EMBEDDING, HEAD, NORM
 from compress.models.families.base import Family
-from compress.models.families.structure import written_sizes
+from compress.models.families.structure import ByStructure, written_sizes
 from compress.words.wording import counted
 
 STOCK = {
@@ -141,7 +141,7 @@ def _blocks(config: Any, family: Family, refuse: Refuse) -> tuple[list[Block], i
     for index in range(config.num_hidden_layers):
         g = family.block_geometry(config, index)
         heads, groups, ffn = g.heads, g.kv_heads, g.ffn
-        if hasattr(config, "compress_layers"):
+        if isinstance(family, ByStructure) and hasattr(config, "compress_layers"):
             heads, groups, ffn = written_sizes(family, config, index)
         skip = (getattr(config.per_layer_config[index], "skip", None) or ()) if ragged else ()
         attention = heads > 0 and "attention" not in skip
