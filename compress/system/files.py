@@ -24,7 +24,11 @@ from compress.system import host
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 CLOSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 # safetensors, protobuf's writers and the runtimes wrap the system's words in an error of their own.
-SAID = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+# The last two are numpy's, which keeps no number of an error.
+SAID = (
+    "No space left on device", "os error 28", "Disk quota exceeded", "os error 122", "problem writing element",
+    " requested and ",
+)  # fmt: skip
 LEFT_SECONDS = 24 * 3600.0  # what a kill has left half written and nobody has touched for so long is removed
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compress.errors import CompressError, UsageError
@@ -72,6 +73,8 @@ def test_a_full_disk_is_said_and_left_as_it_was(disk: Path) -> None:
         append(disk / "log.md", "x" * 100_000)
     with pytest.raises(CompressError, match="the disk is full"):
         append(disk / "new.md", "x" * 100_000)
+    with pytest.raises(CompressError, match="the disk is full"), written(disk / "out") as beside, disk_errors(disk):
+        np.zeros(100_000).tofile(beside / "large.bin")  # how the weights of an ONNX file are written
     assert [p.name for p in disk.iterdir()] == ["log.md"] and (disk / "log.md").read_text() == "before\n"
     append(disk / "log.md", "after\n")
     assert (disk / "log.md").read_text() == "before\nafter\n"
