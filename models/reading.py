@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
+from compress.models import at_fault
 from compress.models.folder import (
     CONFIG,
     GENERATION,
@@ -18,6 +19,7 @@ from compress.models.folder import (
     seen,
     weights_of,
 )
+from compress.models.sizes import check_own_names
 from compress.run.cache import sha256_of
 from compress.run.progress import say
 from compress.run.strict_json import read_json
@@ -92,10 +94,17 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    with seen(folder, weights=False) as private, rejected(folder, CONFIG, "the configuration cannot be read"):
-        config = AutoConfig.from_pretrained(private, **NO_CODE)
-    _check_activation(config.get_text_config(), folder / CONFIG)
-    _check_buildable(config, folder)
+    try:
+        with seen(folder, weights=False) as private, rejected(folder, CONFIG, "the configuration cannot be read"):
+            config = AutoConfig.from_pretrained(private, **NO_CODE)
+        check_own_names(config, folder / CONFIG)
+        _check_activation(config.get_text_config(), folder / CONFIG)
+        _check_buildable(config, folder)
+    except CompressError as e:
+        key = None if e.__cause__ is None else at_fault.config_key(folder, str(e.__cause__))
+        if key is not None:
+            e.what = f"{key}: {e.what}"
+        raise
     config._name_or_path = str(folder)
     return config
 
@@ -104,7 +113,7 @@ def _check_activation(config: Any, path: Path) -> None:
     """transformers looks a name up where a block is built, and says then that there is no such key."""
     from transformers.activations import ACT2CLS
 
-    for key in ("hidden_act", "hidden_activation"):
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
         name = getattr(config, key, None)
         if name is not None and name not in ACT2CLS:
             raise CompressError(
@@ -133,11 +142,21 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with seen(folder, weights=False) as private, rejected(folder, "", "the tokenizer cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(private, **NO_CODE)
+    def load(private: Path) -> Any:
+        found = AutoTokenizer.from_pretrained(private, **NO_CODE)
         # What its files hold of a wrong type is often noticed only where it is used.
-        _check_ids(tokenizer("The sea, 1 ship.")["input_ids"], len(tokenizer))
-        tokenizer.convert_ids_to_tokens(tokenizer("The sea", add_special_tokens=False)["input_ids"])
+        _check_ids(found("The sea, 1 ship.")["input_ids"], len(found))
+        found.convert_ids_to_tokens(found("The sea", add_special_tokens=False)["input_ids"])
+        return found
+
+    try:
+        with seen(folder, weights=False) as private, rejected(folder, "", "the tokenizer cannot be read"):
+            tokenizer = load(private)
+    except CompressError as e:
+        if e.__cause__ is not None and e.where == str(folder):
+            e.where, key = at_fault.tokenizer_place(folder, load)
+            e.what = f"{key}: {e.what}" if key else e.what
+        raise
     # Some have tokens that no row of the embedding stands for (Gemma's images): where a text uses one, it is refused.
     tokenizer.embedding_rows = _embedding_rows(folder)
     tokenizer.name_or_path = str(folder)
@@ -211,12 +230,14 @@ def from_config(config: Any, cls: Any = None) -> Any:
 
 @contextmanager
 def rejected(folder: Path, name: str, what: str) -> Iterator[None]:
-    """transformers' refusals of the file ``name`` in ``folder`` as one error each."""
+    """transformers' refusals of the file ``name`` in ``folder``, or of the folder, as one error each."""
     try:
         yield
     except (CompressError, MemoryError):
         raise
     except Exception as e:  # transformers says what is wrong in any type, and tokenizers in a bare Exception
+        if not name:
+            at_fault.check_files(folder)
         said = " ".join(line.strip() for line in str(e).splitlines() if line.strip()) or type(e).__name__
         if "trust_remote_code" in said:
             said, fix = "it needs code of its own, which is not run", "name a model that transformers knows by itself"

@@ -16,6 +16,7 @@ from compress.errors import CompressError
 LARGEST = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 24,
+    **dict.fromkeys(("n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"), 1 << 24),
     "num_hidden_layers": 4096,
     "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14,
@@ -23,7 +24,7 @@ LARGEST = {
     "vocab_size": 1 << 27,
     "max_position_embeddings": 1 << 40,
 }
-MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+MAY_BE_NULL = ("num_key_value_heads", "head_dim", "n_inner", "ffn_hidden_size")
 TYPES = ("float32", "float16", "bfloat16", "float64")
 # key -> the largest that is no mistake; each is above 0
 NUMBERS = {
@@ -37,11 +38,15 @@ NUMBERS = {
 NULL_NUMBERS = ("final_logit_softcapping", "attn_logit_softcapping", "sliding_window", "rope_theta")
 FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# how a key of any family ends, or what it is -> the largest that is no mistake: each makes so many modules or entries
+COUNTS = {"layers": 4096, "n_layer": 4096, "num_blocks": 4096, "heads": 1 << 14, "n_head": 1 << 14,
+          "experts": 1 << 16, "num_labels": 1 << 20}  # fmt: skip
+ANY = 10**15  # a whole number of any other key
 FIX = "correct it, or fetch the model's own config.json again"
 
 
 def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
-    """Asks a configuration and what it says of its text part.
+    """Asks a configuration and what it says of its parts.
 
     Raises:
         CompressError: a size is no whole number, zero or beyond all sense; heads do not divide; the type of the weights
@@ -61,6 +66,8 @@ def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
                 refuse(f"{at}{key} is {one!r:.60}, not a whole number")
             if not 1 <= one <= most:
                 refuse(f"{at}{key} is {one!s:.40}, not from 1 to {most:,}")
+    if not at:
+        _check_counts(config, refuse, at)
     _check_values(config, refuse, at)
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
@@ -77,6 +84,37 @@ def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         check_sizes(inner, path, f"{at}text_config.")
+
+
+def check_own_names(config: Any, path: Path) -> None:
+    """Sizes that a family calls otherwise (GPT-2 its layers ``n_layer``), as transformers knows them.
+
+    Args:
+        config: transformers' configuration.
+
+    Raises:
+        CompressError: as `check_sizes`.
+    """
+    for standard, own in type(config).attribute_map.items():
+        value = getattr(config, own, None)
+        if standard in LARGEST and type(value) is int and not 1 <= value <= LARGEST[standard]:
+            raise CompressError(f"{own} is {value}, not from 1 to {LARGEST[standard]:,}", where=str(path), fix=FIX)
+
+
+def _check_counts(value: Any, refuse: Callable[[str], None], at: str) -> None:
+    """Whole numbers of every key, however deep: families name their layers as they like, and transformers makes an
+    entry for each of ``num_labels``."""
+    if isinstance(value, list | tuple | Mapping):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_counts(inner, refuse, f"{at}{key}.")
+    elif type(value) is int:
+        key = at.rstrip(".")
+        name = f"_{next((part for part in reversed(key.split('.')) if not part.isdigit()), key)}"
+        most = next((most for end, most in COUNTS.items() if name.endswith(f"_{end}")), None)
+        if most is not None and not 0 <= value <= most:
+            refuse(f"{key} is {value!s:.40}, not from 0 to {most:,}")
+        if abs(value) > ANY:
+            refuse(f"{key} is {value!s:.40}, and no number here is beyond {ANY:.0e}")
 
 
 def _check_values(config: Mapping[str, Any], refuse: Callable[[str], None], at: str) -> None:

@@ -24,8 +24,11 @@ class Section(BaseModel):
     @classmethod
     def _sensible(cls, value: Any, info: ValidationInfo) -> Any:
         assert info.field_name is not None
-        if type(value) is bool and not _takes(cls.model_fields[info.field_name].annotation, bool):
+        annotation = cls.model_fields[info.field_name].annotation
+        if type(value) is bool and not _takes(annotation, bool):
             raise ValueError("true and false are no value here")
+        if type(value) is not bool and value is not None and annotation in (bool, bool | None):
+            raise ValueError("it is true or false")  # pydantic takes 0, 1, "off" and "y" as well
         if value == "" and _takes(cls.model_fields[info.field_name].annotation, Path):
             raise ValueError("a path is not empty")
         if not _holds_section(cls.model_fields[info.field_name].annotation):  # its own fields are asked by themselves

@@ -83,7 +83,7 @@ _PROVEN: dict[str, ByStructure] = {}
 
 
 def _by_structure(config: Any) -> ByStructure:
-    whole = _built(config, torch.device("meta"), torch.float32)
+    whole = _built(config, torch.device("meta"), torch.float32, narrowed=False)
     _check_body(config, whole)
     every = decoder.blocks(whole)
     hidden = decoder.norm_width(whole, config)
@@ -130,16 +130,26 @@ def _by_structure(config: Any) -> ByStructure:
     raise failure
 
 
-def _built(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """An untrained model. What transformers finds wrong with a configuration it says in any type."""
-    from transformers import AutoModelForCausalLM
+def _built(config: Any, device: torch.device, dtype: torch.dtype, *, narrowed: bool = True) -> Any:
+    """An untrained model of a configuration, ``narrowed`` by us or as it was read. What transformers finds wrong with a configuration it says in any type.
+
+    Raises:
+        CompressError: transformers has no causal language model of this kind, or none of this configuration.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     try:
         with device:
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, trust_remote_code=False)
     except Exception as e:
         said = " ".join(str(e).split())[:200] or type(e).__name__
-        raise refused(config, f"no causal language model can be made of it ({said})") from e
+        if narrowed or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise refused(config, f"no causal language model can be made of it ({said})") from e
+        raise CompressError(
+            f"no model can be made of the configuration: {said}",
+            where=str(Path(config._name_or_path) / "config.json"),
+            fix="correct it, or fetch the model's own config.json again",
+        ) from e
     return model.eval().requires_grad_(False)
 
 

@@ -140,7 +140,7 @@ def test_a_tokenizer_that_its_library_refuses_in_a_bare_exception_is_one_error(t
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(CompressError, match="the tokenizer cannot be read") as e:
             load_tokenizer(tmp_path)
-        assert e.value.where == str(tmp_path) and e.value.fix
+        assert e.value.where == str(path) and e.value.fix
 
 
 def test_a_part_of_another_kind_is_the_reports_fault_and_other_faults_are_not(tmp_path: Path) -> None:

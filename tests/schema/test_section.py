@@ -44,6 +44,15 @@ def test_no_number_of_any_recipe_is_boundless(name: str) -> None:
         assert path[-1] in e.value.where, (key, wrong, e.value.where)
 
 
+@pytest.mark.parametrize("value", ["0", "1", "-0", "'true'", "y", "'off'", "[true]"])
+def test_what_is_true_or_false_is_nothing_else(value: str) -> None:
+    with pytest.raises(UsageError, match="it is true or false") as e:
+        load_recipe("tyr", METHODS, [f"memory.offload={value}"])
+    assert e.value.where.startswith("--set memory.offload")
+    for word, meant in (("true", True), ("no", False)):  # YAML's own words for them
+        assert load_recipe("tyr", METHODS, [f"memory.offload={word}"]).memory.offload is meant
+
+
 @pytest.mark.parametrize(
     ("recipe", "changes", "what", "fix"),
     [
