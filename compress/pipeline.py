@@ -74,6 +74,22 @@ def method_of(recipe: AnyRecipe | Mapping[str, Any]) -> Method:
     return cast(Method, found)
 
 
+def check(recipe: AnyRecipe) -> None:
+    """What `plan` and `prune` ask of a recipe that its schema cannot: parts that need one another, files of targets.
+
+    Raises:
+        CompressError: one of them is not there, or a target is unknown or wrong.
+    """
+    if getattr(recipe, "bench", None) is not None and getattr(recipe, "export", None) is None:
+        raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
+    if recipe.targets:
+        from compress.exporters.stages import check_files
+
+        if getattr(recipe, "export", None) is None:
+            raise CompressError("targets need the exported model", where="export", fix="leave targets out as well")
+        check_files(recipe.targets)
+
+
 def prune(
     model: str,
     recipe_name: str,
@@ -99,14 +115,11 @@ def prune(
 
     def ready() -> tuple[Method, Any]:
         recipe = load_recipe(recipe_name, METHODS, overrides)
-        if getattr(recipe, "bench", None) is not None and recipe.export is None:
-            raise CompressError("bench needs the exported model", where="export", fix="set bench to null as well")
+        check(recipe)
         if recipe.targets:
-            from compress.exporters.stages import check
+            from compress.exporters.stages import check as check_builders
 
-            if getattr(recipe, "export", None) is None:
-                raise CompressError("targets need the exported model", where="export", fix="leave targets out as well")
-            check(recipe.targets)
+            check_builders(recipe.targets)
         method = method_of(recipe)
         setup = method.prepare(model, recipe)
         if ask is not None:

@@ -19,9 +19,20 @@ def check(names: Sequence[str]) -> None:
     """Raises UsageError where a target is unknown, its file is wrong, or what builds its format is not installed."""
     from compress.exporters.on_target import build_options
 
+    _each(names, build_options)
+
+
+def check_files(names: Sequence[str]) -> None:
+    """Raises UsageError where a target is unknown, or its file is wrong."""
+    from compress.exporters.target import load_target
+
+    _each(names, load_target)
+
+
+def _each(names: Sequence[str], load: Callable[[str], object]) -> None:
     for name in names:
         try:
-            build_options(name)
+            load(name)
         except UsageError as e:
             where = "targets" if e.where in (None, "--target") else e.where
             raise UsageError(e.what, where=where, fix=e.fix) from None

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from compress.errors import UsageError
-from compress.schema.section import Clash, Section, Seed
+from compress.schema.section import Clash, Once, Section, Seed
 from compress.schema.strict_yaml import Keys, parse_yaml, read_yaml
 
 Gguf = Literal[
@@ -86,7 +86,7 @@ class Evaluation(Section):
     curve: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         [0.125, 0.25, 0.375, 0.5], description="sparsities at which perplexity is drawn beside the one asked for"
     )
-    tasks: list[str] = Field([], description="lm-evaluation-harness tasks; needs the extra [eval]")
+    tasks: Annotated[list[str], Once] = Field([], description="lm-evaluation-harness tasks; needs the extra [eval]")
 
 
 class ExportSection(Section):
@@ -223,7 +223,7 @@ class AnyRecipe(Section):
     description: str = ""
     sparsity: float = Field(gt=0, lt=1, description="share of the backbone's linear parameters to remove")
     seed: Seed = 0
-    targets: list[str] = Field(
+    targets: Annotated[list[str], Once] = Field(
         [], description="targets (`compress list targets`, or files) that it is built for and measured on, too"
     )
     options: Any = None
@@ -274,13 +274,13 @@ class Recipe(TextRecipe):
     sparsity: float | None = Field(  # type: ignore[assignment]
         None, gt=0, lt=1, description="share of the backbone's linear parameters to remove; or give a budget"
     )
-    budget: list[str] | None = Field(
+    budget: Annotated[list[str], Once] | None = Field(
         None,
         min_length=1,
         description="in place of the sparsity, what the model may take, all at once: parameters, size, kv_cache, tpot,"
         " ttft; such as `size<=0.8x` or `kv_cache@4096<=64MB`",
     )
-    layouts: list[Literal["per-layer", "padded", "stock"]] = Field(["per-layer"], min_length=1)
+    layouts: Annotated[list[Literal["per-layer", "padded", "stock"]], Once] = Field(["per-layer"], min_length=1)
     calibration: Calibration
     recover: RecoverSection | None = None
     serve: ServeSection | None = None

@@ -6,13 +6,23 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 LARGEST = 10**15  # no count, share, rate or number of bytes that can be meant is larger
 LARGEST_SEED = 2**32 - 1  # what every generator takes
 
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _once(values: list[str]) -> list[str]:
+    twice = next((v for i, v in enumerate(values) if v in values[:i]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice")
+    return values
+
+
+Once = AfterValidator(_once)  # of a list of names: each makes a folder, or a row of the report
 
 
 class Section(BaseModel):

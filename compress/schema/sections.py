@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from compress.schema.recipe import AnyRecipe
-from compress.schema.section import Clash, Section, Seed
+from compress.schema.section import Clash, Once, Section, Seed
 
 
 class DataSpec(Section):
@@ -35,7 +35,7 @@ class DataSpec(Section):
         " by default",
     )
     skin_tones: bool = Field(False, description="emoji: with all skin tones, half of all images then show people")
-    tasks: list[str] = Field([], description="the tasks to keep; the source's first by default")
+    tasks: Annotated[list[str], Once] = Field([], description="the tasks to keep; the source's first by default")
     seed: Seed = Field(0, description="decides every split that the source does not make itself")
 
     @model_validator(mode="after")
@@ -96,12 +96,12 @@ class TrainSpec(Section):
 class NetworkExport(Section):
     """ONNX, checked against torch output by output on held-out samples; and what is made of it."""
 
-    formats: list[Literal["onnx", "mnn", "ort", "openvino", "executorch", "litert", "tensorrt", "tensorrt_rtx"]] = (
-        Field(
-            ["onnx"],
-            min_length=1,
-            description="mnn: for phones and PCs, its kernels skip zeros; the others see `compress export --help`",
-        )
+    formats: Annotated[
+        list[Literal["onnx", "mnn", "ort", "openvino", "executorch", "litert", "tensorrt", "tensorrt_rtx"]], Once
+    ] = Field(
+        ["onnx"],
+        min_length=1,
+        description="mnn: for phones and PCs, its kernels skip zeros; the others see `compress export --help`",
     )
     tolerance: float = Field(1e-3, gt=0, description="largest difference allowed, relative to the largest output")
     samples: int = Field(16, ge=2, description="held-out samples that both must agree on")

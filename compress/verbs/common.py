@@ -16,9 +16,10 @@ def plan(model: str, recipe_name: str, overrides: Sequence[str], on: str = "this
     Args:
         on: the machine that is asked about; see `compress.run.machines`.
     """
-    from compress.pipeline import METHODS, method_of
+    from compress.pipeline import METHODS, check, method_of
 
     recipe = load_recipe(recipe_name, METHODS, overrides)
+    check(recipe)
     return method_of(recipe).forecast(model, recipe, on)
 
 

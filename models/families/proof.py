@@ -131,7 +131,8 @@ def _by_structure(config: Any) -> ByStructure:
 
 
 def _built(config: Any, device: torch.device, dtype: torch.dtype, *, narrowed: bool = True) -> Any:
-    """An untrained model of a configuration, ``narrowed`` by us or as it was read. What transformers finds wrong with a configuration it says in any type.
+    """An untrained model of a configuration, ``narrowed`` by us or as it was read; what transformers finds wrong with
+    it, it says in any type.
 
     Raises:
         CompressError: transformers has no causal language model of this kind, or none of this configuration.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from compress.schema.section import Clash, Section
+from compress.schema.section import Clash, Count, Section
 
 
 class SearchOptions(Section):
@@ -22,7 +22,7 @@ class SearchOptions(Section):
     steps: list[float] = Field(
         [0.25, 1.0], min_length=1, description="share of the search windows at each selection step"
     )
-    survivors: list[int] = Field([4], description="offspring that pass from each step to the next")
+    survivors: list[Count] = Field([4], description="offspring that pass from each step to the next")
     patience: int = Field(3, ge=1, description="stop after this many generations without a better parent")
     seconds: float | None = Field(None, gt=0, description="time limit of one iteration's evolution")
 

@@ -83,7 +83,7 @@ def test_a_configuration_that_does_not_fit_is_not_blamed_on_its_architecture(
     change: dict[str, int], tmp_path: Path
 ) -> None:
     small = {"n_layer": 2, "n_head": 4, "n_embd": 40, "vocab_size": 300, "n_positions": 64}
-    with pytest.raises(CompressError, match="no model can be made of the configuration: .*divisible") as e:
+    with pytest.raises(CompressError, match=r"no model can be made of the configuration: .*divisible") as e:
         family_for(load_config(configured(tmp_path, "gpt2", **{**small, **change})))
     assert e.value.where == str(tmp_path / "config.json")
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.exporters.command import builds
 from compress.pipeline import METHODS
 from compress.run.machines import find_machine
 from compress.schema.recipe import load_recipe, recipe_names
 from compress.schema.section import LARGEST, whole_number
+from compress.verbs.common import plan
 from compress.verbs.gate import parse_shapes
 
 pytestmark = pytest.mark.processes
@@ -72,6 +73,35 @@ def test_a_rule_over_several_keys_names_both_and_the_ways_out(
     with pytest.raises(UsageError) as e:
         load_recipe(recipe, METHODS, changes)
     assert what in e.value.what and fix in e.value.fix
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "what", "key"),
+    [
+        ("tyr", "tyr.search.survivors=[0]", "at least 1|greater than or equal to 1", "tyr.search.survivors"),
+        ("tyr", "tyr.search.survivors=[-3]", "greater than or equal to 1", "tyr.search.survivors"),
+        ("tyr", "layouts=[per-layer, padded, per-layer]", "per-layer is named twice", "layouts"),
+        ("tyr", "targets=[this-machine, this-machine]", "this-machine is named twice", "targets"),
+        ("tyr", "evaluation.tasks=[piqa, piqa]", "piqa is named twice", "evaluation.tasks"),
+        ("global-mp-demo", "export.formats=[onnx, ort, ort]", "ort is named twice", "export.formats"),
+        ("global-mp-demo", "data.tasks=[a, a]", "a is named twice", "data.tasks"),
+    ],
+)
+def test_what_stands_in_a_list_is_asked_too(recipe: str, change: str, what: str, key: str) -> None:
+    with pytest.raises(UsageError, match=what) as e:
+        load_recipe(recipe, METHODS, [change])
+    assert f"key {key}" in e.value.where
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("targets=[nosuch]", "nosuch"), ("targets=[no/such.yaml]", "no/such.yaml"), ("export=null", "bench needs"),
+    ],
+)  # fmt: skip
+def test_plan_asks_of_a_recipe_what_prune_asks(change: str, what: str) -> None:
+    with pytest.raises(CompressError, match=what):
+        plan("llama-8b", "tyr", [change], "8xh100")
 
 
 @pytest.mark.parametrize("machine", ["0xh100", "0x0xh100", "2x0xh100", "８xh100", "9999999xh100", "xh100", "8x", ""])
