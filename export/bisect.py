@@ -23,13 +23,17 @@ from compress.exporters.tensors import read, walk
 
 
 def largest_difference(want: Any, got: Any) -> float:
-    """The largest difference relative to the largest value of ``want``; inf for another shape, NaN stays NaN."""
+    """The largest difference relative to the largest finite value of ``want``; inf for another shape, NaN stays NaN,
+    and infinities that are the same (masks have some) do not differ."""
     if want.shape != got.shape:
         return float("inf")
     if not want.size:
         return 0.0
-    scale = float(np.abs(want.astype(np.float64)).max()) or 1.0
-    return float(np.abs(want.astype(np.float64) - got.astype(np.float64)).max() / scale)
+    one, other = want.astype(np.float64), got.astype(np.float64)
+    scale = float(np.abs(one).max(where=np.isfinite(one), initial=0.0)) or 1.0
+    difference = np.zeros(one.shape)
+    np.subtract(one, other, out=difference, where=one != other)
+    return float(np.abs(difference).max() / scale)
 
 
 class _Whole:

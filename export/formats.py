@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,11 +37,15 @@ from compress.exporters import tensors
 from compress.exporters.ort import Arrays
 from compress.exporters.ranges import index_ranges
 from compress.exporters.runtimes import Runner
+from compress.processes.distributed import available_bytes
 from compress.run.cache import sha256_of
 from compress.run.seals import inside as is_inside
 from compress.run.strict_json import member, read_json, typed
 from compress.run.written import whole
 
+NUMBERS = frozenset(
+    ("float16", "float32", "float64", "bool", *(f"{u}int{n}" for u in ("", "u") for n in (8, 16, 32, 64)))
+)  # of which arrays can be made and given
 Axes = Mapping[str, tuple[int, int, int]]  # axis -> (least, benchmarked, largest)
 
 
@@ -246,7 +251,7 @@ def read_graph(path: Path, own_operators: bool = True) -> Graph:
             )
         tensor = value.type.tensor_type
         shape = tuple(
-            d.dim_value if d.dim_value > 0 else (d.dim_param or f"{value.name}.{n}")
+            d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else (d.dim_param or f"{value.name}.{n}")
             for n, d in enumerate(tensor.shape.dim)
         )
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)).name
@@ -334,9 +339,15 @@ def text_profiles(prompt: int, context: int, *, batch: int = 1, most: int | None
 
 
 def random_feed(graph: Graph, axes: Mapping[str, int], seed: int = 0) -> Arrays:
-    """Inputs of the right shapes, and in the ranges that the graph allows, for a file that comes without real ones."""
+    """Inputs of the right shapes, and in the ranges that the graph allows, for a file that comes without real ones.
+
+    Raises:
+        UsageError: an input is of a type without numbers here, has no values, or all of them more than there is room
+            for.
+    """
     draw = np.random.default_rng(seed)
     feed: Arrays = {}
+    _check_room(graph, axes)
     for port in graph.inputs:
         shape = port.at(axes)
         if port.name == "attention_mask":
@@ -345,14 +356,48 @@ def random_feed(graph: Graph, axes: Mapping[str, int], seed: int = 0) -> Arrays:
             first = axes.get("past", 0) if "past" in {a for p in graph.inputs for a in p.shape} else 0
             feed[port.name] = np.broadcast_to(np.arange(first, first + shape[1]), shape).astype(port.dtype)
         elif np.dtype(port.dtype).kind == "f":
-            feed[port.name] = draw.standard_normal(shape).astype(port.dtype)
+            feed[port.name] = np.asarray(draw.standard_normal(shape), port.dtype)
         elif port.dtype == "bool":
             feed[port.name] = np.ones(shape, bool)
         else:
             # Places in a table, as many as it has; bytes are pictures; what else there is (segments, flags) is 0 or 1.
             most = port.rows or (256 if port.dtype == "uint8" else 2)
-            feed[port.name] = draw.integers(0, min(most, int(np.iinfo(port.dtype).max) + 1), shape).astype(port.dtype)
+            drawn = draw.integers(0, min(most, int(np.iinfo(port.dtype).max) + 1), shape)
+            feed[port.name] = np.asarray(drawn, port.dtype)
     return feed
+
+
+def check_types(graph: Graph) -> None:
+    """Raises CompressError where an input is neither of numbers that numpy has nor of truths."""
+    for port in graph.inputs:
+        if port.dtype not in NUMBERS:
+            kind = "text" if port.dtype == "object" else port.dtype
+            raise CompressError(
+                f"the input {port.name!r} is {kind}, and no such array can be given",
+                where="the model's inputs",
+                fix="put what makes numbers of it in front of the model, and export it with float32 or integers",
+            )
+
+
+def _check_room(graph: Graph, axes: Mapping[str, int]) -> None:
+    """Raises where the inputs cannot be made: of their types, of no values, or of too many."""
+    check_types(graph)
+    total = 0
+    for port in graph.inputs:
+        shape = port.at(axes)
+        if 0 in port.shape:
+            raise UsageError(
+                f"the input {port.name!r} is {'x'.join(map(str, shape))}, which is no value at all",
+                where="shapes",
+                fix="export the model with that axis free, and give its size",
+            )
+        total += math.prod(shape) * np.dtype(port.dtype).itemsize
+    if 4 * total > available_bytes():  # they are drawn in float64, and every runtime makes a copy
+        raise UsageError(
+            f"inputs of these shapes take {total:,} bytes, and {available_bytes():,} are free",
+            where="shapes",
+            fix="give smaller ones: --shape AXIS=SIZE",
+        )
 
 
 def feeds_of(source: Source, options: BuildOptions, component: str, graph: Graph) -> list[Arrays]:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from compress.errors import CompressError, UsageError
-from compress.exporters.formats import Graph, Port, read_graph
+from compress.exporters.formats import Graph, Port, check_types, read_graph
 from compress.exporters.ort import Arrays
 from compress.run.cache import sha256_of
 from compress.system.arrays import read_arrays
@@ -84,6 +84,7 @@ def read_inputs(path: Path, graph: Graph) -> Arrays:
     Raises:
         UsageError: it cannot be read, holds no plain numbers, or is not what the graph takes; the input is named.
     """
+    check_types(graph)
     found = _arrays(path)
     known = {p.name: p for p in graph.inputs}
     for name in (*known, *found):

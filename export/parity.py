@@ -228,19 +228,22 @@ def of_reference(reference: Runner, feed: Arrays, path: Path) -> Arrays:
     """What the ONNX file itself gives for these inputs.
 
     Raises:
-        CompressError: it does not run on them; nothing that is built of it can.
+        CompressError: it does not run on them, or gives NaN; nothing that is built of it can do otherwise.
     """
     from compress.exporters import runtimes
 
+    shown = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
+    fix = "give inputs that it takes: --inputs x.npz (numpy.savez, an array by each input's name), or --shape"
     try:
-        return dict(reference.run(feed))
+        found = dict(reference.run(feed))
     except runtimes.CannotRun as e:
-        shown = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feed.items())
-        raise CompressError(
-            f"the ONNX file itself does not run on these inputs ({shown}): {e}",
-            where=str(path),
-            fix="give inputs that it takes: --inputs x.npz (numpy.savez, an array by each input's name), or --shape",
-        ) from e
+        what = f"the ONNX file itself does not run on these inputs ({shown}): {e}"
+        raise CompressError(what, where=str(path), fix=fix) from e
+    nan = next((name for name, value in found.items() if value.dtype.kind == "f" and np.isnan(value).any()), None)
+    if nan is not None:
+        what = f"the ONNX file itself gives NaN in its output {nan!r} on these inputs ({shown})"
+        raise CompressError(what, where=str(path), fix=fix)
+    return found
 
 
 def first_fault_built(

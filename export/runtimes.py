@@ -159,7 +159,11 @@ def _ordered(inputs: Any, feed: Any) -> list:  # type: ignore[type-arg]
         raise CannotRun(f"no value is given for the input {absent[0]}; the file takes {[v.name for v in inputs]}")
     found = []
     for value in inputs:
-        array = np.ascontiguousarray(feed[value.name])
+        array = np.asarray(feed[value.name], order="C")  # a scalar stays one
+        if array.dtype.name != value.dtype and array.dtype.kind in "iu" and np.dtype(value.dtype).kind in "iu":
+            # MNN and TensorRT make int32 of an int64 input; what it holds is taken.
+            kept = array.astype(value.dtype)
+            array = kept if np.array_equal(kept, array) else array
         if array.dtype.name != value.dtype:
             raise CannotRun(f"the input {value.name} is {value.dtype}, and {array.dtype} was given")
         if len(array.shape) != len(value.shape) or any(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress.errors import CompressError
+from compress.system.files import check_regular
 
 SMALL = 1024  # bytes; a tensor below stays inside the graph
 CHUNK = 1 << 24
@@ -100,6 +101,7 @@ def read(path: Path, *, weights: bool = False) -> Any:
 
     if not path.is_file():
         raise CompressError("there is no such ONNX file", where=str(path), fix="export it with `compress export`")
+    check_regular(path, "the ONNX file", "export it again")
     try:
         model = onnx.load(path, format="protobuf", load_external_data=False)
         found = [(held, outside(held, path)) for held in walk(model)]

@@ -38,6 +38,7 @@ from compress.models.sizes import check_sizes
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
 from compress.run.strict_json import read_json
+from compress.system.files import check_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,6 +173,7 @@ def _tensors(path: Path) -> dict[str, tuple[str, int]]:
 @contextmanager
 def _rejected_gguf(path: Path, what: str) -> Iterator[None]:
     """What the readers of a GGUF make of one that is damaged, as one error."""
+    check_regular(path, "the GGUF file", "fetch or copy it again")
     try:
         with rejected(path.parent, path.name, what):
             yield

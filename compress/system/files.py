@@ -36,6 +36,9 @@ class DiskFull(CompressError):
     """The disk, or this user's share of it, is full."""
 
 
+POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
+
+
 def sync(path: Path) -> None:
     """Returns when a file, or a folder's list of names, is on the disk."""
     if host.WINDOWS and path.is_dir():
@@ -117,6 +120,19 @@ def check_regular(path: Path, what: str, fix: str) -> None:
         about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise CompressError(f"{what} is no file", where=str(path), fix=fix)
+    if about.st_size < POINTER_BYTES:
+        with _unreadable(path, what, fix):
+            _refuse_pointer(path, path.read_bytes(), what)
+
+
+def _refuse_pointer(path: Path, data: bytes, what: str) -> None:
+    """Raises CompressError where a clone without Git LFS has left a note of a file in the file's place."""
+    if data.startswith(POINTER):
+        raise CompressError(
+            f"{what} was not fetched: a pointer of Git LFS is in its place",
+            where=str(path),
+            fix="in the clone: git lfs install && git lfs pull; or download the file itself",
+        )
 
 
 def read_text(path: Path, what: str, limit: int, fix: str) -> str:
@@ -144,6 +160,7 @@ def read_bytes(path: Path, what: str, limit: int, fix: str) -> bytes:
                 data = b"".join(pieces)
         finally:
             os.close(handle)
+    _refuse_pointer(path, data, what)
     if len(data) > limit:
         raise CompressError(f"{what} is longer than {limit:,} bytes", where=str(path), fix=fix)
     return data

@@ -125,11 +125,15 @@ def _feed(runner: Any, request: Request) -> dict[str, Any]:
                 " or an array (--inputs)"
             )
         kind = np.dtype(value.dtype)
-        if kind.kind == "f":
-            feed[value.name] = rng.standard_normal(shape).astype(kind)
-        else:
-            most = (request.get("rows") or {}).get(value.name, 2)  # the places of the table it is looked up in
-            feed[value.name] = rng.integers(0, most, shape).astype(kind)
+        try:
+            if kind.kind == "f":
+                feed[value.name] = rng.standard_normal(shape).astype(kind)
+            else:
+                most = (request.get("rows") or {}).get(value.name, 2)  # the places of the table it is looked up in
+                feed[value.name] = rng.integers(0, most, shape).astype(kind)
+        except MemoryError:
+            shown = "x".join(map(str, shape))
+            raise runtimes.CannotRun(f"there is no memory for the input {value.name} of {shown}") from None
     return feed
 
 
