@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +91,13 @@ def _write(outputs: _Outputs, sample: Inputs, names: list[str], path: Path) -> N
 
     say("tracing the network for ONNX")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages it can do without
-    module, feed, batch = _traceable(outputs, sample), inputs_by_name(sample), torch.export.Dim("batch")
-    # Behind a star all inputs are one argument.
-    shapes: Any = ({0: batch},) if isinstance(module, _Outputs) else (tuple({0: batch} for _ in feed),)
+    module, feed = _traceable(outputs, sample), inputs_by_name(sample)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
         traced = None
         try:
             with still():
-                traced = torch.export.export(module, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
+                traced = _traced(module, feed)
                 program = torch.onnx.export(
                     traced, dynamo=True, opset_version=OPSET, input_names=list(feed), output_names=names, verbose=False
                 )
@@ -111,6 +109,25 @@ def _write(outputs: _Outputs, sample: Inputs, names: list[str], path: Path) -> N
         value.shape = ir.Shape([n if isinstance(n, int) else "batch" for n in value.shape])
     forget_trace(program.model)
     ir.save(program.model, path)
+
+
+def refuse_untraceable(model: nn.Module, sample: Inputs, names: Sequence[str]) -> None:
+    """Raises CompressError where a network cannot be traced for ONNX: asked before it is trained."""
+    module = _traceable(_Outputs(model, names).eval(), sample)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with still():
+                _traced(module, inputs_by_name(sample))
+        except Exception as e:  # a user's own forward may raise anything
+            raise refusal(e, "ONNX", module, None) from e
+
+
+def _traced(module: nn.Module, feed: Mapping[str, torch.Tensor]) -> Any:
+    batch = torch.export.Dim("batch")
+    # Behind a star all inputs are one argument.
+    shapes: Any = ({0: batch},) if isinstance(module, _Outputs) else (tuple({0: batch} for _ in feed),)
+    return torch.export.export(module, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
 
 
 def _traceable(outputs: _Outputs, sample: Inputs) -> nn.Module:

@@ -68,12 +68,13 @@ def refusal(error: BaseException, title: str, model: nn.Module, program: Any = N
         return CompressError(f"the model cannot be exported: {what}", where=layer or type(model).__name__, fix=fix)
     layer = _layer_traced(error)
     if "data-dependent" in said[0] or type(error).__name__ == "GuardOnDataDependentSymNode":
-        line = _line(error)
+        line, own = _line(error), own_line(error)
+        line = line or (own[1] if own else None)
         return CompressError(
             "the model cannot be exported: a shape or a branch depends on values that are known only when it runs"
             + (f", in the layer {layer}" if layer else "")
             + (f": {line}" if line else ""),
-            where=layer or type(model).__name__,
+            where=layer or (own[0] if own else type(model).__name__),
             fix="write it with operators on whole tensors (torch.where, a mask), or leave it out of the model",
         )
     return CompressError(
@@ -171,6 +172,21 @@ def _frames(error: BaseException) -> Iterator[tuple[str, TracebackType]]:
 def _layer_traced(error: BaseException) -> str | None:
     found = [name for name, _ in _frames(error)]
     return found[-1] if found else None
+
+
+def own_line(error: BaseException) -> tuple[str, str] | None:
+    """(``FILE, line N``, its text) of the last line of the model's own code, neither torch's nor ours, that an error
+    came through."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        module = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if module not in ("torch", "compress"):
+            found = trace
+        trace = trace.tb_next
+    if found is None:
+        return None
+    file = found.tb_frame.f_code.co_filename
+    return f"{file}, line {found.tb_lineno}", linecache.getline(file, found.tb_lineno).strip()[:100]
 
 
 def _line(error: BaseException) -> str | None:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.data.inputs import Inputs, call, mapped
+from compress.data.inputs import Inputs, call, inputs_by_name, mapped
+from compress.data.outputs import floating
 from compress.errors import CompressError
+from compress.exporters.refused import own_line
 
 
 def _moved(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -32,6 +34,110 @@ CHANGES: tuple[Callable[[Tensor], Tensor], ...] = (
 )
 
 
+STEADY = 1e-3  # of the largest output: what the order of additions may change between two calls
+
+
+def answer(model: nn.Module, x: Inputs, *, grad: bool = False) -> Any:
+    """What a network gives for real samples; the first time that it is run.
+
+    Args:
+        grad: as in training, with what gradients need.
+
+    Raises:
+        CompressError: it does not take them, or its own code fails: the line of it is named.
+    """
+    try:
+        with torch.set_grad_enabled(grad):
+            return call(model, x)
+    except CompressError:
+        raise
+    except Exception as e:  # the user's own code: any fault of it is told as theirs
+        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]
+        own = own_line(e)
+        if isinstance(e, RuntimeError):
+            raise CompressError(
+                f"the network does not take the data: {said}",
+                where=f"input {_shapes(x)}" + (f", {own[0]}" if own else ""),
+                fix="set the network's arguments (channels) or the data's size",
+            ) from e
+        raise CompressError(
+            f"the network cannot be run: {type(e).__name__}: {said}",
+            where=own[0] if own else "the network's forward",
+            fix="mend its forward",
+        ) from e
+
+
+def check_steady(model: nn.Module, x: Inputs) -> None:
+    """Refuses a network that gives, in evaluation, another answer to the same samples the second time.
+
+    Raises:
+        CompressError: as `answer`, or it is not steady.
+    """
+    model = _copied(model).eval()
+    pairs = zip(*(floating(answer(model, x)) for _ in range(2)), strict=False)
+    for one, two in pairs:
+        if one.shape != two.shape or not (one - two).abs().max() <= STEADY * (one.abs().max() + 1e-12):
+            raise CompressError(
+                "the network gives another answer to the same samples the second time",
+                where="the network's forward",
+                fix="let it keep nothing between two calls, and draw nothing at random outside of training",
+            )
+
+
+def check_trainable(model: nn.Module, x: Inputs) -> None:
+    """Refuses a network that cannot be run in training, or of which no output leads back to a weight.
+
+    Args:
+        x: (b, ...) real samples, b of 2 or more.
+
+    Raises:
+        CompressError: as `answer`, or nothing could be trained.
+    """
+    given = answer(_copied(model).train(), x, grad=True)
+    if not any(t.requires_grad for t in floating(given)):
+        raise CompressError(
+            "nothing of the network can be trained: no output depends on a weight that has a gradient",
+            where="the network's forward",
+            fix="take torch.no_grad and detach out of it, and requires_grad_(False) out of its function",
+        )
+
+
+def depends_on_values(model: nn.Module, x: Inputs) -> bool:
+    """Whether its forward asks for a number in a tensor (`Tensor.item`, an ``if``): told by a run without numbers."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        try:
+            call(_copied(model).eval(), mapped(x, mode.from_tensor))
+        except DataDependentOutputException:
+            return True
+        except Exception:  # of what else it cannot do without numbers a trace may know a way round
+            return False
+    return False
+
+
+def _shapes(x: Inputs) -> str:
+    every = [str(tuple(t.shape)) for t in inputs_by_name(x).values()]
+    return every[0] if len(every) == 1 else ", ".join(every)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy, which is run without a trace in the network.
+
+    Raises:
+        CompressError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as e:  # what a user's module holds may refuse it in any words
+        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)[:300]
+        raise CompressError(
+            f"the network cannot be copied: {said}",
+            where=type(model).__name__,
+            fix="let its attributes be modules, parameters, buffers and plain values",
+        ) from e
+
+
 def check_branches(model: nn.Module, x: Inputs) -> None:
     """Refuses a network that calls other layers for other inputs: what is traced on one would not hold for the next.
 
@@ -41,9 +147,10 @@ def check_branches(model: nn.Module, x: Inputs) -> None:
     Raises:
         CompressError: a layer that is called for some inputs alone is named.
     """
-    model = copy.deepcopy(model).eval()
+    model = _copied(model).eval()
     place = next(model.parameters()).device
     x = mapped(x, lambda t: t.to(place))
+    answer(model, x)
     first = called(model, x)
     for change in CHANGES:
         other = mapped(x, change)
@@ -70,7 +177,7 @@ def check_training_alone(model: nn.Module, x: Inputs, own: bool = False) -> None
     Raises:
         CompressError: the first such layer is named.
     """
-    model = copy.deepcopy(model)
+    model = _copied(model)
     place = next(model.parameters()).device
     x = mapped(x, lambda t: t.to(place))
     evaluated = called(model.eval(), x)
@@ -79,6 +186,7 @@ def check_training_alone(model: nn.Module, x: Inputs, own: bool = False) -> None
     except Exception:  # the network's own code: that it is called otherwise in training is the user's to say
         if own:
             return
+        answer(model, x)  # the same once more, told as a fault of theirs
         raise
     layer = next((name for name in trained if name not in evaluated), None)
     if layer is not None:

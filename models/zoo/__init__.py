@@ -19,7 +19,7 @@ from torch import nn
 
 from compress.data.job import Job, NamedJob, aside, named_job
 from compress.errors import CompressError, UsageError
-from compress.models.computed import refuse_computed_weights
+from compress.models.plain import refuse_odd
 from compress.models.reading import LARGEST_WEIGHT
 from compress.run.cache import sha256_of
 from compress.run.tensor_files import load_tensors
@@ -47,7 +47,8 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
     The file's code is run. Only a person may name one, on the command line: no recipe and no model file can.
 
     Raises:
-        UsageError: there is no such network, file, function or argument, or it returns no module.
+        UsageError: there is no such network, file, function or argument, or it returns no module, or one that is not
+            plain (`compress.models.plain.refuse_odd`).
     """
     make = function(name)
     try:
@@ -72,7 +73,8 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
         raise UsageError(
             f"{name} returned {type(model).__name__}, not a torch module", where="MODEL", fix="return the module"
         )
-    refuse_computed_weights(model, name)
+    if ".py:" in name:
+        refuse_odd(model, name)
     return model
 
 
@@ -126,7 +128,7 @@ def network_of(job: Job, name: str) -> nn.Module:
             where=held.where("network"),
             fix="give the module, or a function without arguments that returns it",
         )
-    refuse_computed_weights(module, name)
+    refuse_odd(module, name)
     return copy.deepcopy(module)
 
 

@@ -114,12 +114,17 @@ def stages(run: Run, setup: NetworkSetup, until: str, command: str) -> dict[str,
 
 def _check(setup: NetworkSetup) -> None:
     """What is asked of the network can be done, and its heads fit the data: found out before anything is trained."""
-    import torch
-
     from compress.data.inputs import first, mapped
     from compress.data.tasks import by_task
+    from compress.exporters.onnx_module import refuse_untraceable
     from compress.networks.flops import count_flops
-    from compress.networks.forward import check_branches
+    from compress.networks.forward import (
+        answer,
+        check_branches,
+        check_steady,
+        check_trainable,
+        depends_on_values,
+    )
     from compress.networks.jobs import check_job
     from compress.networks.setup import real_inputs
     from compress.recipes.global_mp.fastgrnn import kept_columns
@@ -138,19 +143,16 @@ def _check(setup: NetworkSetup) -> None:
         check_job(setup)
     place = next(model.parameters()).device
     x = mapped(real_inputs(setup, 2), lambda t: t.to(place))
-    with torch.no_grad():
-        try:
-            if setup.job is None:
-                by_task(model(x), setup.data.tasks)
-        except RuntimeError as e:
-            raise CompressError(
-                f"the network does not take the data: {str(e).splitlines()[0]}",
-                where=f"input {tuple(x.shape)}",
-                fix="set the network's arguments (channels) or the data's size",
-            ) from e
+    if setup.job is None:
+        by_task(answer(model, x), setup.data.tasks)
+        check_steady(model, x)
+        if any(spec is not None and spec.epochs for spec in (setup.recipe.train, setup.recipe.finetune)):
+            check_trainable(model, x)
     count_flops(model, first(x, 1))
     if setup.recipe.export is not None:  # a graph knows one branch
         check_branches(model, x)
+        if depends_on_values(model, x):
+            refuse_untraceable(model.cpu(), mapped(x, lambda t: t.cpu()), setup.output_names)
 
 
 def _weights(run: Run, setup: NetworkSetup, dense: Path, sparsity: float, prefix: str) -> Sparse:

@@ -115,7 +115,8 @@ def _check(setup: NetworkSetup) -> None:
     """The heads fit the data, every task has a tolerance, the splits are apart, and a batch suits the norms: found out
     before anything is trained."""
     from compress.data.inputs import mapped
-    from compress.networks.forward import check_branches, check_training_alone
+    from compress.exporters.onnx_module import refuse_untraceable
+    from compress.networks.forward import check_branches, check_training_alone, depends_on_values
     from compress.networks.jobs import check_job
     from compress.recipes.pagcp.groups import find_groups
     from compress.recipes.pagcp.job import check_tolerances
@@ -130,6 +131,9 @@ def _check(setup: NetworkSetup) -> None:
     if setup.job is None:
         _check_heads(setup, model, x)
     check_branches(model, x)
+    if setup.recipe.export is not None and depends_on_values(model, x):
+        refuse_untraceable(model.cpu(), mapped(x, lambda t: t.cpu()), setup.output_names)
+        model.to(place)
     check_training_alone(model, x, own=setup.job is not None)
     found = find_groups(model, x, options.round_to, options.skip)
     if not found.groups:
@@ -142,21 +146,15 @@ def _check(setup: NetworkSetup) -> None:
 
 def _check_heads(setup: NetworkSetup, model: nn.Module, x: Tensor) -> None:
     """That the network takes our data and gives what its tasks need, and that every training's batches suit it."""
-    import torch
-
     from compress.data.tasks import by_task
+    from compress.networks.forward import answer, check_steady, check_trainable
     from compress.recipes.pagcp.oracle import calibration
 
     data = setup.data
-    with torch.no_grad():
-        try:
-            by_task(model(x), data.tasks)
-        except RuntimeError as e:
-            raise CompressError(
-                f"the network does not take the data: {str(e).splitlines()[0]}",
-                where=f"input {tuple(x.shape)}",
-                fix="set the network's arguments (channels) or the data's size",
-            ) from e
+    by_task(answer(model, x), data.tasks)
+    check_steady(model, x)
+    if any(spec is not None and spec.epochs for spec in (setup.recipe.train, setup.recipe.finetune)):
+        check_trainable(model, x)
     for name, spec in (("train", setup.recipe.train), ("finetune", setup.recipe.finetune)):
         if spec is not None and spec.epochs:
             _check_batch(model, x, name, spec.batch, len(data.train))
