@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,25 +85,9 @@ def export_module(model: nn.Module, sample: Inputs, names: Sequence[str], folder
 
 
 def _write(outputs: _Outputs, sample: Inputs, names: list[str], path: Path) -> None:
-    import logging
-
     import onnx_ir as ir
 
-    say("tracing the network for ONNX")
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages it can do without
-    module, feed = _traceable(outputs, sample), inputs_by_name(sample)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
-        traced = None
-        try:
-            with still():
-                traced = _traced(module, feed)
-                program = torch.onnx.export(
-                    traced, dynamo=True, opset_version=OPSET, input_names=list(feed), output_names=names, verbose=False
-                )
-        except Exception as e:  # a user's own forward may raise anything
-            raise refusal(e, "ONNX", module, traced) from e
-    assert program is not None
+    program = _program(outputs, sample, names)
     for value in (*program.model.graph.inputs, *program.model.graph.outputs):
         assert value.shape is not None  # the exporter writes one
         value.shape = ir.Shape([n if isinstance(n, int) else "batch" for n in value.shape])
@@ -112,22 +96,31 @@ def _write(outputs: _Outputs, sample: Inputs, names: list[str], path: Path) -> N
 
 
 def refuse_untraceable(model: nn.Module, sample: Inputs, names: Sequence[str]) -> None:
-    """Raises CompressError where a network cannot be traced for ONNX: asked before it is trained."""
-    module = _traceable(_Outputs(model, names).eval(), sample)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with still():
-                _traced(module, inputs_by_name(sample))
-        except Exception as e:  # a user's own forward may raise anything
-            raise refusal(e, "ONNX", module, None) from e
+    """Raises CompressError where the exporter cannot handle a network: asked before it is trained."""
+    _program(_Outputs(model, names).eval(), sample, list(names))
 
 
-def _traced(module: nn.Module, feed: Mapping[str, torch.Tensor]) -> Any:
-    batch = torch.export.Dim("batch")
+def _program(outputs: _Outputs, sample: Inputs, names: list[str]) -> Any:
+    import logging
+
+    say("tracing the network for ONNX")
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # of packages it can do without
+    module, feed, batch = _traceable(outputs, sample), inputs_by_name(sample), torch.export.Dim("batch")
     # Behind a star all inputs are one argument.
     shapes: Any = ({0: batch},) if isinstance(module, _Outputs) else (tuple({0: batch} for _ in feed),)
-    return torch.export.export(module, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, nothing a user can act on
+        traced = None
+        try:
+            with still():
+                traced = torch.export.export(module, tuple(feed.values()), dynamic_shapes=shapes, strict=False)
+                program = torch.onnx.export(
+                    traced, dynamo=True, opset_version=OPSET, input_names=list(feed), output_names=names, verbose=False
+                )
+        except Exception as e:  # a user's own forward may raise anything
+            raise refusal(e, "ONNX", module, traced) from e
+    assert program is not None
+    return program
 
 
 def _traceable(outputs: _Outputs, sample: Inputs) -> nn.Module:

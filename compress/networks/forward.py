@@ -106,9 +106,11 @@ def depends_on_values(model: nn.Module, x: Inputs) -> bool:
     """Whether its forward asks for a number in a tensor (`Tensor.item`, an ``if``): told by a run without numbers."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+    model = _copied(model).eval()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        without_numbers = mapped(x, mode.from_tensor)
         try:
-            call(_copied(model).eval(), mapped(x, mode.from_tensor))
+            call(model, without_numbers)
         except DataDependentOutputException:
             return True
         except Exception:  # of what else it cannot do without numbers a trace may know a way round

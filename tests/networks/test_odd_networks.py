@@ -109,6 +109,15 @@ def test_a_fault_of_its_own_code_is_told_with_its_line(ask: Callable[..., object
     assert e.value.where.startswith("input (2, 2, 8, 8), ")
 
 
+class Asks(Net):
+    def out(self, y: Tensor) -> Tensor:
+        return super().out(y) if y.mean() > 0 else -super().out(y)
+
+
+def test_a_forward_that_asks_for_a_number_is_known() -> None:
+    assert depends_on_values(Asks(), X) and not depends_on_values(nn.Sequential(Net(), nn.BatchNorm1d(3)), X)
+
+
 class Counts(Net):
     calls = 0
 
