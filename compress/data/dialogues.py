@@ -17,13 +17,15 @@ from typing import Any
 from compress.errors import CompressError
 from compress.run.strict_json import member, parse_json, typed
 from compress.system.files import matching
-from compress.system.host import time_limit
+from compress.system.host import memory_limit, time_limit
 
 MOST = 20_000  # dialogues read of a source; their order is fixed, so the split is too
 LINE = 500_000  # bytes of a line
 TEMPLATE = 256 * 1024  # characters of a template
 GROWTH = 100_000  # characters that a template may write beside four times what the dialogue holds
 SECONDS = 10.0  # to write one dialogue
+BYTES = 1 << 29  # of memory for it
+CALLS = ("tool_calls", "function_call", "tools", "functions")  # what is not read, and changes what a template writes
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What ShareGPT's form calls them.
 SPEAKERS = {
@@ -70,8 +72,8 @@ def read_dialogues(patterns: Sequence[str]) -> list[Dialogue]:
     """The dialogues of JSON-lines files in their order, `MOST` at most.
 
     A line is ``{"messages": [{"role", "content"}, ...]}``, or ``{"conversations": [{"from", "value"}, ...]}`` as of
-    ShareGPT. ``reasoning_content`` of a message is put in front of its content, between the tags. Other keys are not
-    read.
+    ShareGPT. ``reasoning_content`` of a message is put in front of its content, between the tags. Calls of tools are
+    refused; other keys are not read.
 
     Raises:
         CompressError: a pattern matches nothing, a file cannot be read, or a line is no dialogue; ``where`` is the file
@@ -127,14 +129,27 @@ def _dialogue(line: bytes, place: str) -> Dialogue:
     rows = typed(facts[key], list, key, "the dialogue", place, FORMS)
     if not rows:
         raise CompressError(f"the dialogue is empty: {key} holds nothing", where=place, fix="take the line out")
+    _refuse_calls(facts, "", place)
     names = ("role", "content") if key == "messages" else ("from", "value")
     messages = tuple(_message(row, names, f"{key}.{i}", place) for i, row in enumerate(rows))
     return Dialogue(messages, place)
 
 
+def _refuse_calls(facts: Mapping[str, Any], at: str, place: str) -> None:
+    """Without its calls a dialogue is another: answers of tools that nobody has asked for."""
+    called = next((key for key in CALLS if facts.get(key)), None)
+    if called is not None:
+        raise CompressError(
+            f"{at}{called} holds calls of tools, which are not read",
+            where=place,
+            fix="take the line out, or write the calls into the contents as the model was trained to say them",
+        )
+
+
 def _message(row: Any, names: tuple[str, str], at: str, place: str) -> tuple[str, str]:
     what = "the dialogue"
     facts = typed(row, dict, at, what, place, FORMS)
+    _refuse_calls(facts, f"{at}.", place)
     speaker = member(facts, names[0], str, what, place, at, FORMS)
     content = member(facts, names[1], str, what, place, at, FORMS)
     known = ROLES if names[0] == "role" else SPEAKERS
@@ -329,7 +344,7 @@ def _apply(
     rows = [{"role": role, "content": content} for role, content in messages]
     where = f"{tokenizer.name_or_path}/chat_template.jinja"
     try:
-        with time_limit(SECONDS):
+        with time_limit(SECONDS), memory_limit(BYTES):
             text = tokenizer.apply_chat_template(
                 rows, chat_template=template, tokenize=False, add_generation_prompt=answer
             )
@@ -338,6 +353,12 @@ def _apply(
             f"the chat template cannot be read: {_said(e)} (line {e.lineno})",
             where=where,
             fix="take the template that the model was published with",
+        ) from e
+    except MemoryError as e:
+        raise CompressError(
+            f"the chat template asks for more than {BYTES:,} bytes of memory",
+            where=dialogue.place,
+            fix=f"take the template that the model was published with; it is {where}",
         ) from e
     except Exception as e:  # a stranger's code: there is nothing that it could not raise
         raise CompressError(

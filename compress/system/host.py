@@ -77,6 +77,27 @@ def time_limit(seconds: float) -> Any:
             signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), interval)
 
 
+@contextlib.contextmanager
+def memory_limit(more: int) -> Any:
+    """Within the block this process gets ``more`` bytes of address space at most, and what asks for others a
+    MemoryError; a limit that is lower already stays. Without limit where the system has none, or does not tell what is
+    held."""
+    held = (read("/proc/self/statm") or "").split()
+    if not held:
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = int(held[0]) * resource.getpagesize() + more
+    lower = most if before[0] == resource.RLIM_INFINITY else min(most, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (lower, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
 # --- memory and processors -------------------------------------------------------------------------------------------
 
 

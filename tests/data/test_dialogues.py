@@ -79,6 +79,12 @@ BAD: list[tuple[bytes, str]] = [
     (line(conversations=[{"from": "narrator", "value": "hi"}]), "conversations.0.from is 'narrator'"),
     (line(messages=[USER, {"role": "assistant", "content": " \n"}]), "messages.1.content is empty"),
     (line(messages=[{"role": "user", "content": "\U0010fff1"}]), "private character"),
+    (
+        line(messages=[USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]),
+        "messages.1.tool_calls holds calls of tools, which are not read",
+    ),
+    (line(messages=[USER, {"role": "assistant", "content": "So.", "function_call": {"name": "f"}}]), "function_call"),
+    (line(messages=[USER], tools=[{"type": "function"}]), "tools holds calls of tools"),
     (b'{"messages": ' + b"[" * 200 + b"]" * 200 + b"}", "nests more than"),
     (line(messages=[{"role": "user", "content": "a" * 10**6}]), "longer than 500,000 bytes"),
 ]
@@ -174,6 +180,9 @@ STRANGE: list[tuple[str, str]] = [
     ("{{ messages.append(1) }}", "refuses the dialogue"),
     ("{% for i in range(300) %}{{ 'a' * 1000 }}{% endfor %}", "more than 100,160 characters"),
     ("{% set x = 1 %}", "drops the reasoning"),
+    ("{{ 'a' * 10**10 }}", "asks for more than 536,870,912 bytes of memory"),
+    ("{{ 'a'.ljust(10**11) }}", "asks for more than"),
+    ("{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "asks for more"),
     (" \n", "has no chat template"),
     ("{#" + "a" * 2**19 + "#}", "has 524,292 characters"),
 ]

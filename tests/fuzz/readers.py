@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -228,6 +229,63 @@ def _plan_right(good: Any, found: Any, change: Change) -> str | None:
     if wrong is None and not all(n > 0 for n in found[:2]):
         return "a model without weights"
     return wrong
+
+
+# --- dialogues, GGUF --------------------------------------------------------------------------------------------------
+
+
+def _chats(folder: Path) -> None:
+    from tests.chats import LAST_THINKS, write_chats
+    from tests.tiny import word_tokenizer
+
+    word_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "eos_token_id": 2}))
+    (folder / "chat_template.jinja").write_text(LAST_THINKS)
+    write_chats(folder / "chats.jsonl", 6)
+
+
+def _rendered(folder: Path) -> Any:
+    """What `plan` and `prune` make of dialogues: read, written by the template, packed."""
+    from compress.data.dialogues import read_dialogues, render
+    from compress.data.text import pack_dialogues
+    from compress.models.reading import load_tokenizer
+
+    found, tokenizer = read_dialogues([str(folder / "chats.jsonl")]), load_tokenizer(folder)
+    texts = [render(dialogue, tokenizer).text for dialogue in found]
+    return {"texts": texts, "ids": pack_dialogues(found, tokenizer, 32, 2, "the dialogues").ids.tolist()}
+
+
+def _rendered_right(good: Any, found: Any, change: Change) -> str | None:
+    for text in found["texts"]:
+        text.encode()
+    return _ids_right(good, {"ids": [i for row in found["ids"] for i in row]}, change)
+
+
+def _gguf(folder: Path) -> None:
+    from tests.models.test_quantised import gguf_model
+
+    gguf_model(folder / "model.gguf")
+
+
+def _gguf_read(folder: Path) -> Any:
+    from compress.language.setup import quiet
+    from compress.models import quantised
+    from compress.models.sources import resolve
+
+    quiet()
+    shapes = quantised.shapes(folder / "model.gguf")
+    cache = folder.parent / "cache"
+    before = os.environ.get("COMPRESS_CACHE")
+    os.environ["COMPRESS_CACHE"] = str(cache)
+    try:
+        found = resolve(str(folder / "model.gguf")).folder
+        return {"shapes": {k: list(v) for k, v in sorted(shapes.items())}, **_loaded(found)}
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+        if before is None:
+            del os.environ["COMPRESS_CACHE"]
+        else:
+            os.environ["COMPRESS_CACHE"] = before
 
 
 # --- reports, seals, folders ------------------------------------------------------------------------------------------
@@ -749,5 +807,14 @@ _add(
 _add("onnx", _onnx(False), {"net.onnx": "bytes"}, _graph, anything)
 _add("onnx-outside", _onnx(True), {"net.onnx": "bytes", "net.data": "bytes"}, _graph, anything)
 _add("genai", _genai, {"genai_config.json": "json", "net.onnx": "bytes"}, _genai_checked, anything)
+_add(
+    "dialogues",
+    _chats,
+    {"chats.jsonl": "text", "chat_template.jinja": "text"},
+    _rendered,
+    _rendered_right,
+    also=("the template is", "the dialogues"),
+)
+_add("gguf", _gguf, {"model.gguf": "bytes"}, _gguf_read, _weights_right)
 _add("npz", _onnx(False), {"in.npz": "bytes"}, _inputs, _inputs_right)
 _add("export", _onnx(False), {"net.onnx": "bytes", "in.npz": "bytes"}, _exported, anything)

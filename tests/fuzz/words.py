@@ -208,6 +208,15 @@ def _verbs(word: str, place: Path) -> list[list[Any]]:
         ["plan", "x.py:f", "-r", "global-mp-network", "--set", f"data.folder={word}"],
         ["prune", word, "-r", "tyr", "--out", out],
         ["prune", model, "-r", word, "--out", out],
+        ["run", word, "a text"],
+        ["run", model, "a text", "--tokenizer", word],
+        ["plan", f"{place / 'job.py'}:{word}", "-r", "pagcp"],
+        ["prune", f"{place / 'job.py'}:{word}", "-r", "pagcp", "--out", out],
+        ["eval", f"{place / 'job.py'}:{word}"],
+        ["bench", good, good, "--inputs", word],
+        ["gate", good, good, "-b", "size<=1x", "--inputs", word],
+        ["export", model, "--format", word, "--out", out],
+        ["plan", model, "-r", "tyr", "-b", word],
         ["doctor", "--target", word],
         ["list", word],
         ["export", good, "--format", word, "--out", out],
@@ -227,6 +236,7 @@ def make(place: Path) -> None:
         (place / name).mkdir()
         READERS[reader].make(place / name)
     (place / "a.txt").write_text(prose(3))
+    (place / "job.py").write_text("x = 3\n\n\ndef f():\n    return None\n")
 
 
 def name_tries(place: Path) -> st.SearchStrategy[tuple[str, Callable[[], Ended]]]:
