@@ -102,6 +102,10 @@ def load(format: str, path: str, threads: int = 1, **options: Any) -> Runner:
         raise CannotRun(f"there is no runtime for the format {format!r}; there is: {', '.join(LOADERS)}")
     if not os.path.exists(path):
         raise CannotRun(f"there is no file {path}")
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise CannotRun("its name is not UTF-8, and no runtime opens another: rename it") from None
     runner: Runner = LOADERS[format](format, str(path), threads, **options)
     return runner
 

@@ -31,7 +31,7 @@ def config_key(folder: Path, said: str) -> str | None:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     facts = read_config(folder)
-    if any(key in said for key in facts) or facts.get("model_type") not in CONFIG_MAPPING:
+    if any(key in said for key in facts) or str(facts.get("model_type")) not in CONFIG_MAPPING:
         return None
     kind = CONFIG_MAPPING[facts["model_type"]]
 

@@ -33,7 +33,7 @@ from compress.models.folder import (
     weights_of,
 )
 from compress.models.kept import Files, kept
-from compress.models.reading import NO_CODE, load_config, refuse_ragged, rejected
+from compress.models.reading import NO_CODE, check_weights, load_config, refuse_ragged, rejected
 from compress.models.sizes import check_sizes
 from compress.run.cache import cache_dir, sha256_of
 from compress.run.progress import say
@@ -234,8 +234,8 @@ def plain(model: Quantised) -> Path:
     """The folder with the plain weights, made where the cache does not hold them.
 
     Raises:
-        CompressError: a weight has no scale, or one that does not fit it; a file is damaged; the family is not known;
-            the disk is full.
+        CompressError: a weight has no scale, or one that does not fit it, or is no number; a file is damaged; the
+            family is not known; the disk is full.
     """
     from compress.models.families import family_for
 
@@ -252,6 +252,11 @@ def plain(model: Quantised) -> Path:
             from_gguf(model.path, made)
         else:
             _from_fp8(model, made)
+        try:
+            check_weights(made)
+        except CompressError as e:
+            e.where = str(model.path)  # not the copy's, which is gone
+            raise
 
     return kept(cache_dir() / "models" / f"dequantised-{key[:16]}", model.words, make)
 

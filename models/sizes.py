@@ -69,6 +69,9 @@ def check_sizes(config: Mapping[str, Any], path: Path, at: str = "") -> None:
     if not at:
         _check_counts(config, refuse, at)
     _check_values(config, refuse, at)
+    kind = config.get("model_type", "")
+    if not isinstance(kind, str):
+        refuse(f"{at}model_type is {kind!r:.60}, not a text")
     heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads and groups and heads % groups:
         refuse(f"{at}num_attention_heads ({heads}) do not divide among num_key_value_heads ({groups})")

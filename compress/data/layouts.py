@@ -85,14 +85,18 @@ def _cifar10_binary(folder: Path, spec: DataSpec) -> Splits:
 
 def _class_folders(folder: Path, spec: DataSpec) -> Splits:
     """train/CLASS/image, and test/ or val/ likewise; read into memory where it is small, else as it goes."""
-    classes = tuple(sorted(p.name for p in (folder / "train").iterdir() if p.is_dir()))
+
+    def named(part: Path) -> set[str]:  # hidden folders are a program's: .ipynb_checkpoints
+        return {p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")}
+
+    classes = tuple(sorted(named(folder / "train")))
     if len(classes) < 2:
         raise CompressError(
             "there are fewer than two classes", where=str(folder / "train"), fix="one folder a class, images in it"
         )
 
     def read(part: Path) -> Split:
-        strangers = sorted({p.name for p in part.iterdir() if p.is_dir()} - set(classes))
+        strangers = sorted(named(part) - set(classes))
         if strangers:
             raise CompressError(
                 f"class {strangers[0]!r} is not among the classes of train", where=str(part), fix="use the same folders"
@@ -101,6 +105,12 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
         for i, name in enumerate(classes):
             # resolve() would hide that two names are one file; the layout decides, not the disk.
             found = sorted(p for p in (part / name).rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found and part == folder / "train":
+                raise CompressError(
+                    f"there is no image of the class {name!r}",
+                    where=str(part / name),
+                    fix=f"take the folder out, or put some there; images are {', '.join(sorted(SUFFIXES))}",
+                )
             paths += found
             labels += [i] * len(found)
         if not paths:

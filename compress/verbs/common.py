@@ -48,6 +48,13 @@ def export(
     from compress.run.written import whole
     from compress.verbs.by_kind import call
 
+    for place in (Path(model), out):
+        try:
+            str(place.absolute()).encode()
+        except UnicodeEncodeError as e:
+            raise UsageError(
+                "the name is not UTF-8, and no runtime opens another", where=str(place), fix="rename it"
+            ) from e
     with whole(out) as made:
         kind, folder = ("onnx", Path(model)) if is_onnx(model) else find(model)
         if kind == "onnx":

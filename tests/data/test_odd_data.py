@@ -48,6 +48,15 @@ def test_a_channel_that_is_black_in_training_is_not_blown_up_in_the_test_split(t
     assert splits.prepare(splits.test.inputs).abs().max() < 10  # type: ignore[arg-type]
 
 
+def test_a_folder_of_a_class_without_images_is_refused_and_a_programs_own_is_none(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, 12, 6)
+    for part in ("train", "test"):
+        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+    assert load(DataSpec(folder=tmp_path)).tasks[0].classes == ("bar", "cross", "square")
+    (tmp_path / "train" / "__MACOSX").mkdir()
+    refused(tmp_path, "there is no image of the class '__MACOSX'", str(tmp_path / "train" / "__MACOSX"))
+
+
 def test_labels_of_one_class_and_labels_of_none(tmp_path: Path) -> None:
     folder, *_ = write_cifar10(tmp_path / "cifar")
     for path in folder.glob("data_batch_*.bin"):

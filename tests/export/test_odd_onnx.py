@@ -10,6 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from compress.errors import CompressError, UsageError
+from compress.exporters import runtimes
 from compress.exporters.bisect import largest_difference
 from compress.exporters.formats import random_feed, read_graph
 from compress.models.reading import load_config
@@ -83,6 +84,17 @@ def test_nan_that_the_file_itself_gives_is_not_blamed_on_what_is_built(tmp_path:
     np.savez(tmp_path / "x.npz", x=np.array([1, 2, 0, 3], np.float32))
     ran = compress("export", path, "--inputs", tmp_path / "x.npz", "--format", "ort", "--out", tmp_path / "out")
     assert ran.code == 0, ran.err
+
+
+def test_a_name_that_no_runtime_opens_is_said_so(tmp_path: Path) -> None:
+    path = scaled(tmp_path / "net.onnx")
+    odd = tmp_path / "n\udcff.onnx"
+    odd.write_bytes(path.read_bytes())
+    for model, out in ((odd, tmp_path / "out"), (path, tmp_path / "o\udcff")):
+        ran = compress("export", model, "--format", "ort", "--out", out)
+        one_error(ran, 2, "the name is not UTF-8", "rename it")
+    with pytest.raises(runtimes.CannotRun, match="its name is not UTF-8"):
+        runtimes.load("onnx", str(odd))
 
 
 def test_a_difference_is_relative_to_what_is_finite() -> None:
