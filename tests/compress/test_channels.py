@@ -277,7 +277,7 @@ def test_plan_says_groups_the_most_that_can_go_and_the_oracles_work(place: Path)
         ),
         ("small", ("--set", "pagcp.round_to=64"), 1, ("multiples of 64",)),
         ("small", ("--set", "pagcp.flops=0.99", "--set", "pagcp.keep=0.5"), 1, ("cannot go", "at most")),
-        ("detached", (), 1, ("cannot be traced",)),
+        ("detached", (), 1, ("nothing of the network can be trained",)),
         ("flat", ("--set", "train.batch=1"), 2, ("one sample", "train.batch")),
         ("small", ("--set", "pagcp.trials={}", "--set", "pagcp.flops=null"), 2, ("trials choose", "give pagcp.flops")),
         ("small", ("--set", "pagcp.trials={}", "--set", "finetune=null"), 2, ("trials are a fine-tuning in short",)),
