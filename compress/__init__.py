@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from compress.api import Result, bench, evaluate, export, gate, generate, load, plan, prune, verify
+    from compress.api import Result, Swept, bench, evaluate, export, gate, generate, load, plan, prune, sweep, verify
     from compress.data.job import Job
 
 __version__ = "0.2.0"
 __all__ = [
-    "CompressError", "Job", "Result", "UsageError", "bench", "evaluate", "export", "gate", "generate", "load", "plan",
-    "prune", "verify",
+    "CompressError", "Job", "Result", "Swept", "UsageError", "bench", "evaluate", "export", "gate", "generate", "load",
+    "plan", "prune", "sweep", "verify",
 ]  # fmt: skip
 
 # ONNX Runtime (from 1.29) and its GenAI send usage figures away from their start on, unless this is set before. Whoever

@@ -47,6 +47,32 @@ class Result:
         return load(self.saved, network=self.network)
 
 
+@dataclass(frozen=True)
+class Swept:
+    """What `sweep` has made.
+
+    Attributes:
+        facts: as sweep.json in the folder: points, entries (one model in one precision), and of every axis the Pareto
+            front and the knee, as places in the entries.
+        folder: the sweep's: the same call goes on there.
+    """
+
+    facts: Facts
+    folder: Path
+
+    def pick(self, point: str = "knee", *, progress: Listener | None = None) -> Result:
+        """Finishes a point where it lies, to its release: what `prune` with its budget alone makes, to the byte.
+
+        Args:
+            point: its name (``25%``, ``size<=0.8x``), or ``knee``: of the first axis that has one.
+        """
+        from compress.verbs.sweep import pick
+
+        with _heard(progress):
+            found, report = pick(self.folder, point)
+        return Result(report, self.folder / found.folder)
+
+
 def prune(
     model: Any,
     recipe: str | Path,
@@ -133,6 +159,55 @@ def plan(
         return run(str(model), str(recipe), changes, on)
     with for_a_while(model, str(recipe), changes, tokenizer=tokenizer, network=network) as meant, held(meant):
         return run(meant.name, str(recipe), [*changes, *meant.changes], on)
+
+
+def sweep(
+    model: str | Path,
+    recipe: str | Path,
+    out: str | Path | None = None,
+    *,
+    at: Sequence[float | str] = (),
+    budgets: Sequence[str | Sequence[str]] = (),
+    precisions: Sequence[str] = (),
+    rivals: Sequence[str] = (),
+    until: str | None = None,
+    fresh: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    progress: Listener | None = None,
+    **overrides: Any,
+) -> Swept:
+    """Prunes a model to many budgets that share their work, and says which is best for what it takes.
+
+    Every point is a run in a folder of its own in ``out``; a stage that two of them have in common is made once. The
+    same call goes on where an earlier one was stopped.
+
+    Args:
+        model: a name, a hub id, a folder or FILE.py:FUNCTION, as for `prune`.
+        recipe: a name or a YAML file.
+        out: the sweep's folder; ``runs/MODEL-RECIPE-sweep`` where it is not given.
+        at: shares that go, a point each: ``0.25`` or ``"25%"``; of ``pagcp`` the share of FLOPs.
+        budgets: a point each: ``"size<=0.8x"``, or a list of those that hold together.
+        precisions: of GGUFs that every point and the dense model are built in; ``rivals``: the dense model alone.
+        until: the stage that every point is taken to; ``evaluation``, or ``quantise`` where there are precisions.
+        fresh, settings, progress, overrides: as for `prune`.
+
+    Raises:
+        CompressError: a point cannot be made, it is named; `UsageError` where the call is wrong.
+    """
+    from compress.verbs.sweep import order
+    from compress.verbs.sweep import sweep as run
+
+    if not isinstance(model, str | Path):
+        raise UsageError("a model in memory is not swept", where="model", fix="save it, and name its folder")
+    folder = Path(out) if out is not None else Path("runs") / f"{Path(model).name}-{Path(recipe).stem}-sweep"
+    together = [one if isinstance(one, str) else ",".join(one) for one in budgets]
+    asked = order(
+        str(model), str(recipe), _changes({**(settings or {}), **overrides}), at=[str(one) for one in at],
+        budgets=together, precisions=precisions, rivals=rivals, until=until,
+    )  # fmt: skip
+    with _heard(progress):
+        made = run(asked, folder, fresh=fresh)
+    return Swept(made.facts(), folder)
 
 
 def evaluate(model: Any, *, like: str | Path | None = None, tokenizer: Any = None, **options: Any) -> Facts:

@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,9 +30,24 @@ except ImportError:
     )
 from compress.errors import CompressError
 from compress.system import threads
-from compress.words.escape import json_text, terminal, terminal_lines
-
-MOST = 10**7  # tokens, samples or windows of one call
+from compress.verbs import sweep_command
+from compress.verbs.typed import (
+    MOST,
+    Budgets,
+    Json,
+    Model,
+    Network,
+    Processes,
+    RankTimeout,
+    RecipeName,
+    Set,
+    Sparsity,
+    TargetName,
+    Threads,
+    overridden,
+    show,
+)
+from compress.words.escape import terminal_lines
 
 app = typer.Typer(
     help="Makes a trained model smaller and faster on the device it is deployed to, and proves it.",
@@ -43,29 +58,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-Model = Annotated[str, typer.Argument(help="a name from `compress list models`, a hub id, a local folder or a GGUF")]
-RecipeName = Annotated[str, typer.Option("--recipe", "-r", help="a name from `compress list recipes`, or a YAML file")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="changes a recipe value; repeatable")]
-Json = Annotated[bool, typer.Option("--json", help="prints the result as JSON")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, max=4096, help="of each process  [default: as many as processors]")
-]
-Sparsity = Annotated[float | None, typer.Option(help="share of the backbone to remove; short for --set sparsity=")]
-Budgets = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--budget",
-        "-b",
-        metavar="FIGURE<=LIMIT",
-        help="in place of a sparsity, such as size<=0.8x, kv_cache@4096<=64MB, tpot<=0.7x; repeatable",
-    ),
-]
-TargetName = Annotated[
-    str | None, typer.Option("--target", "-t", help="a name from `compress list targets`, or a YAML file")
-]
-Network = Annotated[
-    str | None, typer.Option(metavar="FILE.py:FUNCTION", help="networks of a file of your own: its code is run")
-]
+GO_ON = ("prune", "sweep")  # verbs that many processes share, and that go on where they were stopped
 
 _debug = False
 _verb = ""
@@ -87,7 +80,7 @@ def _options(
 ) -> None:
     global _debug, _verb
     _debug, _verb = debug, context.invoked_subcommand or ""
-    if context.invoked_subcommand != "prune":
+    if context.invoked_subcommand not in GO_ON:
         from compress.processes import distributed
 
         # Under torchrun and the like: what the other verbs do is done once.
@@ -97,24 +90,6 @@ def _options(
     from compress.run.progress import busy
 
     context.with_resource(busy(_verb))
-
-
-def _finite(value: float) -> float:
-    """A bound alone lets what is no number pass, and a year of waiting is no timeout."""
-    if not value <= 31_536_000:
-        raise typer.BadParameter(f"{value} is not in the range 1<=x<=31536000 (a year).")
-    return value
-
-
-def _overrides(given: list[str] | None, sparsity: float | None, budgets: list[str] | None) -> list[str]:
-    import json
-
-    said = [f"sparsity={sparsity}"] if sparsity is not None else []
-    return [*(given or []), *said, *([f"budget={json.dumps(budgets)}"] if budgets else [])]
-
-
-def _show(facts: dict[str, Any], as_json: bool, lines: Callable[[dict[str, Any]], list[str]]) -> None:
-    print(json_text(facts) if as_json else "\n".join(map(terminal, lines(facts))))
 
 
 @app.command(
@@ -133,14 +108,8 @@ def prune(
         str, typer.Option(help="last stage: plan, recover, model, evaluation, export, bench, release")
     ] = "release",
     fresh: Annotated[bool, typer.Option("--fresh", help="forgets what an earlier run left in the folder")] = False,
-    processes: Annotated[
-        int | None,
-        typer.Option("--processes", "-n", min=1, max=4096, help="to start  [default: one per GPU, one without]"),
-    ] = None,
-    rank_timeout: Annotated[
-        float,
-        typer.Option(min=1, callback=_finite, help="seconds after which a process that does not answer is given up"),
-    ] = 1800.0,
+    processes: Processes = None,
+    rank_timeout: RankTimeout = 1800.0,
     threads_: Threads = None,
     json_: Json = False,
 ) -> None:
@@ -163,12 +132,15 @@ def prune(
         raise UsageError(f"unknown stage {until!r}", where="--until", fix=f"one of: {', '.join(STAGES)}")
     folder = out or Path("runs") / f"{Path(model).name}-{Path(recipe).stem}"
     command = shlex.join(["compress", *(a for a in sys.argv[1:] if a not in ("--fresh", "--json"))])
-    overrides = [*_overrides(set_, sparsity, budget), *([f"sweep=[{sweep}]"] if sweep is not None else [])]
+    overrides = [*overridden(set_, sparsity, budget), *([f"sweep=[{sweep}]"] if sweep is not None else [])]
     distributed.join(timedelta(seconds=rank_timeout))
     report = run(model, recipe, folder, overrides, fresh=fresh, until=until, command=command)
     if distributed.is_main():
-        _show({**report, "run": str(folder)}, json_, method_of(report["recipe"]).lines)
+        show({**report, "run": str(folder)}, json_, method_of(report["recipe"]).lines)
     distributed.leave()
+
+
+app.command("sweep", epilog=sweep_command.EPILOG)(sweep_command.sweep)
 
 
 @app.command(
@@ -192,8 +164,8 @@ def plan(
     from compress.pipeline import method_of
     from compress.verbs.common import plan as run
 
-    facts = run(model, recipe, _overrides(set_, sparsity, budget), on)
-    _show(facts, json_, method_of(facts).forecast_lines)
+    facts = run(model, recipe, overridden(set_, sparsity, budget), on)
+    show(facts, json_, method_of(facts).forecast_lines)
 
 
 @app.command(
@@ -223,7 +195,7 @@ def eval_(
     facts = evaluate(
         model, like, text=text, dialogues=dialogues, windows=windows, length=length, task=task, network=network
     )
-    _show(facts, json_, partial(lines, "evaluate"))
+    show(facts, json_, partial(lines, "evaluate"))
 
 
 @app.command(
@@ -279,7 +251,7 @@ def export(
         from compress.exporters.on_target import build_options
 
         asked.append(build_options(target))
-    _show(run(model, out, asked, network=network, like=like, inputs=inputs), json_, partial(lines, "export"))
+    show(run(model, out, asked, network=network, like=like, inputs=inputs), json_, partial(lines, "export"))
 
 
 @app.command(
@@ -305,7 +277,7 @@ def run_(
     from compress.verbs.generate import lines, measured, run
 
     facts = run(artefact, text, tokens=tokens, chat=chat, dense=dense, tokenizer=tokenizer)
-    _show(facts, json_, lines)
+    show(facts, json_, lines)
     for line in measured(facts):
         say(line)
 
@@ -354,7 +326,7 @@ def bench(
         if out is not None and beside is not None:
             with disk_errors(out):
                 write(facts, beside)
-    _show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
+    show(facts, json_, partial(lines, "bench") if target is None else bench_lines)
 
 
 @app.command(
@@ -428,7 +400,7 @@ def gate(
         if on_github():
             print(error_command(e), file=sys.stderr)
         raise
-    _show(record, json_, lines)
+    show(record, json_, lines)
     if on_github() and not self_test:
         print("\n".join(workflow_commands(record)), file=sys.stderr if json_ else sys.stdout)
     if record["exit_code"]:
@@ -459,7 +431,7 @@ def card(
             from compress.errors import UsageError
 
             raise UsageError("--out and --push do not go together", where="card", fix="the release is what is uploaded")
-        _show(
+        show(
             upload(run, push, public=public, replace=replace, network=network),
             json_,
             lambda f: [
@@ -474,7 +446,7 @@ def card(
         from compress.errors import UsageError
 
         raise UsageError("--public and --replace are for an upload", where="card", fix="name it: --push ORG/NAME")
-    _show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
+    show(write(run, out), json_, lambda f: [f"card     {f['card']}"])
 
 
 @app.command(epilog="Example:  compress report runs/demo --out report.html")
@@ -486,7 +458,7 @@ def report(
     """Writes the report of a run as one HTML file with plots that can be asked; it needs no server."""
     from compress.verbs.common import report_page
 
-    _show(report_page(run, out), json_, lambda f: [f"report   {f['html']}"])
+    show(report_page(run, out), json_, lambda f: [f"report   {f['html']}"])
 
 
 @app.command(epilog="Examples:  compress verify runs/demo --measure   |   compress verify org/name")
@@ -506,7 +478,7 @@ def verify(
     from compress.claims.verify import verify as run
 
     facts = run(model, network, measure=measure, like=like, dense=dense)
-    _show(facts, json_, lines)
+    show(facts, json_, lines)
     refuse_failed(facts)
 
 
@@ -518,7 +490,7 @@ def list_(
     """Lists recipes, models and targets."""
     from compress.verbs.common import listing
 
-    _show(
+    show(
         listing(what),
         json_,
         lambda f: [line for kind, rows in f.items() for line in (kind, *(f"  {n:16} {t}" for n, t in rows.items()))],
@@ -536,7 +508,7 @@ def doctor(target: TargetName = None, json_: Json = False) -> None:
         from compress.exporters.on_target import doctor as examine_target
 
         rows = examine_target(target)
-    _show(
+    show(
         {"parts": rows},
         json_,
         lambda f: [f"{r['state']:8} {r['part']:17} {r['detail']:28} {r['for']}" for r in f["parts"]],
@@ -644,7 +616,7 @@ def main() -> None:
         sys.exit(e.exit_code)
     except Stopped:
         if distributed.is_main():
-            goes_on = "; the same command goes on behind the last whole stage" if _verb == "prune" else ""
+            goes_on = "; the same command goes on behind the last whole stage" if _verb in GO_ON else ""
             print(f"\nstopped{goes_on}", file=sys.stderr)
         sys.exit(130)
     except distributed.Aborted:

@@ -46,7 +46,14 @@ _BEFORE = {"type": "float32", "batch_tokens": BATCH_TOKENS}
 
 
 class Method(Protocol):
-    """What a method is on one kind of model: a module of its folder that has these."""
+    """What a method is on one kind of model: a module of its folder that has these.
+
+    ``AMOUNT``: the key of its recipes that says how much goes, as a share. ``SHARED``: first parts of the names of
+    stages that are the same however much goes, where nothing else differs.
+    """
+
+    AMOUNT: str
+    SHARED: frozenset[str]
 
     def prepare(self, model: str, recipe: Any) -> Any:
         """A setup with ``recipe``, ``resolved`` and ``weights``, checked before any weight is read."""
@@ -100,11 +107,13 @@ def prune(
     until: str = STAGES[-1],
     command: str = "",
     ask: Callable[[Any], None] | None = None,
+    beside: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Runs the whole pipeline into the run folder ``out``, or goes on where an earlier call stopped.
 
     Args:
         ask: is given the set-up before anything is written, and raises where it is not what was meant.
+        beside: other run folders, whose stages are taken over where they were made from the same inputs.
 
     Returns:
         The report (up to the stage that was asked for).
@@ -130,7 +139,7 @@ def prune(
     checked: list[tuple[Method, Any]] = []
     distributed.main_says(lambda: checked.append(ready()))
     method, setup = checked[0] if checked else ready()
-    with Run.open(out, fresh) as run:
+    with Run.open(out, fresh, beside) as run:
         lock = run.folder / RECIPE_LOCK
         there, locked = distributed.main_says(lambda: _read_lock(lock))
         if isinstance(setup, Setup) and hasattr(setup.recipe, "compute"):

@@ -19,7 +19,7 @@ from tests.test_rooms import MODULES
 
 pytestmark = pytest.mark.usefixtures("done_once")
 
-VERBS = ("prune", "plan", "evaluate", "export", "bench", "gate", "generate", "verify", "load")
+VERBS = ("prune", "plan", "evaluate", "export", "bench", "gate", "generate", "verify", "load", "sweep")
 
 
 def test_every_name_is_what_it_says_after_every_room_is_imported() -> None:
@@ -44,7 +44,7 @@ def test_import_is_quick_since_nothing_heavy_comes_with_it() -> None:
 
 def test_every_verb_of_the_command_line_that_makes_something_is_there() -> None:
     typed = {c.name or c.callback.__name__.rstrip("_") for c in app.registered_commands if c.callback is not None}
-    assert {"prune", "plan", "eval", "export", "bench", "gate", "run", "verify"} <= typed
+    assert {"prune", "plan", "eval", "export", "bench", "gate", "run", "sweep", "verify"} <= typed
 
 
 def test_prune_gives_what_the_command_line_gives(job: Job, finished: Path, tmp_path: Path) -> None:

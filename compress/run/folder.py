@@ -16,7 +16,7 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from typing import Any
 from compress.errors import CompressError
 from compress.processes import distributed
 from compress.run.cache import sha256_of
+from compress.run.journal import Journal as Journal
+from compress.run.journal import Notes as Notes
 from compress.run.lock import Lock
 from compress.run.progress import busy
 from compress.run.seals import SEAL as SEAL
@@ -32,7 +34,6 @@ from compress.run.seals import fingerprint as fingerprint
 from compress.run.seals import read_seal as read_seal
 from compress.run.seals import seal_hash as seal_hash
 from compress.run.seals import verify_seal as verify_seal
-from compress.run.strict_json import parse_json, typed
 from compress.system import host
 from compress.system.files import DiskFull, disk_errors, settle
 
@@ -70,19 +71,22 @@ class Run:
     With several processes all open it and go through the same stages; the main one holds the lock and alone writes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, beside: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self._beside = tuple(beside)
         self._hashes = Hashes()
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, fresh: bool = False) -> Iterator[Run]:
+    def open(cls, folder: Path, fresh: bool = False, beside: Sequence[Path] = ()) -> Iterator[Run]:
         """Opens (or makes) a run folder and locks it; the lock dies with the process.
 
         What ends in an error before anything was sealed or noted leaves no folder that was not there.
 
         Args:
             fresh: forget what an earlier run left in the folder.
+            beside: other run folders. A stage that one of them has sealed from the same inputs is not made again: its
+                files are linked.
 
         Raises:
             CompressError: it cannot be written, another run holds it, or it holds something that is no run's.
@@ -99,7 +103,7 @@ class Run:
         try:
             distributed.main_says(hold)
             with _disk_errors(folder):
-                yield cls(folder)
+                yield cls(folder, beside)
         except BaseException:
             if distributed.is_main():
                 _leave_nothing(folder, made, bool(held))
@@ -173,7 +177,7 @@ class Run:
                     "this is no folder of a run, but a link or a file", where=str(place), fix="move it out of the run"
                 )
         if not folder.exists():
-            return False
+            return self._adopt(name, inputs, read)
         seal = read_seal(folder)
         if seal["stage"] != name:
             raise CompressError(
@@ -182,6 +186,36 @@ class Run:
         self._same_inputs(name, seal["inputs"], json.loads(json.dumps(inputs)))
         check_sealed(folder, seal, self._hashes.of if read else None)
         return True
+
+    def _adopt(self, name: str, inputs: Mapping[str, Any], read: bool) -> bool:
+        """Takes a stage over from a run beside this one that has sealed it from the same inputs; whether there is one.
+
+        Raises:
+            CompressError: it is not what was sealed.
+        """
+        wanted = json.loads(json.dumps(inputs))
+        for source in (run / name for run in self._beside):
+            if source.is_symlink() or not (source / SEAL).is_file():
+                continue
+            seal = read_seal(source)
+            if seal["stage"] != name or seal["inputs"] != wanted:
+                continue
+            check_sealed(source, seal, self._hashes.of if read else None)
+            with _disk_errors(self.folder):
+                partial = self._empty(name)
+                for file in (*seal["files"], SEAL):
+                    link(source / file, partial / file)
+                self._settle(name)
+            return True
+        return False
+
+    def _settle(self, name: str) -> None:
+        """What was being built becomes the stage's folder."""
+        folder, partial = self.folder / name, self._building(name)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        settle(partial, folder)
+        with contextlib.suppress(OSError):  # another stage is being built
+            partial.parent.rmdir()
 
     def _building(self, name: str) -> Path:
         return self.folder / BUILDING / f"{name.replace('/', '-')}.partial"
@@ -209,19 +243,19 @@ class Run:
                 "files": {key: {"bytes": p.stat().st_size, "sha256": hashes[key]} for key, p in files.items()},
             }
             (partial / SEAL).write_text(seal_text(facts), encoding="utf-8")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            settle(partial, folder)
-            with contextlib.suppress(OSError):  # another stage is being built
-                partial.parent.rmdir()
+            self._settle(name)
         for key, sha256 in hashes.items():
             self._hashes.learn(folder / key, sha256)
 
-    def is_sealed(self, name: str) -> bool:
-        """Whether the stage is there; `stage` says whether it is whole."""
-        return distributed.main_says(lambda: os.path.lexists(self.folder / name))
+    def is_sealed(self, name: str, inputs: Mapping[str, Any] | None = None) -> bool:
+        """Whether the stage is there, or can be taken from a run beside this one that has made it from ``inputs``;
+        `stage` says whether it is whole."""
+        return distributed.main_says(
+            lambda: os.path.lexists(self.folder / name) or (inputs is not None and self._adopt(name, inputs, False))
+        )
 
     def _same_inputs(self, name: str, before: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        changed = list(_differences(before, inputs))
+        changed = list(differences(before, inputs))
         if changed:
             raise CompressError(
                 f"the stage {name!r} was made from other inputs: {'; '.join(changed[:5])}"
@@ -280,63 +314,6 @@ def link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
-
-
-class Journal:
-    """An append-only file of JSON lines, each with a hash of itself. A last line that a kill cut short is dropped when
-    it is opened again.
-
-    Raises:
-        CompressError: another line is not as it was written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows: list[dict[str, Any]] = []
-        if path.exists():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole != len(data):
-                os.truncate(path, whole)
-            # Not splitlines: a damaged byte may be one of the others that it takes for an end.
-            lines = data[:whole].split(b"\n")[:-1]
-            self._rows = [self._row(number, line) for number, line in enumerate(lines, 1)]
-        self._file = path.open("ab")
-
-    def _row(self, number: int, line: bytes) -> dict[str, Any]:
-        what, fix = f"line {number}", "delete the file: what it notes is then measured again"
-        row = typed(
-            parse_json(line, what, str(self.path), constants=True, fix=fix), dict, "", what, str(self.path), fix
-        )
-        row.pop("check", None)
-        if _line(row) != line:
-            raise CompressError(f"{what} was changed since it was written", where=str(self.path), fix=fix)
-        return row
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._file.write(_line(row) + b"\n")
-        self._file.flush()
-        self._rows.append(row)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return self._rows
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps({**row, "check": fingerprint(row)[:16]}).encode()
-
-
-class Notes:
-    """The rows of another process's `Journal`, and what was added since; nothing is written."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
-
-    def append(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
-
-    def rows(self) -> list[dict[str, Any]]:
-        return self._rows
 
 
 def _await(folder: Path) -> None:
@@ -460,10 +437,11 @@ def _worth_keeping(folder: Path) -> bool:
     return False
 
 
-def _differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, at: str = "") -> Iterator[str]:
+    """What differs in two JSON-like values, key by key, as a person reads it."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
+            yield from differences(before.get(key), now.get(key), f"{at}.{key}" if at else key)
     elif before != now:
         yield f"{at} was {_short(before)}, now {_short(now)}"
 

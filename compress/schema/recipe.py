@@ -433,6 +433,16 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
         raise explain(e, task.recipe, places, (), name, extra=list(methods)) from None
 
 
+def layers_of(name: str) -> dict[str, Any]:
+    """The values of a recipe's file and of those it extends, as they stand there; nothing is checked but that they are
+    maps.
+
+    Raises:
+        UsageError: there is no such recipe, or it cannot be read.
+    """
+    return read_layers(_find(name), {}, _find)
+
+
 def load_section(path: Path, model: type[Section], what: str) -> Any:
     """A YAML file that is one section, checked as recipes are; ``what`` it is, for messages.
 

@@ -25,6 +25,13 @@ def small(difference: float) -> str:
     return f"{difference:.1e}" if difference else "0"
 
 
+def duration(seconds: float) -> str:
+    """A forecast's time: seconds, minutes or hours."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def milliseconds(seconds: float) -> str:
     value = 1000 * seconds
     if value >= 1000:

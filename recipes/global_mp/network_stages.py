@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
+AMOUNT = "sparsity"
+SHARED = frozenset({"dense", "evaluation-dense", "export-dense"})
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:

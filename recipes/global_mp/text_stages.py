@@ -34,6 +34,10 @@ __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 LAYOUT = "masked"
 
 
+AMOUNT = "sparsity"
+SHARED = frozenset({"text", "evaluation-dense", "export-dense"})
+
+
 def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict[str, Any]:
     """The stages up to ``until``; returns the report."""
     from compress.language.stages import describe_model

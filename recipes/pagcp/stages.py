@@ -53,6 +53,8 @@ __all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
 DECISION, GROUPS = "decision.json", "groups.json"
 SAME = 1e-4  # of masked against sliced outputs in float32, relative to the largest
+AMOUNT = "pagcp.flops"
+SHARED = frozenset({"dense", "evaluation-dense", "export-dense"})
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from compress.words.wording import duration
+
 
 def lines(report: dict[str, Any]) -> list[str]:
     from compress.report.build import run_line
@@ -41,12 +43,6 @@ def lines(report: dict[str, Any]) -> list[str]:
     return [*said, *figure_lines(rows(report)), *quantised_lines(report), run_line(report)]
 
 
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
 def _size(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count < 1e8 else f"{count / 1e9:.1f} GB"
 
@@ -65,7 +61,7 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         rows.append(
             (
                 row["stage"],
-                _time(row["seconds"]),
+                duration(row["seconds"]),
                 f"{row['bound_by']} {100 * row['bound_share']:.0f} %",
                 *((_size(row["gpu_bytes"]),) if gpu else ()),
                 _size(row["ram_bytes"]),
@@ -96,9 +92,9 @@ def forecast_lines(facts: dict[str, Any]) -> list[str]:
         f"{'; read once, a part by each process, in every stage' if facts['sharded'] else ''},"
         f" {_size(facts['dense_bytes'])} as stored",
         *table,
-        f"time     {_time(facts['seconds'])} up to the saved model, {_time(facts['seconds_low'])} to"
-        f" {_time(facts['seconds_high'])}"
-        + (f"; {_time(alone)} of it the main process works alone" if machine["processes"] > 1 else ""),
+        f"time     {duration(facts['seconds'])} up to the saved model, {duration(facts['seconds_low'])} to"
+        f" {duration(facts['seconds_high'])}"
+        + (f"; {duration(alone)} of it the main process works alone" if machine["processes"] > 1 else ""),
         "         (the interval is what forecasts of measured CPU runs were off by"
         + ("; of GPUs one small run was measured, so the peaks' own uncertainty comes on top)" if gpu else ")"),
         f"memory   {memory}" + (f"; {_size(facts['ram_bytes_node'])} a node" if machine["processes"] > 1 else ""),
@@ -168,5 +164,5 @@ def _beside_paper(facts: dict[str, Any]) -> list[str]:
         said.append(f"GPU memory {_size(facts['gpu_bytes'])} a process, {_size(paper['gpu_bytes'])} in all")
     if "search_seconds" in paper:
         ours = sum(r["seconds"] for r in facts["stages"] if r["stage"].startswith(("search", "singles")))
-        said.append(f"search {_time(ours)} here, {_time(paper['search_seconds'])} on the paper's GPU")
+        said.append(f"search {duration(ours)} here, {duration(paper['search_seconds'])} on the paper's GPU")
     return [f"paper    ours, the paper's: {one}" for one in said]

@@ -41,6 +41,22 @@ if TYPE_CHECKING:
     from compress.schema.recipe import Recipe
 
 
+AMOUNT = "sparsity"
+SHARED = frozenset(
+    {
+        "text",
+        "text-recover",
+        "metrics",
+        "supernet-1",
+        "singles-1",
+        "latency-table",
+        "evaluation-dense",
+        "curve",
+        "export-dense",
+    }
+)
+
+
 def stages(run: Run, setup: Setup, until: str, command: str) -> dict[str, Any]:
     from compress.recipes.tyr.prune import REFERENCE_TOKENS
 

@@ -66,7 +66,7 @@ def metrics_of(run: Run, job: Job) -> Metrics:
 
     # The backward pass goes from the last block to the first.
     left = layers
-    while left and run.is_sealed(f"metrics/block-{left - 1:03d}"):
+    while left and run.is_sealed(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}):
         run.stage(f"metrics/block-{left - 1:03d}", {**inputs, "block": left - 1}, never, read=False)
         left -= 1
     if left:
@@ -112,7 +112,7 @@ def walk(
     layers = job.geometry.layers
     scratch = run.scratch(name)
     sealed = 0
-    while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}"):
+    while sealed < layers and run.is_sealed(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}):
         # Raises where the sealed block was made from other inputs.
         run.stage(f"{name}/block-{sealed:03d}", {**inputs, "block": sealed}, never, read=False)
         sealed += 1
