@@ -10,7 +10,7 @@ from compress.report.plots import DENSE as GREY
 from compress.report.plots import PRUNED, QUIET, draw
 from compress.report.sweep import DENSE, NAME, Axis, Entry, Sweep
 from compress.system.files import whole_file, write_whole
-from compress.words.escape import block, caption, markdown
+from compress.words.escape import block, caption, code, markdown
 from compress.words.wording import milliseconds, number
 
 PAGE, PLOT = "README.md", "fronts.png"
@@ -87,7 +87,7 @@ def page(sweep: Sweep) -> list[str]:
     text = [
         f"# {markdown(sweep.model)} at {len(sweep.points)} budgets",
         "",
-        f"Recipe `{markdown(sweep.recipe_name)}`; quality is {markdown(q.name)}, {q.better} is better, of the pruned"
+        f"Recipe {code(sweep.recipe_name)}; quality is {markdown(q.name)}, {q.better} is better, of the pruned"
         f" models as they are saved{f' ({markdown(q.conditions)})' if q.conditions else ''}.",
         "",
         f"![Pareto fronts]({PLOT})",
@@ -98,7 +98,7 @@ def page(sweep: Sweep) -> list[str]:
     for i, entry in enumerate(sweep.entries):
         cells = [cost(axis, entry, sweep) for axis in sweep.axes]
         mark = marks(sweep, i)
-        row = [markdown(entry.name), q.shown(entry.quality), *cells, f"**{mark}**" if mark else ""]
+        row = [markdown(entry.name), q.shown(entry.quality), *cells, f"**{markdown(mark)}**" if mark else ""]
         text.append(f"| {' | '.join(row)} |")
     text += ["", *(f"- {markdown(one)}." for one in _notes(sweep)), "", "## Make a point", ""]
     for point in sweep.points:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,9 @@ def _here(folder: Path) -> Machine:
             ram=ram,
             disk=float(shutil.disk_usage(there).free),
             disk_read=None,
-            float32=speed(where, torch.float32),
-            float64=speed(where, torch.float64),
-            bandwidth=speed(where, torch.float32, copy=True),
+            float32=known(where, torch.float32),
+            float64=known(where, torch.float64),
+            bandwidth=known(where, torch.float32, copy=True),
             pcie=16e9,
             words="the GPU's speeds, measured now for half a second; its bus is taken to do 16 GB/s",
         )
@@ -213,7 +214,7 @@ def _here(folder: Path) -> Machine:
 
     def rate(dtype: Any, copy: bool = False) -> float:
         # In CPU time: how busy the machine is now does not matter.
-        return threads * speed(where, dtype, copy, time.process_time)
+        return threads * known(where, dtype, copy, time.process_time)
 
     copied = rate(torch.float32, copy=True)
     return Machine(
@@ -231,6 +232,12 @@ def _here(folder: Path) -> Machine:
         pcie=copied,
         words=f"speeds measured now for half a second, as if {threads} of {os.cpu_count()} cores were free",
     )
+
+
+@lru_cache
+def known(where: Any, dtype: Any, copy: bool = False, clock: Callable[[], float] = time.perf_counter) -> float:
+    """`speed`, measured once in a process: forecasts that stand side by side are of one machine."""
+    return speed(where, dtype, copy, clock)
 
 
 def speed(where: Any, dtype: Any, copy: bool = False, clock: Callable[[], float] = time.perf_counter) -> float:

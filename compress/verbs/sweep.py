@@ -45,6 +45,7 @@ class Asked:
     folder: str
     overrides: tuple[str, ...]
     words: tuple[str, ...]  # the same on the command line
+    same: frozenset[tuple[Any, ...]]  # what it asks for, however that is written
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,12 @@ def order(
             "precisions are those of a language model's GGUF",
             where="--precision",
             fix="leave --precision and --rival out",
+        )
+    if rivals and not precisions and not (layers.get("quantise") or {}).get("gguf"):
+        raise UsageError(
+            "rivals stand beside the points' own GGUFs, and no --precision is named",
+            where=f"--rival {rivals[0]}",
+            fix=f"--precision {rivals[0].split(',')[0]} builds the points in it, and the dense model",
         )
     known = METHODS.get(str(method), {}).get(str(task))
     amount = method_of({"method": method, "task": task}).AMOUNT if known is not None else "sparsity"
@@ -160,7 +167,13 @@ def _share(text: str, amount: str, layers: Mapping[str, Any]) -> Asked:
     if layers.get("budget") is not None:  # the share takes its place
         overrides.append("budget=null")
         words += ["--set", "budget=null"]
-    return Asked(f"{100 * value:g}%", f"{amount.split('.')[-1]}-{value!r}", tuple(overrides), tuple(words))
+    return Asked(
+        f"{100 * value:g}%",
+        f"{amount.split('.')[-1]}-{value!r}",
+        tuple(overrides),
+        tuple(words),
+        frozenset({("share", share)}),
+    )
 
 
 def _budget(text: str, bench: Any) -> Asked:
@@ -171,7 +184,8 @@ def _budget(text: str, bench: Any) -> Asked:
     said = [b.text for b in parsed]
     folder = "+".join(re.sub(r"[^A-Za-z0-9.@]+", "-", one).strip("-") for one in said)
     words = [word for one in said for word in ("-b", one)]
-    return Asked(", ".join(said), folder, (f"budget={json.dumps(said)}",), tuple(words))
+    same = frozenset((b.figure, b.length, b.kind, b.limit) for b in parsed)
+    return Asked(", ".join(said), folder, (f"budget={json.dumps(said)}",), tuple(words), same)
 
 
 def _check_points(points: Sequence[Asked]) -> None:
@@ -184,7 +198,7 @@ def _check_points(points: Sequence[Asked]) -> None:
     if len(points) > MOST:
         raise UsageError(f"these are {len(points)} points, of {MOST} at most", where="sweep", fix="name fewer")
     for i, point in enumerate(points):
-        if any(point.folder.lower() == other.folder.lower() for other in points[:i]):
+        if any(point.same == other.same or point.folder.lower() == other.folder.lower() for other in points[:i]):
             raise UsageError(f"the point {point.name} is named twice", where="sweep", fix="name it once")
 
 
@@ -271,7 +285,7 @@ def sweep(asked: Order, out: Path, *, fresh: bool = False) -> Sweep:
             say(line)
 
     distributed.main_says(ready)
-    with _held(out, asked, fresh):
+    with held(out, asked, fresh):
         reports = {}
         for number, point in enumerate(asked.points, 1):
             say(f"point {number} of {len(asked.points)}: {point.name}")
@@ -380,7 +394,7 @@ def runs_in(out: Path) -> list[Path]:
 
 
 @contextmanager
-def _held(out: Path, asked: Order, fresh: bool) -> Iterator[None]:
+def held(out: Path, asked: Order, fresh: bool) -> Iterator[None]:
     """The sweep's folder, locked, and found to be begun with the same options.
 
     Raises:

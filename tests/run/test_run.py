@@ -51,6 +51,40 @@ def test_a_changed_input_is_named_and_refused_and_fresh_forgets(tmp_path: Path) 
         run.stage("plan", {"weights": "aaa", "recipe": {"sparsity": 0.4}}, fill)
 
 
+def test_a_stage_of_a_run_beside_is_linked_where_its_inputs_are_the_same(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "a") as run:
+        run.stage("plan/block-0", {"weights": "aaa"}, fill)
+        run.stage("final", {"weights": "aaa"}, fill)
+    with Run.open(tmp_path / "b", beside=[tmp_path / "none", tmp_path / "a"]) as run:
+        assert not run.is_sealed("plan/block-0") and not run.is_sealed("plan/block-0", {"weights": "bbb"})
+        assert run.is_sealed("plan/block-0", {"weights": "aaa"})
+        run.stage("plan/block-0", {"weights": "aaa"}, never)
+        run.stage_together("final", {"weights": "aaa"}, never)
+        for name in ("plan/block-0", "final"):
+            for file in (tmp_path / "a" / name).iterdir():
+                assert file.samefile(tmp_path / "b" / name / file.name)
+        with pytest.raises(CompressError, match="made from other inputs"):
+            run.stage("final", {"weights": "bbb"}, fill)
+        assert not (tmp_path / "b" / ".building").exists()
+    with Run.open(tmp_path / "c", beside=[tmp_path / "a"]) as run:  # made here where they differ
+        assert not (run.stage("final", {"weights": "bbb"}, fill) / "seal.json").samefile(tmp_path / "a/final/seal.json")
+
+
+def test_a_stage_that_was_damaged_beside_is_named_and_not_taken(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "a") as run:
+        held = run.stage("plan", {}, fill)
+    file = next(path for path in held.iterdir() if path.name != "seal.json")
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    with Run.open(tmp_path / "b", beside=[tmp_path / "a"]) as run:
+        with pytest.raises(CompressError, match="was changed since") as error:
+            run.stage("plan", {}, fill)
+        assert error.value.where == str(file) and not (tmp_path / "b" / "plan").exists()
+
+
+def never(_: Path | None) -> None:
+    raise AssertionError("it was built again")
+
+
 def test_a_failed_build_leaves_no_stage(tmp_path: Path) -> None:
     def broken(folder: Path) -> None:
         fill(folder)
