@@ -118,10 +118,22 @@ def _budget(facts: dict[str, Any]) -> list[str]:
         ]
     return [
         f"budget   {named(row)}: {shown(row, 'asked')} of {shown(row, 'dense')}; {shown(row, 'floor')} stay at least"
+        + _by_table(row)
         if "asked" in row
         else f"budget   {named(row)}: what every shape takes is measured here when the run starts"
         for row in facts["budgets"]
     ]
+
+
+def _by_table(row: dict[str, Any]) -> str:
+    """Of a time that a table of an earlier run prices: when it was measured, and how far off it was."""
+    if "measured_on" not in row:
+        return ""
+    off = row["table_error"]
+    return (
+        f" (by the table that a run measured here on {row['measured_on']}, off by {100 * off['median']:.1f} % (median)"
+        f" and {100 * off['worst']:.1f} % at most; a run measures its own)"
+    )
 
 
 def named(row: dict[str, Any]) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.errors import CompressError
 from compress.schema.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -45,7 +49,10 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
     machine = find_machine(on, Path("runs"))
     setup = outline(model, recipe)
     job = job_for(setup, None, {})
-    target = check_budget(job)
+    if job.clock is not None:
+        job = _by_a_known_table(job)
+    with _by_what_table(job):
+        target = check_budget(job)
     if recipe.budget:
         say_kept(job)
     g, costs, options = setup.geometry, setup.costs, recipe.options
@@ -94,9 +101,38 @@ def forecast(model: str, recipe: Recipe, on: str = "this-machine") -> dict[str, 
     }
 
 
+def _by_a_known_table(job: Job) -> Job:
+    """The job with the limits of its times, where a run has measured such shapes on this machine."""
+    from compress.language.tables import priced
+    from compress.recipes.tyr.forecast import implied
+
+    assert job.clock is not None  # asked by the caller
+    found = priced(job.clock)
+    if found is None:
+        return job
+    limits, told = found
+    job = replace(job, limits=(*job.limits, *limits), told=told)
+    return replace(job, sparsity=implied(job))
+
+
+@contextmanager
+def _by_what_table(job: Job) -> Iterator[None]:
+    """A budget of a time that is refused by an earlier run's table says so."""
+    try:
+        yield
+    except CompressError as e:
+        told = [row for text, row in job.told.items() if text in e.where]
+        if told:
+            e.fix += (
+                f" (by a table measured here on {told[0]['measured_on']}; without {told[0]['kept']} plan knows none)"
+            )
+        raise
+
+
 def _budgets(setup: Setup, job: Job) -> list[dict[str, Any]]:
-    """What is asked of every budget, and the least there is; a time is priced when the run starts."""
-    from compress.language.limits import TIMES, parse
+    """What is asked of every budget, and the least there is; a time that no table prices is priced when the run
+    starts."""
+    from compress.language.limits import parse
     from compress.recipes.tyr.choice import smallest
     from compress.recipes.tyr.last_pass import budget_rows
 
@@ -104,7 +140,7 @@ def _budgets(setup: Setup, job: Job) -> list[dict[str, Any]]:
     budgets = parse(setup.recipe.budget or (), setup.recipe.bench)
     return [
         {k: v for k, v in known[b.text].items() if k != "table"}
-        if b.figure not in TIMES
+        if b.text in known
         else {"budget": b.text, "figure": b.figure, "length": b.length, "unit": "seconds"}
         for b in budgets
     ]

@@ -17,6 +17,8 @@ import numpy as np
 from compress import __version__
 from compress.language.latency import Levels, errors_of, key_of, timed_limits
 from compress.language.limits import TIMES
+from compress.language.tables import keep
+from compress.processes.distributed import main_says
 from compress.recipes.tyr.choice import Choice, Curves, Job, check_limits, counts_of, head_levels, settle, smallest
 from compress.recipes.tyr.supernet import neuron_counts
 from compress.run.folder import Run
@@ -59,6 +61,7 @@ def priced(run: Run, job: Job) -> Job:
     clock = job.clock
     folder = run.stage("latency-table", inputs, lambda f: clock.table(f, levels, dense))
     table = json.loads((folder / "table.json").read_text("utf-8"))
+    main_says(lambda: keep(clock, table))
     made = timed_limits(clock.setup, clock.budgets, table, run.seal_hash(folder))
     for found in made:
         off = errors_of(table, key_of(found.budget))

@@ -13,8 +13,15 @@ from safetensors import safe_open
 
 from compress.claims.budgets import budgets
 from compress.claims.verify import FAILS, HOLDS, OPEN, Subject
+from compress.language.latency import VOCABULARY, Clock
+from compress.language.setup import outline
+from compress.language.tables import keep
+from compress.pipeline import METHODS
+from compress.recipes.tyr.stages import job_for
+from compress.recipes.tyr.timed import levels_of
 from compress.report.build import finish, read_report
 from compress.run.folder import SEAL
+from compress.schema.recipe import load_recipe
 from tests.command import Job, Ran, compress, one_error, start
 
 pytestmark = pytest.mark.usefixtures("done_once")
@@ -137,6 +144,45 @@ def test_plan_says_what_is_asked_and_what_stays_at_least(job: Job) -> None:
     said = compress("plan", job.model, *words).out
     assert "budget   size<=0.8x: " in said and "stay at least" in said and "remove" not in said
     assert "tpot<=0.9x (at 24 tokens): what every shape takes is measured here" in said
+
+
+def test_plan_holds_a_time_against_a_table_that_a_run_has_measured(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+
+    def seconds(shape: tuple[int, int, int]) -> float:
+        return 0.001 * (shape[0] + shape[1]) + 0.0005 * shape[2]  # linear in parameters
+
+    def export(self: Clock, layers: Any, folder: Path, vocabulary: int | None = VOCABULARY) -> Path:
+        folder.mkdir()
+        (folder / "layers.json").write_text(json.dumps(layers))
+        return folder
+
+    def once(self: Clock, place: Path, sample: Any, seed: int, vocabulary: int | None) -> dict[str, float]:
+        return {"tpot@24": 0.02 + sum(map(seconds, json.loads((place / "layers.json").read_text())))}
+
+    monkeypatch.setattr(Clock, "_export", export)
+    monkeypatch.setattr(Clock, "_once", once)
+    recipe = load_recipe(str(job.recipe), METHODS, ["budget=['tpot<=0.9x']"])
+    planned = job_for(outline(str(job.model), recipe), None, {})
+    assert planned.clock is not None
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "layers.json").write_text(json.dumps([[10, 2, 48]] * 2))
+    planned.clock.table(tmp_path, levels_of(planned), tmp_path / "dense")
+    keep(planned.clock, json.loads((tmp_path / "table.json").read_text()))
+
+    words = ("plan", job.model, "--recipe", job.recipe)
+    (row,) = json.loads(compress(*words, "-b", "tpot<=0.9x", "--json").out)["budgets"]
+    dense, floor = 0.02 + 2 * (0.012 + 0.024), 0.02 + 0.002  # the first block keeps a head, for the cache
+    assert row["dense"] == pytest.approx(dense) and row["floor"] == pytest.approx(floor)
+    assert row["asked"] == pytest.approx(0.9 * dense) and row["table_error"]["worst"] < 1e-9
+    said = compress(*words, "-b", "tpot<=0.9x").out
+    assert "budget   tpot<=0.9x (at 24 tokens): 82.8 ms (0.9x) of 92.0 ms; 22.0 ms (0.2391x) stay at least (by" in said
+    below = compress(*words, "-b", "tpot<=0.2x")
+    one_error(below, 1, "22.0 ms (0.2391x) stay", "ask for tpot<=0.2392x at least (by a table measured here on")
+    (row,) = json.loads(compress(*words, "-b", "tpot@25<=0.9x", "--json").out)["budgets"]
+    assert "floor" not in row
 
 
 @pytest.mark.parametrize("verb", ["plan", "prune"])

@@ -4,7 +4,10 @@ given again ends with the same bytes."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from compress.report.sweep import read_sweep
 from compress.run import folder as run_folder
 from compress.run.folder import SEAL, sealed_folders
 from compress.verbs.sweep import held, order
-from tests.command import Job, Ran, compress, one_error
+from tests.command import Job, Ran, compress, one_error, start
+from tests.networks import write_class_folders
 
 pytestmark = pytest.mark.usefixtures("done_once")
 
@@ -328,3 +332,125 @@ def test_every_method_says_its_axis_and_what_is_shared() -> None:
         for task in tasks:
             method = method_of({"method": name, "task": task})
             assert method.AMOUNT in ("sparsity", "pagcp.flops") and "evaluation-dense" in method.SHARED
+
+
+@pytest.mark.skipif(not find_spec("xllamacpp"), reason="needs xllamacpp")
+def test_precisions_and_rivals_stand_beside_the_points(job: Job, mine: Path) -> None:
+    """The points go on from what is there: only their GGUFs are made."""
+    ran = sweep(job, mine, "--precision", "f16", "--rival", "q4_0")
+    assert ran.code == 0, ran.err
+    found = read_sweep(mine)
+    assert found.until == "quantise"
+    assert [e.name for e in found.entries if e.precision] == [
+        "dense, gguf f16", "dense, gguf q4_0", "40%, gguf f16", "size<=0.9x, kv_cache@100<=0.8x, gguf f16",
+    ]  # fmt: skip
+    rows = read(mine / FOLDERS[0] / "quantised-gguf-f16" / "quantised.json")
+    (entry,) = (e for e in found.entries if e.name == "40%, gguf f16")
+    assert (entry.quality, entry.costs) == (rows["pruned"]["perplexity"], {"bytes": rows["pruned"]["bytes"]})
+    sizes = next(axis for axis in found.axes if axis.key == "bytes")
+    pairs = [(e.quality, e.costs["bytes"]) for e in found.entries]
+    assert sorted(sizes.front) == [
+        i for i, a in enumerate(pairs) if not any(b[0] <= a[0] and b[1] <= a[1] for b in pairs if b != a)
+    ]
+    parameters = next(axis for axis in found.axes if axis.key == "parameters")
+    assert not any(found.entries[i].precision for i in parameters.front)
+    # The dense rival is of no point, and made once.
+    assert len({(mine / f / "quantised-gguf-q4_0" / SEAL).stat().st_ino for f in FOLDERS}) == 1
+    assert "dense, gguf q4\\_0" in (mine / "README.md").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, networks, and a recipe of each method on them."""
+    folder = tmp_path_factory.mktemp("networks")
+    write_class_folders(folder / "data", 30, 12)
+    (folder / "mine.py").write_text("from compress.models.zoo.resnet32 import resnet\n\n"
+                                    "def small(classes=3):\n    return resnet(8, classes, 8)\n")  # fmt: skip
+    lines = (
+        "extends: {}\narguments: {{}}\ndata: {{folder: {}/data, size: 12}}\nexport: null\nbench: null\n"
+        "train: {{epochs: 1, batch: 16, lr: 0.05, warmup_epochs: 0}}\nfinetune: {}\n{}\n"
+    )
+    again = "{epochs: 1, batch: 16, lr: 0.02, warmup_epochs: 0}"
+    (folder / "masks.yaml").write_text(lines.format("global-mp-network", folder, "null", ""))
+    (folder / "cuts.yaml").write_text(
+        lines.format("pagcp", folder, again, "pagcp: {flops: 0.4, rounds: 1, between: 0, round_to: 4, batch: 16}")
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("recipe", "folders", "axes"),
+    [
+        ("masks", ["sparsity-0.5", "sparsity-0.8"], ["parameters", "bytes", "FLOPs"]),
+        pytest.param("cuts", ["flops-0.5", "flops-0.8"], ["parameters", "bytes", "FLOPs"], marks=pytest.mark.slow),
+    ],
+)
+def test_networks_take_part_with_their_own_axis_and_are_trained_once(
+    recipe: str, folders: list[str], axes: list[str], networks: Path, tmp_path: Path
+) -> None:
+    ran = compress(
+        "sweep", f"{networks}/mine.py:small", "-r", networks / f"{recipe}.yaml", "--at", "50%,80%",
+        "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert ran.code == 0, ran.err
+    found = read_sweep(tmp_path / "o")
+    assert [p.folder for p in found.points] == folders and [a.key for a in found.axes] == axes
+    first, second = (tmp_path / "o" / name for name in folders)
+    for stage in ("dense", "evaluation-dense"):
+        assert (first / stage / SEAL).samefile(second / stage / SEAL)
+    dense, *points = found.entries
+    assert found.quality.name == "accuracy, class" and found.quality.better == "higher"
+    assert all(p.costs[key] < dense.costs[key] for p in points for key in axes)
+    for point, share in zip(points, (0.5, 0.8), strict=True):
+        key = "FLOPs" if recipe == "cuts" else "parameters"
+        assert point.costs[key] / dense.costs[key] == pytest.approx(1 - share, abs=0.1)
+
+
+def test_what_networks_do_not_take_is_refused(networks: Path, tmp_path: Path) -> None:
+    def refused(recipe: str, *words: object, parts: tuple[str, ...]) -> None:
+        path = networks / f"{recipe}.yaml"
+        ran = compress("sweep", f"{networks}/mine.py:small", "-r", path, *words, "--out", tmp_path / "o")
+        one_error(ran, 2 if "point" not in parts[0] else 1, *parts)
+        assert not (tmp_path / "o").exists()
+
+    refused("cuts", "-b", "size<=0.8x", "-b", "size<=0.7x", parts=("pagcp keeps no budgets: its axis is pagcp.flops",))
+    refused(
+        "masks", "-b", "size<=0.8x", "-b", "size<=0.7x", parts=("global-mp keeps no budgets: its axis is sparsity",)
+    )
+    refused("masks", "--at", "50%,80%", "--precision", "q8_0", parts=("of a language model's GGUF",))
+    refused("cuts", "--at", "50%,80%", "--set", "pagcp.flops=0.3", parts=("and pagcp.flops says it for all",))
+    refused("cuts", "--at", "50%,99.9%", parts=("point 99.9%: 99.9 % of the FLOPs cannot go", "ask for"))
+
+
+@pytest.mark.slow
+def test_two_processes_sweep_as_one_does(job: Job, swept: Path, tmp_path: Path) -> None:
+    words = ("sweep", job.model, "-r", job.recipe, *POINTS, *SETTINGS, "--out", tmp_path / "all", "--processes", 2)
+    process = start(*words, OMP_NUM_THREADS="1")
+    said, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert said.count("best for its") == 1 and elsewhere(tmp_path / "all") == elsewhere(swept)
+    for name in (f"{folder}/{result}" for folder in FOLDERS for result in RESULTS[:5]):
+        assert (tmp_path / "all" / name).read_bytes() == (swept / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
+    job: Job, swept: Path, tmp_path: Path
+) -> None:
+    """SIGKILL, ever further on: behind so many seals of all points."""
+    out = tmp_path / "all"
+    words = ("sweep", job.model, "-r", job.recipe, *POINTS, *SETTINGS, "--out", out)
+    kills = 0
+    for wanted in (1, 5, 9, 12, 15, 19, 22):
+        process = start(*words, OMP_NUM_THREADS="1")
+        while process.poll() is None and sum(SEAL in files for _, _, files in os.walk(out)) < wanted:
+            time.sleep(0.005)
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+    assert kills >= 5
+    ran = sweep(job, out)
+    assert ran.code == 0, ran.err
+    for name in (f"{folder}/{result}" for folder in FOLDERS for result in RESULTS):
+        assert (out / name).read_bytes() == (swept / name).read_bytes(), name
+    assert elsewhere(out) == elsewhere(swept)

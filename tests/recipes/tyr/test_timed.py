@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.language import latency
+from compress.language import latency, tables
 from compress.language.latency import Clock, Levels, check_times, errors_of, prices_of, shaped
 from compress.language.limits import parse
 from compress.language.plan import Plan
@@ -51,8 +51,9 @@ def machine(layers: Sequence[tuple[int, int, int]], wide: int | None, crowd: flo
 
 
 @pytest.fixture
-def faked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, int]]:
+def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, int]]:
     """Lets every clock read the made-up machine; what was exported and timed is counted."""
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
 
     def fake(crowd: float = 0.0, noise: float = 0.0) -> dict[str, int]:
         done = {"exports": 0, "times": 0}
@@ -277,3 +278,45 @@ def test_models_whose_times_no_shape_prices_are_refused() -> None:
         setup.recipe = SimpleNamespace(**{**vars(setup.recipe), **changed})
         with pytest.raises(CompressError, match="one of them is null"):
             check_times(setup)
+
+
+def test_a_run_s_table_is_kept_for_plans_of_the_same_shapes_lengths_and_machine(
+    faked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faked()
+    job = job_of(tmp_path, "tpot<=0.75x", "ttft<=0.9x")
+    assert job.clock is not None and tables.priced(job.clock) is None
+    with Run.open(tmp_path / "run") as run:
+        limits = timed.priced(run, job).limits
+    fewer = replace(job.clock, budgets=parse(["tpot<=0.5x"], BENCH))
+    found = tables.priced(fewer)
+    assert found is not None
+    (limit,), told = found
+    assert limit.dense == limits[0].dense == round(1e12 * machine([(10, 2, 48)] * 4, None)["tpot@16"])
+    assert [limit.prices.attention(0, *h) for h in ((2, 5), (1, 3))] == [
+        limits[0].prices.attention(0, *h) for h in ((2, 5), (1, 3))
+    ]
+    assert told["tpot<=0.5x"]["table_error"]["models"] == latency.CHECKS
+    # Another length, another vocabulary, another machine: nothing is known.
+    assert tables.priced(replace(job.clock, budgets=parse(["tpot@17<=0.5x"], BENCH))) is None
+    setup = SimpleNamespace(**{**vars(job.clock.setup), "geometry": replace(job.clock.setup.geometry, vocab=301)})
+    assert tables.priced(replace(job.clock, setup=setup)) is None
+    monkeypatch.setattr("compress.system.host.processor", lambda: "another")
+    assert tables.priced(fewer) is None
+    monkeypatch.undo()
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache" / "latency-tables").iterdir()
+    file.write_text(file.read_text().replace('"measured": "2', '"measured": "3'))
+    with pytest.raises(CompressError, match="changed since it was written") as error:
+        tables.priced(fewer)
+    assert error.value.where == str(file) and "delete it" in error.value.fix
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_costs_the_run_nothing(
+    faked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faked()
+    monkeypatch.setenv("COMPRESS_CACHE", "/proc/none")
+    with Run.open(tmp_path / "run") as run:
+        assert timed.priced(run, job_of(tmp_path, "tpot<=0.75x")).limits
+    assert "the latency table is not kept" in capsys.readouterr().err
