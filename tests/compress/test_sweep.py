@@ -381,15 +381,15 @@ def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("recipe", "folders", "axes"),
     [
-        ("masks", ["sparsity-0.5", "sparsity-0.8"], ["parameters", "bytes", "FLOPs"]),
-        pytest.param("cuts", ["flops-0.5", "flops-0.8"], ["parameters", "bytes", "FLOPs"], marks=pytest.mark.slow),
+        ("masks", ["sparsity-0.5", "sparsity-0.7"], ["parameters", "bytes", "FLOPs"]),
+        pytest.param("cuts", ["flops-0.5", "flops-0.7"], ["parameters", "bytes", "FLOPs"], marks=pytest.mark.slow),
     ],
 )
 def test_networks_take_part_with_their_own_axis_and_are_trained_once(
     recipe: str, folders: list[str], axes: list[str], networks: Path, tmp_path: Path
 ) -> None:
     ran = compress(
-        "sweep", f"{networks}/mine.py:small", "-r", networks / f"{recipe}.yaml", "--at", "50%,80%",
+        "sweep", f"{networks}/mine.py:small", "-r", networks / f"{recipe}.yaml", "--at", "50%,70%",
         "--out", tmp_path / "o",
     )  # fmt: skip
     assert ran.code == 0, ran.err
@@ -401,7 +401,7 @@ def test_networks_take_part_with_their_own_axis_and_are_trained_once(
     dense, *points = found.entries
     assert found.quality.name == "accuracy, class" and found.quality.better == "higher"
     assert all(p.costs[key] < dense.costs[key] for p in points for key in axes)
-    for point, share in zip(points, (0.5, 0.8), strict=True):
+    for point, share in zip(points, (0.5, 0.7), strict=True):
         key = "FLOPs" if recipe == "cuts" else "parameters"
         assert point.costs[key] / dense.costs[key] == pytest.approx(1 - share, abs=0.1)
 
