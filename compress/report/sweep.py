@@ -20,7 +20,7 @@ from compress.report.rows import Better, Row, Unit, here, judges, rows
 from compress.run.seals import fingerprint
 from compress.run.strict_json import read_json, typed
 
-VERSION = 1
+VERSION = 1  # of sweep.json
 NAME = "sweep.json"
 DENSE = "dense"  # the name of the model that the points are made of
 AXES = ("parameters", "bytes", "FLOPs", "tpot", "ttft", "latency")  # in the order of tables and plots
@@ -106,7 +106,7 @@ class Point(_Strict):
 class Sweep(_Strict):
     """``sweep.json``. ``recipe`` is what all points have in common, with every value."""
 
-    schema_version: Literal[1] = VERSION
+    schema_version: Literal[1] = 1
     model: str
     weights: str
     recipe_name: str

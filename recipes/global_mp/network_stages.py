@@ -43,9 +43,9 @@ from compress.words.wording import small
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
-AMOUNT = "sparsity"
-SHARED = frozenset({"dense", "evaluation-dense", "export-dense"})
+__all__ = ["AMOUNT", "SHARED", "card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
+AMOUNT: str = "sparsity"
+SHARED: frozenset[str] = frozenset({"dense", "evaluation-dense", "export-dense"})
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:

@@ -29,13 +29,13 @@ from compress.words.wording import small
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
+__all__ = ["AMOUNT", "SHARED", "card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
 LAYOUT = "masked"
 
 
-AMOUNT = "sparsity"
-SHARED = frozenset({"text", "evaluation-dense", "export-dense"})
+AMOUNT: str = "sparsity"
+SHARED: frozenset[str] = frozenset({"text", "evaluation-dense", "export-dense"})
 
 
 def stages(run: Run, setup: Setup[TextRecipe], until: str, command: str) -> dict[str, Any]:

@@ -49,12 +49,12 @@ if TYPE_CHECKING:
     from compress.recipes.pagcp.options import Tolerance
     from compress.recipes.pagcp.oracle import Judge
 
-__all__ = ["card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
+__all__ = ["AMOUNT", "SHARED", "card", "forecast", "forecast_lines", "lines", "prepare", "stages"]
 
 DECISION, GROUPS = "decision.json", "groups.json"
 SAME = 1e-4  # of masked against sliced outputs in float32, relative to the largest
-AMOUNT = "pagcp.flops"
-SHARED = frozenset({"dense", "evaluation-dense", "export-dense"})
+AMOUNT: str = "pagcp.flops"
+SHARED: frozenset[str] = frozenset({"dense", "evaluation-dense", "export-dense"})
 
 
 def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:

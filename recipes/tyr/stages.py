@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from compress.schema.recipe import Recipe
 
 
-AMOUNT = "sparsity"
-SHARED = frozenset(
+AMOUNT: str = "sparsity"
+SHARED: frozenset[str] = frozenset(
     {
         "text",
         "text-recover",
