@@ -188,7 +188,7 @@ def sweep(
         at: shares that go, a point each: ``0.25`` or ``"25%"``; of ``pagcp`` the share of FLOPs.
         budgets: a point each: ``"size<=0.8x"``, or a list of those that hold together.
         precisions: of GGUFs that every point and the dense model are built in; ``rivals``: the dense model alone.
-        until: the stage that every point is taken to; ``evaluation``, or ``quantise`` where there are precisions.
+        until: the stage that every point is taken to; by default the first that measures all that is asked for.
         fresh, settings, progress, overrides: as for `prune`.
 
     Raises:

@@ -104,10 +104,12 @@ class Point(_Strict):
 
 
 class Sweep(_Strict):
-    """``sweep.json``. ``recipe`` is what all points have in common, with every value."""
+    """``sweep.json``. ``recipe`` is what all points have in common, with every value;
+    ``asked_model`` is the model as it was named, ``model`` what its report calls it."""
 
     schema_version: Literal[1] = 1
     model: str
+    asked_model: str
     weights: str
     recipe_name: str
     settings: list[str]

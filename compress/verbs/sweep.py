@@ -32,7 +32,6 @@ from compress.schema.strict_yaml import parse_yaml
 from compress.words.wording import duration, megabytes
 
 FEWEST, MOST = 2, 64  # points of a sweep
-SHOWN = 4  # points whose budget a forecast says with the first's
 EXAMPLE = "--at 12.5%,25%,50%"
 OWN_FILES = (NAME, PAGE, PLOT)
 
@@ -46,6 +45,7 @@ class Asked:
     overrides: tuple[str, ...]
     words: tuple[str, ...]  # the same on the command line
     same: frozenset[tuple[Any, ...]]  # what it asks for, however that is written
+    timed: bool = False  # it asks for a time
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def order(
         at: shares, such as ``25%`` or ``0.25``, a point each; several may stand in one, behind commas.
         budgets: a point each, such as ``size<=0.8x``; those that hold together in one point stand behind commas.
         precisions: of a GGUF that every point is built in as well; ``rivals``: that the dense model alone is built in.
-        until: the stage that every point is taken to; by default ``evaluation``, or ``quantise`` where the recipe does.
+        until: the stage that every point is taken to; by default the first that measures all that is asked for:
+            ``evaluation``, ``bench`` where a budget is of a time, ``quantise`` where there are precisions.
 
     Raises:
         UsageError: fewer than two points, the same one twice, one that contradicts the recipe or its settings, or a
@@ -90,24 +91,12 @@ def order(
     given = [*settings, *more]
     layers = layers_of(recipe_name)
     method, task = layers.get("method"), layers.get("task", TEXT)
-    if more and task != TEXT:
-        raise UsageError(
-            "precisions are those of a language model's GGUF",
-            where="--precision",
-            fix="leave --precision and --rival out",
-        )
-    if rivals and not precisions and not (layers.get("quantise") or {}).get("gguf"):
-        raise UsageError(
-            "rivals stand beside the points' own GGUFs, and no --precision is named",
-            where=f"--rival {rivals[0]}",
-            fix=f"--precision {rivals[0].split(',')[0]} builds the points in it, and the dense model",
-        )
     known = METHODS.get(str(method), {}).get(str(task))
     amount = method_of({"method": method, "task": task}).AMOUNT if known is not None else "sparsity"
     _refuse_amounts(settings, amount)
-    takes_budgets = known is not None and issubclass(known.recipe, Recipe)
+    _check_precisions(precisions, rivals, [*settings, *layers], str(task))
     points = [_share(text, amount, layers) for one in at for text in one.split(",")]
-    if budgets and not takes_budgets:
+    if budgets and not (known is not None and issubclass(known.recipe, Recipe)):
         raise UsageError(
             f"{method} keeps no budgets: its axis is {amount}, a share", where=f"--budget {budgets[0]!r}", fix=EXAMPLE
         )
@@ -117,22 +106,46 @@ def order(
     points += [_budget(one, bench) for one in budgets]
     _check_points(points)
     recipes = [load_recipe(recipe_name, METHODS, [*given, *point.overrides]) for point in points]
-    first = recipes[0]
-    if until is None:
-        until = "quantise" if getattr(first, "quantise", None) is not None else "evaluation"
-    if until not in STAGES[STAGES.index("evaluation") :]:
+    stage = _until(until, recipes[0], any(point.timed for point in points), bool(more))
+    return Order(model, recipe_name, tuple(given), tuple(points), stage, recipes[0])
+
+
+def _check_precisions(precisions: Sequence[str], rivals: Sequence[str], said: Sequence[str], task: str) -> None:
+    """``said``: keys of the recipe, and its settings."""
+    if (precisions or rivals) and task != TEXT:
         raise UsageError(
-            f"a point is judged behind its evaluation, and {until!r} is no stage from there on",
-            where="--until",
-            fix=f"one of: {', '.join(STAGES[STAGES.index('evaluation') :])}",
+            "precisions are those of a language model's GGUF",
+            where="--precision",
+            fix="leave --precision and --rival out",
         )
-    if more and STAGES.index(until) < STAGES.index("quantise"):
+    if rivals and not precisions and not any(text.startswith("quantise") for text in said):
         raise UsageError(
-            f"precisions are built in the stage quantise, and --until {until} stops before it",
-            where="--until",
-            fix="leave --until out, or say quantise",
+            "rivals stand beside the points' own GGUFs, and no --precision is named",
+            where=f"--rival {rivals[0]}",
+            fix=f"--precision {rivals[0].split(',')[0]} builds the points in it, and the dense model",
         )
-    return Order(model, recipe_name, tuple(given), tuple(points), until, first)
+
+
+def _until(asked: str | None, recipe: AnyRecipe, timed: bool, precise: bool) -> str:
+    """The stage that every point is taken to: the last that was asked for, or the first that measures all that is."""
+    able = STAGES[STAGES.index("evaluation") :]
+    if asked is None:
+        quantised = getattr(recipe, "quantise", None) is not None
+        return "quantise" if quantised else "bench" if timed else "evaluation"
+    if asked not in able:
+        raise UsageError(
+            f"a point is judged behind its evaluation, and {asked!r} is no stage from there on",
+            where="--until",
+            fix=f"one of: {', '.join(able)}",
+        )
+    for wanted, last, what in ((precise, "quantise", "precisions are built"), (timed, "bench", "times are measured")):
+        if wanted and STAGES.index(asked) < STAGES.index(last):
+            raise UsageError(
+                f"{what} in the stage {last}, and --until {asked} stops before it",
+                where="--until",
+                fix=f"leave --until out, or say {last}",
+            )
+    return asked
 
 
 def _refuse_amounts(settings: Sequence[str], amount: str) -> None:
@@ -178,14 +191,21 @@ def _share(text: str, amount: str, layers: Mapping[str, Any]) -> Asked:
 
 def _budget(text: str, bench: Any) -> Asked:
     """A point that keeps one budget or several."""
-    from compress.language.limits import parse
+    from compress.language.limits import TIMES, parse
 
     parsed = parse(text.split(","), bench)
     said = [b.text for b in parsed]
     folder = "+".join(re.sub(r"[^A-Za-z0-9.@]+", "-", one).strip("-") for one in said)
     words = [word for one in said for word in ("-b", one)]
     same = frozenset((b.figure, b.length, b.kind, b.limit) for b in parsed)
-    return Asked(", ".join(said), folder, (f"budget={json.dumps(said)}",), tuple(words), same)
+    return Asked(
+        ", ".join(said),
+        folder,
+        (f"budget={json.dumps(said)}",),
+        tuple(words),
+        same,
+        any(b.figure in TIMES for b in parsed),
+    )
 
 
 def _check_points(points: Sequence[Asked]) -> None:
@@ -316,6 +336,7 @@ def _written(asked: Order, out: Path, reports: Mapping[str, Mapping[str, Any]]) 
     first = next(iter(reports.values()))
     return Sweep(
         model=first["model"]["name"],
+        asked_model=asked.model,
         weights=first["model"]["sha256"],
         recipe_name=asked.recipe_name,
         settings=list(asked.settings),
@@ -362,7 +383,7 @@ def pick(out: Path, name: str) -> tuple[Point, dict[str, Any]]:
         raise CompressError(f"{NAME} names a folder outside its own", where=point.folder, fix="make the sweep again")
     with Run.open(out):
         report = prune(
-            _model_of(point),
+            made.asked_model,
             made.recipe_name,
             folder,
             [*made.settings, *point.overrides],
@@ -370,11 +391,6 @@ def pick(out: Path, name: str) -> tuple[Point, dict[str, Any]]:
             beside=[run for run in runs_in(out) if run != folder],
         )
     return point, report
-
-
-def _model_of(point: Point) -> str:
-    """The model as it was named on the command line, where a report holds the name that it goes by."""
-    return shlex.split(point.make)[2]
 
 
 def common(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -275,6 +275,7 @@ def test_fresh_forgets_every_point_and_nothing_else(job: Job, mine: Path) -> Non
         (("--at", "20%,40%", "--rival", "q4_k_m"), 2, ("no --precision is named", "--precision q4_k_m")),
         (("--at", "20%,40%", "--until", "plan"), 2, ("no stage from there on", "evaluation, export")),
         (("--at", "20%,40%", "--precision", "f16", "--until", "evaluation"), 2, ("stops before it",)),
+        (("-b", "tpot<=0.8x", "-b", "tpot<=0.7x", "--until", "export"), 2, ("times are measured in the stage bench",)),
         (("--at", "20%,40%", "--set", "tyr.levells=3"), 2, ("unknown key 'levells'",)),
         (("--at", "5%,60%", "--set", "tyr.attention=false"), 1, ("point 60%:", "asks to remove", "at most")),
         (("-b", "size<=0.8x", "-b", "kv_cache<=0.01x"), 1, ("point kv_cache<=0.01x:", "ask for kv_cache<=0.25")),
@@ -318,6 +319,17 @@ def test_plan_says_what_a_sweep_takes_and_reads_no_weight(job: Job, tmp_path: Pa
     assert max(alone) < facts["seconds"] < sum(alone)
     said = compress(*words).out
     assert "shared   text, metrics, supernet-1, singles-1: made once" in said and "sweep    2 points" in said
+
+
+def test_a_point_is_taken_as_far_as_what_is_asked_for_is_measured(job: Job) -> None:
+    def until(**more: Any) -> str:
+        return order("model", str(job.recipe), [], **more).until
+
+    assert until(at=["20%,30%"]) == until(budgets=["size<=0.8x", "size<=0.7x"]) == "evaluation"
+    assert until(budgets=["size<=0.8x,tpot<=0.9x", "size<=0.7x"]) == "bench"
+    assert (
+        until(at=["20%,30%"], precisions=["f16"]) == "quantise" and until(at=["20%,30%"], until="release") == "release"
+    )
 
 
 def test_a_recipe_with_a_budget_gives_way_to_shares(job: Job, tmp_path: Path) -> None:

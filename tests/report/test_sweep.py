@@ -108,7 +108,8 @@ def test_hostile_names_stay_in_their_cells() -> None:
     point = {"overrides": [], "folder": "a", "make": "compress prune", "pick": "compress sweep a --pick b", "rows": []}
     made = Sweep.model_validate(
         {
-            "model": bad, "weights": "", "recipe_name": bad, "settings": [], "recipe": {}, "until": "evaluation",
+            "model": bad, "asked_model": bad, "weights": "", "recipe_name": bad,
+            "settings": [], "recipe": {}, "until": "evaluation",
             "quality": {"name": bad, "unit": "score", "better": "higher"},
             "points": [{**point, "name": bad}, {**point, "name": "b"}],
             "entries": [{"point": bad, "quality": 0.5, "costs": {"bytes": 5}}],
