@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.errors import CompressError
 from compress.language.latency import Clock, errors_of, key_of, timed_limits
-from compress.run.cache import cache_dir
+from compress.run.cache import cache_dir, cache_place
 from compress.run.progress import say
 from compress.run.seals import fingerprint
 from compress.run.strict_json import member, read_json, typed
@@ -49,7 +49,7 @@ def known(clock: Clock) -> tuple[Mapping[str, Any], str, Path] | None:
         CompressError: one that is there was changed, or cannot be read.
     """
     asked, keys = _of(clock), {key_of(b) for b in clock.budgets}
-    folder = cache_dir() / FOLDER
+    folder = cache_place() / FOLDER  # which is looked into, and not made
     found = [(_read(path), path) for path in sorted(folder.glob("*.json"))] if folder.is_dir() else []
     able = [(f, path) for f, path in found if f["of"] == asked and keys <= set(f["table"]["dense"])]
     if not able:

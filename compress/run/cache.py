@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def cache_place() -> Path:
+    """``$COMPRESS_CACHE``, else ``$XDG_CACHE_HOME/compress``, else ``~/.cache/compress``."""
+    named = os.environ.get("COMPRESS_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+
+
 def cache_dir() -> Path:
-    """``$COMPRESS_CACHE``, else ``$XDG_CACHE_HOME/compress``, else ``~/.cache/compress``; made if it is not there.
+    """`cache_place`; made if it is not there.
 
     Raises:
         CompressError: it cannot be made.
     """
-    named = os.environ.get("COMPRESS_CACHE")
-    folder = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compress"
+    folder = cache_place()
     with disk_errors(folder, "the cache", fix="name another folder: COMPRESS_CACHE=FOLDER"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -18,7 +18,7 @@ from tests.command import Job, compress, one_error
 
 pytestmark = pytest.mark.usefixtures("done_once")
 
-VERBS = ("prune", "plan", "eval", "export", "bench", "gate", "card", "report", "verify", "list", "doctor")
+VERBS = ("prune", "sweep", "plan", "eval", "export", "bench", "gate", "card", "report", "verify", "list", "doctor")
 HEAVY = ("torch", "transformers", "numpy", "onnx", "onnxruntime", "safetensors", "matplotlib", "pydantic", "yaml")
 
 
@@ -67,6 +67,7 @@ def test_json_stands_alone_on_standard_output(job: Job, finished: Path, tmp_path
     small = ("--prompt", 8, "--context", 8, "--processes", 1, "--threads", 1)
     commands: dict[str, tuple[object, ...]] = {
         "prune": (job.model, "--recipe", job.recipe, "--out", tmp_path / "run", "--until", "plan"),
+        "sweep": (job.model, "--recipe", job.recipe, "--at", "20%,40%", "--plan"),
         "plan": (job.model, "--recipe", job.recipe),
         "eval": (finished, "--like", finished),
         "export": (finished, "--out", export),

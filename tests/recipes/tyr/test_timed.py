@@ -319,4 +319,5 @@ def test_a_cache_that_cannot_be_written_is_said_and_costs_the_run_nothing(
     monkeypatch.setenv("COMPRESS_CACHE", "/proc/none")
     with Run.open(tmp_path / "run") as run:
         assert timed.priced(run, job_of(tmp_path, "tpot<=0.75x")).limits
+        assert tables.known(job_of(tmp_path / "other", "tpot<=0.75x").clock) is None  # type: ignore[arg-type]
     assert "the latency table is not kept" in capsys.readouterr().err
