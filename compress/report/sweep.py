@@ -229,9 +229,10 @@ def entries_of(reports: Mapping[str, Mapping[str, Any]]) -> tuple[Quality, list[
     found: dict[tuple[str, str], Entry] = {}
     titles: dict[str, tuple[str, Unit]] = {}
     quality: Quality | None = None
+    clocks: dict[tuple[str, str], float] = {}  # precision, axis: the dense model's seconds in the first point's bench
     for name, report in reports.items():
         quality, dense, pruned = judged(report)
-        costs = costs_of(report)
+        costs = {key: _by_pairs(row, clocks) for key, row in costs_of(report).items()}
         titles |= {key: (TITLES.get(key, row.name), row.unit) for key, row in costs.items()}
         for point, value, side in ((DENSE, dense, "dense"), (name, pruned, "pruned")):
             taken = {key: getattr(row, side) for key, row in costs.items()}
@@ -239,13 +240,36 @@ def entries_of(reports: Mapping[str, Mapping[str, Any]]) -> tuple[Quality, list[
             found.setdefault((point, ""), entry)
         for row in files(report):
             point = DENSE if row["side"] == "dense" else name
-            measured = {key: row[key] for key in ("bytes", "tpot", "ttft") if key in row}
+            measured = _of_file(row, report, clocks)
             titles |= {k: (TITLES[k], "bytes" if k == "bytes" else "seconds") for k in measured if k not in titles}
             entry = Entry(point=point, precision=name_of(row), quality=row["perplexity"], costs=measured)
             found.setdefault((point, entry.precision), entry)
     assert quality is not None  # a sweep has points
     order = sorted(found.values(), key=lambda e: (e.point != DENSE, bool(e.precision)))
     return quality, order, {key: titles[key] for key in AXES if key in titles}
+
+
+def _by_pairs(row: Row, clocks: dict[tuple[str, str], float]) -> Row:
+    """A time as the dense model's in the first bench over the ratio of this point's own pairs: what a machine drifts by
+    from bench to bench is no gain of a point."""
+    if row.unit != "seconds" or row.ratio is None or row.dense is None:
+        return row
+    dense = clocks.setdefault(("", row.metric), float(row.dense))
+    return row.model_copy(update={"dense": dense, "pruned": dense / row.ratio.median})
+
+
+def _of_file(
+    row: Mapping[str, Any], report: Mapping[str, Any], clocks: dict[tuple[str, str], float]
+) -> dict[str, float | int]:
+    """What a file at fewer bits takes; times as `_by_pairs` has them."""
+    found: dict[str, float | int] = {"bytes": row["bytes"]}
+    record = (report["quantised"].get("bench") or {}).get(name_of(row))
+    for key in ("tpot", "ttft"):
+        if record is None or key not in row:
+            continue
+        dense = clocks.setdefault((name_of(row), key), float(record["dense"][key]["median"]))
+        found[key] = dense if row["side"] == "dense" else dense / float(record["ratios"][key]["median"])
+    return found
 
 
 def costs_of(report: Mapping[str, Any]) -> dict[str, Row]:

@@ -115,7 +115,10 @@ def _notes(sweep: Sweep) -> list[str]:
         + (", the perplexity by its logarithm" if sweep.quality.unit == "perplexity" else ""),
     ]
     if any(axis.unit == "seconds" for axis in sweep.axes):
-        said.append("Times are medians of fresh processes on this machine; their intervals stand in sweep.json")
+        said.append(
+            "Times are of this machine: the dense model's median in the first point's bench, over the ratio of each"
+            " point's own pairs of processes; intervals, and what each bench read, stand in sweep.json"
+        )
     return [*said, *(line.removeprefix("budget   ") for line in _unheld(sweep))]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from compress.errors import CompressError
-from compress.report.sweep import DENSE, Axis, Entry, Quality, Sweep, front_of, judged, knee_of
+from compress.report.sweep import DENSE, Axis, Entry, Quality, Sweep, entries_of, front_of, judged, knee_of
 from compress.report.sweep_page import lines, page
 
 PPL = Quality(name="perplexity", unit="perplexity", better="lower")
@@ -101,6 +101,30 @@ def test_several_tasks_are_judged_by_the_mean_share_that_is_kept() -> None:
         judged(report(score("a", 0.0, 0.6), score("b", 2.0, 4.0)))
     with pytest.raises(CompressError, match="no figure that the points can be judged by"):
         judged(report())
+
+
+def test_times_are_held_together_by_each_point_s_own_pairs() -> None:
+    """The machine was twice as slow for the second point: its dense model says so."""
+
+    def timed(dense: float, pruned: float) -> dict[str, Any]:
+        row = {
+            "name": "TPOT", "unit": "seconds", "better": "lower", "dense": dense, "pruned": pruned, "metric": "tpot",
+            "ratio": {"median": dense / pruned, "low": 1.0, "high": 3.0},
+        }  # fmt: skip
+        files = [
+            {"format": "gguf", "precision": "f16", "side": side, "bytes": 5, "perplexity": 9.0, "tpot": seconds}
+            for side, seconds in (("dense", dense / 4), ("pruned", pruned / 4))
+        ]
+        record = {"dense": {"tpot": {"median": dense / 4}}, "ratios": {"tpot": {"median": dense / pruned}}}
+        quantised = {"files": files, "bench": {"gguf-f16": {**record, "pruned_is": "gguf-f16"}}}
+        return {**report(score("a", 0.8, 0.6), row), "quantised": quantised}
+
+    _, found, titles = entries_of({"25%": timed(8.0, 6.0), "50%": timed(16.0, 8.0)})
+    assert {e.name: e.costs["tpot"] for e in found} == {
+        "dense": 8.0, "25%": 6.0, "50%": 4.0,
+        "dense, gguf f16": 2.0, "25%, gguf f16": 1.5, "50%, gguf f16": 1.0,
+    }  # fmt: skip
+    assert list(titles) == ["bytes", "tpot"]
 
 
 def test_hostile_names_stay_in_their_cells() -> None:
