@@ -19,6 +19,7 @@ from compress.exporters.onnx import Exported
 from compress.run.cache import sha256_of
 from tests.command import Job, compress
 from tests.tiny import tiny_job
+from tests.warm import WARM, warm
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
@@ -86,6 +87,22 @@ def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(checkpoint, "verify_clean", verify_clean)
         patch.setattr(check, "export_llm", export_llm)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_loads() -> Iterator[None]:
+    """What a run saved is loaded again in a fork of a clean interpreter, see `tests.warm`."""
+    with warm():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    WARM.cold = item.get_closest_marker("cold") is not None or item.get_closest_marker("slow") is not None
+    try:
+        return (yield)
+    finally:
+        WARM.cold = False
 
 
 STARTERS = ("subprocess", "multiprocessing", "ranks")

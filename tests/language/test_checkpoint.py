@@ -34,6 +34,7 @@ def saved(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.cold
 def test_the_padded_layout_loads_with_stock_classes(saved: Path) -> None:
     assert verify_clean(saved)["class"] == "LlamaForCausalLM"
     assert not (saved / "modeling_compress.py").exists()
