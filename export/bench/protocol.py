@@ -36,7 +36,7 @@ def steady(
     Returns:
         dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``cpu`` (seconds a call
         that this process's threads ran, together: waiting for a core that others use is not in it),
-        ``calls_per_sample``, ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended it),
+        ``calls_per_sample`` (at least), ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended it),
         ``throttled`` (None where there are too few samples to tell) and, with ``device``, ``device_samples``.
     """
     warm_up: list[float] = []
@@ -53,25 +53,28 @@ def steady(
             break
         best = min(best, block)
     calls = max(1, math.ceil(sample_seconds / max(min(warm_up), 1e-9)))
+    # More where a call has become faster since; a bound, lest a clock that stands still is waited for.
+    least, most = sample_seconds - 1e-9 if calls > 1 else 0.0, 10 * calls
     samples: list[float] = []
     fastest: list[float] = []
     cpu: list[float] = []
     on_device: list[float] = []
     began = clock()
     while len(samples) < min_runs or clock() - began < min_seconds:
-        best, there = math.inf, 0.0
+        best, there, made = math.inf, 0.0, 0
         ran = time.process_time()
         start = before = clock()
-        for _ in range(calls):
+        while made < calls or (before - start < least and made < most):
             call()
             after = clock()
             best, before = min(best, after - before), after
+            made += 1
             if device is not None:
                 there += device()
-        samples.append((before - start) / calls if device is None else (clock() - start) / calls)
-        cpu.append((time.process_time() - ran) / calls)
+        samples.append((before - start) / made if device is None else (clock() - start) / made)
+        cpu.append((time.process_time() - ran) / made)
         fastest.append(best)
-        on_device.append(there / calls)
+        on_device.append(there / made)
     found: dict[str, Any] = {"samples": samples, "fastest": fastest, "cpu": cpu, "calls_per_sample": calls}
     found = {**found, "warm_up": warm_up, "warm": warm, "throttled": throttled(samples)}
     return {**found, "device_samples": on_device} if device is not None else found

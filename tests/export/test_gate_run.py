@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,8 @@ def test_a_real_process_measures_time_and_memory(tmp_path: Path) -> None:
     assert len(latency["samples"]) == len(latency["fastest"]) == 2
     for mean, fastest in zip(latency["samples"], latency["fastest"], strict=True):
         assert 0 < fastest <= mean
-        assert latency["calls_per_sample"] * mean > 0.09, "a sample lasts a tenth of a second"
+    fast = 0.1 / min(latency["warm_up"])
+    assert latency["calls_per_sample"] == math.ceil(fast) > 1, "a sample lasts a tenth of a second"
     assert found["peak_rss"] > 2e7 and found["runtime"].startswith("onnxruntime ")
 
 

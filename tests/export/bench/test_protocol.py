@@ -56,6 +56,13 @@ def test_fast_calls_are_batched_so_that_a_sample_lasts_a_tenth_of_a_second() -> 
     assert found["samples"] == pytest.approx([0.004] * 3) and machine.calls == len(found["warm_up"]) + 75
 
 
+def test_a_sample_lasts_as_long_where_a_call_is_faster_than_it_was_when_it_warmed_up() -> None:
+    machine = Machine([0.015] * 6 + [0.004])
+    found = steady(machine.call, 0.0, 3, machine.clock)
+    assert found["warm_up"] == pytest.approx([0.015] * 6) and found["calls_per_sample"] == 7
+    assert machine.calls == 6 + 3 * 25 and found["samples"] == pytest.approx([0.004] * 3)
+
+
 def test_without_batching_every_call_is_a_sample() -> None:
     machine = Machine([0.004])
     found = steady(machine.call, 0.0, 120, machine.clock, sample_seconds=0.0)
