@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,35 @@ MODULES = modules()
 
 def imported(path: Path) -> Iterator[str]:
     """All of this project that a file imports: at its top, in functions, for types."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "compress":
-            for name in node.names:
-                inner = f"{node.module}.{name.name}"
-                yield inner if inner in MODULES else str(node.module)
-        elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names if name.name.split(".")[0] == "compress")
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            yield from _named(node)
+
+
+def _named(node: ast.ImportFrom | ast.Import) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names if name.name.split(".")[0] == "compress")
+    elif (node.module or "").split(".")[0] == "compress":
+        for name in node.names:
+            inner = f"{node.module}.{name.name}"
+            yield inner if inner in MODULES else str(node.module)
+
+
+def needed(path: Path) -> set[str]:
+    """All of this project that must be there before the file's own code runs: what it imports at its top."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [ast.parse(path.read_text("utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            todo.extend(node.orelse)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found.update(_named(node))
+        else:
+            todo.extend(ast.iter_child_nodes(node))
+    return found
 
 
 def room(module: str) -> str | None:
@@ -70,6 +93,10 @@ def test_a_room_imports_only_rooms_below_it(upper: str) -> None:
         if room(other) is not None and room(other) not in below
     ]
     assert not wrong
+
+
+def test_the_drawing_of_imports_has_no_circle() -> None:
+    TopologicalSorter({module: needed(path) - {module} for module, path in MODULES.items()}).prepare()
 
 
 def test_a_method_imports_no_other_method() -> None:

@@ -1,8 +1,8 @@
 """Runs scripts in forks of one interpreter that has torch and transformers loaded, and nothing of compress.
 
-Started by `tests.warm`. A line of JSON on standard input says what is run: ``words`` (those behind the interpreter's own:
-a script's path, or -m and a module, then its arguments), ``environment``, and the files ``out`` and ``err``. A line on
-standard output gives the exit code, as `subprocess` has it.
+Started by `tests.warm`. A line of JSON on standard input says what is run: ``words`` (those behind the interpreter's
+own: a script's path, or -m and a module, then its arguments), ``environment``, and the files ``out`` and ``err``. A
+line on standard output gives the exit code, as `subprocess` has it.
 """
 
 from __future__ import annotations

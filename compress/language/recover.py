@@ -18,9 +18,7 @@ import importlib.util
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,9 @@ from compress import __version__
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
 from compress.language.plan import Plan
+from compress.language.recover_checkpoints import Checkpoints
+from compress.language.recover_lesson import Streams, lesson, losses
+from compress.language.recover_student import merged, seed_of, student, trained_weights
 from compress.models import decoder
 from compress.processes.distributed import (
     Trainer,
@@ -36,19 +37,14 @@ from compress.processes.distributed import (
     empty_weights,
     gather,
     is_main,
-    like_shard,
     main_says,
     share,
     trainer,
-    whole,
     world,
 )
-from compress.run.cache import sha256_of
 from compress.run.folder import Run, fingerprint, seal_hash
 from compress.run.progress import Progress
-from compress.run.strict_json import read_json, typed
 from compress.schema.recipe import Recipe, RecoverSection, nearest
-from compress.system.files import settle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -167,7 +163,7 @@ def recover(run: Run, setup: Setup, windows: Tensor, plan_folder: Path, begin: i
         "plan": seal_hash(plan_folder),
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:16],
         "recover": spec.model_dump(mode="json", exclude=set(HOW)),
-        "seed": _seed(setup),
+        "seed": seed_of(setup),
     }
 
     _ = setup.streamed  # all processes decide it together, and not in the midst of what one does alone
@@ -230,143 +226,6 @@ def parts_of(batch: Sequence[int], micro: int) -> list[tuple[list[int], bool]]:
     return parts
 
 
-# --- what is learned from --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the dense model says of b windows. ``index`` (b, length, k) int64 and ``logp`` (b, length, k) are its
-    likeliest tokens, ``rest`` (b, length) the log of the mass outside them; ``streams`` (b, length, hidden) what stands
-    behind the blocks that are compared."""
-
-    index: Tensor
-    logp: Tensor
-    rest: Tensor
-    streams: list[Tensor]
-
-
-class Streams:
-    """Notes the residual stream behind some blocks whenever the model runs."""
-
-    def __init__(self, blocks: nn.ModuleList, layers: Sequence[int]) -> None:
-        self._seen: dict[int, Tensor] = {}
-        self._layers = layers
-        self._handles = [blocks[i].register_forward_hook(functools.partial(self._note, i)) for i in layers]
-
-    def _note(self, layer: int, _: nn.Module, __: Any, out: Any) -> None:
-        self._seen[layer] = out[0] if isinstance(out, tuple) else out
-
-    def take(self) -> list[Tensor]:
-        """What was noted, in the order of the layers; forgotten afterwards."""
-        found = [self._seen[i] for i in self._layers]
-        self._seen = {}
-        return found
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def lesson(logits: Tensor, streams: list[Tensor], spec: RecoverSection) -> Lesson:
-    """The dense ``logits`` (b, length, vocab) as a lesson."""
-    logp, index = (logits.float() / spec.temperature).log_softmax(-1).topk(min(spec.top_k, logits.shape[-1] - 1))
-    # In float64: what is left beside a sure answer is small.
-    rest = (1.0 - logp.double().exp().sum(-1)).clamp_min(1e-9).log().float()
-    return Lesson(index, logp, rest, streams)
-
-
-def losses(logits: Tensor, streams: list[Tensor], given: Lesson, temperature: float) -> tuple[Tensor, Tensor]:
-    """How far a model is from the lesson, per window.
-
-    Returns:
-        KL(dense || model) in nats times the temperature squared, (b,), mean over positions (Hinton et al.,
-        arXiv 1503.02531, section 2.1); and the squared error of the streams over their mean square, (b,), mean over
-        positions and blocks.
-    """
-    import torch
-
-    z = logits.float() / temperature  # (b, length, vocab)
-    total = z.logsumexp(-1)
-    logp = z.gather(-1, given.index) - total[..., None]
-    # The others' own sum, not 1 minus the mass of the k: its gradient stays right where that mass is nearly 1.
-    rest = z.scatter(-1, given.index, -torch.inf).logsumexp(-1) - total
-    kl = (given.logp.exp() * (given.logp - logp)).sum(-1) + given.rest.exp() * (given.rest - rest)
-    errors = [
-        ((own.float() - theirs.to(own.device).float()) ** 2).mean(-1)
-        / (theirs.to(own.device).float() ** 2).mean(-1).clamp_min(1e-12)
-        for own, theirs in zip(streams, given.streams, strict=True)
-    ]
-    error = torch.stack(errors).mean((0, 2)) if errors else torch.zeros_like(kl[:, 0])
-    return kl.mean(-1) * temperature**2, error
-
-
-# --- what is trained -------------------------------------------------------------------------------------------------
-
-
-def student(setup: Setup, plan: Plan, there: Any = "cpu", empty: bool = False) -> Any:
-    """The sliced model on the device ``there``, sharing no tensor with the dense one, with low-rank updates where the
-    recipe asks for them; what is to be trained wants a gradient, nothing else does. ``empty``: without weights."""
-    import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM
-
-    spec = setup.recipe.recover
-    assert spec is not None  # asked by the caller
-    if empty:
-        with empty_weights():
-            model = AutoModelForCausalLM.from_config(setup.config, dtype=torch.float32)
-        model.tie_weights()
-        plan.apply(model, setup.family)
-        model.eval()
-    else:
-        pruned = setup.pruned(plan)[0]
-        # One at a time: where the dense model is streamed, a block is there only as long as it is looked at.
-        blocks = [copy.deepcopy(block).to(there) for block in decoder.blocks(pruned)]
-        with decoder.without_blocks(pruned):
-            model = copy.deepcopy(pruned).to(there)
-        decoder.put_blocks(model, nn.ModuleList(blocks))
-    model.requires_grad_(False)
-    if spec.method == "full":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(decoder.block_of(name) is not None or name == decoder.norm_weight(model))
-        return model
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = _target_names(model, spec)
-    if not names:
-        raise CompressError(
-            "the plan leaves none of the layers that are to be trained", where="recover.targets", fix="name others"
-        )
-    alpha = spec.alpha if spec.alpha is not None else 2.0 * spec.rank
-    config = LoraConfig(r=spec.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_seed(setup))
-        inject_adapter_in_model(config, model)
-    # Adapters are in the mode they were made in; there is no dropout to switch on.
-    return model.eval()
-
-
-def _target_names(model: Any, spec: RecoverSection) -> list[str]:
-    from torch import nn
-
-    return [
-        name
-        for name, module in model.named_modules()
-        if decoder.block_of(name) is not None
-        and isinstance(module, nn.Linear)
-        and (spec.targets is None or name.rsplit(".", 1)[-1] in spec.targets)
-    ]
-
-
-def _seed(setup: Setup) -> int:
-    spec = setup.recipe.recover
-    return setup.recipe.seed if spec is None or spec.seed is None else spec.seed
-
-
-def _trained(model: Any) -> dict[str, Any]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def _teacher(setup: Setup, spec: RecoverSection, offload: Path) -> Any:
     if spec.teacher == "dispatch" or setup.streamed:
         offload.mkdir(parents=True, exist_ok=True)
@@ -398,13 +257,13 @@ def _train(
     teacher = _teacher(setup, spec, offload)
     layers = spec.hidden_layers if spec.hidden_layers is not None else list(range(setup.geometry.layers))
     layers = sorted(set(layers)) if spec.hidden > 0 else []
-    seed, low = _seed(setup), spec.dtype == "bfloat16"
+    seed, low = seed_of(setup), spec.dtype == "bfloat16"
     full = spec.learning_rate if spec.learning_rate is not None else {"lora": 5e-4, "full": 5e-5}[spec.method]
     with trainer(model, sharded, low) as trained, contextlib.ExitStack() as stack:
         told = Streams(decoder.blocks(teacher), layers)
         stack.callback(told.close)
         seen = Streams(decoder.blocks(model), layers)
-        weights = _trained(model)
+        weights = trained_weights(model)
         optimizer = torch.optim.AdamW(_groups(weights, spec.weight_decay), lr=full, betas=BETAS)
         start, log = checkpoints.load(weights, optimizer)
         with Progress(steps, "recover: steps", start=start) as bar:
@@ -482,132 +341,6 @@ def _backward(
     return math.fsum(k for k, _ in every) / len(every), math.fsum(e for _, e in every) / len(every)
 
 
-# --- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """The state behind the last noted step, in a folder of its own that is whole or not there.
-
-    It does not depend on the number of processes, nor on how the weights were divided among them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def latest(self) -> int:
-        """Steps done at the latest checkpoint; 0 where there is none."""
-        return max((int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*")), default=0)
-
-    def _at(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
-
-    def save(self, step: int, weights: Mapping[str, Any], optimizer: Any, log: list[dict[str, Any]]) -> None:
-        """All processes come here: sharded tensors are put together by all, and written by the main one, block by
-        block, so that it never holds more than one."""
-        partial = self.folder / f".{self._at(step).name}.partial"
-        if is_main():
-            if partial.exists():
-                shutil.rmtree(partial)
-            partial.mkdir(parents=True)
-        for file, names in _files(weights).items():
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                state = optimizer.state.get(weights[name], {})
-                # A weight that nothing reads (the norm of a sublayer that is gone) has no moments.
-                moments = {kind: state[kind] for kind in MOMENTS if kind in state}
-                for kind, tensor in {"weight": weights[name].detach(), **moments}.items():
-                    put_together = whole(tensor)
-                    if is_main():
-                        tensors[f"{kind}:{name}"] = put_together.cpu().contiguous()
-            main_says(functools.partial(_write_file, partial / file, tensors))
-        main_says(lambda: self._finish(step, partial, log))
-
-    def _finish(self, step: int, partial: Path, log: list[dict[str, Any]]) -> None:
-        files = {p.name: sha256_of(p) for p in sorted(partial.glob("*.safetensors"))}
-        facts = {"step": step, "log": log, "files": files}
-        (partial / "state.json").write_text(json.dumps({**facts, "sha256": fingerprint(facts)}), encoding="utf-8")
-        settle(partial, self._at(step))
-        for older in self.folder.glob("step-*"):
-            if older != self._at(step):
-                shutil.rmtree(older)
-
-    def load(self, weights: Mapping[str, Any], optimizer: Any) -> tuple[int, list[dict[str, Any]]]:
-        """Fills weights and optimiser from the latest checkpoint; (0, []) and nothing done where there is none."""
-        import torch
-        from safetensors import safe_open
-
-        step = main_says(self.latest)
-        if step == 0:
-            return 0, []
-        log = main_says(lambda: self.checked(step)["log"])
-        for path, names in _files(weights).items():
-            with safe_open(self._at(step) / path, "pt") as file, torch.no_grad():
-                there = set(file.keys())
-                for name in names:
-                    parameter = weights[name]
-                    parameter.copy_(like_shard(file.get_tensor(f"weight:{name}"), parameter))
-                    if f"{MOMENTS[0]}:{name}" in there:
-                        optimizer.state[parameter] = {
-                            "step": torch.tensor(float(step)),
-                            **{kind: like_shard(file.get_tensor(f"{kind}:{name}"), parameter) for kind in MOMENTS},
-                        }
-        return step, log
-
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """The trained weights by name."""
-        from safetensors import safe_open
-
-        found = {}
-        for path in self._at(step).glob("*.safetensors"):
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  (it has keys() alone)
-                    if name.startswith("weight:"):
-                        found[name.removeprefix("weight:")] = file.get_tensor(name)
-        return found
-
-    def checked(self, step: int) -> dict[str, Any]:
-        """The state behind a step: ``log`` has a row for every step so far.
-
-        Raises:
-            CompressError: a file is missing, or is not as it was written.
-        """
-        folder, fix = self._at(step), f"delete {self._at(step)}: training then starts over"
-        facts = typed(
-            read_json(folder / "state.json", "the state", constants=True, fix=fix), dict, "", "the state", str(folder)
-        )
-        if facts.pop("sha256", None) != fingerprint(facts):
-            raise CompressError("the state was changed since it was written", where=str(folder), fix=fix)
-        for name, sha256 in facts["files"].items():
-            if not (folder / name).is_file() or sha256_of(folder / name) != sha256:
-                raise CompressError(
-                    "the checkpoint is not as it was written: a file was changed or is missing",
-                    where=str(folder / name),
-                    fix=fix,
-                )
-        return facts
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, beside the number of steps
-
-
-def _files(names: Iterable[str]) -> dict[str, list[str]]:
-    """The weights' names by the file of the checkpoint that holds them: one a block, one for what is beside."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        place = decoder.block_of(name)
-        found.setdefault(f"block-{place[0]:03d}.safetensors" if place else "beside.safetensors", []).append(name)
-    return found
-
-
-def _write_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    save_file(tensors, path)
-
-
-# --- what comes out --------------------------------------------------------------------------------------------------
-
-
 def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: Checkpoints, folder: Path) -> None:
     spec = setup.recipe.recover
     assert spec is not None  # asked by the caller
@@ -627,28 +360,3 @@ def _write(setup: Setup, plan: Plan, windows: Tensor, steps: int, checkpoints: C
         folder
     )
     (folder / "recover.json").write_text(json.dumps({**facts, "log": log}, indent=1) + "\n", encoding="utf-8")
-
-
-def merged(model: Any, spec: RecoverSection, family: Family) -> dict[str, Tensor]:
-    """The trained weights of a `student` under the names they have in a plan; low-rank updates are added in."""
-    if spec.method == "full":
-        found = {name: p.detach() for name, p in _trained(model).items()}
-    else:
-        from peft.tuners.lora import LoraLayer
-
-        found = {}
-        for name, module in model.named_modules():
-            if isinstance(module, LoraLayer):
-                layer: Any = module
-                layer.merge()
-                found[f"{name}.weight"] = layer.get_base_layer().weight.detach()
-    return {_plan_name(name, decoder.norm_weight(model), family): tensor for name, tensor in found.items()}
-
-
-def _plan_name(name: str, norm: str, family: Family) -> str:
-    if name == norm:
-        return "norm"
-    place = decoder.block_of(name)
-    assert place is not None  # only what lies in blocks is trained beside the last norm
-    block, inside = place
-    return f"blocks.{block}.{family.short_names.get(inside, inside)}"

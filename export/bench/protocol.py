@@ -36,8 +36,8 @@ def steady(
     Returns:
         dict: ``samples`` (seconds a call), ``fastest`` (seconds of each sample's fastest call), ``cpu`` (seconds a call
         that this process's threads ran, together: waiting for a core that others use is not in it),
-        ``calls_per_sample`` (at least), ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended it),
-        ``throttled`` (None where there are too few samples to tell) and, with ``device``, ``device_samples``.
+        ``calls_per_sample`` (at least), ``warm_up`` (seconds of each warm-up call), ``warm`` (False where a cap ended
+        it), ``throttled`` (None where there are too few samples to tell) and, with ``device``, ``device_samples``.
     """
     warm_up: list[float] = []
     best, warm = math.inf, False

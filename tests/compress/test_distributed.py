@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from compress.errors import UsageError
+from compress.errors import CompressError, UsageError
 from compress.processes import distributed
 from compress.processes.distributed import ExactSum, share
 from tests import ranks
 from tests.command import Job, Ran, one_error
+from tests.command import compress as in_process
 
 # --- sums -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +176,7 @@ def compress(*words: str) -> list[str]:
 def alone(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of one process."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    done = ran(*compress(*command(job, out)))
+    done = in_process(*command(job, out))
     assert done.code == 0, done.err
     return out
 
@@ -187,7 +189,7 @@ def same(out: Path, alone: Path) -> None:
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_process_and_several_give_the_same_bytes(job: Job, alone: Path, tmp_path: Path, processes: int) -> None:
     out = tmp_path / "run"
-    done = ran(*compress(*command(job, out, "--processes", str(processes))))
+    done = ranks.command(*command(job, out, "--processes", str(processes)))
     assert done.code == 0, done.err
     same(out, alone)
     for name in ("evaluation-dense", "evaluation-pruned"):
@@ -235,19 +237,21 @@ def test_two_nodes_with_a_launcher_each_work_as_one(job: Job, alone: Path, tmp_p
 
 def test_an_error_of_all_is_said_once(job: Job, tmp_path: Path) -> None:
     words = command(job, tmp_path / "run", "--set", "sparsity=1.2", "--processes", "2")
-    one_error(ran(*compress(*words)), 2, "sparsity")
+    one_error(ranks.command(*words), 2, "sparsity")
 
 
 def test_an_error_in_one_process_ends_all_with_its_message_within_seconds(job: Job, tmp_path: Path) -> None:
     began = time.monotonic()
-    done = ran(*compress(*command(job, tmp_path / "run", "--processes", "3")), **broken(tmp_path, 1, "error"))
+    words = command(job, tmp_path / "run", "--processes", "3")
+    done = ranks.command(*words, before=partial(break_down, 1, "error"))
     assert done.code == 1
     assert done.err.count("error: ") == 1 and "error: rank 1: the test broke it" in done.err
     assert time.monotonic() - began < 100  # the processes' own start included
 
 
 def test_a_killed_process_is_named_and_ends_all(job: Job, tmp_path: Path) -> None:
-    done = ran(*compress(*command(job, tmp_path / "run", "--processes", "3")), **broken(tmp_path, 2, "kill"))
+    words = command(job, tmp_path / "run", "--processes", "3")
+    done = ranks.command(*words, before=partial(break_down, 2, "kill"))
     assert done.code == 1
     assert done.err.count("error: ") == 1 and "error: rank 2 was ended by SIGKILL" in done.err
 
@@ -255,32 +259,24 @@ def test_a_killed_process_is_named_and_ends_all(job: Job, tmp_path: Path) -> Non
 def test_a_hung_process_is_named_after_the_timeout(job: Job, tmp_path: Path) -> None:
     words = command(job, tmp_path / "run", "--processes", "3", "--rank-timeout", "5")
     began = time.monotonic()
-    done = ran(*compress(*words), **broken(tmp_path, 1, "hang"))
+    done = ranks.command(*words, before=partial(break_down, 1, "hang"))
     assert done.code == 1
     assert done.err.count("error: ") == 1 and "rank 1 has not answered for 5 s" in done.err, done.err
     assert time.monotonic() - began < 100
 
 
-def broken(folder: Path, rank: int, how: str) -> dict[str, str]:
-    """An environment in which one process comes to grief when it first adds up statistics.
+def break_down(rank: int, how: str) -> None:
+    """Has one process of a group come to grief when it first adds up statistics."""
 
-    Python imports ``sitecustomize`` from PYTHONPATH by itself: the program is the real one.
-    """
-    ending = {
-        "error": "raise CompressError('the test broke it', 'here', 'none')",
-        "kill": "os.kill(os.getpid(), signal.SIGKILL)",
-        "hang": "time.sleep(1000)",
-    }[how]
-    (folder / "sitecustomize.py").write_text(
-        "import os, signal, time\n"
-        f"if os.environ.get('RANK') == '{rank}':\n"
-        "    from compress.processes import distributed\n"
-        "    from compress.errors import CompressError\n"
-        "    def add_up(tensor):\n"
-        f"        {ending}\n"
-        "    distributed.add_up = add_up\n"
-    )
-    return {"PYTHONPATH": str(folder)}
+    def add_up(tensor: torch.Tensor) -> None:
+        if how == "error":
+            raise CompressError("the test broke it", "here", "none")
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+
+    if os.environ.get("RANK") == str(rank):
+        distributed.add_up = add_up  # of this process alone
 
 
 def test_when_the_command_is_killed_its_processes_go_with_it(job: Job, tmp_path: Path) -> None:

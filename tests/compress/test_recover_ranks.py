@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from compress.language import recover
-from compress.language.recover import student
+from compress.language.recover_student import student
 from compress.processes import distributed
 from tests import ranks
 from tests.language.recovery import FULL, LORA, distance, read, setup_of, start_of, train

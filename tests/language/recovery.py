@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from compress.language.plan import Plan
-from compress.language.recover import merged, recover, student
+from compress.language.recover import recover
+from compress.language.recover_student import merged, student
 from compress.language.setup import Setup, prepare
 from compress.pipeline import METHODS
 from compress.run.folder import Run

@@ -14,7 +14,10 @@ import torch
 from compress.errors import CompressError, UsageError
 from compress.language import recover
 from compress.language.plan import Plan
-from compress.language.recover import lesson, losses, merged, parts_of, rate, student, windows_of
+from compress.language.recover import parts_of, rate, windows_of
+from compress.language.recover_checkpoints import Checkpoints
+from compress.language.recover_lesson import lesson, losses
+from compress.language.recover_student import merged, student
 from compress.models.families import family_for
 from compress.pipeline import METHODS
 from compress.processes import distributed
@@ -292,7 +295,7 @@ def test_a_checkpoint_that_was_changed_is_not_gone_on_from(tmp_path: Path) -> No
     optimizer = torch.optim.AdamW(weights.values())
     sum(w.square().sum() for w in weights.values()).backward()
     optimizer.step()
-    kept = recover.Checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     kept.save(7, weights, optimizer, [{"step": 7, "kl": 0.25}])
     assert kept.load(weights, torch.optim.AdamW(weights.values())) == (7, [{"step": 7, "kl": 0.25}])
     draw = random.Random(0)
