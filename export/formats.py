@@ -167,8 +167,7 @@ def components(path: Path) -> dict[str, Path]:
     Raises:
         CompressError: there is no ONNX here.
     """
-    from compress.exporters.onnx import DECODE, PREFILL
-    from compress.exporters.onnx_module import FILE
+    from compress.exporters.names import DECODE, FILE, PREFILL
 
     if path.is_file():
         return {"model": path}

@@ -12,8 +12,7 @@ from compress.errors import CompressError, UsageError
 from compress.exporters.bench import transport
 from compress.exporters.formats import describe
 from compress.exporters.inputs import OF_TEXT
-from compress.exporters.onnx import DECODE, PREFILL
-from compress.exporters.onnx_module import FILE
+from compress.exporters.names import DECODE, FILE, PREFILL
 from compress.exporters.tensors import read, size, weights_of
 from compress.run.strict_json import member, read_json
 

@@ -25,7 +25,7 @@ from compress.exporters.formats import (
 )
 from compress.exporters.inputs import Inputs
 from compress.exporters.inputs import given as given_inputs
-from compress.exporters.onnx_module import FILE
+from compress.exporters.names import FILE
 from compress.exporters.target import Target, load_target, transport_of
 
 COOL = 60.0  # degrees Celsius: below it, no processor of a target slows itself down

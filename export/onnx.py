@@ -22,14 +22,11 @@ from typing import Any
 import torch
 
 from compress.errors import CompressError
+from compress.exporters.names import DECODE, OPSET, PREFILL, WEIGHTS
 from compress.exporters.refused import refusal, still
 from compress.exporters.repeated import kinds, name_nodes, one_of_each, repeat, speaks_of, widths_of
 from compress.models.decoder import blocks
 from compress.run.progress import say
-
-OPSET = 20
-WEIGHTS = "weights.data"
-PREFILL, DECODE = "prefill.onnx", "decode.onnx"
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def share_weights(folder: Path, names: list[str]) -> None:
 
     import onnx
 
-    from compress.exporters.onnx import WEIGHTS
+    from compress.exporters.names import WEIGHTS
 
     paths = {name: folder / f"{name}.onnx" for name in names}
     models = {name: tensors.read(path, weights=True) for name, path in paths.items()}

@@ -20,14 +20,12 @@ from torch import Tensor, nn
 from compress.data.inputs import Inputs, call, first, form_of, formed, inputs_by_name, size
 from compress.data.outputs import named
 from compress.errors import CompressError
-from compress.exporters.onnx import OPSET, forget_trace
+from compress.exporters.names import FILE, OPSET
+from compress.exporters.onnx import forget_trace
 from compress.exporters.ort import session
 from compress.exporters.refused import refusal, still
 from compress.exporters.tensors import read, walk
 from compress.run.progress import say
-
-FILE = "model.onnx"
-INPUT = "input"
 
 
 class _Outputs(nn.Module):

@@ -41,7 +41,7 @@ class OrtLLM:
     """`prefill.onnx` and `decode.onnx` of one folder."""
 
     def __init__(self, folder: Path, threads: int = 2) -> None:
-        from compress.exporters.onnx import DECODE, PREFILL
+        from compress.exporters.names import DECODE, PREFILL
 
         self.prefill_session = session(folder / PREFILL, threads)
         self.decode_session = session(folder / DECODE, threads)

@@ -399,7 +399,7 @@ def _measure(subject: Subject, form: str, dense: Path, spec: Mapping[str, Any]) 
         pruned = subject.release / form
     if (subject.release / "network.json").exists():
         from compress.exporters.bench.local import compare_modules
-        from compress.exporters.onnx_module import FILE
+        from compress.exporters.names import FILE
 
         if form == "mnn":
             from compress.exporters.mnn import FILE as MNN_FILE

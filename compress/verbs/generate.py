@@ -247,7 +247,7 @@ def _in_llama_cpp(path: Path, tokenizer: Path | None) -> Loaded:
 
 
 def _is_export(path: Path) -> bool:
-    from compress.exporters.onnx import DECODE, PREFILL
+    from compress.exporters.names import DECODE, PREFILL
 
     return (path / PREFILL).is_file() and (path / DECODE).is_file()
 
@@ -371,7 +371,7 @@ def _refuse_network(kind: str, where: str) -> None:
 
 
 def _is_network_export(path: Path) -> bool:
-    from compress.exporters.onnx_module import FILE
+    from compress.exporters.names import FILE
 
     return path.suffix.lower() == ".onnx" or (path / FILE).is_file()
 

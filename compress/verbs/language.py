@@ -213,7 +213,7 @@ def bench(
         CompressError: one has a GGUF, the other none.
     """
     from compress.exporters.bench.local import compare_gguf, compare_llm
-    from compress.exporters.onnx import PREFILL
+    from compress.exporters.names import PREFILL
     from compress.exporters.tensors import read
 
     given = {"prompt": prompt, "context": context, "processes": processes, "threads": threads}

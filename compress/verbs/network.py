@@ -133,7 +133,7 @@ def _of_run(like: Path, names: list[str]) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from compress.exporters.onnx_module import INPUT
+    from compress.exporters.names import INPUT
     from compress.networks import train
 
     data = run_data(like)
@@ -203,7 +203,7 @@ def bench(
     from compress.exporters.bench.local import compare_modules
     from compress.exporters.formats import read_graph
     from compress.exporters.inputs import given as given_inputs
-    from compress.exporters.onnx_module import FILE
+    from compress.exporters.names import FILE
 
     if inputs is not None and batch is not None:
         raise UsageError(

@@ -18,8 +18,7 @@ from compress.errors import CompressError
 from compress.exporters.bench.packed import agent_file
 from compress.exporters.bench.transport import Artefact, Transport, answered, artefact
 from compress.exporters.inputs import Inputs
-from compress.exporters.onnx import PREFILL
-from compress.exporters.onnx_module import FILE
+from compress.exporters.names import FILE, PREFILL
 from compress.exporters.ranges import index_ranges
 from compress.exporters.tensors import read
 from compress.processes.children import python

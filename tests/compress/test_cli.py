@@ -15,6 +15,7 @@ import pytest
 from compress.run import progress
 from compress.run.progress import Progress
 from tests.command import Job, compress, one_error
+from tools.ci.models import chain
 
 pytestmark = pytest.mark.usefixtures("done_once")
 
@@ -32,6 +33,21 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stderr == "[]\n"
     assert all(verb in done.stdout for verb in VERBS)
+
+
+def test_what_reads_files_alone_starts_without_torch(tmp_path: Path) -> None:
+    """A second of a processor, on every machine that gates a change."""
+    net = str(chain(tmp_path / "net.onnx", 2))
+    script = (
+        "import sys\n"
+        "from compress.cli import main\n"
+        f"for words in (['list', 'recipes'], ['list', 'targets'], ['gate', {net!r}, {net!r}, '-b', 'size<=1x']):\n"
+        "    sys.argv = ['compress', *words]\n"
+        "    try:\n        main()\n    except SystemExit as e:\n        assert not e.code\n"
+        f"print([m for m in {(*HEAVY[:2], *HEAVY[4:7])!r} if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_help_takes_less_than_a_third_of_a_second_of_processor_time() -> None:

@@ -17,8 +17,9 @@ from torch import nn
 from compress.errors import CompressError
 from compress.exporters import bisect, formats, onnx_file, parity
 from compress.exporters.formats import BuildOptions, Source, make, network_profiles, text_profiles
+from compress.exporters.names import INPUT
 from compress.exporters.onnx import DECODE, export_llm
-from compress.exporters.onnx_module import INPUT, _Outputs, export_module
+from compress.exporters.onnx_module import _Outputs, export_module
 from compress.exporters.runtimes import load
 from compress.models.zoo import build
 from tests.export.test_onnx import ragged

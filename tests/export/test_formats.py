@@ -14,8 +14,9 @@ import torch
 
 from compress.errors import CompressError, UsageError
 from compress.exporters.formats import FORMATS, BuildOptions, Source, describe, make, network_profiles, text_profiles
+from compress.exporters.names import INPUT
 from compress.exporters.onnx import export_llm
-from compress.exporters.onnx_module import INPUT, export_module
+from compress.exporters.onnx_module import export_module
 from compress.models.zoo import build
 from tests.command import compress, one_error
 from tests.export.test_onnx import ragged
