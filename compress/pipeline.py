@@ -185,7 +185,7 @@ def _write_lock(path: Path, setup: Any, command: str) -> None:
 
 
 def _text_facts(setup: Any) -> dict[str, Any]:
-    from compress.data.text import text_facts
+    from compress.data.special import text_facts
 
     if not isinstance(setup, Setup):
         return {}

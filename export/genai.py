@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data.dialogues import asked
-from compress.data.text import ORDINARY, begun, endings
+from compress.data.special import ORDINARY, begun, endings
 from compress.errors import CompressError, UsageError
 from compress.exporters import formats, onnx_file, parity, quantize, runtimes, tensors
 from compress.exporters.ort import OrtLLM

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data.text import begun, endings
+from compress.data.special import begun, endings
 from compress.errors import CompressError
 from compress.exporters.bisect import largest_difference
 from compress.exporters.onnx import cached_layers

@@ -105,7 +105,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         WARM.cold = False
 
 
-STARTERS = ("subprocess", "multiprocessing", "ranks")
+STARTERS = ("subprocess", "multiprocessing", "forks", "ranks")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

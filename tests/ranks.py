@@ -3,7 +3,6 @@ starts them; forked from one that has torch and transformers loaded, which is mo
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,20 +19,7 @@ from compress import cli
 from compress.processes import distributed
 from compress.processes.children import python
 from tests.command import Ran, compress
-
-# A server that has torch loaded already forks every process.
-Process = multiprocessing.process.BaseProcess
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        "tests.command",
-        "compress.pipeline",
-        "compress.recipes.tyr.prune",
-        "compress.language.recover",
-        "transformers",
-        "peft",
-    ]
-)
+from tests.forks import Process, server
 
 
 def start(count: int, function: Callable[..., Any], *arguments: Any, **environment: str) -> tuple[list[Process], Any]:

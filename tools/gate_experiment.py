@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.exporters import gate
+from compress.exporters.gate_measure import Measuring, measure
 from compress.exporters.gate_models import find
-from compress.exporters.gate_run import Measuring, compare, measure
+from compress.exporters.gate_run import compare
 from tools.ci.models import chain
 
 LAYERS, MORE = 10, 11  # all alike: a tenth of the time more

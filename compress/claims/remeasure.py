@@ -170,7 +170,8 @@ def _windows(
     Raises:
         CompressError: they are not here, or others are.
     """
-    from compress.data.text import Packed, evaluation_windows, kept_windows, opening
+    from compress.data.special import opening
+    from compress.data.text import Packed, evaluation_windows, kept_windows
     from compress.language.stages import text_hash
     from compress.schema.recipe import SourceSpec
 

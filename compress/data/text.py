@@ -18,25 +18,19 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from compress.data.dialogues import Dialogue, read_dialogues, render, template_facts
-from compress.data.packaged_text import NAME_FILES, PACKAGES, pieces
-from compress.distribution import install_line
+from compress.data.dialogues import Dialogue, render, template_facts
+from compress.data.documents import Pieces, Split, load_dialogues, load_documents
+from compress.data.special import between, check_ids, closing, endings, opening
 from compress.errors import CompressError
 from compress.run.cache import sha256_of
 from compress.schema.recipe import NamedText, SourceSpec
-from compress.system.files import matching, read_text
+from compress.system.files import matching
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Split = Literal["calibration", "evaluation"]
-
-LONGEST = 8 << 30  # bytes of one file
-HUB_DOCUMENTS = 20_000  # documents read from a hub data set; its order is fixed, so the split is too
-# What a tokenizer does with an ordinary text is seen on this one.
-ORDINARY = "The quick brown fox jumps over the lazy dog."
 OVERLAP = 64  # a run of this many tokens in both calibration and evaluation text is an overlap
 
 
@@ -51,137 +45,6 @@ class Packed:
 
     ids: Tensor
     scored: Tensor | None = None
-
-
-class Pieces(list[str]):
-    """Documents that are pieces of one text."""
-
-
-def load_documents(source: SourceSpec, split: Split) -> list[str]:
-    """The documents of one split of a source, in a fixed order; `Pieces` where it is a single text.
-
-    Raises:
-        CompressError: the source cannot be reached, or holds no text.
-    """
-    documents = [d for d in _all_documents(source) if d.strip()]
-    if len(documents) == 1:
-        # One long file: its paragraphs in runs are as good as documents.
-        documents = Pieces(pieces(documents[0]))
-    if len(documents) < 2:
-        raise CompressError(
-            "the text is empty" if not documents else "the text is too short to be split",
-            where=f"source {source.title}",
-            fix="name a source that holds text of more than a few paragraphs",
-        )
-    return type(documents)(_part(documents, split))
-
-
-def load_dialogues(source: SourceSpec, split: Split) -> list[Dialogue]:
-    """The dialogues of one split of a source, in a fixed order.
-
-    Raises:
-        CompressError: a file or a line of it is wrong, or there are fewer than two.
-    """
-    assert source.dialogues is not None  # asked by the caller
-    found = read_dialogues(source.dialogues)
-    if len(found) < 2:
-        raise CompressError(
-            f"{len(found)} dialogues cannot be split", where=f"source {source.title}", fix="give more lines"
-        )
-    return list(_part(found, split))
-
-
-def _part(documents: Sequence[Any], split: Split) -> Sequence[Any]:
-    cut = min(len(documents) - 1, int(0.9 * len(documents)))
-    return documents[:cut] if split == "calibration" else documents[cut:]
-
-
-def around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The token ids that a tokenizer puts in front of an ordinary text and behind it when it is called on one.
-
-    It is asked, not its settings: many have a begin-of-text token and never add it.
-
-    Raises:
-        CompressError: what it makes of a text does not hold the text.
-    """
-    text: list[int] = list(tokenizer(ORDINARY, add_special_tokens=False)["input_ids"])
-    whole: list[int] = list(tokenizer(ORDINARY)["input_ids"])
-    for at in range(len(whole) - len(text) + 1):
-        if text and whole[at : at + len(text)] == text:
-            return whole[:at], whole[at + len(text) :]
-    if whole == text:  # a tokenizer of few words, that knows none of these
-        return [], []
-    raise CompressError(
-        f"the tokenizer gives {whole[:8]} for a text that is {text[:8]} without its special tokens",
-        where="tokenizer",
-        fix="what it adds must stand in front of the text or behind it; check the tokenizer's files",
-    )
-
-
-def opening(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that every window begins with: what the tokenizer puts in front of a text."""
-    return tuple(around(tokenizer)[0])
-
-
-def endings(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that end what the model says: the tokenizer's own, then those that only the model's settings name
-    (`compress.models.reading.end_ids`)."""
-    own = tokenizer.eos_token_id
-    return tuple(dict.fromkeys((*(() if own is None else (own,)), *getattr(tokenizer, "end_ids", ()))))
-
-
-def closing(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids behind a document: what the tokenizer puts behind a text, else the first of `endings`."""
-    return tuple(around(tokenizer)[1]) or endings(tokenizer)[:1]
-
-
-def between(tokenizer: Any) -> tuple[int, ...]:
-    """The token ids between two documents: what closes the one and opens the next. A token that does both (GPT-2's)
-    stands there once."""
-    close, begin = closing(tokenizer), opening(tokenizer)
-    return close if begin and close[-len(begin) :] == begin else (*close, *begin)
-
-
-def begun(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of a text that is to be gone on with: what stands in front of it is there, what ends it is not."""
-    ids = [*opening(tokenizer), *tokenizer(text, add_special_tokens=False)["input_ids"]]
-    check_ids(ids, tokenizer)
-    return ids
-
-
-def check_ids(ids: Sequence[int], tokenizer: Any) -> None:
-    """Raises CompressError where a token has no row in the embedding of the model that the tokenizer was read with."""
-    rows = getattr(tokenizer, "embedding_rows", None)
-    largest = max(ids, default=0)
-    if rows is not None and largest >= rows:
-        raise CompressError(
-            f"the token {str(tokenizer.convert_ids_to_tokens(largest))!r:.60} has the id {largest}, and the model's"
-            f" embedding has {rows:,} rows (vocab_size); the tokenizer knows {len(tokenizer):,} tokens",
-            where=f"{tokenizer.name_or_path}/tokenizer.json",
-            fix="take the tokenizer that the model was trained with, or resize the model's embeddings to it",
-        )
-
-
-def text_facts(tokenizer: Any, dialogues: bool = False) -> dict[str, Any]:
-    """What the tokenizer makes of texts, for the lock file and the report.
-
-    Args:
-        dialogues: whether some are written by its chat template.
-
-    Returns:
-        ``{"begins_with", "ends_with", "between"}``, a row a token, and ``chat_template`` (`template_facts`).
-    """
-
-    def rows(ids: Sequence[int]) -> list[dict[str, Any]]:
-        return [{"id": i, "token": str(tokenizer.convert_ids_to_tokens(i))} for i in ids]
-
-    before, behind = around(tokenizer)
-    facts: dict[str, Any] = {
-        "begins_with": rows(before),
-        "ends_with": rows(behind),
-        "between": rows(between(tokenizer)),
-    }
-    return {**facts, "chat_template": template_facts(tokenizer)} if dialogues else facts
 
 
 def pack(documents: Sequence[str], tokenizer: Any, length: int, windows: int, title: str) -> Packed:
@@ -460,53 +323,3 @@ def assert_disjoint(calibration: Tensor, evaluation: Tensor, title: str, scored:
             where=f"evaluation text {title!r}",
             fix="evaluate on text that is not among the calibration sources",
         )
-
-
-def _all_documents(source: SourceSpec) -> list[str]:
-    if source.embedded is not None:
-        from pydoc_data.topics import topics
-
-        return [topics[name] for name in sorted(topics)]
-    if source.files is not None:
-        return read_files(source.files)
-    if source.package is not None:
-        return PACKAGES[source.package]()
-    return _from_hub(source)
-
-
-def read_files(patterns: Sequence[str]) -> list[str]:
-    """The files that match, in order.
-
-    Raises:
-        CompressError: a pattern matches nothing, or a file is not UTF-8 text.
-    """
-    documents = []
-    for path in matching(patterns, "the text files"):
-        try:
-            documents.append(read_text(Path(path), "the text", LONGEST, "give UTF-8 text files"))
-        except CompressError as e:
-            raise CompressError(f"the text cannot be read: {e.what}", where=e.where, fix=e.fix) from e
-    return documents
-
-
-def _from_hub(source: SourceSpec) -> list[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise CompressError(
-            "text from the hub needs the package 'datasets'",
-            where=f"source {source.hub}",
-            fix=f"{install_line('hub')}, or {NAME_FILES}",
-        ) from None
-    try:
-        rows = load_dataset(source.hub, source.config, split=source.split, streaming=True).take(HUB_DOCUMENTS)
-        return [row[source.column] for row in rows]
-    except KeyError as e:
-        raise CompressError(f"the data set has no column {e}", where=f"source {source.hub}", fix="set 'column'") from e
-    except (OSError, ValueError, RuntimeError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise CompressError(
-            f"the data set cannot be read from the hub: {reason}",
-            where=f"source {source.hub}",
-            fix=f"check the network and the name, or {NAME_FILES}",
-        ) from e

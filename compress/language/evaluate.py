@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.data.text import around
+from compress.data.special import around
 from compress.distribution import install_line
 from compress.errors import CompressError
 from compress.models.decoder import capped, head, last_hidden

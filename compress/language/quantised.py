@@ -157,7 +157,7 @@ def _source(
     options: BuildOptions,
 ) -> Source:
     """What a side's file is made of: the saved folder, or the ONNX export beside the torch module."""
-    from compress.data.text import begun
+    from compress.data.special import begun
     from compress.exporters.command import text_source
     from compress.exporters.formats import Source
     from compress.exporters.gguf import Saved

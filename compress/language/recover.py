@@ -107,13 +107,7 @@ def linear_names(family: Family, config: Any) -> list[str]:
 def training_windows(run: Run, setup: Setup, windows: Windows) -> Tensor:
     """Windows (n, length) int64 to train on: those calibrated on, or as many from the same sources as the recipe asks
     for. None is from the evaluation's part of a source, and that they do not overlap is checked."""
-    from compress.data.text import (
-        assert_disjoint,
-        calibration_windows,
-        keep_windows,
-        kept_windows,
-        packing_inputs,
-    )
+    from compress.data.text import assert_disjoint, calibration_windows, keep_windows, kept_windows, packing_inputs
 
     recipe = setup.recipe
     spoken = {text.name for text in recipe.evaluation.texts if text.source.dialogues is not None}

@@ -56,7 +56,7 @@ class Setup(Generic[AnyText]):
     @cached_property
     def begin(self) -> tuple[int, ...]:
         """The token ids that the tokenizer puts in front of a text: every window begins with them."""
-        from compress.data.text import opening
+        from compress.data.special import opening
 
         return opening(self.tokenizer)
 
@@ -197,7 +197,7 @@ def check_dialogues(folder: Path, recipe: TextRecipe) -> None:
             refuses the dialogue.
     """
     from compress.data.dialogues import render
-    from compress.data.text import load_dialogues
+    from compress.data.documents import load_dialogues
     from compress.models.folder import has_tokenizer
     from compress.models.reading import load_tokenizer
     from compress.run.progress import say

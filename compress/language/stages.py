@@ -263,7 +263,7 @@ def commands(setup: Setup[Any], folder: Path, prune_command: str) -> dict[str, s
 
 def describe_model(report: dict[str, Any], setup: Setup[Any], command: str) -> None:
     """Fills in where a language model came from, the recipe, the command and the machine."""
-    from compress.data.text import text_facts
+    from compress.data.special import text_facts
     from compress.run.doctor import environment
 
     report["model"] = {

@@ -19,8 +19,9 @@ from pydantic import Field, model_validator
 from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters import gate_outputs as outputs
+from compress.exporters.gate_measure import Measuring
 from compress.exporters.gate_models import Artefact, check_inputs, find
-from compress.exporters.gate_run import Measuring, compare
+from compress.exporters.gate_run import compare
 from compress.exporters.gate_run import self_test as against_itself
 from compress.exporters.inputs import given
 from compress.run.written import append, refuse_replacing, written

@@ -255,7 +255,7 @@ def _is_export(path: Path) -> bool:
 def _in_onnx_runtime(path: Path, tokenizer: Path | None) -> Loaded:
     import numpy as np
 
-    from compress.data.text import endings
+    from compress.data.special import endings
     from compress.exporters import runtimes
     from compress.exporters.ort import OrtLLM
     from compress.models.reading import load_tokenizer
@@ -298,7 +298,7 @@ def _in_torch(artefact: str, tokenizer: Path | None) -> Loaded:
     """transformers' own `generate`."""
     import torch
 
-    from compress.data.text import endings
+    from compress.data.special import endings
     from compress.models.saved import find
     from compress.verbs.language import _load
 
@@ -343,7 +343,7 @@ class _Streamer:
 def _of(tokenizer: Any, runtime: str, generate: Callable[[list[int], int, Seen], None], config: Any = None) -> Loaded:
     """A model with a tokenizer of transformers."""
     from compress.data.dialogues import asked
-    from compress.data.text import begun, check_ids
+    from compress.data.special import begun, check_ids
 
     def encode(text: str, chat: bool) -> list[int]:
         if not chat:

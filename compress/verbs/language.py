@@ -46,7 +46,9 @@ def evaluate(
     A text file is one text, whatever it holds; several that a pattern matches are documents, and joined as such.
     """
     from compress.data.dialogues import read_dialogues
-    from compress.data.text import opening, pack, pack_dialogues, read_files
+    from compress.data.documents import read_files
+    from compress.data.special import opening
+    from compress.data.text import pack, pack_dialogues
     from compress.language.evaluate import geometric_mean, harness_tasks, perplexity
 
     if bool(like) == bool(text or dialogues):
@@ -127,7 +129,7 @@ def export(
         like: a run whose held-out text a GGUF is compared on; by default the run that the folder lies in.
         named: how the user named the model, which may tell its base.
     """
-    from compress.data.text import begun, opening
+    from compress.data.special import begun, opening
     from compress.exporters.check import write_checked
     from compress.exporters.command import make_all, text_source
     from compress.exporters.formats import FORMATS, Source
@@ -154,7 +156,7 @@ def export(
 
 def _saved(folder: Path, like: Path | None, named: str) -> Saved:
     """What a GGUF of a model is named after and compared on: held-out windows of its run, or a text of many kinds."""
-    from compress.data.text import begun, opening
+    from compress.data.special import begun, opening
     from compress.exporters.gguf import Saved
     from compress.exporters.llama_cpp.vocabulary import PROBE
     from compress.language.setup import quiet

@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from compress.data.text import around
+from compress.data.special import around
 from compress.errors import CompressError
 from compress.exporters.llama_cpp import pretokenisers
 

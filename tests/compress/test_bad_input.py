@@ -337,7 +337,7 @@ def test_what_a_user_has_at_the_place_to_write_is_left_alone_by_every_verb(
         for work in (
             "compress.verbs.by_kind.call",
             "compress.report.build.read_report",
-            "compress.exporters.gate_run.measure_once",
+            "compress.exporters.gate_measure.measure_once",
         ):
             patched.setattr(work, never if work != "compress.report.build.read_report" else lambda _: {"recipe": {}})
         for words, said in (

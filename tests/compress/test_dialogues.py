@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from compress.claims.remeasure import measured
 from compress.claims.verify import Subject
-from compress.data.text import load_dialogues
+from compress.data.documents import load_dialogues
 from compress.language.setup import prepare, read_windows
 from compress.pipeline import METHODS
 from compress.report.build import read_report

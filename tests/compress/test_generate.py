@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import compress as api
-from compress.data.text import begun
+from compress.data.special import begun
 from compress.models.reading import load_tokenizer
 from compress.verbs import generate
 from compress.words.escape import terminal

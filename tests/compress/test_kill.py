@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
@@ -10,14 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import forks
 from tests.command import Job
 
 KILLS_EACH = 7
 RESULTS = ("plan/plan.safetensors", "plan/plan.json", "plan/search.json", "model/model.safetensors")
-
-# A server that has torch loaded already forks each run: the kills fall into the work, not into the imports.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tests.command", "compress.pipeline", "compress.recipes.tyr.prune", "transformers"])
 
 
 def run(job: Job, out: Path) -> None:
@@ -31,8 +27,8 @@ def run(job: Job, out: Path) -> None:
     assert ran.code == 0, ran.err
 
 
-def started(job: Job, out: Path) -> multiprocessing.process.BaseProcess:
-    process = server.Process(target=run, args=(job, out))
+def started(job: Job, out: Path) -> forks.Process:
+    process = forks.server.Process(target=run, args=(job, out))
     process.start()
     return process
 
@@ -87,7 +83,7 @@ def test_killed_at_any_moment_and_started_again_it_ends_with_the_same_bytes(
 def test_killed_around_the_rename_a_stage_is_whole_or_not_there(moment: str, tmp_path: Path) -> None:
     from compress.run.folder import Run, verify_seal
 
-    process = server.Process(target=_dies, args=(tmp_path / "run", moment))
+    process = forks.server.Process(target=_dies, args=(tmp_path / "run", moment))
     process.start()
     process.join()
     assert process.exitcode == -9

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from compress.exporters.ort import session
 from compress.models.zoo import build
 from compress.recipes.global_mp.masks import load_masks
-from tests import ranks
+from tests import forks, ranks
 from tests.command import compress, one_error
 from tests.networks import write_class_folders, write_har
 
@@ -234,12 +233,6 @@ def test_fastgrnn_loses_columns_and_is_really_smaller(tmp_path: Path) -> None:
     assert state["U.left.weight"].shape == (80, 8) and state["W.right.weight"].shape == (9, 9)
 
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    ["tests.command", "compress.recipes.global_mp.network_stages", "compress.networks.train", "tests.networks"]
-)
-
-
 def killed_run(place: Path, out: Path) -> None:
     torch.set_num_threads(1)
     ran = prune(
@@ -250,7 +243,7 @@ def killed_run(place: Path, out: Path) -> None:
 
 def test_killed_while_it_trains_it_goes_on_to_the_same_bytes(place: Path, tmp_path: Path) -> None:
     def start(out: Path) -> Any:
-        process = server.Process(target=killed_run, args=(place, out))
+        process = forks.server.Process(target=killed_run, args=(place, out))
         process.start()
         return process
 

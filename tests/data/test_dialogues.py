@@ -16,7 +16,8 @@ import torch
 
 from compress.data import dialogues as module
 from compress.data.dialogues import DAY, Dialogue, read_dialogues, render, template_facts
-from compress.data.text import evaluation_windows, load_dialogues, pack_dialogues
+from compress.data.documents import load_dialogues
+from compress.data.text import evaluation_windows, pack_dialogues
 from compress.errors import CompressError
 from compress.schema.recipe import SourceSpec
 from tests.chats import BEGINS, DATED, LAST_THINKS, NONE_THINK, PLAIN, SAYS_NONE, chat, let_it_chat, write_chats

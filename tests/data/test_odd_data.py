@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from compress.data.documents import read_files
 from compress.data.images import load
-from compress.data.text import pack, read_files
+from compress.data.text import pack
 from compress.errors import CompressError, UsageError
 from compress.schema.sections import DataSpec
 from compress.system.arrays import read_array, read_arrays

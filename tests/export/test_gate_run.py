@@ -14,9 +14,10 @@ from onnx import TensorProto, helper
 from compress.errors import CompressError, UsageError
 from compress.exporters import gate
 from compress.exporters.gate import parse_budget
+from compress.exporters.gate_measure import Measuring, whole_shapes
+from compress.exporters.gate_measure import measure as really
 from compress.exporters.gate_models import Artefact, check_inputs, find
-from compress.exporters.gate_run import Measuring, compare, self_test, whole_shapes
-from compress.exporters.gate_run import measure as really
+from compress.exporters.gate_run import compare, self_test
 from tools.ci.models import chain
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.exporters import gate_models, gate_run
+from compress.exporters import gate_measure, gate_models
 from compress.exporters.formats import describe
 from tests.command import compress, one_error
 from tests.export.test_gguf import FEW, Plan, built, dense, pruned
@@ -81,7 +81,7 @@ def test_another_runtime_is_no_candidate(folders: Path, tmp_path: Path) -> None:
 def test_one_process_gives_what_a_round_needs(folders: Path) -> None:
     """The rounds around it are those of any model, and tested with those."""
     found = gate_models.find(str(folders / "pruned-gguf"))
-    sample = gate_run.measure(found, gate_run.Measuring(samples=2, prompt=8, context=8), 0)
+    sample = gate_measure.measure(found, gate_measure.Measuring(samples=2, prompt=8, context=8), 0)
     assert "llamacpp" in sample["runtime"] and sample["peak_rss"] > 1e6
     for figure in ("ttft", "tpot"):
         assert len(sample[figure]["samples"]) >= 2 and 0 < min(sample[figure]["fastest"]) < 1

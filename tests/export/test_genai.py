@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from compress.errors import CompressError, UsageError
-from compress.exporters import gate_models, gate_run, genai
+from compress.exporters import gate_measure, gate_models, genai
 from compress.exporters.formats import BuildOptions, Source, describe, make
 from compress.exporters.onnx import export_llm
 from compress.language.plan import BlockPlan, Plan
@@ -323,6 +323,8 @@ def test_two_folders_are_measured_in_the_runtimes_own_loop(uneven: Source, built
     assert json.loads(ran.out)["budgets"][0]["value"] == pytest.approx(bits)
     # Built without a check: nothing says its perplexity.
     one_error(compress("gate", built, tmp_path / "int4", "-b", "perplexity<=2x"), 2, "nothing says what perplexity")
-    sample = gate_run.measure(gate_models.find(str(built)), gate_run.Measuring(samples=2, prompt=8, context=8), 0)
+    sample = gate_measure.measure(
+        gate_models.find(str(built)), gate_measure.Measuring(samples=2, prompt=8, context=8), 0
+    )
     assert all(min(sample[figure]["fastest"]) > 0 for figure in ("ttft", "tpot"))
     one_error(compress("bench", built, built, "--prompt", 300, "--processes", 1), 1, "cannot run the folder")

@@ -19,8 +19,8 @@ from compress.errors import CompressError, UsageError
 from compress.exporters.bench import agent
 from compress.exporters.bench.local import Local, measure_once, rows_of
 from compress.exporters.formats import random_feed, read_graph
+from compress.exporters.gate_measure import Measuring, whole_shapes
 from compress.exporters.gate_models import find
-from compress.exporters.gate_run import Measuring, whole_shapes
 from compress.exporters.inputs import read_inputs
 from compress.exporters.ranges import index_ranges
 from compress.run.cache import sha256_of

@@ -175,7 +175,7 @@ def _loaded(folder: Path) -> Any:
     """What `compress eval` and `prune` read of a model: outputs, and tokens of a text."""
     import torch
 
-    from compress.data.text import begun
+    from compress.data.special import begun
     from compress.verbs.language import _load
 
     model, _, tokenizer = _load(folder)
@@ -185,7 +185,8 @@ def _loaded(folder: Path) -> Any:
 
 
 def _tokens(folder: Path) -> Any:
-    from compress.data.text import begun, pack, text_facts
+    from compress.data.special import begun, text_facts
+    from compress.data.text import pack
     from compress.models.reading import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
@@ -459,7 +460,7 @@ def _text(folder: Path) -> None:
 
 
 def _documents(folder: Path) -> Any:
-    from compress.data.text import load_documents
+    from compress.data.documents import load_documents
     from compress.schema.recipe import SourceSpec
 
     return load_documents(SourceSpec(files=[str(folder / "*.txt")]), "calibration")

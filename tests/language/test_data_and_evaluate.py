@@ -12,21 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from compress.data.text import (
-    Pieces,
-    around,
-    assert_disjoint,
-    begun,
-    between,
-    calibration_windows,
-    endings,
-    keep_windows,
-    kept_windows,
-    load_documents,
-    opening,
-    pack,
-    text_facts,
-)
+from compress.data.documents import Pieces, load_documents
+from compress.data.special import around, begun, between, endings, opening, text_facts
+from compress.data.text import assert_disjoint, calibration_windows, keep_windows, kept_windows, pack
 from compress.errors import CompressError
 from compress.language.evaluate import harness_tasks, perplexity
 from compress.models.reading import load_tokenizer
@@ -317,7 +305,7 @@ def test_a_model_of_nan_is_named() -> None:
 
 
 def test_a_file_whose_name_holds_what_is_special_in_a_pattern_is_read(tmp_path: Path) -> None:
-    from compress.data.text import read_files
+    from compress.data.documents import read_files
 
     for name in ("a[1].txt", "a1.txt"):
         (tmp_path / name).write_text(name)

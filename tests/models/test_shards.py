@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from compress.models.families import family_for
+from compress.models.shards import Shards
 from compress.models.streaming import StreamedBlocks, in_step, stream_model
 from compress.processes.distributed import device
 from tests import ranks
@@ -115,12 +116,11 @@ def test_a_run_of_processes_that_share_the_model_ends_with_the_bytes_of_one(
     job: Job, finished: Path, tmp_path: Path, processes: int
 ) -> None:
     out = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-m", "compress", "prune", str(job.model), "--recipe", str(job.recipe), "--out", str(out),
-         "--until", "model", "--processes", str(processes), "--set", "memory={shard: true, cache_blocks: 1}"],
-        capture_output=True, text=True, env=dict(os.environ), timeout=300,
+    done = ranks.command(
+        "prune", job.model, "--recipe", job.recipe, "--out", out, "--until", "model",
+        "--processes", processes, "--set", "memory={shard: true, cache_blocks: 1}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     for name in ("plan/plan.safetensors", "plan/plan.json", "plan/search.json", "model/model.safetensors"):
         assert (out / name).read_bytes() == (finished / name).read_bytes(), name
 
@@ -137,28 +137,28 @@ def test_sharing_what_every_process_holds_is_refused(job: Job, tmp_path: Path) -
 def test_a_process_killed_while_blocks_are_put_together_costs_no_bytes(
     job: Job, finished: Path, tmp_path: Path, call: int
 ) -> None:
-    # Python imports ``sitecustomize`` from PYTHONPATH by itself: the program is the real one.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, signal\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    from compress.models.shards import Shards\n"
-        "    plain, calls = Shards.tensors, []\n"
-        "    def tensors(self, number):\n"
-        "        calls.append(number)\n"
-        f"        if len(calls) == {call}:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        return plain(self, number)\n"
-        "    Shards.tensors = tensors\n"
-    )
-    command = [
-        sys.executable, "-m", "compress", "prune", str(job.model), "--recipe", str(job.recipe),
-        "--out", str(tmp_path / "run"), "--until", "plan", "--processes", "2", "--set", "memory.shard=true",
-    ]  # fmt: skip
-    killed = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    done = subprocess.run(command, capture_output=True, text=True, env=killed, timeout=300)
-    assert done.returncode == 1 and done.stderr.count("error: ") == 1, done.stderr
-    assert "error: rank 1 was ended by SIGKILL" in done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=300)
-    assert again.returncode == 0, again.stderr
+    words = (
+        "prune", job.model, "--recipe", job.recipe, "--out", tmp_path / "run", "--until", "plan",
+        "--processes", 2, "--set", "memory.shard=true",
+    )  # fmt: skip
+    done = ranks.command(*words, before=partial(die_at, call))
+    assert done.code == 1 and done.err.count("error: ") == 1, done.err
+    assert "error: rank 1 was ended by SIGKILL" in done.err
+    again = ranks.command(*words)
+    assert again.code == 0, again.err
     for name in ("plan/plan.safetensors", "plan/plan.json"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def die_at(call: int) -> None:
+    """Has one process of a group be killed when blocks are put together for the ``call``-th time."""
+    plain, calls = Shards.tensors, []
+
+    def tensors(self: Shards, number: int) -> Any:
+        calls.append(number)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(self, number)
+
+    if os.environ.get("RANK") == "1":
+        Shards.tensors = tensors  # type: ignore[method-assign]  # of this process alone

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -25,12 +24,8 @@ from compress.networks import train as module
 from compress.networks.train import Moment, apply_masks, evaluate, rate, train
 from compress.processes import distributed
 from compress.schema.sections import TrainSpec
-from tests import ranks
+from tests import forks, ranks
 from tests.networks import shape_data
-
-# A server that has torch loaded already forks each process.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["compress.networks.train", "compress.models.zoo.resnet32", "tests.networks"])
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.0},
@@ -356,7 +351,7 @@ def test_training_lays_a_pruned_shortcut_out_soundly() -> None:
 
 
 def in_its_own_process(threads: int, target: Callable[..., None], *words: object) -> Any:
-    process = server.Process(target=alone, args=(threads, target, *words))
+    process = forks.server.Process(target=alone, args=(threads, target, *words))
     process.start()
     return process
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.data.text import load_documents, pack
+from compress.data.documents import load_documents
+from compress.data.text import pack
 from compress.errors import CompressError
 from compress.language.evaluate import perplexity
 from compress.models.families import family_for

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.data.text import begun
+from compress.data.special import begun
 from compress.exporters.formats import BuildOptions, Source, make
 from compress.exporters.gguf import Saved
 from compress.exporters.llama_cpp.vocabulary import PROBE

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.data.text import load_documents
+from compress.data.documents import load_documents
 from compress.errors import CompressError
 from compress.models.sources import resolve
 from compress.schema.recipe import SourceSpec
