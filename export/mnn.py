@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from compress.distribution import install_line
 from compress.errors import CompressError, UsageError
+from compress.exporters import names as onnx_names
 from compress.exporters import onnx_module
 from compress.exporters.bench.local import LOCAL
 from compress.exporters.bench.transport import answered, stored
@@ -174,7 +175,7 @@ def write_checked_mnn(
             are skipped: a ResNet of 4 to 7 channels by up to 1e31, of 12 at some batches only; of 8, 16 and 32 channels
             all agreed. Such a fault is told apart from others.
     """
-    source = folder / onnx_module.FILE
+    source = folder / onnx_names.FILE
     made = export_mnn(source, folder)
     try:
         parity = check_mnn(model, folder, inputs, names, tolerance=tolerance)

@@ -439,7 +439,8 @@ def _latency_of(pruner: Pruner, x: Inputs, oracle: Judge, names: list[str]) -> C
     import tempfile
 
     from compress.data.inputs import first, inputs_by_name, mapped
-    from compress.exporters.onnx_module import FILE, export_module
+    from compress.exporters.names import FILE
+    from compress.exporters.onnx_module import export_module
     from compress.exporters.ort import session
 
     def seconds(name: str, state: dict[str, int]) -> float:
