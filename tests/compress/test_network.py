@@ -153,6 +153,7 @@ def test_the_sweep_trains_every_sparsity_in_one_call_and_draws_it(finished: tupl
     assert str(run.parent) not in card.split("## Every number again")[0]
 
 
+@pytest.mark.cold
 def test_the_same_command_does_nothing_again_and_verify_finds_it_whole(
     place: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:

@@ -13,6 +13,7 @@ from compress.language.checkpoint import save_model, verify_clean
 from compress.models.families import family_for
 from compress.models.reading import check_weights, load_model, weight_files
 from tests.tiny import tiny, tokens, word_tokenizer
+from tests.warm import WARM
 
 pytestmark = pytest.mark.processes
 
@@ -35,8 +36,12 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.cold
-def test_the_padded_layout_loads_with_stock_classes(saved: Path) -> None:
-    assert verify_clean(saved)["class"] == "LlamaForCausalLM"
+def test_the_padded_layout_loads_with_stock_classes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh, forks = verify_clean(saved), WARM.forks
+    assert fresh["class"] == "LlamaForCausalLM"
+    # A fork of a clean interpreter, as most tests have it, finds the same.
+    monkeypatch.setattr(WARM, "cold", False)
+    assert verify_clean(saved) == fresh and WARM.forks == forks + 1
     assert not (saved / "modeling_compress.py").exists()
 
 

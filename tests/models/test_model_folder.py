@@ -373,6 +373,7 @@ def test_verify_names_code_in_a_model_folder_and_does_not_run_it(
     assert not list(tmp_path.rglob("PWNED"))
 
 
+@pytest.mark.cold
 def test_even_where_code_lies_beside_the_model_the_clean_process_has_none_of_it(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(finished / "model", folder)
