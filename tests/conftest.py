@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,17 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(folder / "model", folder / "tiny.yaml", folder)
 
 
-@pytest.fixture(scope="session")
-def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a whole `compress prune`; tests must not change it."""
-
-    def make(folder: Path) -> None:
-        ran = compress("prune", job.model, "--recipe", job.recipe, "--out", folder / "run")
-        assert ran.code == 0, ran.err
-
-    return once(tmp_path_factory, "finished", make) / "run"
-
-
-@pytest.fixture(scope="module")
-def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For modules whose subject is neither: the same bytes are loaded in a clean process, and the same model is
-    exported, once in a session; the second time the first one's answer is given."""
+@contextmanager
+def remembered(factory: pytest.TempPathFactory) -> Iterator[None]:
+    """While it is open, the same bytes are loaded in a clean process, and the same model is exported, once in a
+    session; the second time the first one's answer is given."""
     from compress.exporters import check
     from compress.language import checkpoint
 
     load, export = checkpoint.verify_clean, check.export_llm
+    if load.__module__ == __name__:  # it is open
+        yield
+        return
 
     def verify_clean(folder: Path, memory: int | None = None) -> dict[str, Any]:
         held = hashlib.sha256(f"{memory}".encode())
@@ -73,13 +66,13 @@ def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         def make(place: Path) -> None:
             (place / "found.json").write_text(json.dumps(load(folder, memory)))
 
-        return dict(json.loads((once(tmp_path_factory, f"load-{held.hexdigest()}", make) / "found.json").read_text()))
+        return dict(json.loads((once(factory, f"load-{held.hexdigest()}", make) / "found.json").read_text()))
 
     def export_llm(model: Any, folder: Path, each: bool = False) -> Exported:
         held = hashlib.sha256(f"{type(model)} {model.config.to_json_string()} {each}".encode())
         for name, tensor in model.state_dict().items():
             held.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
-        made = once(tmp_path_factory, f"export-{held.hexdigest()}", lambda place: export(model, place, each))
+        made = once(factory, f"export-{held.hexdigest()}", lambda place: export(model, place, each))
         shutil.copytree(made, folder, dirs_exist_ok=True)
         return Exported(folder, {p.name: p.stat().st_size for p in made.iterdir()}, 1.0)
 
@@ -87,6 +80,25 @@ def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(checkpoint, "verify_clean", verify_clean)
         patch.setattr(check, "export_llm", export_llm)
         yield
+
+
+@pytest.fixture(scope="module")
+def done_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For modules whose subject is neither to load what was saved nor to export it, see `remembered`."""
+    with remembered(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(job: Job, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a whole `compress prune`; tests must not change it."""
+
+    def make(folder: Path) -> None:
+        with remembered(tmp_path_factory):  # other modules' runs have the same dense model, and some the same plan
+            ran = compress("prune", job.model, "--recipe", job.recipe, "--out", folder / "run")
+        assert ran.code == 0, ran.err
+
+    return once(tmp_path_factory, "finished", make) / "run"
 
 
 @pytest.fixture(scope="session", autouse=True)
