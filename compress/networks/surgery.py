@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import register_parametrization
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError
@@ -182,60 +184,99 @@ def _by_group(kept: list[int], count: int, groups: int, name: str) -> list[list[
 
 
 @torch.no_grad()
-def zeroed(model: nn.Module, removed: Channels) -> nn.Module:
-    """A copy of the model at full shape in which all that `cut` would take away is zero."""
+def zeroed(model: nn.Module, removed: Channels, *, held: bool = True) -> nn.Module:
+    """A copy of the model at full shape in which all that `cut` would take away is zero.
+
+    Args:
+        held: whether the copy has tensors with these zeros. Otherwise each is made anew whenever it is asked for, so
+            that a large network is not in memory twice; the copy is then good for running alone.
+    """
     model = shared_copy(model)
     modules = dict(model.named_modules())
     rests: set[tuple[int, int]] = set()
+    put = _set_changed if held else _change_when_asked
     for (name, axis), gone in removed.items():
+        at = list(gone)
         if ":" in axis:
-            _zero_others(modules, name, axis, list(gone), rests)
+            _zero_others(modules, name, axis, at, rests, put)
             continue
         module: Any = modules[name]
-        at = list(gone)
         if isinstance(module, CHANNELWISE):
             if isinstance(module, nn.LayerNorm | nn.GroupNorm):
                 _over_rest(module, width(module, "out"), at, rests)
             for key in ("weight", "bias"):
-                held = module._parameters.get(key)
-                if held is not None:
-                    _set(module, key, held.index_fill(0, torch.tensor(at, device=held.device), 0))
+                if module._parameters.get(key) is not None:
+                    put(module, key, partial(_without, dim=0, at=at))
             continue
-        weight = module.weight.detach().clone()
-        if isinstance(module, nn.Linear) or is_depthwise(module):
-            if axis == "out":
-                weight[at] = 0
-            else:
-                weight[:, at] = 0
-        else:
-            transposed = isinstance(module, TRANSPOSED)
-            # The axis that the groups divide: columns of a plain convolution's input, of a transposed one's output.
-            divided = (axis == "out") == transposed
-            if divided:
-                per, rows = weight.shape[1], weight.shape[0] // module.groups
-                for i in at:
-                    g, column = divmod(i, per)
-                    weight[g * rows : (g + 1) * rows, column] = 0
-            else:
-                weight[at] = 0
-        _set(module, "weight", weight)
+        put(module, "weight", _weight_without(module, axis, at))
         if axis == "out" and module.bias is not None:
-            _set(module, "bias", module.bias.index_fill(0, torch.tensor(at, device=weight.device), 0))
+            put(module, "bias", partial(_without, dim=0, at=at))
     return model
 
 
+Change = Callable[[Tensor], Tensor]
+
+
+def _without(tensor: Tensor, dim: int, at: list[int]) -> Tensor:
+    return tensor.detach().index_fill(dim, torch.tensor(at, device=tensor.device), 0)
+
+
+def _weight_without(module: Any, axis: str, at: list[int]) -> Change:
+    """What makes channels of a linear layer or convolution zero in its weight."""
+    if isinstance(module, nn.Linear) or is_depthwise(module):
+        return partial(_without, dim=0 if axis == "out" else 1, at=at)
+    # The axis that the groups divide: columns of a plain convolution's input, of a transposed one's output.
+    divided = (axis == "out") == isinstance(module, TRANSPOSED)
+    if not divided:
+        return partial(_without, dim=0, at=at)
+    groups = int(module.groups)
+
+    def columns(tensor: Tensor) -> Tensor:
+        weight = tensor.detach().clone()
+        per, rows = weight.shape[1], weight.shape[0] // groups
+        for i in at:
+            g, column = divmod(i, per)
+            weight[g * rows : (g + 1) * rows, column] = 0
+        return weight
+
+    return columns
+
+
+def _set_changed(module: nn.Module, key: str, change: Change) -> None:
+    _set(module, key, change(getattr(module, key)))
+
+
+class _Changed(nn.Module):
+    """A parametrisation: a tensor as a function of the one that is held."""
+
+    def __init__(self, change: Change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, tensor: Tensor) -> Tensor:
+        return self.change(tensor)
+
+
+def _change_when_asked(module: nn.Module, key: str, change: Change) -> None:
+    register_parametrization(module, key, _Changed(change), unsafe=True)  # it changes neither shape nor type
+
+
 def _zero_others(
-    modules: Mapping[str, nn.Module], name: str, axis: str, gone: list[int], rests: set[tuple[int, int]]
+    modules: Mapping[str, nn.Module],
+    name: str,
+    axis: str,
+    gone: list[int],
+    rests: set[tuple[int, int]],
+    put: Callable[[nn.Module, str, Change], None],
 ) -> None:
-    """Zeros in a bare parameter, in place; a number in the code stays as it is."""
+    """Zeros in a bare parameter; a number in the code stays as it is."""
     kind, _, dim = axis.partition(":")
     if kind == "int":
         return
     owner, _, key = name.rpartition(".")
     module = modules[owner]
-    tensor = getattr(module, key)
-    _over_rest(module, tensor.shape[int(dim)], gone, rests)
-    _set(module, key, tensor.index_fill(int(dim), torch.tensor(gone, device=tensor.device), 0))
+    _over_rest(module, getattr(module, key).shape[int(dim)], gone, rests)
+    put(module, key, partial(_without, dim=int(dim), at=gone))
 
 
 class _Rest(TorchFunctionMode):

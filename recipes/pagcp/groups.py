@@ -124,8 +124,8 @@ def find_groups(model: nn.Module, sample: Inputs, round_to: int = 8, skip: Seque
         CompressError: the network cannot be traced at all.
     """
     x = mapped(sample, lambda t: t.detach().cpu())
+    live = _live(_traced(model), x)  # before there is a copy in float64: gradients take room of their own
     trial = _trial(model)
-    live = _live(trial, floats(x))
     shared, left = _shared(model), dict[str, str]()
     found: list[Group] = []
     taken: set[tuple[str, str, int]] = set()
@@ -219,9 +219,7 @@ def _proposals(
     Raises:
         CompressError: the network's code fails under watch.
     """
-    # The run is without gradients: only buffers may be written to.
-    shared = {id(p): p for p in model.parameters() if p.device.type == "cpu"}
-    traced = copy.deepcopy(model, shared).cpu().eval()  # type: ignore[arg-type]
+    traced = _traced(model)
     for grid in ("heads", "places"):
         try:
             found = follow(traced, sample, grid)  # type: ignore[arg-type]
@@ -230,6 +228,12 @@ def _proposals(
         yield _grouped(traced, found, round_to, grid)
         if not found.grids:
             return
+
+
+def _traced(model: nn.Module) -> nn.Module:
+    """A copy on the CPU to be run and watched, which shares parameters: a run writes to buffers alone."""
+    shared = {id(p): p for p in model.parameters() if p.device.type == "cpu"}
+    return copy.deepcopy(model, shared).cpu().eval()  # type: ignore[arg-type]
 
 
 def _untraced(e: Exception) -> CompressError:
@@ -354,7 +358,7 @@ def _trial(model: nn.Module) -> nn.Module:
     return trial
 
 
-def _live(trial: nn.Module, x: Inputs) -> set[str]:
+def _live(model: nn.Module, x: Inputs) -> set[str]:
     """Layers on which an output depends, by the gradients of all outputs together, which reach their outputs.
 
     Raises:
@@ -377,16 +381,16 @@ def _live(trial: nn.Module, x: Inputs) -> set[str]:
 
         return hook
 
-    was = [(p, p.requires_grad) for p in trial.parameters()]
-    handles = [m.register_forward_hook(watch(n)) for n, m in trial.named_modules() if isinstance(m, LAYERS)]
+    was = [(p, p.requires_grad) for p in model.parameters()]
+    handles = [m.register_forward_hook(watch(n)) for n, m in model.named_modules() if isinstance(m, LAYERS)]
     try:
         for parameter, _ in was:
             parameter.requires_grad_(False)
         with torch.enable_grad():
-            outputs = [t for t in tensors(call(trial, x)) if t.grad_fn is not None]
+            outputs = [t for t in tensors(call(model, x)) if t.grad_fn is not None]
             if not outputs:
                 raise CompressError("no output depends on a weight by a differentiable operation")
-            weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
+            weights = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
             torch.autograd.backward(outputs, weights)  # type: ignore[arg-type]
     except Exception as e:  # the network's own code
         raise _untraced(e) from e
@@ -498,7 +502,7 @@ class _Prover:
         before = self.before
         if len(sliced) != len(before) or any(a.shape != b.shape for a, b in zip(sliced, before, strict=True)):
             return "it is an output of the network"
-        masked, heard = self.run(zeroed(self.trial, removed))
+        masked, heard = self.run(zeroed(self.trial, removed, held=False))
         off = max(float((a - b).abs().max()) for a, b in zip(masked, sliced, strict=True) if a.numel())
         if not off <= TOLERANCE * self.scale:
             return f"sliced is not masked: outputs up to {self.scale:.3g} differ by {off:.2g}"

@@ -313,3 +313,19 @@ def test_a_cut_leaves_the_network_it_was_made_of_alone() -> None:
     cut(model, group.removed([0, 1]))
     zeroed(model, group.removed([0, 1]))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["global response norm", "attention, fused", "grouped convolution and a gate"])
+def test_zeros_that_are_made_when_asked_for_are_the_same_and_hold_no_memory(name: str) -> None:
+    model, x = awake(SMALL[name]()), torch.randn(IMAGES, dtype=torch.float64)
+    own = {t.data_ptr() for t in (*model.parameters(), *model.buffers())}
+    removed: dict[tuple[str, str], list[int]] = {}
+    for group in find_groups(copy.deepcopy(model).float(), x.float(), 1).groups:
+        for at, gone in group.removed(range(0, group.units - 1, 2)).items():
+            removed[at] = sorted({*removed.get(at, ()), *gone})
+    asked = zeroed(model, removed, held=False)
+    assert {t.data_ptr() for t in (*asked.parameters(), *asked.buffers())} == own
+    with torch.no_grad():
+        want, got, dense = tensors(zeroed(model, removed)(x)), tensors(asked(x)), tensors(model(x))
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(want, dense, strict=True))
