@@ -137,8 +137,12 @@ def _base_of(folder: Path) -> str | None:
     return base if isinstance(base, str) and len(base) < 200 else None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, *, decoder: bool = True) -> dict[str, Any]:
     """config.json, with what would bring other weights or other code into play refused, and sizes that cannot be.
+
+    Args:
+        decoder: whether its sizes are a language model's; an image model's are of other kinds, and asked by who builds
+            it.
 
     Raises:
         CompressError: it is missing, cannot be read, or names such a thing or size; an adapter lies in the folder.
@@ -149,7 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CompressError("the configuration is no JSON object", where=str(folder / CONFIG), fix="fetch it again")
     _refuse_keys(config, folder / CONFIG)
-    check_sizes(config, folder / CONFIG)
+    if decoder:
+        check_sizes(config, folder / CONFIG)
     return config
 
 
@@ -287,7 +292,7 @@ def _is_plain(name: str) -> bool:
 
 
 @contextmanager
-def seen(folder: Path, *, weights: bool = True, code: str | None = None) -> Iterator[Path]:
+def seen(folder: Path, *, weights: bool = True, code: str | None = None, decoder: bool = True) -> Iterator[Path]:
     """What transformers sees of a model's folder: a private folder that is gone when this is left.
 
     Small files are copied as they are read, weights are linked where they were found, so a 70B model is not copied.
@@ -295,11 +300,12 @@ def seen(folder: Path, *, weights: bool = True, code: str | None = None) -> Iter
     Args:
         weights: link them; without, the configuration and the tokenizer can be read.
         code: source of `REMOTE_FILE`, for the one load that runs our own code as a user would.
+        decoder: see `read_config`.
 
     Raises:
         CompressError: as `read_config` and `weights_of`.
     """
-    config = read_config(folder)
+    config = read_config(folder, decoder=decoder)
     with tempfile.TemporaryDirectory(prefix="compress-model-") as temporary:
         private = Path(temporary)
         for name, path in data_files(folder):

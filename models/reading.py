@@ -45,8 +45,11 @@ def weight_files(folder: Path) -> list[Path]:
     return list(weights_of(folder).files)
 
 
-def check_weights(folder: Path) -> None:
+def check_weights(folder: Path, *, counts: bool = False) -> None:
     """Reads every tensor once.
+
+    Args:
+        counts: whether there may be whole numbers among them, as a batch norm counts its batches.
 
     Raises:
         CompressError: a file is truncated or damaged, or a tensor is no float of 16 bits or more, holds NaN or
@@ -56,7 +59,7 @@ def check_weights(folder: Path) -> None:
         with open_tensors(path, "the weight file") as file:
             for name in file.keys():  # noqa: SIM118  (it has keys() alone)
                 tensor = file.get_tensor(name)
-                what = _wrong_values(tensor)
+                what = None if counts and not tensor.is_floating_point() else _wrong_values(tensor)
                 if what is not None:
                     raise CompressError(
                         f"the weight {name} {what}",

@@ -282,7 +282,8 @@ def network_alias(name: str) -> NetworkAlias:
             else f"unknown network {name!r}",
             where="MODEL",
             fix=(f"did you mean {close[0]!r}? " if close else "")
-            + f"one of: {', '.join(networks)}; or path/file.py:function",
+            + f"one of: {', '.join(networks)}; path/file.py:function; an image model of transformers (org/name, or its"
+            " folder); timm:NAME",
         )
     found = load_alias(name)
     assert isinstance(found, NetworkAlias)

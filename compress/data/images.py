@@ -1,13 +1,13 @@
 """Images and signals to train on: one call, three disjoint splits, whatever the source.
 
-Sources are folders (`compress.data.layouts`), the hub, and data that packages carry (`compress.data.packaged`). A split
-that the source does not have is cut off the training part once, by a seed; that no sample is in two splits is checked.
+Sources are folders (`compress.data.layouts`), tables (`compress.data.table`), the hub, and data that packages carry
+(`compress.data.packaged`). A split that the source does not have is cut off the training part once, by a seed; that no
+sample is in two splits is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.data.decode import VERSION, opened, pixels, rgb
+from compress.data.decode import pixels, rgb
+from compress.data.folder_images import FolderImages
 from compress.data.tasks import Task
 from compress.distribution import install_line
 from compress.errors import CompressError
@@ -88,61 +89,6 @@ class Splits:
         return digest.hexdigest()
 
 
-class FolderImages:
-    """Images that stay on disk and are decoded when asked for: (n, 3, size, size) uint8, indexed like a tensor.
-
-    The short side is scaled to 8/7 of ``size`` and the centre cut out, as ImageNet is evaluated.
-    """
-
-    def __init__(self, paths: Sequence[Path], size: int, white: float | None = None) -> None:
-        self.paths, self.size, self.white = tuple(paths), size, white
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, at: Tensor) -> Tensor:
-        return torch.stack([self._read(self.paths[int(i)], None) for i in at])
-
-    def drawn(self, at: Tensor, seed: int) -> Tensor:
-        """The same, each from a random part (8 to 100 % of the area, sides 3:4 to 4:3): how ImageNet is trained on.
-
-        A part is drawn from ``seed`` and the image's own number, so that it does not matter what else is asked for.
-        """
-        if not len(at):
-            return torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
-
-        def generator(i: int) -> torch.Generator:
-            return torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-
-        return torch.stack([self._read(self.paths[int(i)], generator(int(i))) for i in at])
-
-    def only(self, at: Tensor) -> FolderImages:
-        return FolderImages([self.paths[int(i)] for i in at], self.size, self.white)
-
-    def signature(self) -> bytes:
-        return json.dumps([VERSION, self.white, self.size, *([str(p), p.stat().st_size] for p in self.paths)]).encode()
-
-    def _read(self, path: Path, generator: torch.Generator | None) -> Tensor:
-        from PIL import Image
-
-        with opened(path, self.white) as image:
-            if generator is None:
-                scale = (self.size * 8 // 7) / min(image.size)
-                image = image.resize(
-                    [max(self.size, round(side * scale)) for side in image.size], Image.Resampling.BILINEAR
-                )
-                left, top = ((side - self.size) // 2 for side in image.size)
-                return pixels(image.crop((left, top, left + self.size, top + self.size)))
-            u = torch.rand(4, generator=generator).tolist()
-            area = image.width * image.height * (0.08 + 0.92 * u[0])
-            ratio = (3 / 4) ** (1 - 2 * u[1])
-            width = min(image.width, max(1, round((area * ratio) ** 0.5)))
-            height = min(image.height, max(1, round((area / ratio) ** 0.5)))
-            left, top = round(u[2] * (image.width - width)), round(u[3] * (image.height - height))
-            box = (left, top, left + width, top + height)
-            return pixels(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
-
-
 def load(spec: DataSpec) -> Splits:
     """Reads (and fetches, if need be) a data set.
 
@@ -151,13 +97,17 @@ def load(spec: DataSpec) -> Splits:
     """
     from compress.data.layouts import from_folder
     from compress.data.packaged import PACKAGES
+    from compress.data.table import from_table
 
     if spec.package is not None:
         splits = PACKAGES[spec.package](spec)
     elif spec.folder is not None:
         splits = from_folder(spec.folder, spec)
+    elif spec.table is not None:
+        splits = from_table(spec.table, spec)
     else:
         splits = _from_hub(spec)
+    splits = _as_said(splits, spec)
     names = [task.name for task in splits.tasks]
     wanted = spec.tasks or names[:1]
     for name in wanted:
@@ -177,6 +127,44 @@ def load(spec: DataSpec) -> Splits:
         calibration=kept(splits.calibration),
         test=kept(splits.test),
         tasks=tuple(task for name in wanted for task in splits.tasks if task.name == name),
+    )
+
+
+def _as_said(splits: Splits, spec: DataSpec) -> Splits:
+    """Normalised as the recipe or the model says, and with its classes in their order where the data's are among them.
+
+    Raises:
+        CompressError: mean and std are of another number of channels.
+    """
+    if spec.mean is not None and spec.std is not None:
+        channels = splits.input_shape[0]
+        if not len(spec.mean) == len(spec.std) == channels:
+            raise CompressError(
+                f"mean has {len(spec.mean)} and std {len(spec.std)} values, and the data {channels} channels",
+                where="data.mean",
+                fix="give one of each for every channel",
+            )
+        splits = replace(splits, mean=torch.tensor(spec.mean), std=torch.tensor(spec.std))
+    task = splits.tasks[0]
+    if not spec.labels or task.kind != "classes":
+        return splits
+    strange = [name for name in task.classes if name not in spec.labels]
+    if strange:
+        note = f"the class {strange[0]!r} is none of the {len(spec.labels)} that data.labels or the model names"
+        return replace(splits, notes=(*splits.notes, f"{note}: the network has the data's own {len(task.classes)}"))
+    at = torch.tensor([spec.labels.index(name) for name in task.classes])
+
+    def renamed(split: Split) -> Split:
+        old = split.targets[task.name]
+        new = torch.where(old >= 0, at[old.clamp_min(0)], old)
+        return replace(split, targets={**split.targets, task.name: new})
+
+    return replace(
+        splits,
+        train=renamed(splits.train),
+        calibration=renamed(splits.calibration),
+        test=renamed(splits.test),
+        tasks=(replace(task, classes=tuple(spec.labels)), *splits.tasks[1:]),
     )
 
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data.box_layouts import coco, yolo
-from compress.data.decode import SUFFIXES, opened, pixels, size_of
-from compress.data.images import HELD_OUT_NAMES, FolderImages, Split, Splits, check_room, held_out, resized, splits_of
+from compress.data.decode import SUFFIXES, size_of
+from compress.data.folder_images import Fit, FolderImages, held
+from compress.data.images import HELD_OUT_NAMES, Split, Splits, check_room, held_out, resized, splits_of
 from compress.data.pixel_layouts import nyud, pascal
 from compress.data.tasks import Task
 from compress.errors import CompressError
-from compress.run.progress import Progress
 from compress.schema.sections import DataSpec
 from compress.system.files import check_regular, read_text
 
@@ -116,10 +116,8 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
         if not paths:
             raise CompressError("there is no image", where=str(part), fix=f"images are {', '.join(sorted(SUFFIXES))}")
         size = spec.size or min(size_of(paths[0]))
-        lazy = FolderImages(paths, size, spec.white)
-        small = len(paths) * 3 * size * size <= 2**30
         check_room(min(len(paths), 128), 2 * size, 2 * size)  # a batch, as bytes and as floats
-        return Split(_whole(lazy) if small else lazy, {"class": torch.tensor(labels)})
+        return Split(held(FolderImages(paths, Fit.of(spec, size))), {"class": torch.tensor(labels)})
 
     part = next((folder / name for name in HELD_OUT_NAMES if (folder / name).is_dir()), None)
     test = read(part) if part is not None else None
@@ -128,18 +126,6 @@ def _class_folders(folder: Path, spec: DataSpec) -> Splits:
     return splits_of(
         read(folder / "train"), test, [Task("class", "classes", classes)], spec, f"folder {folder}", calibration
     )
-
-
-def _whole(lazy: FolderImages) -> Tensor:
-    size = lazy.size
-    images = torch.empty(len(lazy), 3, size, size, dtype=torch.uint8)
-    with Progress(len(lazy), "decoding images") as bar:
-        for i, path in enumerate(lazy.paths):
-            with opened(path, lazy.white) as image:
-                # An image that has the size already is taken as it is.
-                images[i] = pixels(image) if image.size == (size, size) else lazy._read(path, None)
-            bar.update(1)
-    return images
 
 
 HAR_SIGNALS = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz")

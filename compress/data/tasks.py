@@ -19,7 +19,7 @@ from compress.data import boxes
 from compress.data.outputs import named
 from compress.errors import CompressError
 
-KindName = Literal["classes", "mask", "labels", "depth", "normals", "edges", "attributes", "boxes"]
+KindName = Literal["classes", "mask", "labels", "depth", "normals", "edges", "attributes", "boxes", "number"]
 IGNORE = 255  # the label of a pixel, and the value of an attribute, of which nothing is known
 
 
@@ -37,8 +37,10 @@ class Task:
             ``attributes``: whether each of ``classes`` holds, target (n, classes) uint8 of 0, 1 and 255 = unknown.
             ``boxes``: objects of ``classes``, target (n, most, 5) float32: label (-1: none), centre x and y, width and
             height as shares of a square image; the head gives (n, 5 + classes, cells), see `compress.data.boxes`.
+            ``number``: target (n,) float32, NaN where unknown; the head gives it less ``centre``, in ``scale``.
         log: depth: the head gives the logarithm, and the loss is its L1.
         positive: edges: the weight of an edge's pixel; another pixel has 1 less it.
+        centre, scale: number: mean and spread of the training samples', which a head need not learn.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Task:
     classes: tuple[str, ...] = ()
     log: bool = False
     positive: float = 0.95
+    centre: float = 0.0
+    scale: float = 1.0
 
     @property
     def outputs(self) -> int:
@@ -66,7 +70,7 @@ class Task:
     def facts(self) -> dict[str, Any]:
         """What a saved network says of the task, JSON-like; ``Task(**facts)`` gives it back."""
         found: dict[str, Any] = {"name": self.name, "kind": self.kind, "classes": list(self.classes)}
-        own = {"depth": ("log",), "edges": ("positive",)}.get(self.kind, ())
+        own = {"depth": ("log",), "edges": ("positive",), "number": ("centre", "scale")}.get(self.kind, ())
         return found | {name: getattr(self, name) for name in own}
 
 
@@ -277,6 +281,26 @@ def _attributes(task: Task, counts: Counts) -> dict[str, float]:
     return {"map": sum(found) / len(found) if found else 0.0, "accuracy": accuracy}
 
 
+def _number_loss(task: Task, output: Tensor, target: Tensor, smoothing: float) -> Tensor:
+    """Huber's, in the units of ``scale``: the far ones do not decide alone."""
+    known = ~target.isnan()
+    truth = ((target - task.centre) / task.scale).to(wide(output).dtype)
+    return functional.smooth_l1_loss(wide(output)[:, 0][known], truth[known], reduction="sum")
+
+
+def _number_count(task: Task, output: Tensor, target: Tensor) -> Counts:
+    known = ~target.isnan()
+    # Off in units of the scale, in which sums are exact whatever the number is measured in.
+    off = wide(output[:, 0]).double() - (target.double() - task.centre) / task.scale
+    return sums(exact(off.abs()[known]).sum(), exact((off**2)[known]).sum(), known.sum())
+
+
+def _errors(task: Task, counts: Counts) -> dict[str, float]:
+    """The mean absolute error and the root of the mean squared one, in the number's own unit."""
+    absolute, square, known = counts.sums
+    return {"mae": task.scale * _ratio(absolute, known), "rmse": task.scale * _ratio(square, known) ** 0.5}
+
+
 def average_precision(scores: Tensor, right: Tensor, positives: int) -> float:
     """The sum over distinct scores, from the largest, of precision times the recall that was gained.
 
@@ -340,6 +364,7 @@ KINDS: dict[str, Kind] = {
     "attributes": Kind(
         "map", True, "image-classification", 0, True, 2, False, _attributes_loss, _attributes_count, _attributes
     ),
+    "number": Kind("mae", False, "other", 1, False, 2, False, _number_loss, _number_count, _errors, regression=True),
     "boxes": Kind(
         "map50", True, "object-detection", 5, True, 3, False, _boxes_loss, _boxes_count, _mean_average_precision
     ),

@@ -123,10 +123,10 @@ def _check_task(task: dict[str, Any], at: str, what: str, where: str) -> None:
         raise CompressError(said, where=where, fix=f"one of: {', '.join(KINDS)}")
     for name in member(task, "classes", list, what, where, at, FIX):
         typed(name, str, f"{at}.classes", what, where, FIX)
-    for key, kind in (("log", bool), ("positive", float)):
+    for key, kind in (("log", bool), ("positive", float), ("centre", float), ("scale", float)):
         if key in task:
             member(task, key, kind, what, where, at, FIX)
-    strange = sorted(set(task) - {"name", "kind", "classes", "log", "positive"})
+    strange = sorted(set(task) - {"name", "kind", "classes", "log", "positive", "centre", "scale"})
     if strange:
         said = f"{what} are not what they should be: {at} has the key {strange[0]!r:.60}, which no task has"
         raise CompressError(said, where=where, fix=FIX)

@@ -22,7 +22,7 @@ from compress.processes.children import python
 from compress.processes.distributed import device
 from compress.run.cache import sha256_of
 from compress.run.folder import Run, fingerprint, link, read_seal, seal_hash
-from compress.schema.sections import DataSpec, NetworkRecipe, TrainSpec
+from compress.schema.sections import SOURCES, DataSpec, NetworkRecipe, TrainSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from compress.data.job import Figure, NamedJob
     from compress.data.tasks import Task
     from compress.models.sources import Resolved
+    from compress.networks.published import PublishedNetwork
     from compress.networks.train import Masks, Remask, Trainer
 
 WEIGHTS, FACTS, FINGERPRINT = "model.safetensors", "network.json", "fingerprint.safetensors"
@@ -51,6 +52,7 @@ class NetworkSetup:
     weights: str  # hash of the weights file, or of what draws them
     weights_file: Path | None
     trainer: tuple[str, Trainer] | None = None  # a training in place of ours, and the hash of its code
+    load: Callable[[NetworkSetup, nn.Module], None] | None = None  # puts the weights of a model by name into it
     job: NamedJob | None = None  # the user's own functions, in place of ``spec``, ``trainer`` and our measures
 
     @cached_property
@@ -203,9 +205,10 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
         UsageError: there is no such network, no data is named, or nothing would be trained.
     """
     from compress.language.setup import quiet
-    from compress.models.sources import NetworkAlias, Resolved, network_alias
+    from compress.models.sources import NetworkAlias, Resolved, alias_names, network_alias
     from compress.models.zoo import job_of
     from compress.networks.jobs import prepare_job
+    from compress.networks.published import published
 
     quiet()
     if recipe.export is not None and "mnn" in recipe.export.formats:
@@ -216,6 +219,7 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
         from compress.exporters.formats import BuildOptions, check_options
 
         check_options(BuildOptions(form))
+    found: PublishedNetwork | None = None
     if ".py:" in model:
         path = Path(model.rpartition(":")[0])
         if not path.is_file():
@@ -226,7 +230,9 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
         alias, source, code = NetworkAlias(network=model, data={}), f"file {path.name}", sha256_of(path)
         name = f"{path.stem}-{model.rpartition(':')[2]}"
     else:
-        alias, source, code, name = network_alias(model), "weights drawn by seed", "", model
+        found = published(model) if model not in alias_names() else None
+        alias = found.alias if found is not None else network_alias(model)
+        source, code, name = (found.source, "", found.name) if found else ("weights drawn by seed", "", model)
     spec = _data_spec(alias.data, recipe, model)
     arguments = {**alias.arguments, **recipe.arguments}
     file = recipe.weights
@@ -235,7 +241,8 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
 
         folder, source = from_hub(str(alias.sources[0].hub), alias.sources[0].revision)
         file = folder / WEIGHTS
-    if file is None and not recipe.train.epochs:
+    load = found.load if found is not None and file is None else None
+    if file is None and load is None and not recipe.train.epochs:
         raise UsageError(
             "the dense network would be neither trained nor loaded",
             where="train.epochs",
@@ -246,11 +253,11 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
             raise UsageError("there is no such file of weights", where=str(file), fix="check the path")
         source = source if recipe.weights is None else f"file {file.name}"
     drawn = fingerprint({"network": alias.network, "arguments": arguments, "seed": recipe.seed, "code": code})
-    weights = sha256_of(file) if file is not None else drawn
+    weights = sha256_of(file) if file is not None else found.weights if found is not None and load else drawn
     resolved = Resolved(name, Path(), source, alias.base_model, alias.license)
     # What the model's own file says of the data is said in the run's lock too: it is what `compress eval` reads.
     recipe = recipe.model_copy(update={"data": spec})
-    return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file)
+    return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file, load=load)
 
 
 def _data_spec(own: Mapping[str, Any], recipe: NetworkRecipe, model: str) -> DataSpec:
@@ -259,14 +266,16 @@ def _data_spec(own: Mapping[str, Any], recipe: NetworkRecipe, model: str) -> Dat
 
     given = recipe.data.model_dump(exclude_unset=True) if recipe.data is not None else {}
     if recipe.data is not None and recipe.data.named():
-        own = {k: v for k, v in own.items() if k not in ("package", "folder", "hub")}
+        own = {k: v for k, v in own.items() if k not in SOURCES}
     try:
         found = DataSpec.model_validate({**own, **given})
     except ValidationError as e:
         raise UsageError(f"the model's data is wrong: {e.errors()[0]['msg']}", where=model, fix="mend its file") from e
     if not found.named():
         raise UsageError(
-            f"{model} has no data of its own", where="data", fix="name it: --set data.folder=PATH (or package, or hub)"
+            f"{model} has no data of its own",
+            where="data",
+            fix="name it: --set data.folder=PATH (or table, package, hub)",
         )
     return found
 
@@ -339,6 +348,8 @@ def dense_network(run: Run, setup: NetworkSetup) -> Path:
         model = setup.build()
         if setup.weights_file is not None:
             load_weights(model, setup.weights_file)
+        elif setup.load is not None:
+            setup.load(setup, model)
         return model
 
     return trained(run, setup, "dense", setup.recipe.train, start, inputs={})

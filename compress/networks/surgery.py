@@ -208,6 +208,8 @@ def zeroed(model: nn.Module, removed: Channels, *, held: bool = True) -> nn.Modu
                 if module._parameters.get(key) is not None:
                     put(module, key, partial(_without, dim=0, at=at))
             continue
+        if axis == "in" and _has_own_forward(module):
+            _over_rest(module, width(module, "in"), at, rests)
         put(module, "weight", _weight_without(module, axis, at))
         if axis == "out" and module.bias is not None:
             put(module, "bias", partial(_without, dim=0, at=at))
@@ -279,8 +281,14 @@ def _zero_others(
     put(module, key, partial(_without, dim=int(dim), at=gone))
 
 
+def _has_own_forward(module: nn.Module) -> bool:
+    """A plain convolution of another class than torch's, which may make its weights anew at every call."""
+    return isinstance(module, CONV) and module.groups == 1 and type(module).forward not in {k.forward for k in CONV}
+
+
 class _Rest(TorchFunctionMode):
-    """Norms and means over all of a module's channels are taken over those that are left."""
+    """Norms and means over all of a module's channels are taken over those that are left; so are those of its weights,
+    where a convolution standardises them."""
 
     MEANS = (torch.mean, torch.Tensor.mean)
 
@@ -293,11 +301,21 @@ class _Rest(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (functional.layer_norm, functional.group_norm) and isinstance(args[0], Tensor):
             return self._normed(func, *args, **kwargs)
+        if func is functional.batch_norm and args[0].dim() == 3 and args[0].shape[2] % self.channels == 0:
+            return self._standardised(*args, **kwargs)
         out = func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if func in self.MEANS and isinstance(dim, int) and args[0].shape[dim] == self.channels:
             return out * (self.channels / len(self.kept))
         return out
+
+    def _standardised(self, weight: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
+        """Of weights (1, out, in * places)."""
+        at = torch.tensor(self.kept, device=weight.device)
+        apart = weight.unflatten(2, (self.channels, -1))
+        rest = apart.index_select(2, at).flatten(2)
+        found = functional.batch_norm(rest, *args, **kwargs).unflatten(2, (len(self.kept), -1))
+        return torch.zeros_like(apart).index_copy(2, at, found).flatten(2)
 
     def _normed(
         self, func: Any, x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5

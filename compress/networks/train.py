@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import boxes
-from compress.data.images import FolderImages, Split, Splits, batches
+from compress.data.folder_images import FolderImages
+from compress.data.images import Split, Splits, batches
 from compress.data.tasks import KINDS, Counts, Task, Weights, by_task, exact, task_loss, task_losses, together, wide
 from compress.errors import CompressError
 from compress.processes.distributed import from_main, gather, is_main, meet, rank, sum_floats, world

@@ -398,11 +398,13 @@ def load_recipe(name: str, methods: Methods, overrides: Sequence[str] = ()) -> A
         UsageError: anything in it is wrong; file, line, key and the nearest valid name are given.
     """
     places: dict[Path_, Place] = {}
-    data = read_layers(_find(name), places, _find)
+    path = _find(name)
+    data = read_layers(path, places, _find)
     if data.get("budget") is None and any(_gives_budget(text) for text in overrides):
         data.pop("sparsity", None)  # of the file: a budget takes its place
     for text in overrides:
         _override(data, text, places)
+    _follow(data, places, str(path))
     method = data.get("method")
     if not isinstance(method, str) or method not in methods:
         raise UsageError(
@@ -522,6 +524,34 @@ def read_layers(
         _forget_below(places, at, unless=mine)
         places[at] = place
     return _merge(base, data)
+
+
+# (section, key that was said, key of a layer below that no longer fits it, when, what it is then)
+FOLLOWS: tuple[tuple[str, str, str, Callable[[Any, Any], bool], Callable[[Any], Any]], ...] = (
+    ("train", "epochs", "warmup_epochs", lambda epochs, warm: warm >= epochs, lambda epochs: epochs / 2),
+    ("finetune", "epochs", "warmup_epochs", lambda epochs, warm: warm >= epochs, lambda epochs: epochs / 2),
+    ("pagcp", "rounds", "between", lambda rounds, between: rounds == 1 and between > 0, lambda rounds: 0),
+)
+
+
+def _follow(data: dict[str, Any], places: Mapping[Path_, Place], top: str) -> None:
+    """A shorter training has a shorter warm-up, and a single round nothing between rounds, where only the layer below
+    says otherwise; who says both in one place is asked what is meant.
+
+    Args:
+        top: the file that extends the others.
+    """
+    for name, key, other, clash, then in FOLLOWS:
+        section = data.get(name)
+        if not isinstance(section, dict):
+            continue
+        said, below = (places.get((name, k)) for k in (key, other))
+        values = [section.get(k) for k in (key, other)]
+        if said is None or below is None or not all(type(v) in (int, float) and v >= 0 for v in values):
+            continue
+        above = said.file == top or said.file.startswith("--set ")
+        if above and below.file != said.file and not below.file.startswith("--set ") and clash(*values):
+            section[other] = then(values[0])
 
 
 def _forget_below(places: dict[Path_, Place], at: Path_, unless: Mapping[Path_, Place]) -> None:

@@ -10,9 +10,13 @@ from pydantic import Field, model_validator
 from compress.schema.recipe import AnyRecipe
 from compress.schema.section import Clash, Once, Section, Seed
 
+SOURCES = ("package", "folder", "table", "hub")  # of data: one is named
+OF_TABLES = ("images", "path_column", "split_column", "columns", "unknown")
+
 
 class DataSpec(Section):
-    """Where images or signals come from: one of ``package``, ``folder`` and ``hub``; the model's own by default."""
+    """Where images or signals come from: one of ``package``, ``folder``, ``table`` and ``hub``; the model's own by
+    default."""
 
     package: Literal["emoji", "emoji-scenes", "watch", "mnist"] | None = Field(
         None, description="data that a package carries; emoji-scenes: emoji pasted on canvases, for detectors"
@@ -22,11 +26,46 @@ class DataSpec(Section):
         description="train/CLASS/*.png (ImageNet), data_batch_1.bin ... (CIFAR-10), train/Inertial Signals (HAR),"
         " gt_sets/*.txt (NYUDv2), JPEGImages/ (PASCAL-Context), images/ and labels/ (YOLO), annotations/*.json (COCO)",
     )
+    table: Path | None = Field(
+        None, description="a CSV file: the path of an image a row, and columns of classes, attributes and numbers"
+    )
+    images: Path | None = Field(None, description="table: the folder that its paths are in; its own by default")
+    path_column: str | None = Field(None, description="table: the column of paths; the first by default")
+    split_column: str | None = Field(
+        None, description="table: a column that says train, calibration or test; drawn by the seed by default"
+    )
+    columns: dict[str, Literal["classes", "attribute", "number"]] = Field(
+        {},
+        description="table: which columns are tasks, and of what kind; attributes are one task together. All columns of"
+        " text by default, as classes",
+    )
+    unknown: str | None = Field(None, description="table: what stands in a cell of which nothing is known, such as '?'")
     hub: str | None = Field(None, description="data set id on the Hugging Face hub")
     image_column: str = Field("img", description="the column of images (hub)")
     label_column: str = Field("label", description="the column of labels (hub)")
     size: int | None = Field(
         None, ge=4, le=4096, description="images are resized to size x size pixels; their own by default"
+    )
+    fit: Literal["crop", "stretch"] = Field(
+        "crop", description="images from disk: the middle is cut out, or the whole is made square"
+    )
+    crop: float = Field(
+        0.875, gt=0, le=1, description="fit: crop: the side of what is cut out, as a share of the image's short side"
+    )
+    resample: Literal["bilinear", "bicubic"] = Field("bilinear", description="images from disk: how they are resized")
+    mean: list[float] | None = Field(
+        None, min_length=1, description="what is taken off every channel (of values 0 to 1); measured by default"
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, min_length=1, description="what every channel is then divided by; measured by default"
+    )
+    labels: list[str] = Field(
+        [],
+        description="the classes in the order of the network's outputs, where all of the data's are among them; a model"
+        " by its name brings its own",
+    )
+    workers: int | None = Field(
+        None, ge=1, le=256, description="threads that decode images from disk; as many as processors by default"
     )
     white: float | None = Field(
         None,
@@ -42,16 +81,21 @@ class DataSpec(Section):
     def _one(self) -> DataSpec:
         named = self.named()
         if len(named) > 1:
-            raise Clash(f"name one of package, folder, hub (here: {', '.join(named)})", "set the others to null")
+            raise Clash(f"name one of {', '.join(SOURCES)} (here: {', '.join(named)})", "set the others to null")
+        strange = [] if self.table is not None else [k for k in OF_TABLES if getattr(self, k)]
+        if strange and named:
+            raise Clash(f"{strange[0]} is for a table, and the data is {named[0]}", "name data.table, or leave it out")
+        if (self.mean is None) != (self.std is None):
+            raise Clash("mean and std go together, and one is given", "give both, or neither")
         return self
 
     def named(self) -> list[str]:
         """The sources that are named."""
-        return [k for k in ("package", "folder", "hub") if getattr(self, k) is not None]
+        return [k for k in SOURCES if getattr(self, k) is not None]
 
     @property
     def title(self) -> str:
-        return self.hub or self.package or str(self.folder)
+        return self.hub or self.package or str(self.table or self.folder)
 
 
 class TrainSpec(Section):

@@ -35,6 +35,8 @@ NETWORKS = {
     "multitask-resnet": "multitask:multitask_resnet",
     "multitask-mobilenet": "multitask:multitask_mobilenet",
     "detector": "detector:detector",
+    "transformers-image": "published:transformers_image",
+    "timm": "published:timm_model",
 }
 
 _JOBS: dict[tuple[Path, str, str], Job] = {}  # of files that this process has run, by their hash

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.data.images import FolderImages, Split, Splits, batches
+from compress.data.folder_images import FolderImages
+from compress.data.images import Split, Splits, batches
 from compress.data.job import Figure
 from compress.data.tasks import KINDS, Counts, Task, by_task, exact, task_loss, together
 from compress.errors import CompressError, UsageError

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from compress.data.decode import ORIENTATION, SUFFIXES, opened, size_of
-from compress.data.images import FolderImages, load
+from compress.data.folder_images import FolderImages
+from compress.data.images import load
 from compress.errors import CompressError
 from compress.schema.sections import DataSpec
 
@@ -180,7 +181,7 @@ def test_class_folders_are_read_upright_and_in_all_shades(
 ) -> None:
     write_classes(tmp_path, deep=deep)
     if lazy:
-        monkeypatch.setattr("compress.data.layouts._whole", lambda images: images)
+        monkeypatch.setattr("compress.data.folder_images.IN_MEMORY", 0)
     found = load(DataSpec(folder=tmp_path, size=16))
     assert isinstance(found.train.inputs, FolderImages) == lazy
     x = found.train.inputs[torch.arange(len(found.train))].float()
@@ -191,11 +192,11 @@ def test_class_folders_are_read_upright_and_in_all_shades(
 
 def test_files_that_are_read_otherwise_are_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_classes(tmp_path, deep=True)
-    monkeypatch.setattr("compress.data.layouts._whole", lambda images: images)
+    monkeypatch.setattr("compress.data.folder_images.IN_MEMORY", 0)
     known = load(DataSpec(folder=tmp_path, size=16)).sha256
     assert known == load(DataSpec(folder=tmp_path, size=16)).sha256
     assert known != load(DataSpec(folder=tmp_path, size=16, white=4095)).sha256
-    monkeypatch.setattr("compress.data.images.VERSION", 3)
+    monkeypatch.setattr("compress.data.folder_images.VERSION", 3)
     assert known != load(DataSpec(folder=tmp_path, size=16)).sha256
 
 

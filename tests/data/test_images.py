@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from compress.data import packaged
-from compress.data.images import FolderImages, load
+from compress.data.folder_images import Fit, FolderImages
+from compress.data.images import load
 from compress.data.layouts import HAR_SIGNALS
 from compress.data.packaged import over_background
 from compress.errors import CompressError
@@ -72,7 +73,7 @@ def test_large_folders_are_decoded_as_they_are_asked_for_and_cut_from_the_centre
     picture = np.zeros((80, 140, 3), np.uint8)
     picture[:, 35:105] = 200  # the centre square, and a little more
     Image.fromarray(picture).save(tmp_path / "wide.png")
-    lazy = FolderImages([tmp_path / "wide.png"] * 3, 56)
+    lazy = FolderImages([tmp_path / "wide.png"] * 3, Fit(56))
     assert len(lazy) == 3 and lazy[torch.tensor([0, 2])].shape == (2, 3, 56, 56)
     # 80 x 140 -> 64 x 112, and the middle 56 x 56 of that.
     assert bool((lazy[torch.tensor([0])][..., 3:-3] == 200).all())

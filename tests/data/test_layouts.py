@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from compress.data.folder_images import Fit, FolderImages
 from compress.data.images import Split, load
 from compress.data.pixel_layouts import PARTS, VOC_CLASSES
 from compress.errors import CompressError
@@ -270,7 +271,7 @@ def test_files_that_are_read_as_they_are_needed_are_compared_by_their_content(
     paths = [sorted((folder / part).rglob("*.png")) for part in ("train", "test")]
     again = folder / "elsewhere.png"
     shutil.copy(paths[1][4], again)
-    splits = [Split(images.FolderImages(p, 12), {}) for p in ([*paths[0], again], paths[1])]
+    splits = [Split(FolderImages(p, Fit(12)), {}) for p in ([*paths[0], again], paths[1])]
     assert images._shared(*splits).tolist() == [len(paths[0])]
     # Files whose ends alone agree are no copies.
     near = bytearray(paths[1][4].read_bytes())

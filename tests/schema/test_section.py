@@ -57,7 +57,7 @@ def test_what_is_true_or_false_is_nothing_else(value: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "changes", "what", "fix"),
     [
-        ("pagcp", ["pagcp.rounds=1"], "rounds is 1 and between is", "pagcp.between=0"),
+        ("pagcp", ["pagcp.rounds=1", "pagcp.between=3"], "rounds is 1 and between is", "pagcp.between=0"),
         ("pagcp", ["pagcp.flops=null", "pagcp.trials={}"], "flops is not", "pagcp.flops"),
         ("tyr", ["tyr.search.survivors=[3, 2, 1, 1, 1]"], "survivors must hold", "survivors, or 6 steps"),
         ("tyr", ["memory.shard=true", "memory.stream=false"], "shard: true", "shard: false"),
@@ -102,6 +102,19 @@ def test_what_stands_in_a_list_is_asked_too(recipe: str, change: str, what: str,
 def test_plan_asks_of_a_recipe_what_prune_asks(change: str, what: str) -> None:
     with pytest.raises(CompressError, match=what):
         plan("llama-8b", "tyr", [change], "8xh100")
+
+
+def test_a_shorter_training_has_a_shorter_warm_up_where_only_the_recipe_below_says_one(tmp_path: Any) -> None:
+    found = load_recipe("pagcp", METHODS, ["finetune.epochs=1", "pagcp.rounds=1"])
+    assert (found.finetune.epochs, found.finetune.warmup_epochs, found.options.between) == (1, 0.5, 0)
+    assert load_recipe("pagcp", METHODS, ["finetune.epochs=2"]).finetune.warmup_epochs == 1
+    (tmp_path / "mine.yaml").write_text("extends: pagcp\nfinetune: {epochs: 1}\npagcp: {rounds: 1}\n")
+    found = load_recipe(str(tmp_path / "mine.yaml"), METHODS)
+    assert (found.finetune.warmup_epochs, found.options.between) == (0.5, 0)
+    for text in ("finetune: {epochs: 1, warmup_epochs: 3}", "finetune: {warmup_epochs: 40}"):
+        (tmp_path / "mine.yaml").write_text(f"extends: pagcp\n{text}\n")
+        with pytest.raises(UsageError, match="must be fewer than epochs"):
+            load_recipe(str(tmp_path / "mine.yaml"), METHODS)
 
 
 @pytest.mark.parametrize("machine", ["0xh100", "0x0xh100", "2x0xh100", "８xh100", "9999999xh100", "xh100", "8x", ""])

@@ -25,6 +25,12 @@ SMALL: dict[str, tuple[str, dict[str, Any], int, set[tuple[str, int]]]] = {
         32,
         {("attention", 2), ("attention", 4)},
     ),
+    "BiT, whose weights are standardised": (
+        "Bit",
+        {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 1], "num_groups": 4},
+        32,
+        {("downsample", 4), ("conv1", 8)},
+    ),
     "ConvNeXt V2": ("ConvNextV2", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, 32, {("pwconv", 32)}),
 }
 
