@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 CUT = 0.3  # of the FLOPs
 SECONDS, BYTES = 60, 2 * 2**30  # what groups may take
-LIMIT = 300  # seconds of torch-pruning alone
+LIMIT = 300  # seconds of a processor for all of ours, or for torch-pruning alone
 
 
 class Plain(nn.Module):
@@ -296,12 +298,15 @@ def alone(name: str) -> dict[str, Any]:
 
 
 def started(name: str, kind: str, limit: float, *more: str) -> dict[str, Any]:
-    """One measurement in a process of its own."""
+    """One measurement in a process of its own, which has so many seconds of a processor."""
     words = [sys.executable, __file__, "--inside", kind, *more, "--only", name]
-    try:
-        ran = subprocess.run(words, capture_output=True, encoding="utf-8", timeout=limit, check=False)
-    except subprocess.TimeoutExpired:
-        return {"error": f"no end within {limit:.0f} s"}
+
+    def bounded() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+
+    ran = subprocess.run(words, capture_output=True, encoding="utf-8", preexec_fn=bounded, check=False)
+    if ran.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        return {"error": f"no end within {limit:.0f} s of a processor, or out of memory"}
     last = ran.stdout.strip().splitlines()[-1:] or [""]
     if ran.returncode or not last[0].startswith("{"):
         return {"error": (ran.stderr.strip().splitlines() or [f"it ended with {ran.returncode}"])[-1][:200]}
@@ -341,7 +346,7 @@ def main() -> None:
         rows = {r["name"]: r for r in map(json.loads, given.jsonl.read_text("utf-8").splitlines())}
     for name in names:
         if name not in rows:
-            facts = started(name, "groups", 600, *["--no-onnx"] * given.no_onnx)
+            facts = started(name, "groups", LIMIT, *["--no-onnx"] * given.no_onnx)
             rows[name] = {"name": name, "groups": facts}
             if not given.no_alone:
                 rows[name]["alone"] = started(name, "alone", LIMIT)

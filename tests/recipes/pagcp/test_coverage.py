@@ -29,7 +29,7 @@ SMALL: dict[str, tuple[str, dict[str, Any], int, set[tuple[str, int]]]] = {
         "Bit",
         {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 1], "num_groups": 4},
         32,
-        {("downsample", 4), ("conv1", 8)},
+        {("downsample", 4), ("downsample", 6)},
     ),
     "ConvNeXt V2": ("ConvNextV2", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, 32, {("pwconv", 32)}),
 }
