@@ -91,7 +91,9 @@ def _of(library: str, name: str, **more: Any) -> Callable[[], nn.Module]:
             made: nn.Module = importlib.import_module("timm").create_model(name, pretrained=False, **more)
             return made
         if library == "ultralytics":
-            return First(importlib.import_module("ultralytics").YOLO(name).model)
+            found = importlib.import_module("ultralytics").YOLO(name).model
+            found.model[-1].dynamic = True  # its grid is made at every call, or the file takes one batch
+            return First(found)
         if library == "zoo":
             from compress.models.zoo import build as zoo
 

@@ -22,6 +22,7 @@ from compress.data.job import NamedJob, aside, fault_of
 from compress.errors import CompressError, UsageError
 from compress.networks.train import Masks, apply_masks, check_masks, mask_gradients
 from compress.processes.distributed import world
+from compress.run.progress import say
 from compress.schema.recipe import nearest
 from compress.schema.sections import DataSpec, NetworkRecipe, TrainSpec
 
@@ -105,7 +106,7 @@ def check_job(setup: NetworkSetup) -> dict[str, float]:
         CompressError: see `figures`; the network or ``calibrate`` gives something else the second time.
     """
     from compress.data.inputs import call, mapped
-    from compress.data.outputs import floating
+    from compress.data.outputs import floating, tensors
 
     held = setup.job
     assert held is not None  # asked by the caller
@@ -131,6 +132,10 @@ def check_job(setup: NetworkSetup) -> dict[str, float]:
             where=f"{held.title}, network",
             fix="take out what is random, or what it remembers between calls",
         )
+    whole = len(tensors(call(model, x))) - len(one)
+    if whole:
+        many = "an output" if whole == 1 else f"{whole} outputs"
+        say(f"network: {many} of whole numbers: neither compared nor exported")
     found = _check_twice(held, model, setup.recipe.seed)
     if held.job.loss is not None:
         _check_batches(held, model, setup.recipe.seed)

@@ -545,8 +545,8 @@ def _follow(data: dict[str, Any], places: Mapping[Path_, Place], top: str) -> No
         section = data.get(name)
         if not isinstance(section, dict):
             continue
-        said, below = (places.get((name, k)) for k in (key, other))
-        values = [section.get(k) for k in (key, other)]
+        said, below = places.get((name, key)), places.get((name, other))
+        values = (section.get(key), section.get(other))
         if said is None or below is None or not all(type(v) in (int, float) and v >= 0 for v in values):
             continue
         above = said.file == top or said.file.startswith("--set ")

@@ -71,6 +71,12 @@ def build(name: str, arguments: Mapping[str, Any], seed: int = 0) -> nn.Module:
         if ".py:" not in name:
             raise
         raise UsageError(f"the function cannot be run: {_told(e)}", where=name, fix="mend it") from e
+    if isinstance(model, Job):
+        raise UsageError(
+            f"{name} returned a job, and does not say so",
+            where="MODEL",
+            fix="write `-> compress.Job` behind its arguments",
+        )
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"{name} returned {type(model).__name__}, not a torch module", where="MODEL", fix="return the module"
@@ -162,6 +168,8 @@ def _from_file(name: str) -> Any:
         del sys.modules[spec.name]
         raise UsageError(f"the file cannot be run: {_told(e)}", where=_place(e, path), fix="mend it") from e
     found = getattr(module, function, None)
+    if callable(found) and _gives_job(found):
+        found = _job_from(found, name)
     if isinstance(found, Job):
         return _JOBS.setdefault(key, found)
     if not callable(found):
@@ -169,6 +177,30 @@ def _from_file(name: str) -> Any:
         if found is not None:
             said += f": it is {type(found).__name__}, and no compress.Job"
         raise UsageError(said, where=path, fix="name it as path/file.py:function")
+    return found
+
+
+def _gives_job(function: Any) -> bool:
+    """Whether a function says that it returns a job: ``-> compress.Job``."""
+    said = getattr(function, "__annotations__", {}).get("return")
+    return said is Job or (isinstance(said, str) and said.rpartition(".")[2] == "Job")
+
+
+def _job_from(function: Any, name: str) -> Job:
+    """The job that a function without arguments returns.
+
+    Raises:
+        UsageError: it fails, or returns something else.
+    """
+    try:
+        with aside():
+            found = function()
+    except (Exception, SystemExit) as e:  # the user's own code
+        raise UsageError(f"the function cannot be run: {_told(e)}", where=name, fix="mend it") from e
+    if not isinstance(found, Job):
+        raise UsageError(
+            f"the function says that it returns a job, and returned {type(found).__name__}", where=name, fix="mend it"
+        )
     return found
 
 

@@ -22,7 +22,7 @@ import compress
 from compress.data.job import NamedJob, named_job
 from compress.errors import CompressError
 from compress.exporters.ort import session
-from compress.models.zoo import job_of
+from compress.models.zoo import build, job_of
 from compress.networks.jobs import batches, check_job, figures, prepare_job, train_by_job
 from compress.networks.reload import reload
 from compress.pipeline import METHODS
@@ -673,3 +673,39 @@ def test_what_is_not_cut_counts_in_the_share_that_is_said_to_be_gone() -> None:
     assert removed({"size": size}) == 0.4
     size["flops_elsewhere"] = {"dense": 300, "pruned": 300}
     assert removed({"size": size}) == pytest.approx(0.1)
+
+
+def test_a_function_that_says_it_gives_a_job_is_one(tmp_path: Path, plain: Any, place: Path) -> None:
+    head = f"import sys\nsys.path.insert(0, {str(place)!r})\nimport compress\nimport plain_net as p\n"
+    made = (
+        "compress.Job(network=p.network, example=p.WEIGHTS[:6], calibrate=p.distance, evaluate=p.distance,"
+        " better={'distance': 'lower'})"
+    )
+    file = tmp_path / "made.py"
+    file.write_text(
+        f"{head}def make() -> compress.Job:\n    return {made}\n"
+        f"def silent():\n    return {made}\ndef other() -> 'compress.Job':\n    return 3\n"
+    )
+    found = job_of(f"{file}:make")
+    assert found is not None and list(found.job.better) == ["distance"]
+    assert isinstance(build(f"{file}:make", {}), nn.Module)
+    for name, said in (("silent", "returned a job, and does not say so"), ("other", "returned int")):
+        with pytest.raises(compress.UsageError, match=said):
+            build(f"{file}:{name}", {})
+
+
+def test_outputs_of_whole_numbers_are_told_to_be_left_out(plain: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = plain.network()
+
+        def forward(self, x: Any) -> Any:
+            return self.net(x), x.long()
+
+    job = plain_job(
+        plain, network=Told, calibrate=lambda net: {"distance": 1.0}, evaluate=lambda net: {"distance": 1.0}
+    )
+    recipe = load_recipe("pagcp", METHODS, ["pagcp.saliency=l1"])
+    check_job(prepare_job(named_job(job, "plain_net.py:network"), recipe))
+    assert "an output of whole numbers: neither compared nor exported" in capsys.readouterr().err

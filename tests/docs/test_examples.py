@@ -15,11 +15,14 @@ from tests.docs.pages import ROOT, links
 
 EXAMPLES = ROOT / "examples"
 SHARED = {"tiny.py", "scene_net.py"}
+NEEDS = {"yolo_job.py": "ultralytics"}
 # What the last lines say, and whether it takes over 20 s of two quiet cores.
 RUN = {
     "prune_llm.py": (r"removed 2\d\.\d %.*\nperplexity \d+\.\d -> \d+\.\d\nThe statement.{10,}", False),
     "prune_multitask.py": (r"miou segmentation: 0\.\d+ -> 0\.\d+\n(.*\n)*SceneNet with", True),
     "digits_job.py": (r"FLOPs 1,807,744 -> .*\naccuracy: 0\.9\d+ -> 0\.9\d+\nink error: .*\nDigits with", True),
+    "trainer_job.py": (r"FLOPs 5,498,112 -> 2,\d+,\d+\naccuracy: 0\.9\d+ -> 0\.9\d+\nloss: ", True),
+    "yolo_job.py": (r"FLOPs [\d,]+ -> [\d,]+\nmAP50 0\.\d+ -> 0\.\d+", True),
     "gate_in_ci.sh": (r"gate +pass\n(.*\n)*the second gate failed, as it must", True),
     "custom_target.sh": (r"latency pruned +\d+(.*\n)*budget +latency: 50 ms are", False),
     "custom_family.py": (r"sliced equals masked\n(.*\n)*.*logits differ by 0\.0e\+00", False),
@@ -41,6 +44,8 @@ def test_every_example_is_listed_run_and_told_of() -> None:
     "name", [pytest.param(n, marks=[pytest.mark.slow] if slow else [], id=n) for n, (_, slow) in RUN.items()]
 )
 def test_an_example_runs_from_elsewhere_and_ends_with_what_it_shows(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{NEEDS[name]} is in no environment of the project")
     before = {p for p in EXAMPLES.rglob("*") if "__pycache__" not in p.parts}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {"PATH": path, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
