@@ -203,34 +203,53 @@ def _load(folder: Path, head: str, setup: NetworkSetup, model: nn.Module, labels
     inner: Any = model.net
     task = setup.data.tasks[0]
     other = bool(labels) and task.kind == "classes" and list(task.classes) != labels
-    _copy(held, inner, other, setup, str(folder))
+    said, count = held.state_dict(), int(held.config.num_labels)
+    heads = _heads(said, inner.state_dict(), count, other)
+    _put(said, inner, heads, (count, int(inner.config.num_labels)), setup, str(folder))
 
 
-def _copy(held: nn.Module, inner: nn.Module, other: bool, setup: NetworkSetup, where: str) -> None:
-    """Copies all weights but a head's for other classes."""
+def _put(
+    said: Mapping[str, Tensor],
+    model: nn.Module,
+    heads: set[str],
+    classes: tuple[int, int],
+    setup: NetworkSetup,
+    where: str,
+) -> None:
+    """Copies all weights but those of ``heads``, which stay as they were drawn.
+
+    Args:
+        classes: how many the weights tell apart, and the data has.
+
+    Raises:
+        UsageError: nothing would train what was drawn.
+        CompressError: the weights are another network's.
+    """
     import torch
 
-    said, own = held.state_dict(), inner.state_dict()
-    count, ours = int(held.config.num_labels), int(inner.config.num_labels)  # type: ignore[union-attr,arg-type]
-    heads = {n for n, t in said.items() if n in own and _is_head(n, t, count)} if other or count != ours else set()
+    own = model.state_dict()
     wrong = next((n for n in own if n not in said or (n not in heads and own[n].shape != said[n].shape)), None)
     if wrong is not None:
         raise CompressError(f"the weights do not fit the network: {wrong}", where=where, fix="fetch the model again")
     if heads and not setup.recipe.train.epochs:
         raise UsageError(
-            f"the model tells {count} classes apart and the data has {ours} of its own: its head"
+            f"the model tells {classes[0]} classes apart and the data has {classes[1]} of its own: its head"
             f" ({min(heads)}) would be drawn, and nothing trains it",
             where="train.epochs",
             fix="train it for some epochs (--set train.epochs=3), or give data whose classes are among the model's",
         )
     with torch.no_grad():
-        for name, tensor in said.items():
-            if name in own and name not in heads:
-                own[name].copy_(tensor)
+        for name in own.keys() - heads:
+            own[name].copy_(said[name])
 
 
-def _is_head(name: str, tensor: Tensor, count: int) -> bool:
-    return tensor.dim() > 0 and len(tensor) == count and any(k in name for k in ("classifier", "head", "decode"))
+def _heads(said: Mapping[str, Tensor], own: Mapping[str, Tensor], count: int, other: bool) -> set[str]:
+    """The tensors of a head for ``count`` classes that is of no use: of another shape, or for other classes."""
+    found = {n for n, t in said.items() if n in own and t.dim() and len(t) == count and t.shape != own[n].shape}
+    if other and not found:
+        named = re.compile(r"classifier|(^|\.)head\.")
+        found = {n for n, t in said.items() if n in own and t.dim() and len(t) == count and named.search(n)}
+    return found
 
 
 # --- timm -------------------------------------------------------------------------------------------------------------
@@ -262,8 +281,6 @@ def _of_timm(name: str) -> PublishedNetwork:
 
 
 def _load_timm(name: str, setup: NetworkSetup, model: nn.Module) -> None:
-    import torch
-
     from compress.models.zoo.published import timm_library
 
     try:
@@ -274,21 +291,7 @@ def _load_timm(name: str, setup: NetworkSetup, model: nn.Module) -> None:
             where=f"{TIMM}{name}",
             fix="check the network, or name weights of your own (weights: FILE.safetensors)",
         ) from e
-    head = held.get_classifier()
+    head, said = held.get_classifier(), held.state_dict()
     count = int(getattr(head, "out_features", getattr(head, "out_channels", 0)))
-    said, own = held.state_dict(), model.state_dict()
-    heads = {n for n in own if n in said and own[n].shape != said[n].shape and len(said[n]) == count}
-    wrong = next((n for n in own if n not in said or (n not in heads and own[n].shape != said[n].shape)), None)
-    if wrong is not None:
-        raise CompressError(f"the weights do not fit the network: {wrong}", where=name, fix="name another")
-    if heads and not setup.recipe.train.epochs:
-        raise UsageError(
-            f"the model tells {count} classes apart and the data other ones: its head would be drawn, and nothing"
-            " trains it",
-            where="train.epochs",
-            fix="train it for some epochs (--set train.epochs=3)",
-        )
-    with torch.no_grad():
-        for key, tensor in said.items():
-            if key in own and key not in heads:
-                own[key].copy_(tensor)
+    heads = _heads(said, model.state_dict(), count, False)
+    _put(said, model, heads, (count, setup.data.tasks[0].outputs), setup, f"{TIMM}{name}")

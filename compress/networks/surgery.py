@@ -301,13 +301,17 @@ class _Rest(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in (functional.layer_norm, functional.group_norm) and isinstance(args[0], Tensor):
             return self._normed(func, *args, **kwargs)
-        if func is functional.batch_norm and args[0].dim() == 3 and args[0].shape[2] % self.channels == 0:
+        if func is functional.batch_norm and self._is_of_weights(*args):
             return self._standardised(*args, **kwargs)
         out = func(*args, **kwargs)
         dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
         if func in self.MEANS and isinstance(dim, int) and args[0].shape[dim] == self.channels:
             return out * (self.channels / len(self.kept))
         return out
+
+    def _is_of_weights(self, x: Tensor, mean: Any = None, *_: Any) -> bool:
+        """Whether what is normalised is a convolution's weight (1, out, in * places), by no statistics but its own."""
+        return mean is None and x.dim() == 3 and len(x) == 1 and x.shape[2] % self.channels == 0
 
     def _standardised(self, weight: Tensor, /, *args: Any, **kwargs: Any) -> Tensor:
         """Of weights (1, out, in * places)."""

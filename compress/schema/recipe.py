@@ -547,7 +547,7 @@ def _follow(data: dict[str, Any], places: Mapping[Path_, Place], top: str) -> No
             continue
         said, below = places.get((name, key)), places.get((name, other))
         values = (section.get(key), section.get(other))
-        if said is None or below is None or not all(type(v) in (int, float) and v >= 0 for v in values):
+        if said is None or below is None or not all(isinstance(v, int | float) and v >= 0 for v in values):
             continue
         above = said.file == top or said.file.startswith("--set ")
         if above and below.file != said.file and not below.file.startswith("--set ") and clash(*values):

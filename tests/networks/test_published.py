@@ -168,3 +168,13 @@ def test_a_network_of_timm_is_built_by_its_name(tmp_path: Path) -> None:
         setup_of("timm:resnet10x", tmp_path / "d" / "labels.csv")
     with pytest.raises(UsageError, match="neither trained nor loaded"):
         setup_of("timm:resnet10t", tmp_path / "d" / "labels.csv")
+
+
+def test_a_head_is_what_tells_other_classes_apart_and_nothing_else() -> None:
+    said = {"net.weight": (3, 3), "decode_head.mix.weight": (3, 5), "decode_head.classifier.weight": (3, 5)}
+    held, more = (
+        {k: torch.zeros(v) for k, v in of.items()} for of in (said, {**said, "decode_head.classifier.weight": (7, 5)})
+    )
+    assert of_others._heads(held, held, 3, other=False) == set()
+    assert of_others._heads(held, held, 3, other=True) == {"decode_head.classifier.weight"}
+    assert of_others._heads(held, more, 3, other=True) == {"decode_head.classifier.weight"}
