@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -24,11 +23,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from compress.system.host import limit_processor
 
 CUT = 0.3  # of the FLOPs
 SECONDS, BYTES = 60, 2 * 2**30  # what groups may take
@@ -303,9 +305,7 @@ def started(name: str, kind: str, limit: float, *more: str) -> dict[str, Any]:
     """One measurement in a process of its own, which has so many seconds of a processor."""
     words = [sys.executable, __file__, "--inside", kind, *more, "--only", name]
 
-    def bounded() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
-
+    bounded = partial(limit_processor, int(limit))
     ran = subprocess.run(words, capture_output=True, encoding="utf-8", preexec_fn=bounded, check=False)
     if ran.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return {"error": f"no end within {limit:.0f} s of a processor, or out of memory"}

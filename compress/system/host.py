@@ -77,6 +77,14 @@ def time_limit(seconds: float) -> Any:
             signal.setitimer(signal.ITIMER_REAL, max(0.001, left - (time.monotonic() - began)), interval)
 
 
+def limit_processor(seconds: int) -> None:
+    """Has the system end this process (SIGXCPU) when it has used so many seconds of a processor. Not on Windows."""
+    if not WINDOWS:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+
+
 @contextlib.contextmanager
 def memory_limit(more: int) -> Any:
     """Within the block this process gets ``more`` bytes of address space at most, and what asks for others a

@@ -167,6 +167,7 @@ def test_figures_are_the_same_to_the_bit_however_samples_are_divided(kind: str) 
         "labels": lambda: torch.from_numpy(draw.integers(0, 3, (n, 5, 5), dtype=np.uint8)),
         "depth": lambda: floats(n, 5, 5).abs(),
         "normals": lambda: torch.nn.functional.normalize(floats(n, 3, 5, 5), dim=1),
+        "number": lambda: floats(n),
     }.get(kind, lambda: torch.from_numpy(draw.integers(0, 256, (n, 5, 5), dtype=np.uint8)))()
     whole = measured(task, output, target)
     assert measured(task, output, target, (5, 4, 3)) == whole == measured(task, output, target, (1,) * n)

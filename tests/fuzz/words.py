@@ -65,14 +65,16 @@ def _numeric() -> tuple[Number, ...]:
             kinds = {int, float} & {*get_args(get_args(hint)[0]), get_args(hint)[0]} if get_args(hint) else set()
             if kinds and hasattr(hint, "__metadata__"):
                 info = hint.__metadata__[0]
-                option = next((d for d in info.param_decls or () if d.startswith("--")), f"--{name.replace('_', '-')}")
+                # In an annotation the first name stands where a default would.
+                named = (d for d in (info.default, *(info.param_decls or ())) if isinstance(d, str))
+                option = next((d for d in named if d.startswith("--")), f"--{name.replace('_', '-')}")
                 found.append(Number(_verb(command), option, name, info.min, info.max))
     return tuple(found)
 
 
 REQUIRED = {
     "prune": ["m", "--recipe", "r"], "plan": ["m", "--recipe", "r"], "eval": ["m"], "export": ["m", "--out", "o"],
-    "bench": ["a", "b"], "gate": ["a", "b"], "run": ["a", "b"],
+    "bench": ["a", "b"], "gate": ["a", "b"], "run": ["a", "b"], "sweep": ["m", "--recipe", "r", "--at", "25%,50%"],
 }  # fmt: skip
 
 
