@@ -161,6 +161,17 @@ def _model(shards: bool = False) -> Callable[[Path], None]:
     return lambda folder: shutil.copytree(_saved(shards), folder, dirs_exist_ok=True) and None  # type: ignore[func-returns-value]
 
 
+@cache
+def _saved_seeing() -> Path:
+    from tests.seeing import saved_seeing
+
+    return saved_seeing(Path(tempfile.mkdtemp(prefix="fuzz-model-")), "gemma3")
+
+
+def _seeing(folder: Path) -> None:
+    shutil.copytree(_saved_seeing(), folder, dirs_exist_ok=True)
+
+
 def _planned(folder: Path) -> Any:
     """What `compress plan` reads of a model: its configuration alone."""
     from compress.language.setup import outline
@@ -707,6 +718,7 @@ for _reader in (
     READERS[_reader.name] = _reader
 
 _add("config-planned", _model(), {"config.json": "json"}, _planned, _plan_right)
+_add("config-seeing", _seeing, {"config.json": "json"}, _planned, _plan_right)
 _add(
     "config-loaded",
     _model(),
