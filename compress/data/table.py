@@ -57,13 +57,26 @@ class _Table:
         raise CompressError(what, where=f"{self.path}, row {self.lines[row]}, column {column!r:.60}", fix=fix)
 
 
-def from_table(path: Path, spec: DataSpec) -> Splits:
-    """Splits of a table; what it does not say is cut off its training part.
+@dataclass(frozen=True)
+class _Checked:
+    """What the rows of a table say: the part and the image of each, and the tasks with all rows' targets."""
+
+    parts: list[str]
+    images: list[Path]
+    tasks: list[Task]
+    targets: dict[str, Tensor]
+
+
+def check_table(path: Path, spec: DataSpec) -> None:
+    """Reads a table as `from_table` does, and sees whether its images are there; opens none of them.
 
     Raises:
-        CompressError: the table cannot be read, a cell is empty or is not what its column holds, an image is missing, a
-            part has a class that training has not.
+        CompressError: as `from_table`, but for what is in the images.
     """
+    _checked(path, spec)
+
+
+def _checked(path: Path, spec: DataSpec) -> _Checked:
     table = _read(path, spec)
     first = spec.path_column or table.columns[0]
     for column in (first, *spec.columns, *([spec.split_column] if spec.split_column else [])):
@@ -77,7 +90,19 @@ def from_table(path: Path, spec: DataSpec) -> Splits:
     train = [i for i, part in enumerate(parts) if part == "train"]
     if not train:
         raise CompressError("no row is of the training part", where=str(path), fix="say train in some rows")
-    tasks, targets = _targets(table, kinds, train)
+    return _Checked(parts, images, *_targets(table, kinds, train))
+
+
+def from_table(path: Path, spec: DataSpec) -> Splits:
+    """Splits of a table; what it does not say is cut off its training part.
+
+    Raises:
+        CompressError: the table cannot be read, a cell is empty or is not what its column holds, an image is missing, a
+            part has a class that training has not.
+    """
+    rows = _checked(path, spec)
+    parts, images, tasks, targets = rows.parts, rows.images, rows.tasks, rows.targets
+    train = [i for i, part in enumerate(parts) if part == "train"]
     size = spec.size or min(size_of(images[train[0]]))
     check_room(min(len(images), 128), 2 * size, 2 * size)  # a batch, as bytes and as floats
     fit = Fit.of(spec, size)

@@ -260,6 +260,18 @@ def prepare(model: str, recipe: NetworkRecipe) -> NetworkSetup:
     return NetworkSetup(resolved, recipe, alias.network, arguments, spec, weights, file, load=load)
 
 
+def check_data(setup: NetworkSetup) -> None:
+    """What can be told of the data without opening it, for `plan`: a table's rows, and that their images are there.
+
+    Raises:
+        CompressError: as `compress.data.table.check_table`.
+    """
+    from compress.data.table import check_table
+
+    if setup.job is None and setup.spec.table is not None:
+        check_table(setup.spec.table, setup.spec)
+
+
 def _data_spec(own: Mapping[str, Any], recipe: NetworkRecipe, model: str) -> DataSpec:
     """The recipe's data; where it names no source, the model's own with the recipe's values laid over it."""
     from pydantic import ValidationError

@@ -21,6 +21,7 @@ from compress.networks.setup import (
     MASKS,
     WEIGHTS,
     NetworkSetup,
+    check_data,
     dense_network,
     describe,
     evaluated,
@@ -519,6 +520,7 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     from compress.recipes.global_mp.network import budget, left_facts, prunable
 
     setup = prepare(model, recipe)
+    check_data(setup)
     recipe = setup.recipe
     if setup.job is not None:
         check_job(setup)

@@ -18,6 +18,7 @@ from compress.errors import CompressError, UsageError
 from compress.networks.setup import (
     WEIGHTS,
     NetworkSetup,
+    check_data,
     dense_network,
     describe,
     evaluated,
@@ -655,6 +656,7 @@ def forecast(model: str, recipe: NetworkRecipe, on: str = "this-machine") -> dic
     from compress.recipes.pagcp.trials import heats
 
     setup = prepare(model, recipe)
+    check_data(setup)
     recipe, options = setup.recipe, setup.recipe.options
     network, x = _looked_at(setup)
     found = find_groups(network, x, options.round_to, options.skip)

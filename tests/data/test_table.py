@@ -160,3 +160,19 @@ def test_classes_take_a_models_order_where_all_of_them_are_its_own(tmp_path: Pat
     assert other.tasks[0].classes == ("beagle", "pug") and "'beagle' is none of the 2" in other.notes[-1]
     with pytest.raises(CompressError, match="mean has 1"):
         load(spec(table, mean=[0.5], std=[0.5]))
+
+
+@pytest.mark.parametrize("recipe", ["pagcp", "global-mp-network"])
+def test_plan_reads_the_table_and_opens_no_image(tmp_path: Path, recipe: str) -> None:
+    from tests.command import compress, one_error
+
+    table = written(tmp_path / "d")
+    (tmp_path / "d" / "photos" / "5.png").write_bytes(b"no image")
+    network = "from torch import nn\n\ndef made():\n    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), "
+    network += "nn.Conv2d(16, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))\n"
+    (tmp_path / "net.py").write_text(network)
+    settings = [f"data.table={table}", "data.columns={breed: classes}", "data.split_column=part", "data.size=16"]
+    words = ("plan", f"{tmp_path / 'net.py'}:made", "-r", recipe, *(w for s in settings for w in ("--set", s)))
+    assert compress(*words).code == 0
+    (tmp_path / "d" / "photos" / "5.png").unlink()
+    one_error(compress(*words), 1, "there is no image 'photos/5.png'", "row 7, column 'path'")
