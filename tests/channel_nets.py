@@ -303,6 +303,23 @@ class Attention(nn.Module):
         return out
 
 
+class Registers(nn.Module):
+    """Tokens beside those of the image: one of a class, and ``count`` more, of which there may be none."""
+
+    def __init__(self, count: int = 0) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 4, 4)
+        self.token, self.more = nn.Parameter(torch.randn(1, 1, 16)), nn.Parameter(torch.empty(1, count, 16))
+        self.mix, self.head = nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).flatten(2).transpose(1, 2)
+        y = torch.cat([self.token.expand(len(y), -1, -1), self.more.expand(len(y), -1, -1), y], 1)
+        y = y + functional.relu(self.mix(y))
+        out: Tensor = self.head(y[:, 0] + y[:, 1:].mean(1))
+        return out
+
+
 class Unknown(nn.Module):
     """An operation that is not followed, between two layers."""
 

@@ -2,7 +2,7 @@
 
     python tools/coverage.py                      # every architecture whose library is installed
     python tools/coverage.py --only vit resnet50  # some
-    python tools/coverage.py --write docs/measured/coverage.md
+    python tools/coverage.py --write docs/measured/coverage.md  # the table, behind the page's marker
 
 Each architecture is built with random weights, from its library's own configuration, and runs in a process of its own
 on one core. Told are: seconds and peak memory of finding groups; the share of the FLOPs in layers of which a group cuts
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=None)
     parser.add_argument("--inside", choices=["groups", "alone"])
     parser.add_argument("--jsonl", type=Path, help="one line an architecture; those that are there are not run again")
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--write", type=Path, help="write the table into this page, behind its marker")
     parser.add_argument("--no-onnx", action="store_true", help="leave ONNX out")
     parser.add_argument("--no-alone", action="store_true", help="leave torch-pruning out")
     given = parser.parse_args()
@@ -357,21 +357,20 @@ def main() -> None:
                     file.write(json.dumps(rows[name]) + "\n")
         print(line(rows[name]), flush=True)
     if given.write is not None:
-        given.write.write_text(page(rows), encoding="utf-8")
+        before = given.write.read_text("utf-8").partition(MARKER)[0]
+        given.write.write_text(f"{before}{MARKER}\n{table(rows)}", encoding="utf-8")
 
 
-def page(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table as Markdown."""
+MARKER = "<!-- the table: tools/coverage.py -->\n"
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the rows come to and the table, as Markdown."""
     good = sum(passed(r["groups"]) for r in rows.values())
     wide = sum("error" not in r["groups"] and r["groups"]["reach"] >= 0.8 for r in rows.values())
     attention = sum(NETWORKS[name].attention for name in rows)
     shown = "architecture library pass groups s GB reach most masked-sliced read ONNX torch-pruning"
     lines = [
-        "# Coverage: what PAGCP can cut of public architectures",
-        "",
-        "Command: `PYTHONPATH=. python tools/coverage.py --write docs/measured/coverage.md` (its head says what is"
-        " told).",
-        "",
         f"{len(rows)} architectures, {attention} with attention: {good} pass all checks (groups in under {SECONDS} s"
         f" of one core and {BYTES / 2**30:.0f} GB in all, {100 * CUT:.0f} % of the FLOPs cut, masked is sliced, read"
         " again,"

@@ -331,7 +331,10 @@ def _moved(call: _Call) -> None:
             run.sites.append((np.unique(track), run.stack[-1]))
         shape = [1] * x.dim()
         shape[d] = -1
-        numbers = torch.from_numpy(track).view(shape).expand(x.shape)
+        # Of no rows (a network with 0 registers) one stands for all: its channels go with those of what it is put to.
+        numbers = torch.from_numpy(track).view(shape).expand([max(1, size) for size in x.shape])
+        if name == "reshape" and not x.numel():
+            continue
         if name == "reshape":
             moved = numbers.reshape(call.args[1])
         else:

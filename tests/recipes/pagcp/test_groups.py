@@ -59,6 +59,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "heads in a dataclass": lambda: nets.Heads("dataclass"),
     "split by sizes in the code": lambda: nets.C2f(sizes=True),
     "channel shuffle": nets.Shuffled,
+    "tokens of which there are none": nets.Registers,
     "group norm": nets.LayerNormed,
     "group norm of four groups": lambda: nets.LayerNormed(4),
     "layer norm, layer scale": lambda: nets.LayerScaled(response=False),
