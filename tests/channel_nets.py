@@ -303,6 +303,22 @@ class Attention(nn.Module):
         return out
 
 
+class Activated(nn.Module):
+    """Activations, in place where they can be, behind a convolution each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ways = [nn.Hardswish(True), nn.Mish(True), nn.ReLU6(True), nn.SiLU(True)]
+        layers = [(nn.Conv2d(16, 16, 3, padding=1), way) for way in ways]
+        self.first = nn.Conv2d(3, 16, 3, 2)
+        self.body = nn.Sequential(*(module for pair in layers for module in pair))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(self.first(x)).mean((2, 3)))
+        return out
+
+
 class Registers(nn.Module):
     """Tokens beside those of the image: one of a class, and ``count`` more, of which there may be none."""
 

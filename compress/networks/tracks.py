@@ -673,7 +673,8 @@ def _table() -> dict[str, Any]:
         "native_group_norm": _group_normed,
         "glu": _gated,
         "im2col": _unfolded,
-        "copy _prelu_kernel": _pointwise,
+        # torch has no tag on these, or not on what they do in place.
+        "copy _prelu_kernel hardswish mish threshold relu6": _pointwise,
     }
     return {name: rule for names, rule in rules.items() for name in names.split()}
 

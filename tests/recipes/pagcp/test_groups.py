@@ -60,6 +60,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
     "split by sizes in the code": lambda: nets.C2f(sizes=True),
     "channel shuffle": nets.Shuffled,
     "tokens of which there are none": nets.Registers,
+    "activations in place": nets.Activated,
     "group norm": nets.LayerNormed,
     "group norm of four groups": lambda: nets.LayerNormed(4),
     "layer norm, layer scale": lambda: nets.LayerScaled(response=False),
@@ -76,6 +77,7 @@ SMALL: dict[str, Callable[[], nn.Module]] = {
 UNITS = {
     "split by sizes in the code": ("first.0", 16, 2),
     "channel shuffle": ("first.0", 8, 2),
+    "activations in place": ("body.0", 16, 1),
     "group norm": ("first", 16, 1),
     "group norm of four groups": ("first", 4, 4),
     "layer norm, layer scale": ("stem", 16, 1),
