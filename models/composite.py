@@ -257,6 +257,15 @@ def names_of(config: Any, places: Iterable[str], where: str) -> Names:
             where=where,
             fix="fetch the model again; weights under other names than transformers saves them by are not known",
         )
+    # What is not carried is written anew: nothing of another part may be taken for the language model's.
+    own = {whole[0] + name for name in wanted}
+    strange = sorted(n for n in every if n.startswith(whole[0]) and n not in own and not n.endswith(".inv_freq"))
+    if strange:
+        raise CompressError(
+            f"{strange[0]} stands among the language model's weights ({whole[0]}...), and is none of them",
+            where=where,
+            fix="save the checkpoint anew by transformers' save_pretrained, which keeps its parts apart",
+        )
     head = f"{decoder.head_name(model)}.weight"
     heads = sorted(n for n in every if n == head or n.endswith(f".{head}"))
     if len(heads) > 1 or (not heads and not config.tie_word_embeddings):

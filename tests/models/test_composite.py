@@ -157,6 +157,14 @@ def test_a_weight_that_is_missing_is_named_as_the_checkpoint_calls_it(tmp_path: 
         resolve(str(folder))
 
 
+def test_parts_that_are_not_kept_apart_are_refused_before_one_is_lost(tmp_path: Path) -> None:
+    folder = saved_seeing(tmp_path / "seeing", "gemma3")
+    mixed = {f"model.{name.removeprefix('language_model.model.')}": tensor for name, tensor in tensors(folder).items()}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CompressError, match=r"stands among the language model's weights .* and is none of them"):
+        resolve(str(folder))
+
+
 def test_blocks_that_are_told_by_number_what_was_seen_are_not_taken_out(tmp_path: Path) -> None:
     folder, saved = saved_seeing(tmp_path / "seeing", "qwen3_vl"), tmp_path / "language"
     found = resolve(str(folder))
